@@ -1,0 +1,7 @@
+"""RORem: a robust object remover trained with humans in the loop (CVPR 2025, arXiv 2501.00740).
+
+One module a stage; the notebooks under `notebooks/` show them at work. Nothing heavy is imported
+here, so that `import rorem_lib` costs nothing: import the module you need.
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,328 @@
+"""From a discriminator's scores to decisions: calibration, thresholds, one removal an image.
+
+RORem accepts what its discriminator scores above 0.9 (RORem, sec. 3.2). A raw score of 0.9 promises
+nothing, so here scores are first calibrated on labels - by cross-validation, or the precision would
+be measured on what it was fitted on - and the threshold is chosen for the precision it reaches.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy.special import expit, logit
+from sklearn.base import clone
+from sklearn.calibration import calibration_curve
+from sklearn.isotonic import IsotonicRegression
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score, roc_curve
+from sklearn.model_selection import StratifiedGroupKFold
+
+from rorem_lib.files import read_json, write_json
+from rorem_lib.intervals import wilson_interval
+
+logger = logging.getLogger(__name__)
+
+CALIBRATION_FILE = "calibration.json"
+METHODS = ("platt", "isotonic")
+LEAST_LABELS = 10  # of each answer; below that a calibration is a guess
+_EDGE = 1e-6  # scores this near 0 and 1 are moved there before the logit
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A monotone map from raw scores to probabilities.
+
+    Attributes:
+        method: "platt" (a line through the logits), "isotonic" (steps) or "identity".
+        slope, intercept: of the line, in logits; Platt only.
+        scores, probabilities: the knots between which "isotonic" interpolates.
+    """
+
+    method: str = "identity"
+    slope: float = 1.0
+    intercept: float = 0.0
+    scores: tuple[float, ...] = ()
+    probabilities: tuple[float, ...] = ()
+
+    def apply(self, scores) -> np.ndarray:
+        """Raw scores [N] in 0..1 -> calibrated probabilities [N] in 0..1."""
+        scores = _check_scores(scores)
+        if self.method == "platt":
+            return expit(self.slope * _to_logits(scores) + self.intercept)
+        if self.method == "isotonic":
+            return np.interp(scores, self.scores, self.probabilities)
+        return scores
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """An acceptance threshold and what it was worth on the labels it was chosen on.
+
+    Attributes:
+        value: probabilities at or above it are accepted.
+        precision: share of the accepted that the annotators accepted too.
+        precision_interval: its 95 % Wilson interval.
+        share: share of all removals that is accepted.
+        reached: False if no threshold reaches the wanted precision at the wanted share; `value`
+            is then the one with the best precision at that share.
+        wanted_precision, wanted_share: what was asked for.
+        n: number of labels.
+    """
+
+    value: float
+    precision: float
+    precision_interval: tuple[float, float]
+    share: float
+    reached: bool
+    wanted_precision: float
+    wanted_share: float
+    n: int
+
+
+def _check_scores(scores) -> np.ndarray:
+    scores = np.asarray(scores, dtype=np.float64)
+    if scores.ndim != 1 or not np.isfinite(scores).all() or ((scores < 0) | (scores > 1)).any():
+        raise ValueError("scores are a flat list of numbers from 0 to 1")
+    return scores
+
+
+def _check_pair(scores, labels) -> tuple[np.ndarray, np.ndarray]:
+    scores, labels = _check_scores(scores), np.asarray(labels)
+    if labels.shape != scores.shape:
+        raise ValueError(f"{scores.size} scores but {labels.size} labels")
+    labels = labels.astype(bool)
+    least = min(labels.sum(), (~labels).sum())
+    if least == 0:
+        raise ValueError("all labels are the same: calibration needs accepted and rejected "
+                         "removals; label more, or check that the labels were read right")
+    return scores, labels
+
+
+def _to_logits(scores: np.ndarray) -> np.ndarray:
+    return logit(np.clip(scores, _EDGE, 1 - _EDGE))
+
+
+def _fit_calibration(scores, labels, method: str) -> Calibration:
+    if method == "platt":
+        line = LogisticRegression(C=1e6).fit(_to_logits(scores)[:, None], labels)
+        slope = float(line.coef_[0, 0])
+        if slope <= 0:  # a falling line would accept what the discriminator likes least
+            share = float(np.clip(labels.mean(), _EDGE, 1 - _EDGE))
+            return Calibration("platt", 0.0, float(logit(share)))
+        return Calibration("platt", slope, float(line.intercept_[0]))
+    steps = clone(_ISOTONIC).fit(scores, labels)
+    return Calibration("isotonic", scores=tuple(map(float, steps.X_thresholds_)),
+                       probabilities=tuple(map(float, steps.y_thresholds_)))
+
+
+_ISOTONIC = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip")
+
+
+def calibrate_scores(scores, labels, *, method: str = "platt", groups=None, folds: int = 5,
+                     seed: int = 0) -> tuple[Calibration, np.ndarray]:
+    """Fit a calibration, and say what it gives on labels it has not seen.
+
+    Args:
+        scores: [N] raw discriminator scores, 0..1.
+        labels: [N] bool, True where the annotators accepted.
+        method: "platt" (right for a few hundred labels) or "isotonic" (thousands).
+        groups: [N] source image of each removal; removals of one stay in one fold.
+        folds: cross-validation folds.
+        seed: of the folds.
+
+    Returns:
+        The `Calibration` fitted on everything, for use; and [N] probabilities, each from a fit
+        that never saw its group, for choosing thresholds and drawing curves.
+
+    Raises:
+        ValueError: scores outside 0..1, labels all the same, or an unknown method.
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown calibration {method!r}: take one of {', '.join(METHODS)}")
+    scores, labels = _check_pair(scores, labels)
+    groups = np.arange(scores.size) if groups is None else np.asarray(groups)
+    least = int(min(labels.sum(), (~labels).sum()))
+    if least < LEAST_LABELS:
+        logger.warning("only %d labels of the rarer answer: the calibration is a guess", least)
+    whole = _fit_calibration(scores, labels, method)
+    if whole.method == "platt" and whole.slope == 0:
+        logger.warning("the discriminator's scores don't rise with the labels: every removal gets "
+                       "the same probability; train it longer or on more labels")
+    folds = min(folds, least, len(np.unique(groups)))
+    if folds < 2:
+        logger.warning("too few labels to hold any out: precision is measured on the fit")
+        return whole, whole.apply(scores)
+    probabilities = np.full(scores.size, np.nan)
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    for fitted, held in splitter.split(scores[:, None], labels, groups):
+        if held.size and len(np.unique(labels[fitted])) == 2:
+            part = _fit_calibration(scores[fitted], labels[fitted], method)
+            probabilities[held] = part.apply(scores[held])
+    missing = np.isnan(probabilities)  # folds whose rest held one answer only
+    probabilities[missing] = whole.apply(scores[missing])
+    return whole, probabilities
+
+
+def choose_threshold(probabilities, labels, *, target_precision: float = 0.9,
+                     min_share: float = 0.2, bound: str = "point") -> Threshold:
+    """The lowest threshold that reaches a precision while accepting enough.
+
+    Args:
+        probabilities: [N] calibrated, cross-validated, 0..1.
+        labels: [N] bool, the annotators' answers.
+        target_precision: 0..1, wanted share of right acceptances.
+        min_share: 0..1, least share of all removals to accept.
+        bound: what has to reach the target: "point", the precision itself, or "lower", the lower
+            end of its 95 % Wilson interval.
+
+    Returns:
+        A `Threshold`; where none reaches the target, the one with the best precision among those
+        that accept at least `min_share`, with `reached=False`.
+    """
+    if bound not in ("point", "lower"):
+        raise ValueError(f'bound is "point" or "lower", not {bound!r}')
+    for name, value in (("target_precision", target_precision), ("min_share", min_share)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} lies between 0 and 1, not {value}")
+    probabilities, labels = _check_pair(probabilities, labels)
+    n = labels.size
+    order = np.argsort(-probabilities, kind="stable")
+    ranked, right = probabilities[order], np.cumsum(labels[order])
+    last = np.append(ranked[1:] != ranked[:-1], True)  # equal probabilities go together
+    taken = np.flatnonzero(last) + 1
+    taken = taken[taken >= max(1, np.ceil(min_share * n - 1e-9))]
+    right = right[taken - 1]
+    reach = right / taken if bound == "point" else np.array(
+        [wilson_interval(int(k), int(m))[0] for k, m in zip(right, taken, strict=True)])
+    good = np.flatnonzero(reach >= target_precision)
+    reached = good.size > 0
+    place = int(good[-1]) if reached else int(np.argmax(right / taken))
+    k, m = int(right[place]), int(taken[place])
+    if not reached:
+        logger.warning("no threshold reaches a precision of %.2f while accepting %.0f %%: the best "
+                       "is %.2f", target_precision, 100 * min_share, k / m)
+    return Threshold(float(ranked[m - 1]), k / m, wilson_interval(k, m), m / n, reached,
+                     target_precision, min_share, n)
+
+
+def rate_threshold(probabilities, labels) -> float:
+    """The threshold at which as large a share is accepted as the annotators accepted.
+
+    With it the discriminator can estimate a method's success rate: a threshold made for precision
+    would count too few.
+    """
+    probabilities, labels = _check_pair(probabilities, labels)
+    ranked, k = np.sort(probabilities)[::-1], int(labels.sum())
+    return float((ranked[k - 1] + ranked[k]) / 2)
+
+
+def accept_candidates(scores: Mapping[Hashable, float], threshold: float, *,
+                      group_of: Mapping[Hashable, Hashable] | Callable | None = None) -> list:
+    """Which candidates enter the training set.
+
+    Args:
+        scores: candidate id -> calibrated probability.
+        threshold: least probability.
+        group_of: candidate id -> its source image (a mapping or a function). Of several removals
+            of one image only the best-scored is kept: the same picture twice teaches nothing.
+
+    Returns:
+        Accepted ids in the order of `scores`.
+    """
+    if group_of is None:
+        group_of = {name: name for name in scores}
+    find_group = group_of if callable(group_of) else group_of.__getitem__
+    best: dict = {}
+    for name, score in scores.items():
+        group = find_group(name)
+        if score >= threshold and (group not in best or score > scores[best[group]]):
+            best[group] = name
+    kept = set(best.values())
+    return [name for name in scores if name in kept]
+
+
+def describe_curve(probabilities, labels, *, bins: int = 10) -> dict:
+    """Reliability: in bins of equal count, what was predicted and what the annotators said.
+
+    Returns:
+        `{"predicted": [B], "observed": [B], "low": [B], "high": [B], "count": [B]}`; low and high
+        are 95 % Wilson intervals of observed.
+    """
+    probabilities, labels = _check_pair(probabilities, labels)
+    bins = max(1, min(bins, labels.size // 5))
+    observed, predicted = calibration_curve(labels, probabilities, n_bins=bins,
+                                            strategy="quantile")
+    # scikit-learn gives no counts: its own bins again, empty ones left out as it does.
+    edges = np.percentile(probabilities, np.linspace(0, 1, bins + 1) * 100)
+    counts = np.bincount(np.searchsorted(edges[1:-1], probabilities), minlength=bins)
+    counts = counts[counts > 0]
+    ends = [wilson_interval(round(o * int(c)), int(c))
+            for o, c in zip(observed, counts, strict=True)]
+    return {"predicted": predicted.tolist(), "observed": observed.tolist(),
+            "low": [e[0] for e in ends], "high": [e[1] for e in ends], "count": counts.tolist()}
+
+
+def describe_roc(scores, labels) -> dict:
+    """`{"false_accepts": [K], "true_accepts": [K], "thresholds": [K]}`, shares from 0 to 1."""
+    scores, labels = _check_pair(scores, labels)
+    false_accepts, true_accepts, thresholds = roc_curve(labels, scores)
+    thresholds[0] = 1.0  # scikit-learn says infinity, which JSON can't
+    return {"false_accepts": false_accepts.tolist(), "true_accepts": true_accepts.tolist(),
+            "thresholds": thresholds.tolist()}
+
+
+def measure_auc(scores, labels, *, seed: int = 0,
+                resamples: int = 2000) -> tuple[float, tuple[float, float]]:
+    """Area under the ROC curve and its 95 % bootstrap interval (both answers resampled apart)."""
+    scores, labels = _check_pair(scores, labels)
+    values = np.unique(scores)
+    rng = np.random.default_rng(seed)
+    shares = []
+    for answer in (True, False):
+        counts = np.bincount(np.searchsorted(values, scores[labels == answer]),
+                             minlength=values.size)
+        n = counts.sum()
+        shares.append(rng.multinomial(n, counts / n, size=resamples).astype(np.float32) / n)
+    accepted, rejected = shares
+    below = np.cumsum(rejected, axis=1) - rejected / 2  # ties count one half
+    low, high = np.quantile((accepted * below).sum(axis=1), [0.025, 0.975])
+    return float(roc_auc_score(labels, scores)), (float(low), float(high))
+
+
+def write_calibration(folder, calibration: Calibration, *, accept: Threshold,
+                      rate_threshold: float, curve: dict, roc: dict | None = None) -> Path:
+    """Write `<folder>/calibration.json`, what stages 06 and 08 need of a discriminator."""
+    return write_json(Path(folder) / CALIBRATION_FILE, {
+        "accept_threshold": accept.value, "rate_threshold": rate_threshold, "curve": curve,
+        "roc": roc, "accept": asdict(accept), "calibration": asdict(calibration)})
+
+
+def read_calibration(folder) -> tuple[Calibration, dict]:
+    """The calibration of a discriminator's stage.
+
+    Args:
+        folder: the stage's folder, its `discriminator/` or the file itself.
+
+    Returns:
+        The `Calibration` (the identity where the file has none), and the file's content with at
+        least `accept_threshold` and `rate_threshold`.
+
+    Raises:
+        FileNotFoundError: there is no calibration.
+        ValueError: the file is torn or lacks a threshold.
+    """
+    folder = Path(folder)
+    places = [folder, folder / CALIBRATION_FILE, folder.parent / CALIBRATION_FILE]
+    path = next((p for p in places if p.is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"{folder} holds no {CALIBRATION_FILE}: run the notebook "
+                                "05_train_discriminator to its end")
+    content = read_json(path)
+    for name in ("accept_threshold", "rate_threshold"):
+        if not isinstance(content, dict) or not isinstance(content.get(name), (int, float)):
+            raise ValueError(f"{path} lacks {name}: run the notebook 05_train_discriminator again")
+    return Calibration(**(content.get("calibration") or {})), content

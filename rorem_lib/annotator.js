@@ -1,0 +1,448 @@
+// The browser side of rorem_lib.annotator: shows, listens to keys, keeps nothing.
+// A decision is sent with the id that is on screen; the picture moves when the kernel says "saved".
+
+const KEPT_BEHIND = 3; // places behind the current one that stay decoded, for undo
+const SLOW_MS = 2000; // no answer for this long: say so
+const HOLD_MS = 300; // a flicker key held longer springs back when released
+const MASK_MODES = ["outline", "both", "fill", "off"];
+const VIEW_ACTIONS = {
+  flicker: "Flicker",
+  mask: "Mask",
+  zoom: "Zoom",
+  difference: "Difference",
+  pixels: "Pixels",
+  note: "Note",
+};
+const HELP = {
+  flicker: "source and removal in the same place; hold to peek (also: space)",
+  mask: "mask: outline, outline on both, filled, off",
+  zoom: "zoom to the mask's box; drag to move, wheel to zoom, both sides in step",
+  difference: "what changed, four times brighter",
+  pixels: "sharp pixels or smooth",
+  note: "a free note for this picture: Enter goes back, the decision takes it along",
+  undo: "take back the last decision, as often as you like",
+  skip: "cannot say: recorded as skipped",
+};
+
+function make(tag, attributes = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  node.append(...children);
+  return node;
+}
+
+function afterPaint(callback) {
+  // Messages are handled after the frame that requestAnimationFrame prepared has been painted.
+  requestAnimationFrame(() => {
+    const channel = new MessageChannel();
+    channel.port1.onmessage = callback;
+    channel.port2.postMessage(0);
+  });
+}
+
+function makePath(outline) {
+  const path = new Path2D();
+  for (const points of outline) {
+    path.moveTo(points[0], points[1]);
+    for (let i = 2; i < points.length; i += 2) path.lineTo(points[i], points[i + 1]);
+    path.closePath();
+  }
+  return path;
+}
+
+function render({ model, el }) {
+  const { keys, reasons, annotator } = model.get("settings");
+  const decisions = { accept: ["accept", null], reject: ["reject", null], skip: ["skip", null] };
+  reasons.forEach((reason, i) => (decisions[`reason_${i + 1}`] = ["reject", reason]));
+
+  let state = null; // the kernel's last word: place, id, upcoming, figures
+  let shown = null; // the item on screen; null while none is, and then decisions are ignored
+  let shownAt = 0;
+  let pending = null; // the decision or undo that waits for the kernel's answer
+  let item = null; // what draw() paints
+  const cache = new Map(); // place -> decoded item
+  const asked = new Set();
+  const look = { swapped: false, mask: 0, zoom: false, difference: false, pixels: false };
+  let view = null; // { cx, cy, scale } in pixels of the picture
+  let flickerDown = 0;
+
+  // ------------------------------------------------------------------ elements
+  const count = make("span", { class: "count" });
+  const figures = make("span", { class: "figures" });
+  const save = make("span", { class: "save", role: "status" });
+  const filled = make("div");
+  const message = make("div", { class: "message", role: "alert" });
+  const panes = [0, 1].map((side) => {
+    const canvas = make("canvas", { role: "img" });
+    const caption = make("figcaption");
+    return { side, canvas, caption, figure: make("figure", {}, caption, canvas) };
+  });
+  const veil = make("div", { class: "veil" });
+  const note = make("input", {
+    class: "note",
+    type: "text",
+    placeholder: "note for this picture",
+    "aria-label": "note for this picture",
+  });
+  const buttons = {};
+  const makeButton = (action, text, kind = "") => {
+    const key = make("kbd", {}, keys[action]);
+    const title = HELP[action] ?? text;
+    const attributes = { type: "button", class: kind, title, "data-action": action };
+    buttons[action] = make("button", { ...attributes, "aria-keyshortcuts": keys[action] }, key, text);
+    buttons[action].addEventListener("click", () => perform(action));
+    return buttons[action];
+  };
+  const hint = make("span", { class: "hint" }, "Keys are off: click here or press Tab");
+  const root = make(
+    "div",
+    { class: "rorem-annotator", tabindex: "0", "data-lm-suppress-shortcuts": "true", role: "application",
+      "aria-label": "label removals by keyboard" },
+    make("div", { class: "bar" }, count, figures, hint, save),
+    make("div", { class: "track" }, filled),
+    message,
+    make("div", { class: "panes" }, ...panes.map((pane) => pane.figure), veil),
+    make(
+      "div",
+      { class: "legend" },
+      makeButton("accept", "Accept", "good decision"),
+      makeButton("reject", "Reject", "bad decision"),
+      ...reasons.map((reason, i) => makeButton(`reason_${i + 1}`, reason, "bad decision")),
+      make("span", { class: "gap" }),
+      makeButton("skip", "Skip", "decision"),
+      makeButton("undo", "Undo"),
+    ),
+    make("div", { class: "legend" }, ...Object.entries(VIEW_ACTIONS).map(([a, text]) => makeButton(a, text)), note),
+  );
+  el.append(root);
+
+  // ------------------------------------------------------------------ deciding
+  function perform(action) {
+    if (action in decisions) decide(...decisions[action]);
+    else if (action === "undo") undo();
+    else if (action === "note") note.focus();
+    else if (item) change(action);
+  }
+
+  function decide(label, reason) {
+    if (!shown || (pending && !pending.late)) return; // not on screen yet, or not yet saved
+    if (shown.error && label !== "skip") return say("This picture cannot be shown: skip it.", true);
+    const { place, id } = shown;
+    const ms = Math.round(performance.now() - shownAt);
+    submit({ kind: "label", place, id, label, reason, note: note.value.trim(), ms });
+  }
+
+  function undo() {
+    if (pending && !pending.late) return;
+    if (state && (shown || state.place === null)) submit({ kind: "undo" });
+  }
+
+  function submit(content) {
+    const timer = setTimeout(() => {
+      pending.late = true;
+      setSave("failed", "NOT SAVED");
+      say(
+        "The kernel does not answer: it is busy, or gone. This picture is not saved yet. " +
+          "If the kernel was restarted, run the notebook again: it goes on at this picture.",
+        true,
+      );
+    }, SLOW_MS);
+    if (pending) clearTimeout(pending.timer);
+    pending = { timer };
+    setSave("saving", "saving …");
+    try {
+      model.send(content);
+    } catch (error) {
+      settle();
+      setSave("failed", "NOT SAVED");
+      say(`Not saved: the notebook has lost its kernel (${error.message}). Run it again.`, true);
+    }
+  }
+
+  function settle() {
+    if (pending) clearTimeout(pending.timer);
+    pending = null;
+  }
+
+  // ------------------------------------------------------------------ messages
+  function onMessage(content, buffers) {
+    if (content.kind === "item") return receiveItem(content, buffers);
+    settle();
+    if (content.kind === "failed") {
+      setSave("failed", "NOT SAVED");
+      return say(content.message, true);
+    }
+    const first = state === null;
+    state = content;
+    const last = state.last && (state.last.reason ?? `${state.last.label}ed`.replace("skiped", "skipped"));
+    setSave("saved", state.notice || (last && !first ? `saved: ${last}` : "saved"));
+    say("");
+    showFigures();
+    prefetch();
+    showPlace();
+  }
+
+  async function receiveItem(content, buffers) {
+    const blobs = (content.types ?? []).map((type, i) => new Blob([buffers[i]], { type }));
+    const entry = { ...content, bitmaps: await Promise.all(blobs.map((blob) => createImageBitmap(blob))) };
+    entry.path = makePath(content.outline ?? []);
+    asked.delete(content.place);
+    forget(content.place);
+    cache.set(content.place, entry);
+    if (state && content.place === state.place) showPlace();
+  }
+
+  function forget(place) {
+    if (cache.get(place) === item) return; // on screen
+    cache.get(place)?.bitmaps.forEach((bitmap) => bitmap.close());
+    cache.delete(place);
+  }
+
+  function prefetch() {
+    const near = state.place === null ? [] : [state.place, ...state.upcoming];
+    const behind = [...cache.keys()].filter((p) => !near.includes(p)).sort((a, b) => a - b);
+    behind.slice(0, -KEPT_BEHIND).forEach(forget);
+    const places = near.filter((place) => !cache.has(place) && !asked.has(place));
+    places.forEach((place) => asked.add(place));
+    if (places.length) model.send({ kind: "want", places });
+  }
+
+  // ------------------------------------------------------------------ showing
+  function say(text, bad = false) {
+    message.textContent = text;
+    message.classList.toggle("bad", bad);
+  }
+
+  function setSave(kind, text) {
+    root.dataset.save = kind;
+    save.textContent = text;
+  }
+
+  function showFigures() {
+    const { done, wanted, accepted, rejected, skipped, rate, seconds_left: left } = state;
+    count.textContent = `${done} of ${wanted}`;
+    filled.style.width = `${Math.min(100, (100 * done) / Math.max(1, wanted))}%`;
+    const parts = [];
+    if (accepted + rejected) parts.push(`${Math.round((100 * accepted) / (accepted + rejected))} % accepted`);
+    if (skipped) parts.push(`${skipped} skipped`);
+    if (rate) parts.push(`${Math.round(rate)} a minute`);
+    if (left) parts.push(left < 90 ? `${Math.round(left)} s left` : `${Math.round(left / 60)} min left`);
+    figures.textContent = [...parts, annotator].join("  ·  ");
+    figures.title = state.file;
+    if (done >= wanted && state.place !== null) say("All the labels wanted are there. You may go on, or run the cells below.");
+  }
+
+  function showPlace() {
+    const finished = state.place === null;
+    root.classList.toggle("done", finished);
+    if (finished) {
+      shown = item = null;
+      root.dataset.place = root.dataset.id = "";
+      const end = make("strong", {}, state.wanted ? "All labelled." : "There is nothing to label.");
+      veil.replaceChildren(end, make("span", {}, `Run the cells below, or press ${keys.undo} to take back the last decision.`));
+      return;
+    }
+    const next = cache.get(state.place);
+    if (!next || (shown && shown === next)) {
+      if (!next) hold();
+      return;
+    }
+    hold();
+    item = next;
+    Object.assign(look, { swapped: false, difference: false });
+    note.value = "";
+    view = null;
+    draw();
+    if (next.error) say(`This picture cannot be shown, skip it: ${next.error}`, true);
+    afterPaint(() => {
+      if (item !== next || state.place !== next.place) return;
+      shown = next;
+      shownAt = performance.now();
+      root.dataset.place = next.place;
+      root.dataset.id = next.id;
+      root.classList.remove("waiting");
+    });
+  }
+
+  function hold() {
+    shown = null;
+    root.dataset.place = "";
+    root.classList.add("waiting");
+  }
+
+  function change(action) {
+    if (action === "mask") look.mask = (look.mask + 1) % MASK_MODES.length;
+    else if (action === "flicker") look.swapped = !look.swapped;
+    else look[action] = !look[action];
+    if (action === "zoom") view = null;
+    draw();
+  }
+
+  function fitView(width, height) {
+    let [x0, y0, x1, y1] = [0, 0, ...item.size];
+    if (look.zoom) {
+      const margin = 0.3 * Math.max(item.box[2] - item.box[0], item.box[3] - item.box[1]) + 2;
+      x0 = Math.max(0, item.box[0] - margin);
+      y0 = Math.max(0, item.box[1] - margin);
+      x1 = Math.min(item.size[0], item.box[2] + margin);
+      y1 = Math.min(item.size[1], item.box[3] + margin);
+    }
+    const scale = Math.min(width / (x1 - x0), height / (y1 - y0));
+    return { cx: (x0 + x1) / 2, cy: (y0 + y1) / 2, scale };
+  }
+
+  function draw() {
+    const tall = Math.max(220, window.innerHeight - 310);
+    const height = Math.round(Math.min(panes[0].figure.clientWidth, tall));
+    const ratio = window.devicePixelRatio || 1;
+    for (const { side, canvas, caption, figure } of panes) {
+      const width = figure.clientWidth;
+      canvas.style.height = `${height}px`;
+      const [w, h] = [Math.round(width * ratio), Math.round(height * ratio)];
+      if (canvas.width !== w || canvas.height !== h) Object.assign(canvas, { width: w, height: h });
+      const context = canvas.getContext("2d");
+      context.setTransform(1, 0, 0, 1, 0, 0);
+      context.clearRect(0, 0, w, h);
+      if (!item || item.error || !width) continue;
+      view ??= fitView(width, height);
+      const scale = view.scale * ratio;
+      context.setTransform(scale, 0, 0, scale, w / 2 - view.cx * scale, h / 2 - view.cy * scale);
+      context.imageSmoothingEnabled = !look.pixels;
+      context.imageSmoothingQuality = "high";
+      const showsSource = side === 0 || look.swapped;
+      paint(context, showsSource ? 0 : 1, scale);
+      if (side === 1 && look.difference) paintDifference(context, scale, canvas);
+      else paintMask(context, side === 0, scale, ratio);
+      caption.textContent = side === 1 && look.difference ? "difference × 4" : showsSource ? "source" : "removal";
+      canvas.setAttribute("aria-label", caption.textContent);
+      figure.classList.toggle("swapped", side === 1 && (look.swapped || look.difference));
+    }
+    for (const action of ["zoom", "difference", "pixels"]) buttons[action].setAttribute("aria-pressed", look[action]);
+    buttons.flicker.setAttribute("aria-pressed", look.swapped);
+    buttons.mask.setAttribute("aria-pressed", look.mask !== 0);
+    buttons.mask.lastChild.textContent = `Mask: ${MASK_MODES[look.mask]}`;
+  }
+
+  function paint(context, which, scale) {
+    const [width, height] = item.size;
+    context.drawImage(item.bitmaps[which], 0, 0, width, height);
+    if (item.crop && scale > item.bitmaps[which].width / width) {
+      const [x0, y0, x1, y1] = item.crop; // full resolution, only where it was sent
+      context.drawImage(item.bitmaps[which + 2], x0, y0, x1 - x0, y1 - y0);
+    }
+  }
+
+  function paintDifference(context, scale, canvas) {
+    context.globalCompositeOperation = "difference";
+    paint(context, look.swapped ? 1 : 0, scale);
+    context.setTransform(1, 0, 0, 1, 0, 0);
+    context.globalCompositeOperation = "lighter";
+    context.drawImage(canvas, 0, 0);
+    context.drawImage(canvas, 0, 0);
+    context.globalCompositeOperation = "source-over";
+  }
+
+  function paintMask(context, isSource, scale, ratio) {
+    const mode = MASK_MODES[look.mask];
+    if (mode === "off" || (mode !== "both" && !isSource)) return;
+    if (mode === "fill") {
+      context.fillStyle = "rgba(255, 0, 110, 0.45)";
+      context.fill(item.path, "evenodd");
+    }
+    for (const [colour, width] of [["rgba(0, 0, 0, 0.75)", 3.5], ["#ffe14d", 1.5]]) {
+      context.strokeStyle = colour; // dark under bright: seen on any background
+      context.lineWidth = (width * ratio) / scale;
+      context.stroke(item.path);
+    }
+  }
+
+  // ------------------------------------------------------------------ keys, mouse
+  const byKey = Object.fromEntries(Object.entries(keys).map(([action, key]) => [key, action]));
+  byKey[" "] ??= "flicker";
+
+  function findAction(event) {
+    const key = event.key.toLowerCase();
+    if (key in byKey) return byKey[key];
+    // A keyboard that is not Latin: the key in the same place.
+    const code = /^[\x20-\x7e]$/.test(key) ? "" : event.code.replace(/^(Key|Digit|Numpad)/, "").toLowerCase();
+    return byKey[code];
+  }
+
+  function onKeyDown(event) {
+    event.stopPropagation(); // a notebook's own shortcuts (d d deletes a cell) stay out of this
+    if (event.ctrlKey || event.metaKey || event.altKey) {
+      if (event.key.toLowerCase() === "s") event.preventDefault(); // labels are saved anyway
+      return;
+    }
+    if (event.target === note) {
+      if (event.key === "Escape") note.value = "";
+      if (event.key === "Escape" || (event.key === "Enter" && !event.isComposing)) root.focus({ preventScroll: true });
+      return;
+    }
+    if (event.key === " " && event.target.tagName === "BUTTON") return;
+    const action = findAction(event);
+    if (!action) return;
+    event.preventDefault();
+    if (event.repeat) return;
+    if (action === "flicker") flickerDown = performance.now();
+    perform(action);
+  }
+
+  function onKeyUp(event) {
+    event.stopPropagation();
+    if (event.target === note || findAction(event) !== "flicker" || !flickerDown || !item) return;
+    if (performance.now() - flickerDown > HOLD_MS) change("flicker");
+    flickerDown = 0;
+  }
+
+  root.addEventListener("keydown", onKeyDown);
+  root.addEventListener("keyup", onKeyUp);
+  root.addEventListener("mousedown", (event) => {
+    if (event.target === note || message.contains(event.target)) return;
+    event.preventDefault(); // a clicked button does not keep the focus: the next Space is no click
+    root.focus({ preventScroll: true });
+  });
+  for (const { canvas } of panes) {
+    canvas.addEventListener("pointerdown", (event) => canvas.setPointerCapture(event.pointerId));
+    canvas.addEventListener("pointermove", (event) => {
+      if (!view || !(event.buttons & 1)) return;
+      view.cx -= event.movementX / view.scale;
+      view.cy -= event.movementY / view.scale;
+      draw();
+    });
+    canvas.addEventListener(
+      "wheel",
+      (event) => {
+        if (!view || !root.contains(document.activeElement)) return;
+        event.preventDefault();
+        const area = canvas.getBoundingClientRect();
+        const [dx, dy] = [event.clientX - area.left - area.width / 2, event.clientY - area.top - area.height / 2];
+        const scale = Math.min(64, Math.max(0.05, view.scale * Math.exp(-event.deltaY / 400)));
+        view.cx += dx / view.scale - dx / scale;
+        view.cy += dy / view.scale - dy / scale;
+        view.scale = scale;
+        draw();
+      },
+      { passive: false },
+    );
+  }
+
+  const resized = new ResizeObserver(() => {
+    view = null;
+    draw();
+  });
+  resized.observe(panes[0].figure);
+  model.on("msg:custom", onMessage);
+  setSave("saving", "opening …");
+  model.send({ kind: "ready" });
+
+  return () => {
+    model.off("msg:custom", onMessage);
+    resized.disconnect();
+    settle();
+    item = null;
+    [...cache.keys()].forEach(forget);
+  };
+}
+
+export default { render };

@@ -1,0 +1,300 @@
+"""The annotation widget: removals judged by keyboard in JupyterLab and VS Code notebooks.
+
+It shows what RORem's annotators saw, source and mask beside the removal (RORem, sec. 3.2), and
+keeps nothing itself: each decision goes to the `LabelLog` it was given and the picture moves only
+after the log has it on the disk. The browser side is `annotator.js` and `annotator.css`.
+
+Messages from the browser: `ready`, `want` (places), `label`, `undo`. Messages to the browser:
+`state` (where we are, figures), `item` (pictures of one place), `failed` (what was not saved).
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import anywidget
+import numpy as np
+import traitlets
+from PIL import Image
+from skimage.measure import approximate_polygon, find_contours
+
+from rorem_lib.label_log import (
+    DECISIONS,
+    REASONS,
+    Label,
+    LabelError,
+    LabelLog,
+    hash_content,
+    split_stale,
+)
+from rorem_lib.labels import QueueItem
+from rorem_lib.triplets import Triplet, load_images
+
+logger = logging.getLogger(__name__)
+
+KEYS = {
+    "accept": "a",
+    "reject": "x",
+    **{f"reason_{place}": str(place) for place in range(1, len(REASONS) + 1)},
+    "skip": "s",
+    "undo": "u",
+    "flicker": "f",
+    "mask": "m",
+    "zoom": "z",
+    "difference": "d",
+    "pixels": "p",
+    "note": "n",
+}
+# A pause longer than this counts as this long in the rate.
+PAUSE_MS = 60_000
+RATE_WINDOW = 50
+
+
+class Annotator(anywidget.AnyWidget):
+    """Label the candidates of a queue by keyboard; reopening goes on at the first open item.
+
+    Args:
+        log: where decisions go; it decides what "saved" means.
+        queue: the annotator's places, as `labels.order_items` returns them.
+        triplets: the candidates (GT is the removal); must cover the queue.
+        wanted: number of decisions aimed at; 0 is the whole queue.
+        keys: action -> key, replaces single ones of `KEYS`.
+        prefetch: how many coming places the browser holds decoded.
+        view_size: longest side in pixels of what the browser gets; a larger picture's mask box
+            comes at full resolution besides.
+
+    Raises:
+        ValueError: a place without its candidate, an unknown action, a key given twice.
+    """
+
+    _esm = Path(__file__).with_name("annotator.js")
+    _css = Path(__file__).with_name("annotator.css")
+    settings = traitlets.Dict().tag(sync=True)
+
+    def __init__(
+        self,
+        log: LabelLog,
+        queue: Sequence[QueueItem],
+        triplets: Iterable[Triplet],
+        *,
+        wanted: int = 0,
+        keys: Mapping[str, str] | None = None,
+        prefetch: int = 8,
+        view_size: int = 1024,
+    ):
+        self._log = log
+        self._queue = list(queue)
+        self._triplets = {triplet.id: triplet for triplet in triplets}
+        lacking = [item.id for item in self._queue if item.id not in self._triplets]
+        if lacking:
+            raise ValueError(f"{len(lacking)} queued ids are no candidates (first: {lacking[0]})")
+        first_views = sum(not item.repeat for item in self._queue)
+        self._wanted = min(wanted, first_views) if wanted else first_views
+        self._prefetch, self._view_size = prefetch, view_size
+        self._contents: dict[int, str] = {}
+        self._decided: dict[int, Label] = {}  # in the order of the decisions: undo takes the last
+        self._resume()
+        self._place = self._find_open(0)
+        self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="annotator")
+        super().__init__(
+            settings={
+                "keys": _merge_keys(keys or {}),
+                "reasons": list(REASONS),
+                "annotator": log.annotator,
+                "prefetch": prefetch,
+            }
+        )
+        self.on_msg(lambda _, content, buffers: self.receive(content))
+
+    def _resume(self) -> None:
+        places = {(item.id, item.repeat): place for place, item in enumerate(self._queue)}
+        labels, stale = split_stale(self._log.read(), self._triplets.values())
+        if stale:
+            logger.warning("%d labels of removals that are gone do not count", len(stale))
+        for label in labels:
+            if (label.id, label.repeat) in places:
+                self._decided[places[label.id, label.repeat]] = label
+
+    def _find_open(self, start: int) -> int | None:
+        count = len(self._queue)
+        around = ((start + step) % count for step in range(count))
+        return next((place for place in around if place not in self._decided), None)
+
+    def close(self) -> None:
+        """Close the widget and its workers."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        super().close()
+
+    # ---------------------------------------------------------------------- messages
+
+    def receive(self, content: dict) -> None:
+        """Answer one message of the browser (see the module's head)."""
+        kind = content.get("kind")
+        if kind == "want":
+            for place in content["places"]:
+                self._pool.submit(self._send_item, int(place))
+        elif kind == "ready":
+            self._send_state()
+        elif kind in ("label", "undo"):
+            try:
+                notice = self._label(content) if kind == "label" else self._undo()
+            except LabelError as error:
+                self.send({"kind": "failed", "message": str(error), "place": content.get("place")})
+            else:
+                self._send_state(notice)
+
+    def _label(self, content: dict) -> str:
+        place = content["place"]
+        if place != self._place or content["id"] != self._queue[place].id:
+            # The browser is behind, for example with two views open: nothing is written blindly.
+            known = self._decided.get(place)
+            return f"not taken: this picture is labelled already ({known.label})" if known else ""
+        if content["label"] not in DECISIONS:
+            raise LabelError(f"{content['label']!r} is no decision")
+        item = self._queue[place]
+        label = self._log.append(
+            item.id,
+            content["label"],
+            reason=content.get("reason"),
+            note=content.get("note") or None,
+            ms=int(content.get("ms", 0)),
+            content=self._contents.get(place, ""),
+            order=item.order,
+            repeat=item.repeat,
+        )
+        self._decided.pop(place, None)
+        self._decided[place] = label
+        self._place = self._find_open(place)
+        return ""
+
+    def _undo(self) -> str:
+        if not self._decided:
+            return "there is nothing to undo"
+        place = next(reversed(self._decided))
+        self._log.undo(self._queue[place].id)
+        was = self._decided.pop(place)
+        self._place = place
+        return f"taken back: {was.label}"
+
+    def _send_state(self, notice: str = "") -> None:
+        self.send({"kind": "state", "notice": notice, **self.measure_progress()})
+
+    def _send_item(self, place: int) -> None:
+        item = self._queue[place]
+        message = {"kind": "item", "place": place, "id": item.id}
+        try:
+            triplet = self._triplets[item.id]
+            self._contents[place] = hash_content(triplet.gt)
+            info, pictures = encode_item(triplet, view_size=self._view_size)
+            self.send(message | info, pictures)
+        except Exception as error:  # a broken file must not stop the other 9,999
+            logger.warning("cannot show %s: %s", item.id, error)
+            self.send(message | {"error": str(error)})
+
+    def measure_progress(self) -> dict:
+        """Where the session stands.
+
+        Returns:
+            place and id on show (None when all is done), upcoming places, done, wanted, counts
+            of decisions, rate a minute, seconds left, the last decision.
+        """
+        first = {p: x for p, x in self._decided.items() if not self._queue[p].repeat}
+        counts = Counter(label.label for label in first.values())
+        recent = [min(x.ms, PAUSE_MS) for x in list(self._decided.values())[-RATE_WINDOW:] if x.ms]
+        rate = 60_000 * len(recent) / sum(recent) if recent else None
+        left = max(0, self._wanted - counts["accept"] - counts["reject"])
+        last = next(reversed(self._decided.values()), None)
+        opened = (p for p in range(len(self._queue)) if p not in self._decided)
+        place = self._place
+        if place is not None:
+            opened = (p for p in range(place + 1, len(self._queue)) if p not in self._decided)
+        return {
+            "place": place,
+            "id": None if place is None else self._queue[place].id,
+            "upcoming": [p for p, _ in zip(opened, range(self._prefetch), strict=False)],
+            "done": counts["accept"] + counts["reject"],
+            "wanted": self._wanted,
+            "accepted": counts["accept"],
+            "rejected": counts["reject"],
+            "skipped": counts["skip"],
+            "rate": rate,
+            "seconds_left": 60 * left / rate if rate else None,
+            "last": last and {"label": last.label, "reason": last.reason},
+            "file": str(self._log.path),
+        }
+
+
+def _merge_keys(changed: Mapping[str, str]) -> dict[str, str]:
+    unknown = set(changed) - set(KEYS)
+    if unknown:
+        raise ValueError(
+            f"no such action: {', '.join(sorted(unknown))}; there are {', '.join(KEYS)}"
+        )
+    keys = {action: key.lower() for action, key in {**KEYS, **changed}.items()}
+    twice = [key for key, count in Counter(keys.values()).items() if count > 1]
+    if twice:
+        raise ValueError(f"one key, two actions: {', '.join(map(repr, twice))}")
+    return keys
+
+
+# -------------------------------------------------------------------------- pictures
+
+
+def encode_item(triplet: Triplet, *, view_size: int = 1024) -> tuple[dict, list[bytes]]:
+    """What the browser needs to show one candidate.
+
+    Returns:
+        info: `size` [width, height], `box` of the mask [x0, y0, x1, y1] and `outline` (closed
+            polygons [x0, y0, x1, y1, ...]), all in pixels of the source; `types`, one a picture;
+            `crop` [x0, y0, x1, y1] if full-resolution crops were added.
+        pictures: source, removal and, for large pictures, the crops of both.
+    """
+    images = load_images(triplet)
+    source, removal = Image.fromarray(images["source"]), Image.fromarray(images["gt"])
+    if removal.size != source.size:
+        removal = removal.resize(source.size, Image.Resampling.LANCZOS)
+    mask = np.asarray(images["mask"]) >= 128
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    box = [0, 0, *source.size]
+    if len(rows):
+        box = [int(x) for x in (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)]
+    info = {"size": list(source.size), "box": box, "outline": trace_mask(mask)}
+    shown = [source, removal]
+    if max(source.size) > view_size:
+        shown = [image.copy() for image in shown]
+        for image in shown:
+            image.thumbnail((view_size, view_size), Image.Resampling.LANCZOS)
+        margin = max(box[2] - box[0], box[3] - box[1]) // 4
+        crop = [max(0, box[0] - margin), max(0, box[1] - margin)]
+        crop += [min(source.width, box[2] + margin), min(source.height, box[3] + margin)]
+        shown += [source.crop(crop), removal.crop(crop)]
+        info["crop"] = crop
+    encoded = [_encode_image(image) for image in shown]
+    return info | {"types": [kind for kind, _ in encoded]}, [data for _, data in encoded]
+
+
+def trace_mask(mask: np.ndarray) -> list[list[float]]:
+    """Outlines of a mask [H, W] bool as closed polygons [x0, y0, x1, y1, ...] in pixels.
+
+    Coordinates run from 0 to W and 0 to H: pixel i covers i to i + 1.
+    """
+    outlines = []
+    for contour in find_contours(np.pad(mask, 1).astype(np.float32), 0.5):
+        # find_contours counts from pixel centres, and the padding shifts by one: -1 + 0.5.
+        points = approximate_polygon(contour, tolerance=0.35)[:, ::-1] - 0.5
+        outlines.append(np.round(points, 2).ravel().tolist())
+    return outlines
+
+
+def _encode_image(image: Image.Image) -> tuple[str, bytes]:
+    stream = io.BytesIO()
+    if image.width * image.height <= 256 * 256:  # small: lossless costs nothing
+        image.save(stream, "PNG", compress_level=1)
+        return "image/png", stream.getvalue()
+    image.save(stream, "JPEG", quality=93, subsampling=0)
+    return "image/jpeg", stream.getvalue()

@@ -1,0 +1,256 @@
+"""The discriminator: learns from people's labels whether a removal succeeded (RORem, sec. 3.2).
+
+    python -m rorem_lib.discriminator --meta_path scored/meta.json --output_dir runs/mine
+
+The frozen down and mid blocks of an SDXL-inpainting UNet, with LoRA, read [removal's latents |
+mask | source's latents] at timestep 0; a small convolutional head turns their features into one
+logit. Differences from upstream, each on purpose: the head is trained (upstream freezes it by
+accident), the loss is binary cross-entropy (a sigmoid is a probability, softplus is not), and the
+head pools over space, so that any picture size has one score.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import Dataset
+
+from rorem_lib import latent_cache, loop, sdxl
+from rorem_lib.files import read_json, write_json
+from rorem_lib.triplets import Triplet, load_images, read_triplets
+
+LORA_FILE, HEAD_FILE = "pytorch_lora_weights.safetensors", "head.safetensors"
+
+
+@dataclass
+class DiscriminatorConfig(loop.LoopConfig):
+    """Train the discriminator on labelled removals.
+
+    Attributes:
+        meta_path: scored sets (`score` 1 accepted, 0 rejected).
+        pretrained_model_name_or_path: whose UNet's down and mid blocks are used.
+        revision: the Hub revision.
+        resolution: side of the pictures, px.
+        random_flip: mirror each sample with probability one half.
+        rank: LoRA rank.
+        lora_targets: names of the layers that get LoRA.
+        head_channels: width of the convolutional head.
+        untouched_share: share of the samples in which the source itself is shown as a failed
+            removal, so that an untouched object is always known.
+        balance_classes: weigh accepted and rejected equally whatever their counts.
+        latent_cache_dir: where latents are cached; empty is `$ROREM_CACHE/latents`.
+    """
+
+    output_dir: str = "runs/alone/05_train_discriminator/training"
+    meta_path: list[str] = field(default_factory=lambda: ["builtin:candidates"])
+    pretrained_model_name_or_path: str = "builtin"
+    revision: str = ""
+    resolution: int = 64
+    random_flip: bool = True
+    rank: int = 4
+    lora_targets: list[str] = field(
+        default_factory=lambda: ["to_k", "to_q", "to_v", "to_out.0"])
+    head_channels: int = 128
+    untouched_share: float = 0.05
+    balance_classes: bool = False
+    latent_cache_dir: str = ""
+    max_train_steps: int = 300
+    learning_rate: float = 5e-4
+
+
+class Discriminator(nn.Module):
+    """Down and mid blocks with LoRA and a trained head; `forward` gives logits.
+
+    Args:
+        pipe: the pipeline whose UNet is used; its up blocks are dropped.
+        rank: LoRA rank.
+        lora_targets: layers with LoRA.
+        head_channels: the head's width.
+        origin: what to write into the saved config as the base model.
+    """
+
+    def __init__(self, pipe, *, rank: int, lora_targets: list[str], head_channels: int,
+                 origin: dict):
+        super().__init__()
+        self.settings = {"rank": rank, "lora_targets": list(lora_targets),
+                         "head_channels": head_channels, **origin}
+        self.pipe = [pipe]  # in a list: its other parts are not this module's parameters
+        unet = pipe.unet
+        unet.up_blocks = nn.ModuleList()
+        unet.conv_norm_out = None
+        unet.conv_out = nn.Identity()  # the UNet's own forward now ends with the mid features
+        unet.requires_grad_(False)
+        unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian",
+                                    target_modules=list(lora_targets)))
+        for name, parameter in unet.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+        self.unet = unet
+        width = unet.config.block_out_channels[-1]
+        groups = min(32, head_channels // 4)
+        self.head = nn.Sequential(
+            nn.Conv2d(width, head_channels, 3, padding=1),
+            nn.GroupNorm(groups, head_channels), nn.SiLU(),
+            nn.Conv2d(head_channels, head_channels, 3, stride=2, padding=1),
+            nn.GroupNorm(groups, head_channels), nn.SiLU())
+        self.classify = nn.Linear(2 * head_channels, 1)
+        embeds, pooled = sdxl.encode_prompt(pipe)
+        self.register_buffer("embeds", embeds, persistent=False)
+        self.register_buffer("pooled", pooled, persistent=False)
+
+    @property
+    def vae(self):
+        """The frozen autoencoder that makes this model's inputs."""
+        return self.pipe[0].vae
+
+    def forward(self, removal, mask, source):
+        """Logits [B] from latents removal, source [B, 4, h, w] and mask [B, 1, h, w] in {0, 1}."""
+        count = len(removal)
+        side = removal.shape[-1] * self.pipe[0].vae_scale_factor
+        added = {"text_embeds": self.pooled.expand(count, -1),
+                 "time_ids": sdxl.make_time_ids(side, side, count, device=removal.device)}
+        features = self.unet(torch.cat([removal, mask, source], dim=1),
+                             torch.zeros(count, dtype=torch.long, device=removal.device),
+                             self.embeds.expand(count, -1, -1), added_cond_kwargs=added).sample
+        features = self.head(features)
+        pooled = torch.cat([features.mean(dim=(2, 3)), features.amax(dim=(2, 3))], dim=1)
+        return self.classify(pooled)[:, 0]
+
+    def save_pretrained(self, folder) -> None:
+        """Write LoRA, head and `config.json`; the frozen blocks stay with their base model."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.contiguous() for k, v in get_peft_model_state_dict(self.unet).items()},
+                  folder / LORA_FILE)
+        head = {f"head.{k}": v for k, v in self.head.state_dict().items()}
+        head |= {f"classify.{k}": v for k, v in self.classify.state_dict().items()}
+        save_file({k: v.contiguous() for k, v in head.items()}, folder / HEAD_FILE)
+        write_json(folder / "config.json", self.settings)
+
+    @classmethod
+    def from_pretrained(cls, model_id: str, *, device="cpu",
+                        revision: str | None = None) -> Discriminator:
+        """Open a discriminator that `save_pretrained` wrote (a folder or a Hub id).
+
+        Raises:
+            FileNotFoundError: the folder is not a discriminator's.
+        """
+        folder = Path(model_id)
+        if not folder.is_dir() and not folder.is_absolute() and str(model_id).count("/") == 1:
+            from huggingface_hub import snapshot_download
+
+            folder = Path(snapshot_download(model_id, revision=revision))
+        if not (folder / HEAD_FILE).is_file():
+            raise FileNotFoundError(f"{folder} holds no discriminator (no {HEAD_FILE})")
+        settings = read_json(folder / "config.json")
+        model = cls(sdxl.load_pipeline(settings["base_model"],
+                                       revision=settings.get("revision") or None),
+                    rank=settings["rank"], lora_targets=settings["lora_targets"],
+                    head_channels=settings["head_channels"],
+                    origin={k: settings.get(k) for k in ("base_model", "revision", "resolution")})
+        set_peft_model_state_dict(model.unet, load_file(folder / LORA_FILE))
+        model.load_state_dict(load_file(folder / HEAD_FILE), strict=False)
+        model.pipe[0].vae.to(device)
+        return model.to(device).eval()
+
+
+class _ScoredLatents(Dataset):
+    """Labelled removals by global position: removal, mask, source latents and label."""
+
+    def __init__(self, cache, labels, config):
+        self.cache, self.labels, self.config = cache, labels, config
+        self.order = loop.Order(len(labels), config.seed)
+
+    def __len__(self):
+        return sys.maxsize
+
+    def __getitem__(self, position):
+        rng = np.random.default_rng([self.config.seed, 3, position])
+        index = self.order.find_index(position)
+        twin = int(self.config.random_flip and rng.random() < 0.5)
+        sample = {name: np.array(getattr(self.cache, name)[index, twin], dtype=np.float32)
+                  for name in ("gt", "mask", "source")}
+        label = self.labels[index]
+        if rng.random() < self.config.untouched_share:
+            sample["gt"], label = sample["source"], 0.0
+        return {**sample, "label": np.float32(label)}
+
+
+class DiscriminatorObjective(loop.Objective):
+    """Binary cross-entropy on people's decisions."""
+
+    def build_model(self):
+        config = self.config
+        pipe = sdxl.load_pipeline(config.pretrained_model_name_or_path, device=self.device,
+                                  revision=config.revision or None)
+        origin = {"base_model": config.pretrained_model_name_or_path,
+                  "revision": config.revision, "resolution": config.resolution}
+        self.vae = pipe.vae
+        return Discriminator(pipe, rank=config.rank, lora_targets=config.lora_targets,
+                             head_channels=config.head_channels, origin=origin).train()
+
+    def make_dataset(self):
+        config = self.config
+        triplets = [t for t in read_triplets(config.meta_path) if "score" in t.extra]
+        labels = np.array([float(t.extra["score"] >= 0.5) for t in triplets])
+        if len(set(labels.tolist())) < 2:
+            raise ValueError(f"{config.meta_path}: a discriminator learns from accepted and "
+                             f"rejected removals; of {len(labels)} labelled ones "
+                             f"{int(labels.sum())} are accepted")
+        self.positive_weight = ((1 - labels.mean()) / labels.mean() if config.balance_classes
+                                else 1.0)
+        self.metrics |= {"train_size": len(labels), "accepted_share": float(labels.mean())}
+        cache = latent_cache.open_cache(triplets, self.vae, size=config.resolution,
+                                        root=config.latent_cache_dir)
+        return _ScoredLatents(cache, labels, config)
+
+    def compute_loss(self, model, batch):
+        logits = model(batch["gt"], batch["mask"], batch["source"]).float()
+        weight = torch.as_tensor(self.positive_weight, dtype=torch.float32, device=logits.device)
+        loss = F.binary_cross_entropy_with_logits(logits, batch["label"], pos_weight=weight)
+        hits = ((logits > 0) == (batch["label"] > 0.5)).float().mean()
+        return loss, {"accuracy": hits}
+
+    def save_model(self, model, folder):
+        model.save_pretrained(folder / "discriminator")
+
+
+@torch.no_grad()
+def score_triplets(discriminator: Discriminator, triplets: list[Triplet], *,
+                   batch_size: int = 64) -> np.ndarray:
+    """Uncalibrated probability 0..1 that each removal (a triplet's GT) succeeded, [N] float32."""
+    device = discriminator.embeds.device
+    size = discriminator.settings["resolution"]
+    scores = []
+    for begin in range(0, len(triplets), batch_size):
+        pictures = [load_images(t, size=size) for t in triplets[begin:begin + batch_size]]
+        source, removal = (sdxl.encode_images(discriminator.vae, sdxl.to_tensor(
+            np.stack([p[name] for p in pictures])).to(device)) for name in ("source", "gt"))
+        mask = torch.as_tensor(np.stack([p["mask"] for p in pictures]) >= 128)[:, None]
+        mask = sdxl.shrink_mask(mask.to(device), source)
+        scores.append(torch.sigmoid(discriminator(removal, mask, source)).cpu())
+    return torch.cat(scores).numpy() if scores else np.zeros(0, np.float32)
+
+
+def train_discriminator(config: DiscriminatorConfig) -> dict:
+    """Train and write `<output_dir>/discriminator`; returns `loop.train`'s metrics.
+
+    Raises:
+        ValueError: the labels are all of one kind.
+    """
+    return loop.train(DiscriminatorObjective(config), config)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    loop.run_job(train_discriminator, loop.parse_config(DiscriminatorConfig, arguments))
+
+
+if __name__ == "__main__":
+    main()

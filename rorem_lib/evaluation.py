@@ -1,0 +1,200 @@
+"""Evaluate removal methods on one test set: every method on the same pictures, with the same noise.
+
+Success is what RORem reports (Table 2), judged here by the simulated annotator against the hidden
+truth of the built-in scenes, and by the discriminator as in the paper. This module alone, with the
+simulated annotator, reads hidden truth.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from rorem_lib import metrics
+from rorem_lib.files import write_json, write_text
+from rorem_lib.intervals import compare_paired, wilson_interval
+from rorem_lib.methods import SOURCE, Method, MethodRun, make_methods, run_method
+from rorem_lib.pictures import load_image
+from rorem_lib.simulated_annotator import judge_removal
+from rorem_lib.sources.builtin_sets import read_truth
+from rorem_lib.triplets import Triplet, load_images, read_triplets
+
+__all__ = ["Method", "MethodRun", "Evaluation", "make_methods", "run_method", "evaluate",
+           "summarise_method", "audit_acceptance", "compare_paired", "wilson_interval"]
+
+logger = logging.getLogger(__name__)
+
+MEASURES = ("psnr_hole", "psnr_shadow", "psnr_background", "ssim_hole", "lpips_hole")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` measured.
+
+    Attributes:
+        results: one row a method and picture (`results.csv`), the untouched source included.
+        methods: one dict a method, rates from 0 to 1 (`methods.json`).
+        source: the untouched source's measures, the zero of every PSNR.
+        paths: method name -> id -> removal's file.
+    """
+
+    results: pd.DataFrame
+    methods: list[dict]
+    source: dict
+    paths: dict[str, dict[str, Path]]
+
+
+def evaluate(methods: Sequence[Method], test_meta, hidden_dir, output_dir, *, discriminator=None,
+             calibration=None, success_threshold: float | None = None, limit: int | None = None,
+             batch_size: int = 16, lpips: str = "") -> Evaluation:
+    """Run and measure all methods; write `results.csv` and `methods.json` to `output_dir`.
+
+    Args:
+        methods: from `make_methods`.
+        test_meta: the test set; its GT, where it has one, stands in for a missing hidden truth.
+        hidden_dir: hidden truth of the built-in scenes, or None: nothing is judged then.
+        output_dir: removals go to its `removals/`.
+        discriminator: a `Discriminator`, or None.
+        calibration: an `acceptance.Calibration` of its scores, or None for raw scores.
+        success_threshold: least probability that counts as a success (the stage's
+            `rate_threshold`); 0.5 without it.
+        limit: evaluate the first so many pictures only; None or 0 for all.
+        lpips: the LPIPS network ("alex", "squeeze", "vgg"), "" for none.
+
+    Raises:
+        ValueError: there are no methods or no pictures.
+    """
+    output_dir = Path(output_dir)
+    triplets = read_triplets(test_meta, require_gt=False)[:limit or None]
+    if not methods or not triplets:
+        raise ValueError(f"nothing to evaluate: {len(methods)} methods on {len(triplets)} pictures")
+    if lpips and (reason := metrics.load_lpips(lpips)[1]):
+        logger.warning(reason)
+    runs = {m.name: run_method(m, triplets, output_dir / "removals", batch_size=batch_size)
+            for m in methods}
+    rows = []
+    for triplet in triplets:
+        rows += _measure_item(triplet, runs, hidden_dir, lpips)
+    results = pd.DataFrame(rows)
+    order = {name: n for n, name in enumerate([SOURCE, *runs])}
+    results = results.sort_values("method", key=lambda c: c.map(order), kind="stable",
+                                  ignore_index=True)
+    if discriminator is not None:
+        _add_scores(results, triplets, runs, discriminator, calibration, success_threshold)
+    summaries = [{**asdict(m), **summarise_method(results[results.method == m.name]),
+                  "seconds_per_image": runs[m.name].seconds_per_image,
+                  "unet_calls": runs[m.name].unet_calls} for m in methods]
+    source = summarise_method(results[results.method == SOURCE])
+    write_text(output_dir / "results.csv", results.to_csv(index=False))
+    write_json(output_dir / "methods.json", summaries)
+    return Evaluation(results, summaries, {k: source[k] for k in MEASURES},
+                      {name: run.paths for name, run in runs.items()})
+
+
+def _measure_item(triplet: Triplet, runs: Mapping[str, MethodRun], hidden_dir,
+                  lpips: str) -> list[dict]:
+    """One picture's rows: the source's and every method's."""
+    pictures = load_images(triplet)
+    source, mask = pictures["source"], pictures["mask"]
+    truth = None if hidden_dir is None else read_truth(hidden_dir, triplet.id)
+    target = pictures["gt"] if truth is None else truth.truth
+    shadow = None if truth is None else truth.shadow
+    rows = []
+    for name in (SOURCE, *runs):
+        result = source if name == SOURCE else load_image(runs[name].paths[triplet.id])
+        row = {"method": name, "id": triplet.id, "group": triplet.group,
+               "family": triplet.extra.get("family"), "effect": triplet.extra.get("effect"),
+               "accept": None, "reason": None, **dict.fromkeys(MEASURES)}
+        if target is not None:
+            row["psnr_hole"] = metrics.psnr_hole(result, target, mask)
+            row["psnr_background"] = metrics.psnr_background(result, target, mask, shadow)
+            row["ssim_hole"] = metrics.ssim_hole(result, target, mask)
+            if shadow is not None:
+                row["psnr_shadow"] = metrics.psnr_shadow(result, target, shadow, mask)
+            if lpips:
+                row["lpips_hole"] = metrics.lpips_hole(result, target, mask, net=lpips)
+        if truth is not None and name != SOURCE:
+            verdict = judge_removal(source, mask, result, truth)
+            row |= {"accept": bool(verdict.accept), "reason": verdict.reason,
+                    **{f"judge_{k}": v for k, v in verdict.measures.items()}}
+        rows.append(row)
+    return rows
+
+
+def _add_scores(results, triplets, runs, discriminator, calibration, threshold) -> None:
+    """Add the discriminator's `score`, `probability` and `accept_discriminator`, in place."""
+    from rorem_lib.discriminator import score_triplets
+
+    for name, run in runs.items():
+        removals = [replace(t, gt=run.paths[t.id]) for t in triplets]
+        scores = np.asarray(score_triplets(discriminator, removals), dtype=float)
+        probabilities = scores if calibration is None else calibration.apply(scores)
+        rows = results.index[results.method == name]  # in the triplets' order
+        results.loc[rows, "score"] = scores
+        results.loc[rows, "probability"] = probabilities
+        accepted = probabilities >= (0.5 if threshold is None else threshold)
+        results.loc[rows, "accept_discriminator"] = accepted.astype(float)
+
+
+def summarise_method(rows: pd.DataFrame) -> dict:
+    """One method's rates (0..1) with 95 % Wilson intervals, and its measures' means.
+
+    A measure that no picture has is None.
+    """
+    summary: dict = {"n": len(rows)}
+    for key, column in (("success", "accept"), ("discriminator", "accept_discriminator")):
+        answers = rows[column].dropna().astype(bool) if column in rows else pd.Series(dtype=bool)
+        rate = "success_rate" if key == "success" else "success_rate_discriminator"
+        summary[rate] = float(answers.mean()) if len(answers) else None
+        summary[f"{key}_interval"] = (list(wilson_interval(int(answers.sum()), len(answers)))
+                                      if len(answers) else None)
+    for name in MEASURES:
+        values = pd.to_numeric(rows[name]).dropna()
+        summary[name] = float(values.mean()) if len(values) else None
+    summary["n_shadow"] = int(pd.to_numeric(rows["psnr_shadow"]).notna().sum())
+    summary["failures"] = {str(k): int(v) for k, v in rows["reason"].value_counts().items()}
+    return summary
+
+
+def audit_acceptance(candidates, hidden_dir, accepted, *, sample: int = 200,
+                     seed: int = 0) -> dict:
+    """What automatic acceptance was worth, asked of the simulated annotator afterwards.
+
+    It feeds nothing back: no label is written, no candidate is moved. Two random samples are
+    judged, one of all candidates and one of the accepted.
+
+    Args:
+        candidates: triplets of a candidate set of the built-in scenes, or its meta path.
+        hidden_dir: their hidden truth.
+        accepted: ids of the accepted candidates.
+        sample: removals judged in each of the two samples at most.
+        seed: of the samples.
+
+    Returns:
+        `candidates_success_rate`, `accepted_precision` (0..1, None if nothing was accepted), each
+        with `_interval` (95 % Wilson) and `_n`; and `judged_by`: "simulated annotator".
+    """
+    if isinstance(candidates, (str, Path)):
+        candidates = read_triplets(candidates)
+    by_id, rng = {t.id: t for t in candidates}, np.random.default_rng(seed)
+    verdicts: dict[str, bool] = {}
+    audit: dict = {"judged_by": "simulated annotator"}
+    for name, ids in (("candidates_success_rate", list(by_id)),
+                      ("accepted_precision", [i for i in by_id if i in set(accepted)])):
+        drawn = rng.permutation(len(ids))[:sample]
+        for item in (ids[i] for i in drawn):
+            if item not in verdicts:
+                pictures = load_images(by_id[item])
+                verdicts[item] = bool(judge_removal(
+                    pictures["source"], pictures["mask"], pictures["gt"],
+                    read_truth(hidden_dir, item)).accept)
+        good = sum(verdicts[ids[i]] for i in drawn)
+        audit |= {name: good / len(drawn) if len(drawn) else None,
+                  f"{name}_interval": list(wilson_interval(good, len(drawn))),
+                  f"{name}_n": len(drawn)}
+    return audit

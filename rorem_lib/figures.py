@@ -1,0 +1,379 @@
+"""Every picture a notebook or the report shows: functions that return a matplotlib Figure.
+
+Colours are safe for colour-blind readers (Okabe and Ito) and belong to a method in every figure:
+rounds go from light to dark blue, the base model is black, controls are vermilion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import cv2
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE, GREY = (
+    "#1a1a1a", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7",
+    "#8a8a8a")
+_ROUNDS = ("#9bd0f2", "#00365a")  # the first round's blue and the last one's
+REASON_COLOURS = {"incomplete removal": BLACK, "object left": BLACK, "wrong content": VERMILION,
+                  "something invented": VERMILION, "colour shift": ORANGE, "blur": SKY,
+                  "blurred": SKY, "shadow left": PURPLE, "other": GREY}
+_SPARE = ("#44AA99", "#882255", "#999933", "#AA4499", "#661100", "#88CCEE")
+
+
+def assign_colours(methods: Sequence[Mapping]) -> dict[str, str]:
+    """A colour for each method, by what it is: name -> hex.
+
+    Args:
+        methods: dicts with `name`, and where known `kind`, `row`, `control`, `lora`, `scheduler`.
+    """
+    rounds = [m["name"] for m in methods if m.get("row") and not m.get("control")
+              and m["row"] != "base" and not _is_fast(m)]
+    shades = _blend(*_ROUNDS, len(rounds))
+    colours, spare = {}, list(_SPARE)
+    for method in methods:
+        name, kind = method["name"], method.get("kind", "remover")
+        if name in rounds:
+            colour = shades[rounds.index(name)]
+        elif method.get("control"):
+            colour = VERMILION
+        elif method.get("row") == "base":
+            colour = BLACK
+        elif kind in ("telea", "ns", "source"):
+            colour = {"telea": ORANGE, "ns": PURPLE, "source": GREY}[kind]
+        elif _is_fast(method):
+            colour = GREEN if method.get("lora") else "#B8A500"
+        else:
+            colour = BLACK
+        if colour in colours.values():  # a second control, a second model without a row, ...
+            colour = spare.pop(0) if spare else GREY
+        colours[name] = colour
+    return colours
+
+
+def _is_fast(method: Mapping) -> bool:
+    return bool(method.get("lora")) or method.get("scheduler") == "lcm"
+
+
+def _blend(first: str, last: str, count: int) -> list[str]:
+    ends = np.array([[int(c[i:i + 2], 16) for i in (1, 3, 5)] for c in (first, last)], float)
+    steps = np.linspace(0, 1, count)[:, None] if count > 1 else np.ones((count, 1))
+    return ["#" + "".join(f"{round(v):02x}" for v in row)
+            for row in ends[0] * (1 - steps) + ends[1] * steps]
+
+
+def _make_axes(width: float, height: float, columns: int = 1, rows: int = 1, **options):
+    """A figure of inches and its bare axes [rows * columns]."""
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    axes = figure.subplots(rows, columns, squeeze=False, **options).ravel()
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=9)
+        axis.grid(axis="both", color="#e6e6e6", linewidth=0.6)
+        axis.set_axisbelow(True)
+    return figure, axes
+
+
+# --------------------------------------------------------------------------------- pictures
+
+
+def plot_grid(pictures: Sequence[Sequence[np.ndarray | None]], *, column_titles: Sequence[str] = (),
+              row_titles: Sequence[str] = (), captions: Sequence[Sequence[str]] = (),
+              frames: Sequence[Sequence[str | None]] = (), cell: int = 128) -> Figure:
+    """Rows of pictures side by side.
+
+    Args:
+        pictures: rows of uint8 [H, W, 3] or [H, W]; None leaves a cell empty.
+        column_titles, row_titles: above and left of the grid.
+        captions: a short text under each picture, rows as in `pictures`.
+        frames: a colour around each picture, None for none.
+        cell: side of a cell in pixels; small pictures are enlarged without smoothing.
+    """
+    if not pictures or not any(len(row) for row in pictures):
+        raise ValueError("there are no pictures to show")
+    rows, columns = len(pictures), max(len(row) for row in pictures)
+    gap = max(6, cell // 16)
+    foot = 20 if captions else 0
+    step_x, step_y = cell + gap, cell + gap + foot
+    canvas = np.full((rows * step_y, columns * step_x, 3), 255, np.uint8)
+    for r, row in enumerate(pictures):
+        for c, picture in enumerate(row):
+            if picture is None:
+                continue
+            top, left = r * step_y + gap // 2, c * step_x + gap // 2
+            frame = frames[r][c] if frames else None
+            if frame:
+                edge = max(2, gap // 2 - 1)
+                canvas[top - edge:top + cell + edge, left - edge:left + cell + edge] = [
+                    int(frame[i:i + 2], 16) for i in (1, 3, 5)]
+            canvas[top:top + cell, left:left + cell] = _fit_cell(picture, cell)
+    dpi, head, side = 100, 22 * bool(column_titles), 78 * bool(row_titles)
+    height, width = canvas.shape[0] + head, canvas.shape[1] + side
+    figure = Figure(figsize=(width / dpi, height / dpi), dpi=dpi, facecolor="white")
+    axis = figure.add_axes((side / width, 0, canvas.shape[1] / width, canvas.shape[0] / height))
+    axis.imshow(canvas, interpolation="none", aspect="auto")
+    axis.set_axis_off()
+    for c, title in enumerate(column_titles):
+        axis.text(c * step_x + step_x / 2, -4, title, ha="center", va="bottom", fontsize=9)
+    for r, title in enumerate(row_titles):
+        axis.text(-6, r * step_y + (step_y - foot) / 2, title, ha="right", va="center", fontsize=9)
+    for r, texts in enumerate(captions):
+        for c, text in enumerate(texts):
+            axis.text(c * step_x + step_x / 2, (r + 1) * step_y - foot, text, ha="center",
+                      va="top", fontsize=7, color="#444444")
+    return figure
+
+
+def _fit_cell(picture: np.ndarray, cell: int) -> np.ndarray:
+    """Any picture as [cell, cell, 3], its aspect kept on white."""
+    picture = np.asarray(picture)
+    if picture.ndim == 2:
+        picture = np.repeat(picture[..., None], 3, axis=2)
+    scale = cell / max(picture.shape[:2])
+    size = [max(1, round(side * scale)) for side in picture.shape[1::-1]]
+    way = cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST
+    small = cv2.resize(np.ascontiguousarray(picture), size, interpolation=way)
+    top, left = (cell - size[1]) // 2, (cell - size[0]) // 2
+    square = np.full((cell, cell, 3), 255, np.uint8)
+    square[top:top + size[1], left:left + size[0]] = small
+    return square
+
+
+# --------------------------------------------------------------------------------- training
+
+
+def plot_losses(histories: Mapping[str, Sequence[Mapping]], *, smoothing: float = 0.8) -> Figure:
+    """One small panel a training: its loss by step, raw (pale) and smoothed.
+
+    Args:
+        histories: title -> lines of `metrics.jsonl` (dicts with `step` and `loss`).
+        smoothing: 0..1, weight of the past in the smoothed line.
+    """
+    histories = {title: [x for x in lines if x.get("loss") is not None]
+                 for title, lines in histories.items()}
+    histories = {title: lines for title, lines in histories.items() if lines}
+    if not histories:
+        raise ValueError("there are no losses to show")
+    columns = min(3, len(histories))
+    rows = -(-len(histories) // columns)
+    figure, axes = _make_axes(3.6 * columns, 2.3 * rows, columns, rows)
+    for axis, (title, lines) in zip(axes, histories.items(), strict=False):
+        steps, loss = [x["step"] for x in lines], [float(x["loss"]) for x in lines]
+        smooth = [loss[0]]
+        for value in loss[1:]:
+            smooth.append(smoothing * smooth[-1] + (1 - smoothing) * value)
+        axis.plot(steps, loss, color=SKY, linewidth=0.8, alpha=0.6)
+        axis.plot(steps, smooth, color=BLUE, linewidth=1.6)
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("step", fontsize=8)
+    for axis in axes[len(histories):]:
+        axis.set_axis_off()
+    axes[0].set_ylabel("loss", fontsize=8)
+    return figure
+
+
+# -------------------------------------------------------------------- discriminator, acceptance
+
+
+def plot_scores(probabilities, threshold: float, *, labels=None, accepted: int | None = None,
+                title: str = "") -> Figure:
+    """Histogram of calibrated probabilities with the acceptance threshold.
+
+    Args:
+        probabilities: [N] 0..1.
+        threshold: drawn as a line; what lies right of it may be accepted.
+        labels: [N] bool, where known: the histogram is then split into accepted and rejected.
+        accepted: number of accepted removals, for the legend.
+    """
+    probabilities = np.asarray(probabilities, dtype=float)
+    figure, (axis,) = _make_axes(6, 2.8)
+    bins = np.linspace(0, 1, 41)
+    if labels is None:
+        axis.hist(probabilities, bins, color=SKY)
+    else:
+        labels = np.asarray(labels, dtype=bool)
+        axis.hist([probabilities[labels], probabilities[~labels]], bins, stacked=True,
+                  color=[BLUE, ORANGE], label=["accepted by the annotators", "rejected"])
+    text = f"threshold {threshold:.2f}"
+    if accepted is not None:
+        text += f": {accepted} of {probabilities.size} accepted"
+    axis.axvline(threshold, color=VERMILION, linewidth=1.6, label=text)
+    axis.set(xlabel="calibrated probability that a removal is good", ylabel="removals",
+             title=title, xlim=(0, 1))
+    axis.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def plot_reliability(curve: Mapping, *, title: str = "") -> Figure:
+    """Reliability: predicted against observed acceptance, with 95 % intervals.
+
+    Args:
+        curve: what `acceptance.describe_curve` returns.
+    """
+    figure, (axis,) = _make_axes(3.6, 3.4)
+    _draw_reliability(axis, curve)
+    axis.set_title(title, fontsize=10)
+    return figure
+
+
+def _draw_reliability(axis, curve: Mapping) -> None:
+    predicted, observed = np.array(curve["predicted"]), np.array(curve["observed"])
+    spread = [observed - np.array(curve["low"]), np.array(curve["high"]) - observed]
+    axis.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--")
+    axis.errorbar(predicted, observed, yerr=np.maximum(spread, 0), color=BLUE, marker="o",
+                  markersize=4, linewidth=1.2, capsize=2)
+    axis.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    axis.set_xlabel("predicted share of good removals", fontsize=8)
+    axis.set_ylabel("observed", fontsize=8)
+
+
+def plot_calibration(curve: Mapping, roc: Mapping | None = None, *, auc: float | None = None,
+                     auc_interval: Sequence[float] | None = None, title: str = "") -> Figure:
+    """Reliability and, beside it, the ROC curve (`acceptance.describe_roc`)."""
+    figure, axes = _make_axes(7 if roc else 3.6, 3.4, 2 if roc else 1)
+    _draw_reliability(axes[0], curve)
+    axes[0].set_title("reliability", fontsize=9)
+    if roc:
+        axes[1].plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--")
+        axes[1].plot(roc["false_accepts"], roc["true_accepts"], color=BLUE, linewidth=1.6)
+        axes[1].set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+        axes[1].set_xlabel("bad removals accepted", fontsize=8)
+        axes[1].set_ylabel("good removals accepted", fontsize=8)
+        text = "ROC" if auc is None else f"ROC, area {auc:.3f}"
+        if auc_interval:
+            text += f" ({auc_interval[0]:.3f} to {auc_interval[1]:.3f})"
+        axes[1].set_title(text, fontsize=9)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+# ------------------------------------------------------------------------------- evaluation
+
+
+def plot_success(methods: Sequence[Mapping]) -> Figure:
+    """Success rates of all methods: simulated annotator (dot, 95 %), discriminator (diamond)."""
+    colours = assign_colours(methods)
+    figure, (axis,) = _make_axes(7, 0.34 * len(methods) + 1.1)
+    for place, method in enumerate(methods):
+        rate, interval = method.get("success_rate"), method.get("success_interval")
+        if rate is not None:
+            spread = [[max(0, rate - interval[0])], [max(0, interval[1] - rate)]]
+            axis.errorbar(rate, place, xerr=spread, color=colours[method["name"]], marker="o",
+                          markersize=6, capsize=3, linewidth=1.6)
+        if method.get("success_rate_discriminator") is not None:
+            axis.plot(method["success_rate_discriminator"], place, marker="D", markersize=6,
+                      markerfacecolor="none", markeredgecolor=GREY, linestyle="none")
+    axis.set_yticks(range(len(methods)), [m["name"] for m in methods])
+    axis.invert_yaxis()
+    axis.xaxis.set_major_formatter(PercentFormatter(1))
+    axis.set_xlim(left=0)
+    axis.plot([], [], "o-", color=BLACK, label="simulated annotator, 95 % interval")
+    axis.plot([], [], "D", color=GREY, markerfacecolor="none", label="discriminator")
+    axis.set_xlabel("success rate")
+    axis.legend(fontsize=8, frameon=False, loc="best")
+    return figure
+
+
+def plot_rounds(rounds: Sequence[Mapping]) -> Figure:
+    """Success and PSNR in the hole after each round.
+
+    Args:
+        rounds: dicts with `name`, `success_rate`, `success_interval`,
+            `success_rate_discriminator` and `psnr_hole`; None where not measured.
+    """
+    figure, axes = _make_axes(9, 3.2, 2)
+    places = np.arange(len(rounds))
+    shown = [(p, r) for p, r in zip(places, rounds, strict=True)
+             if r.get("success_rate") is not None]
+    if shown:
+        rates = np.array([r["success_rate"] for _, r in shown])
+        ends = np.array([r.get("success_interval") or (r["success_rate"],) * 2 for _, r in shown])
+        axes[0].errorbar([p for p, _ in shown], rates,
+                         yerr=np.maximum(0, [rates - ends[:, 0], ends[:, 1] - rates]), color=BLUE,
+                         marker="o", capsize=3, label="simulated annotator, 95 % interval")
+    guessed = [(p, r["success_rate_discriminator"]) for p, r in zip(places, rounds, strict=True)
+               if r.get("success_rate_discriminator") is not None]
+    if guessed:
+        axes[0].plot(*zip(*guessed, strict=True), color=GREY, marker="D", markerfacecolor="none",
+                     linestyle="--", label="discriminator")
+    axes[0].yaxis.set_major_formatter(PercentFormatter(1))
+    axes[0].set_ylim(bottom=0)
+    axes[0].set_ylabel("success rate", fontsize=9)
+    axes[0].legend(fontsize=8, frameon=False)
+    measured = [(p, r["psnr_hole"]) for p, r in zip(places, rounds, strict=True)
+                if r.get("psnr_hole") is not None]
+    if measured:
+        axes[1].plot(*zip(*measured, strict=True), color=GREEN, marker="o")
+    axes[1].set_ylabel("PSNR in the hole (dB)", fontsize=9)
+    for axis in axes:
+        axis.set_xticks(places, [r["name"] for r in rounds], rotation=35, ha="right", fontsize=8)
+    return figure
+
+
+def plot_failures(methods: Sequence[Mapping]) -> Figure:
+    """Why each method's removals were rejected: stacked shares of all test pictures.
+
+    Args:
+        methods: dicts with `name`, `n` and `failures` (reason -> count).
+    """
+    reasons = [r for r in REASON_COLOURS if any(m["failures"].get(r) for m in methods)]
+    reasons += sorted({r for m in methods for r in m["failures"]} - set(reasons))
+    figure, (axis,) = _make_axes(8, 0.34 * len(methods) + 1.1)
+    left = np.zeros(len(methods))
+    for number, reason in enumerate(reasons):
+        share = np.array([m["failures"].get(reason, 0) / max(1, m["n"]) for m in methods])
+        colour = REASON_COLOURS.get(reason, _SPARE[number % len(_SPARE)])
+        axis.barh(range(len(methods)), share, left=left, color=colour, label=reason,
+                  edgecolor="white", linewidth=0.5)
+        left += share
+    axis.set_yticks(range(len(methods)), [m["name"] for m in methods])
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1)
+    axis.xaxis.set_major_formatter(PercentFormatter(1))
+    axis.set_xlabel("rejected, by the first reason the simulated annotator gives")
+    if reasons:
+        axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def plot_families(table) -> Figure:
+    """Success by background family, a column a family, a colour a method.
+
+    Args:
+        table: DataFrame of success rates (0..1), index method names, columns family names;
+            `attrs["methods"]` may hold the methods' dicts for their colours.
+    """
+    methods = table.attrs.get("methods") or [{"name": name} for name in table.index]
+    colours = assign_colours(methods)
+    figure, (axis,) = _make_axes(max(6, 0.95 * len(table.columns)), 3.2)
+    width = 0.8 / max(1, len(table.index))
+    for number, name in enumerate(table.index):
+        places = np.arange(len(table.columns)) + (number - (len(table.index) - 1) / 2) * width
+        axis.bar(places, table.loc[name].to_numpy(float), width, color=colours.get(name, GREY),
+                 label=name)
+    axis.set_xticks(range(len(table.columns)), table.columns, rotation=25, ha="right", fontsize=8)
+    axis.yaxis.set_major_formatter(PercentFormatter(1))
+    axis.set_ylabel("success, simulated annotator", fontsize=9)
+    axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def plot_comparisons(comparisons: Sequence[Mapping]) -> Figure:
+    """Paired differences in success with 95 % intervals, in points.
+
+    Args:
+        comparisons: dicts with `first`, `second`, `difference`, `low`, `high` and `significant`.
+    """
+    figure, (axis,) = _make_axes(7.5, 0.36 * len(comparisons) + 0.9)
+    axis.axvline(0, color=GREY, linewidth=1)
+    for place, item in enumerate(comparisons):
+        colour = BLUE if item["significant"] else GREY
+        axis.plot([item["low"], item["high"]], [place, place], color=colour, linewidth=1.8)
+        axis.plot(item["difference"], place, "o", color=colour, markersize=6)
+    axis.set_yticks(range(len(comparisons)),
+                    [f"{c['first']}  minus  {c['second']}" for c in comparisons], fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel("difference in success, points (blue: p < 0.05)")
+    return figure

@@ -1,0 +1,218 @@
+"""Labels in and out: CSV, Label Studio, scored triplet sets; and the set that labels make."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+from rorem_lib.files import read_json, write_json, write_text
+from rorem_lib.label_log import (
+    Label,
+    LabelError,
+    LabelLog,
+    hash_content,
+    read_events,
+    replay_events,
+)
+from rorem_lib.triplets import TripletWriter, read_triplets, resolve_meta
+
+WORDS = {
+    "accept": {"accept", "accepted", "1", "1.0", "yes", "true", "good", "success"},
+    "reject": {"reject", "rejected", "0", "0.0", "no", "false", "bad", "failure"},
+    "skip": {"skip", "skipped", "unsure", ""},
+}
+
+
+def import_labels(
+    path: str | Path, folder: str | Path, annotator: str = "imported", *, triplets: Iterable = ()
+) -> dict[str, int]:
+    """Take over labels that were made elsewhere; what is there already is not written twice.
+
+    Args:
+        path: `.jsonl` (label logs), `.csv` (columns `id`, `label`, optionally `annotator`,
+            `reason`, `note`, `time`, `ms`), or `.json`: a triplet set's `meta.json` with `score`
+            (at least 0.5 is an acceptance) or a Label Studio export.
+        folder: the label folder.
+        annotator: who it was, where the file does not say.
+        triplets: the candidates; labels of others are left out and counted. Empty: all are kept.
+
+    Returns:
+        read, written and unknown: numbers of labels.
+
+    Raises:
+        LabelError: the file is of no known form, or none of its labels fits the candidates.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".jsonl":
+            if not path.exists():
+                raise FileNotFoundError(f"{path} does not exist")
+            found = [asdict(label) for label in replay_events(read_events(path))]
+        elif path.suffix == ".csv":
+            with open(path, newline="", encoding="utf-8-sig") as stream:
+                found = list(csv.DictReader(stream))
+        else:
+            found = [row for entry in read_json(path) for row in _read_entry(entry)]
+        labels = [_make_label(row, annotator) for row in found]
+    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        raise LabelError(
+            f"cannot import {path}: {error!r}. Wanted is a label log (.jsonl), a CSV with id and "
+            "label, a meta.json with score, or a Label Studio export"
+        ) from error
+    contents = {triplet.id: hash_content(triplet.gt) for triplet in triplets}
+    known = [x for x in labels if not contents or x.id in contents]
+    if labels and not known:
+        raise LabelError(
+            f"none of the {len(labels)} labels in {path} belongs to these candidates "
+            f"(first id in the file: {labels[0].id})"
+        )
+    # Compared with everything ever written: what was undone or changed since stays as it is.
+    logs = Path(folder).glob("labels-*.jsonl")
+    there = {_name_event(event) for log in logs for event in read_events(log)}
+    fresh: dict[str, list[Label]] = defaultdict(list)
+    for label in known:
+        if _name_event(asdict(label)) not in there:
+            content = label.content or contents.get(label.id, "")
+            fresh[label.annotator].append(replace(label, content=content))
+    for name, given in fresh.items():
+        LabelLog(folder, name).append_many(sorted(given, key=lambda label: label.time))
+    written = sum(map(len, fresh.values()))
+    return {"read": len(labels), "written": written, "unknown": len(labels) - len(known)}
+
+
+def _name_event(event: dict) -> tuple:
+    return tuple(event.get(x) for x in ("annotator", "id", "label", "reason", "repeat"))
+
+
+def _read_entry(entry: dict) -> list[dict]:
+    """One entry of a JSON list: of a triplet set, or a Label Studio task (JSON or JSON-MIN)."""
+    data = entry.get("data", entry)
+    item_id = data.get("candidate") or data.get("id") or Path(data["source"]).stem
+    if "annotations" not in entry:
+        return [{**data, "id": item_id, "label": data.get("score", data.get("choice"))}]
+    rows = []
+    for given in entry["annotations"]:
+        who = given.get("completed_by")
+        who = who.get("email") or who.get("id") if isinstance(who, dict) else who
+        row = {"id": item_id, "ms": 1000 * (given.get("lead_time") or 0), "label": "skip"}
+        row |= {"annotator": who, "time": given.get("created_at"), **(given.get("meta") or {})}
+        for result in given.get("result", []) if not given.get("was_cancelled") else []:
+            for choice in result["value"].get("choices", []):
+                row["label" if _find_word(choice) else "reason"] = choice
+            row["note"] = " ".join(result["value"].get("text", [])) or row.get("note")
+        rows.append(row)
+    return rows
+
+
+def _find_word(value) -> str | None:
+    word = str(value).strip().lower()
+    return next((label for label, words in WORDS.items() if word in words), None)
+
+
+def _make_label(row: Mapping, annotator: str) -> Label:
+    label = _find_word(row["label"])
+    if label is None:
+        label = "accept" if float(row["label"]) >= 0.5 else "reject"
+    return Label(
+        id=str(row["id"]),
+        label=label,
+        annotator=str(row.get("annotator") or annotator),
+        reason=row.get("reason") or None,
+        note=row.get("note") or None,
+        time=row.get("time") or "",
+        ms=round(float(row.get("ms") or 0)),
+        content=row.get("content") or "",
+        order=row.get("order") or "imported",
+        simulated=str(row.get("simulated")).lower() == "true",
+        repeat=str(row.get("repeat")).lower() == "true",
+    )
+
+
+def export_labels(labels: Iterable[Label], path: str | Path, *, triplets: Iterable = ()) -> Path:
+    """Write labels as `.csv`, or as `.json` in Label Studio's form (one task an item).
+
+    Args:
+        labels: labels that stand.
+        path: the file to write, atomically; its ending chooses the form.
+        triplets: candidates whose picture paths go into the Label Studio tasks.
+    """
+    path, rows = Path(path), [asdict(label) for label in labels]
+    if path.suffix == ".csv":
+        stream = io.StringIO(newline="")
+        writer = csv.DictWriter(
+            stream, [field.name for field in fields(Label)], lineterminator="\n"
+        )
+        writer.writeheader()
+        writer.writerows(rows)
+        return write_text(path, stream.getvalue())
+    if path.suffix != ".json":
+        raise ValueError(f"{path}: labels are exported as .csv or .json (Label Studio)")
+    pictures = {
+        x.id: {"source": str(x.source), "mask": str(x.mask), "removal": str(x.gt)} for x in triplets
+    }
+    tasks: dict[str, dict] = {}
+    for row in rows:
+        item_id = row["id"]
+        data = {"candidate": item_id} | pictures.get(item_id, {})
+        task = tasks.setdefault(item_id, {"data": data, "annotations": []})
+        result = [_make_choice("decision", row["label"])]
+        result += [_make_choice("reason", row["reason"])] if row["reason"] else []
+        extra = {
+            x: row[x] for x in ("annotator", "note", "content", "order", "simulated", "repeat")
+        }
+        given = {"created_at": row["time"], "lead_time": row["ms"] / 1000, "meta": extra}
+        task["annotations"].append({"result": result, "was_cancelled": False, **given})
+    return write_json(path, list(tasks.values()))
+
+
+def _make_choice(name: str, value: str) -> dict:
+    return {
+        "from_name": name,
+        "to_name": "removal",
+        "type": "choices",
+        "value": {"choices": [value]},
+    }
+
+
+def write_scored_set(
+    candidates_meta: str | Path,
+    decisions: Mapping[str, str],
+    folder: str | Path,
+    *,
+    accepted_only: bool = False,
+    accepted_by: str = "human",
+) -> Path:
+    """Write a triplet set with `score` (1 accepted, 0 rejected) that reuses the candidates' files.
+
+    Args:
+        candidates_meta: the candidates' `meta.json`, folder or set id.
+        decisions: id -> "accept" or "reject", as `merge_votes` returns them.
+        folder: the new set's folder; what an earlier set there had besides is deleted.
+        accepted_only: leave out what was rejected (a set to train the remover on).
+        accepted_by: goes into the accepted entries' `accepted_by`.
+
+    Returns:
+        The path of the new `meta.json`, written atomically.
+
+    Raises:
+        LabelError: a decision belongs to no candidate.
+    """
+    triplets = read_triplets(candidates_meta)
+    foreign = set(decisions) - {triplet.id for triplet in triplets}
+    if foreign:
+        raise LabelError(
+            f"{len(foreign)} decisions belong to no candidate of {candidates_meta} (first: "
+            f"{min(foreign)}): use the labels of this set"
+        )
+    with TripletWriter(folder, restart=True) as writer:
+        for triplet in triplets:
+            decision = decisions.get(triplet.id)
+            if decision == "accept":
+                writer.add_triplet(triplet, score=1.0, accepted_by=accepted_by)
+            elif decision == "reject" and not accepted_only:
+                writer.add_triplet(triplet, score=0.0, accepted_by=None)
+    return resolve_meta(folder)

@@ -1,0 +1,273 @@
+"""The label log: every decision of an annotator is on the disk before the next picture shows.
+
+A label log is one append-only file an annotator, `labels-<annotator>.jsonl`, one JSON object a
+line. Each line is on the disk (fsync) before the call returns, undo is a further line, and a line
+torn by a crash is skipped by the reader and never glued to the next one. One writer a file means
+that annotators need no lock, also on a network file system.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rorem_lib.files import hash_file
+
+logger = logging.getLogger(__name__)
+
+DECISIONS = ("accept", "reject", "skip")
+REASONS = ("incomplete removal", "wrong content", "blur", "shadow left", "other")
+
+
+class LabelError(RuntimeError):
+    """A label could not be kept or read; the message says which file and how to mend it."""
+
+
+class LabelsMissing(LabelError):
+    """There are fewer labels than wanted. In a notebook it shows as its message alone."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [str(self)]
+
+
+@dataclass(frozen=True)
+class Label:
+    """One decision of one annotator about one candidate.
+
+    Attributes:
+        id: the candidate's id.
+        label: "accept", "reject" or "skip".
+        annotator: whose decision; filled in by the log.
+        reason: why it was rejected, one of `REASONS` or free text.
+        note: free text.
+        time: ISO 8601, UTC; filled in by the log.
+        ms: milliseconds between the picture's appearance and the decision.
+        content: first 16 hex characters of the SHA-256 of the removal's file.
+        order: the order under which it was drawn ("random", "uncertainty", "audit", ...).
+        simulated: True if no person decided.
+        repeat: True if the annotator had decided this item before (silent repeat).
+    """
+
+    id: str
+    label: str
+    annotator: str = ""
+    reason: str | None = None
+    note: str | None = None
+    time: str = ""
+    ms: int = 0
+    content: str = ""
+    order: str = "random"
+    simulated: bool = False
+    repeat: bool = False
+
+
+class LabelLog:
+    """The append-only log of one annotator in `folder` (created if missing).
+
+    Args:
+        folder: where all annotators of one candidate set keep their logs.
+        annotator: 1 to 64 letters, digits, `_`, `.`, `@` or `-`; it names the file.
+
+    Raises:
+        LabelError: the name cannot name a file, or the folder cannot be made.
+    """
+
+    def __init__(self, folder: str | Path, annotator: str):
+        if not re.fullmatch(r"\w[\w.@-]{0,63}", annotator):
+            raise LabelError(
+                f"{annotator!r} cannot name a label file: use 1 to 64 letters, digits, "
+                "'_', '.', '@' or '-', for example anna.m"
+            )
+        self.annotator = annotator
+        self.folder = Path(folder)
+        self.path = self.folder / f"labels-{annotator}.jsonl"
+        with _explain(self.path):
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    def append(
+        self, item_id: str, label: str, *, content_file: str | Path | None = None, **values
+    ) -> Label:
+        """Write one label; when this returns, it survives a crash.
+
+        Args:
+            item_id: the candidate's id.
+            label: "accept", "reject" or "skip".
+            content_file: the removal's file; its hash binds the label to what was judged.
+            values: further fields of `Label` (`reason`, `note`, `ms`, `order`, ...).
+
+        Returns:
+            The label as it was written, annotator and time filled in.
+
+        Raises:
+            LabelError: it is not on the disk (full, read-only, ...), or not a decision.
+        """
+        if content_file is not None:
+            values["content"] = hash_content(content_file)
+        return self.append_many([Label(id=item_id, label=label, **values)])[0]
+
+    def append_many(self, labels: Iterable[Label]) -> list[Label]:
+        """Write many labels with a single fsync: all or, if it raises, none of them count."""
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        kept = [replace(x, annotator=self.annotator, time=x.time or now) for x in labels]
+        for label in kept:
+            if label.label not in DECISIONS or not isinstance(label.id, str) or not label.id:
+                raise LabelError(f"{label} is no decision: label must be one of {DECISIONS}")
+        self._write([{"event": "label", **asdict(label)} for label in kept])
+        return kept
+
+    def undo(self, item_id: str | None = None) -> Label:
+        """Take back the last label of `item_id` (default: the last label of all).
+
+        Returns:
+            The label that no longer stands.
+
+        Raises:
+            LabelError: there is nothing to take back, or it could not be written.
+        """
+        standing = [x for x in self.read() if item_id is None or x.id == item_id]
+        if not standing:
+            raise LabelError(
+                f"{self.path} holds no label to take back ({item_id or 'none at all'})"
+            )
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        event = {"event": "undo", "id": standing[-1].id, "annotator": self.annotator, "time": now}
+        self._write([event])
+        return standing[-1]
+
+    def read(self) -> list[Label]:
+        """The labels that stand, in the order they were given."""
+        return replay_events(read_events(self.path))
+
+    def _write(self, events: list[dict]) -> None:
+        if not events:
+            return
+        data = "".join(json.dumps(event, ensure_ascii=False) + "\n" for event in events)
+        with _explain(self.path):
+            _append_bytes(self.path, data.encode("utf-8", "replace"))
+
+
+@contextlib.contextmanager
+def _explain(path: Path):
+    try:
+        yield
+    except OSError as error:
+        raise LabelError(
+            f"not saved: {path} cannot be written ({error.strerror or error}). Free some space "
+            "or make the folder writable, then label this picture again"
+        ) from error
+
+
+def _append_bytes(path: Path, data: bytes) -> None:
+    # Opened anew for each line: a log that was moved away or replaced is never written blindly.
+    new = not path.exists()
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags, 0o644)
+    try:
+        start = os.fstat(descriptor).st_size
+        if start:
+            os.lseek(descriptor, start - 1, os.SEEK_SET)
+            if os.read(descriptor, 1) != b"\n":
+                data = b"\n" + data  # the line before was torn by a crash: leave it alone
+        written = 0
+        try:
+            while written < len(data):
+                written += os.write(descriptor, data[written:])
+            os.fsync(descriptor)
+        except OSError:
+            # What is reported as not saved should not turn up as a label later on.
+            with contextlib.suppress(OSError):
+                if written and os.fstat(descriptor).st_size == start + written:
+                    os.ftruncate(descriptor, start)
+            raise
+    finally:
+        os.close(descriptor)
+    if new:
+        with contextlib.suppress(OSError):  # not every file system can sync a folder
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+
+def read_events(path: str | Path) -> list[dict]:
+    """The events of one log, whole lines only; a missing log has none."""
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    events, torn = [], 0
+    for line in lines:
+        try:
+            event = json.loads(line) if line.strip() else None
+        except ValueError:
+            torn += 1
+            continue
+        if isinstance(event, dict) and event.get("event") in ("label", "undo") and event.get("id"):
+            events.append(event)
+        elif event is not None:
+            torn += 1
+    if torn:
+        logger.warning("%s: %d torn or foreign line(s) skipped", path, torn)
+    return events
+
+
+def replay_events(events: Iterable[dict]) -> list[Label]:
+    """The labels that stand after all `events`, in the order they were given."""
+    names = {field.name for field in fields(Label)}
+    standing: dict[int, Label] = {}
+    of_item: dict[tuple, list[int]] = defaultdict(list)
+    for place, event in enumerate(events):
+        stack = of_item[event.get("annotator", ""), event["id"]]
+        if event["event"] == "undo":
+            if stack:
+                del standing[stack.pop()]
+        elif event.get("label") in DECISIONS:
+            standing[place] = Label(**{k: v for k, v in event.items() if k in names})
+            stack.append(place)
+    last = {(x.annotator, x.id, x.repeat): place for place, x in standing.items()}
+    return [standing[place] for place in sorted(last.values())]
+
+
+def read_labels(folder: str | Path) -> list[Label]:
+    """The labels that stand, of every annotator in `folder`; one an annotator and item.
+
+    Undone labels are left out, a second label of the same item replaces the first, silent
+    repeats stand beside it (`repeat=True`). A missing folder holds no labels.
+    """
+    logs = sorted(Path(folder).glob("labels-*.jsonl"))
+    return [label for log in logs for label in replay_events(read_events(log))]
+
+
+def hash_content(path: str | Path) -> str:
+    """The 16 hex characters that bind a label to the removal that was judged."""
+    return hash_file(path)[:16]
+
+
+def split_stale(labels: Iterable[Label], triplets: Iterable) -> tuple[list[Label], list[Label]]:
+    """Separate labels that belong to these candidates from labels of removals that are gone.
+
+    A candidate generated anew keeps its id but not its content: its old label must not count.
+
+    Returns:
+        (current, stale). Labels without a content hash are taken as current if their id exists.
+    """
+    paths = {triplet.id: triplet.gt for triplet in triplets}
+    hashes: dict[str, str] = {}
+    current, stale = [], []
+    for label in labels:
+        known = label.id in paths
+        if known and label.content:
+            if label.id not in hashes:
+                hashes[label.id] = hash_content(paths[label.id])
+            known = hashes[label.id] == label.content
+        (current if known else stale).append(label)
+    return current, stale

@@ -1,0 +1,270 @@
+"""Human decisions about removals: votes, agreement, the order of the queue, import and export.
+
+Annotators say yes or no to source, mask and removal; the accepted ones train the remover, all of
+them train the discriminator (RORem, sec. 3.2; CVPR 2025, arXiv 2501.00740). The log itself is in
+`label_log`, other formats in `label_exchange`; what is public there is reachable from here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+import krippendorff
+import numpy as np
+from sklearn.metrics import cohen_kappa_score
+
+from rorem_lib.label_exchange import export_labels, import_labels, write_scored_set
+from rorem_lib.label_log import (
+    DECISIONS,
+    REASONS,
+    Label,
+    LabelError,
+    LabelLog,
+    LabelsMissing,
+    hash_content,
+    read_labels,
+    split_stale,
+)
+
+__all__ = [
+    "DECISIONS", "ORDERS", "POLICIES", "REASONS", "Label", "LabelError", "LabelLog",
+    "LabelsMissing", "QueueItem", "compute_agreement", "count_missing", "export_labels",
+    "find_conflicts", "hash_content", "import_labels", "merge_votes", "order_items",
+    "read_labels", "split_stale", "stratify_items", "write_scored_set",
+]  # fmt: skip
+
+ORDERS = ("random", "uncertainty", "stratified")
+POLICIES = ("majority", "unanimous", "single")
+
+
+# ------------------------------------------------------------------------- votes, agreement
+
+
+def merge_votes(
+    labels: Iterable[Label], policy: str = "majority", *, min_votes: int = 1
+) -> dict[str, str]:
+    """Final decision of each item: id -> "accept" or "reject".
+
+    Skips and silent repeats are no votes. An item that the policy leaves open is not in the
+    result (see `find_conflicts`).
+
+    Args:
+        labels: labels that stand, as `read_labels` returns them.
+        policy: "majority" (a tie is open), "unanimous" (any dissent is open) or "single" (the
+            latest vote decides, so an adjudicator can have the last word).
+        min_votes: items with fewer votes are open.
+    """
+    if policy not in POLICIES:
+        raise ValueError(f"policy {policy!r} is unknown: choose one of {', '.join(POLICIES)}")
+    decided = {}
+    for item_id, votes in _collect_votes(labels).items():
+        counts = Counter(vote.label for vote in votes)
+        if len(votes) < min_votes:
+            continue
+        if policy == "single":
+            decided[item_id] = max(votes, key=lambda vote: vote.time).label
+        elif policy == "unanimous" and len(counts) == 1:
+            decided[item_id] = votes[0].label
+        elif policy == "majority" and counts["accept"] != counts["reject"]:
+            decided[item_id] = counts.most_common(1)[0][0]
+    return decided
+
+
+def find_conflicts(labels: Iterable[Label]) -> list[str]:
+    """Ids on which annotators disagree: the queue for adjudication."""
+    votes = _collect_votes(labels)
+    return [item_id for item_id, given in votes.items() if len({x.label for x in given}) > 1]
+
+
+def _collect_votes(labels: Iterable[Label]) -> dict[str, list[Label]]:
+    votes: dict[str, list[Label]] = defaultdict(list)
+    for label in labels:
+        if not label.repeat and label.label != "skip":
+            votes[label.id].append(label)
+    return dict(votes)
+
+
+def count_missing(
+    labels: Iterable[Label], ids: Collection[str], *, wanted: int = 0, policy: str = "majority"
+) -> int:
+    """How many decisions are still to be made before `wanted` (0: all of `ids`) are there.
+
+    An item that was skipped, or on which the annotators disagree, has been handled: it is not
+    missing once nothing untouched is left to replace it.
+    """
+    ids = set(ids)
+    labels = [label for label in labels if label.id in ids]
+    untouched = len(ids - {label.id for label in labels})
+    goal = min(wanted, len(ids)) if wanted else len(ids)
+    return max(0, min(goal - len(merge_votes(labels, policy)), untouched))
+
+
+def compute_agreement(labels: Iterable[Label]) -> dict:
+    """Agreement between annotators, and of each annotator with their own earlier answers.
+
+    Returns:
+        pairs: one dict a pair with `annotators`, `n` (items both decided), `agree` (share),
+            `kappa` (Cohen's; None if undefined because only one answer occurs).
+        alpha: Krippendorff's alpha (nominal) over all annotators, or None if undefined.
+        n_shared: items that two or more annotators decided.
+        self_consistency: annotator -> `n` repeats and the share `agree` answered as before.
+    """
+    labels = list(labels)
+    answers: dict[str, dict[str, int]] = defaultdict(dict)
+    for votes in _collect_votes(labels).values():
+        for vote in votes:
+            answers[vote.annotator][vote.id] = int(vote.label == "accept")
+    pairs = []
+    for first, second in itertools.combinations(sorted(answers), 2):
+        both = sorted(answers[first].keys() & answers[second].keys())
+        if both:
+            a, b = ([answers[who][item_id] for item_id in both] for who in (first, second))
+            kappa = float(cohen_kappa_score(a, b)) if len({*a, *b}) > 1 else None
+            pair = {"annotators": (first, second), "n": len(both), "kappa": kappa}
+            pairs.append(pair | {"agree": float(np.mean(np.equal(a, b)))})
+    counts = Counter(item_id for given in answers.values() for item_id in given)
+    shared = sorted(item_id for item_id, n in counts.items() if n > 1)
+    table = np.array([[answers[x].get(i, np.nan) for i in shared] for x in sorted(answers)])
+    alpha = None
+    if len(np.unique(table[~np.isnan(table)])) > 1:
+        alpha = float(krippendorff.alpha(reliability_data=table, level_of_measurement="nominal"))
+    again: dict[str, list[bool]] = defaultdict(list)
+    for label in labels:
+        if label.repeat and label.label != "skip" and label.id in answers[label.annotator]:
+            before = answers[label.annotator][label.id]
+            again[label.annotator].append(before == int(label.label == "accept"))
+    steady = {who: {"n": len(x), "agree": float(np.mean(x))} for who, x in again.items()}
+    return {"pairs": pairs, "alpha": alpha, "n_shared": len(shared), "self_consistency": steady}
+
+
+# --------------------------------------------------------------------------------- the queue
+
+
+@dataclass(frozen=True)
+class QueueItem:
+    """One place in an annotator's queue: which candidate, drawn how, shown again or not."""
+
+    id: str
+    order: str
+    repeat: bool = False
+
+
+def order_items(
+    ids: Iterable[str],
+    *,
+    order: str = "random",
+    scores: Mapping[str, float] | None = None,
+    strata: Mapping[str, str] | None = None,
+    audit_share: float = 0.15,
+    overlap_share: float = 0.1,
+    repeat_share: float = 0.02,
+    annotator: str = "",
+    labels: Iterable[Label] = (),
+    seed: int = 0,
+) -> list[QueueItem]:
+    """The queue of one annotator.
+
+    What somebody else has labelled is left out, except the overlap. Which items are overlap or
+    audit depends on the seed alone, so annotators who never talk to each other agree about it;
+    the order differs from annotator to annotator.
+
+    Args:
+        ids: all candidates.
+        order: "random"; "uncertainty" (scores nearest 0.5 first, with a random `audit_share`
+            mixed in: estimate accuracy from items drawn as "audit" alone); "stratified"
+            (round-robin over `strata`).
+        scores: id -> probability (0..1) that the removal is good, for "uncertainty".
+        strata: id -> name of its stratum, for "stratified" (see `stratify_items`).
+        audit_share: 0..1, share of random items under "uncertainty"; the overlap is part of it.
+        overlap_share: 0..1, share of items that every annotator sees.
+        repeat_share: 0..1, share of items that an annotator sees twice without being told.
+        annotator: whose queue.
+        labels: everybody's labels so far.
+        seed: one for all annotators of the set.
+
+    Raises:
+        ValueError: unknown order, a share outside 0..1, scores or strata missing.
+    """
+    ids = sorted(set(ids))
+    for share in (audit_share, overlap_share, repeat_share):
+        if not 0 <= share <= 1:
+            raise ValueError(f"audit, overlap and repeat share lie between 0 and 1, not {share}")
+    common, own = _make_generator(seed, ""), _make_generator(seed, annotator)
+    drawn = [ids[i] for i in common.permutation(len(ids))]
+    overlap = dict.fromkeys(drawn[: round(overlap_share * len(ids))])
+    audit = set(drawn[: max(len(overlap), round(audit_share * len(ids)))])
+    shuffled = [ids[i] for i in own.permutation(len(ids))]
+    taken = {x.id for x in labels if x.annotator != annotator} - overlap.keys()
+    if order == "random":
+        ranked = shuffled
+    elif order == "uncertainty":
+        _require_all(scores, ids, "a score")
+        doubtful = sorted(
+            (x for x in shuffled if x not in audit), key=lambda x: abs(scores[x] - 0.5)
+        )
+        chance = [x for x in shuffled if x in audit and x not in overlap]
+        ranked = _interleave(doubtful, chance, len(chance) / max(1, len(doubtful) + len(chance)))
+    elif order == "stratified":
+        _require_all(strata, ids, "a stratum")
+        groups: dict[str, list[str]] = defaultdict(list)
+        for item_id in shuffled:
+            groups[strata[item_id]].append(item_id)
+        rounds = itertools.zip_longest(*(groups[name] for name in sorted(groups)))
+        ranked = [x for row in rounds for x in row if x is not None]
+    else:
+        raise ValueError(f"order {order!r} is unknown: choose one of {', '.join(ORDERS)}")
+    waiting = [x for x in ranked if x not in taken and x not in overlap]
+    # Everybody meets the overlap at the same early pace, so that it is shared when all stop early.
+    ranked = _interleave(waiting, list(overlap), max(0.1, overlap_share))
+    tag = {x: "audit" if order == "uncertainty" and x in audit else order for x in ranked}
+    queue = [QueueItem(x, tag[x]) for x in ranked]
+    gaps = own.integers(15, 40, size=len(queue))
+    for place in sorted(own.permutation(len(queue))[: round(repeat_share * len(queue))])[::-1]:
+        first = queue[place]
+        queue.insert(place + int(gaps[place]), QueueItem(first.id, first.order, repeat=True))
+    return queue
+
+
+def _make_generator(seed: int, name: str) -> np.random.Generator:
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:8], "big"))
+
+
+def _require_all(table: Mapping | None, ids: list[str], what: str) -> None:
+    lacking = [x for x in ids if x not in (table or {})]
+    if lacking:
+        raise ValueError(
+            f"{len(lacking)} of {len(ids)} candidates have not got {what} (first: {lacking[0]}): "
+            'give one for each, or choose order "random"'
+        )
+
+
+def _interleave(many: list[str], few: list[str], rate: float) -> list[str]:
+    many, few, mixed = iter(many), iter(few), []
+    for place in itertools.count(1):
+        due = int(place * rate + 1e-9) > int((place - 1) * rate + 1e-9)
+        item = next(itertools.chain(few, many) if due else itertools.chain(many, few), None)
+        if item is None:
+            return mixed
+        mixed.append(item)
+
+
+def stratify_items(
+    shares: Mapping[str, float], kinds: Mapping[str, str] | None = None, *, bins: int = 3
+) -> dict[str, str]:
+    """Name the stratum of each item: mask size (quantiles of `shares`) and, if given, its kind.
+
+    Args:
+        shares: id -> share of the picture under the mask, 0..1.
+        kinds: id -> class of the object.
+        bins: number of size classes.
+    """
+    edges = np.quantile(list(shares.values()), np.linspace(0, 1, bins + 1)[1:-1])
+    sizes = {
+        x: f"size {int(np.searchsorted(edges, share, 'right'))}" for x, share in shares.items()
+    }
+    return {x: f"{(kinds or {}).get(x, '')} {size}".strip() for x, size in sizes.items()}

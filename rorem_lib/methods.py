@@ -1,0 +1,236 @@
+"""Removal methods, and making their removals: resumable, timed, the same noise for every method.
+
+A method is a model with its settings, or one of OpenCV's two classical algorithms. Removals are
+kept as PNG and times are measured when a removal is made, so that an evaluation which was stopped
+goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import LCMScheduler
+
+from rorem_lib import sdxl
+from rorem_lib.files import read_json, write_json
+from rorem_lib.pictures import save_image
+from rorem_lib.removal import inpaint_classical, remove_objects
+from rorem_lib.triplets import Triplet, load_images
+
+logger = logging.getLogger(__name__)
+
+KINDS = ("telea", "ns", "remover")
+SCHEDULERS = ("default", "lcm")
+SOURCE = "source"  # no method may be called so: it is the untouched picture in every table
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to remove objects.
+
+    Attributes:
+        name: unique; shown in every table.
+        kind: "telea" or "ns" (OpenCV), or "remover" (a diffusion model).
+        model: `builtin`, a folder or a Hub id; removers only.
+        revision: the Hub revision.
+        lora: folder of LoRA weights laid over the model; "" for none.
+        scheduler: "default" (the model's own) or "lcm".
+        num_inference_steps: denoising steps.
+        guidance_scale: classifier-free guidance; 1 is off, as RORem removes.
+        strength: share of the noise schedule; 1 starts from pure noise.
+        seed: of the noise.
+        control: True for a model that is only there to be compared with (no round of Table 1).
+        row: the row of Table 1 whose model this is, such as "base" or "human 1"; "" for none.
+    """
+
+    name: str
+    kind: str = "remover"
+    model: str = "builtin"
+    revision: str = ""
+    lora: str = ""
+    scheduler: str = "default"
+    num_inference_steps: int = 20
+    guidance_scale: float = 1.0
+    strength: float = 1.0
+    seed: int = 0
+    control: bool = False
+    row: str = ""
+
+    def __post_init__(self):
+        for field, choices in (("kind", KINDS), ("scheduler", SCHEDULERS)):
+            if getattr(self, field) not in choices:
+                raise ValueError(f'method "{self.name}": {field} is one of {", ".join(choices)}, '
+                                 f"not {getattr(self, field)!r}")
+        if not self.slug:
+            raise ValueError(f"a method's name has letters or digits, not {self.name!r}")
+
+    @property
+    def slug(self) -> str:
+        """The name as a folder's name."""
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+
+
+@dataclass(frozen=True)
+class MethodRun:
+    """Removals of one method: id -> file; seconds and UNet calls an image (None: not timed)."""
+
+    paths: dict[str, Path]
+    seconds_per_image: float | None
+    unet_calls: float | None
+
+
+def make_methods(rows: Sequence[Mapping], *, seed: int = 0,
+                 resolve: Callable[[str], str] = str) -> list[Method]:
+    """Check methods given as dicts, as a notebook's parameter or a recipe has them.
+
+    Args:
+        rows: dicts with the fields of `Method`; `name` is required.
+        seed: for rows that set none.
+        resolve: turns `model` and `lora` into what can be opened.
+
+    Raises:
+        ValueError: a key or choice is unknown, a name is missing or occurs twice.
+    """
+    known, methods = {field.name for field in fields(Method)}, []
+    for row in rows:
+        unknown = sorted(set(row) - known)
+        if unknown or not row.get("name"):
+            raise ValueError(f"method {dict(row)}: " + (f"unknown key {', '.join(unknown)}; known "
+                             f"are {', '.join(sorted(known))}" if unknown else "it has no name"))
+        method = Method(**{"seed": seed, **row})
+        methods.append(replace(method, model=resolve(method.model),
+                               lora=resolve(method.lora) if method.lora else ""))
+    slugs = [method.slug for method in methods]
+    twice = sorted({m.name for m in methods if slugs.count(m.slug) > 1 or m.slug == SOURCE})
+    if twice:
+        raise ValueError(f"methods need names of their own: {', '.join(twice)}")
+    return methods
+
+
+def run_method(method: Method, triplets: Sequence[Triplet], folder: str | Path, *,
+               batch_size: int = 16, device: str = "") -> MethodRun:
+    """Make a method's removals, those that are not there yet.
+
+    A removal's noise depends on its place in `triplets` alone, the same for every method. One
+    batch warms up untimed; the time is the median over full batches, pictures' files not included.
+    Removals of another model, other settings, another batch size or an older source are made anew.
+
+    Args:
+        folder: removals are written to `<folder>/<slug>/<id>.png`, times to `timing.json` there.
+        batch_size: pictures a batch; take the same for every method.
+        device: where removers run; "" takes a GPU if there is one.
+    """
+    folder = Path(folder) / method.slug
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    stamp = {**asdict(method), "batch_size": batch_size, "device": device, "control": None,
+             "row": None,
+             "files": [_stamp_model(place) for place in (method.model, method.lora)]
+             if method.kind == "remover" else []}
+    timing = _read_timing(folder / "timing.json", stamp)
+    if timing is None:
+        shutil.rmtree(folder, ignore_errors=True)
+        timing = {"stamp": stamp, "batches": []}
+        folder.mkdir(parents=True)
+        write_json(folder / "timing.json", timing)
+    paths = {t.id: folder / f"{_name_file(t.id)}.png" for t in triplets}
+    waiting = [(n, t) for n, t in enumerate(triplets) if not _is_fresh(paths[t.id], t)]
+    if waiting:
+        remove, take_calls = _open_method(method, device)
+        for start in range(0, len(waiting), batch_size):
+            part = waiting[start:start + batch_size]
+            pictures = [load_images(replace(t, gt=None)) for _, t in part]
+            inputs = [p["source"] for p in pictures], [p["mask"] for p in pictures]
+            if start == 0:
+                remove(*inputs, [n for n, _ in part], steps=min(2, method.num_inference_steps))
+            take_calls()
+            began = time.perf_counter()
+            removed = remove(*inputs, [n for n, _ in part])
+            seconds = time.perf_counter() - began
+            for (_, triplet), picture in zip(part, removed, strict=True):
+                save_image(paths[triplet.id], picture)
+            timing["batches"].append({"n": len(part), "seconds": round(seconds, 5),
+                                      "unet_calls": take_calls()})
+            write_json(folder / "timing.json", timing)
+            logger.info("%s: %d of %d removals", method.name, start + len(part), len(waiting))
+    return MethodRun(paths, *_summarise_timing(timing["batches"], batch_size))
+
+
+def _open_method(method: Method, device: str) -> tuple[Callable, Callable]:
+    """The method as a function of sources, masks and noise numbers, and its UNet calls' counter.
+
+    The counter says how often the UNet has seen a picture since it was last asked.
+    """
+    if method.kind != "remover":
+        def remove(sources, masks, numbers, steps=None):
+            return [inpaint_classical(s, m, method=method.kind)
+                    for s, m in zip(sources, masks, strict=True)]
+        return remove, lambda: 0
+    pipe = sdxl.load_pipeline(method.model, revision=method.revision or None, device=device)
+    if method.lora:
+        pipe.load_lora_weights(method.lora)
+    if method.scheduler == "lcm":
+        pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    calls = [0]
+
+    def count(module, arguments, keywords):
+        sample = arguments[0] if arguments else keywords["sample"]
+        calls[0] += len(sample)
+
+    def take_calls():
+        seen, calls[0] = calls[0], 0
+        return seen
+
+    def remove(sources, masks, numbers, steps=None):
+        return remove_objects(
+            pipe, sources, masks, num_inference_steps=steps or method.num_inference_steps,
+            guidance_scale=method.guidance_scale, strength=method.strength, seed=method.seed,
+            numbers=numbers, batch_size=len(sources))
+
+    pipe.unet.register_forward_pre_hook(count, with_kwargs=True)
+    return remove, take_calls
+
+
+def _stamp_model(place: str) -> str:
+    """A model folder's content by names, sizes and times; a Hub id stands for itself."""
+    folder = Path(sdxl.resolve_model(place)) if place else Path()
+    if not place or not folder.is_dir():
+        return place
+    files = sorted((str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns)
+                   for p in folder.rglob("*") if p.is_file())
+    return hashlib.sha256(repr(files).encode()).hexdigest()
+
+
+def _read_timing(path: Path, stamp: dict) -> dict | None:
+    """The times on record, if they belong to this very method."""
+    try:
+        timing = read_json(path)
+        return timing if timing["stamp"] == stamp else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _is_fresh(path: Path, triplet: Triplet) -> bool:
+    return path.is_file() and path.stat().st_mtime_ns >= max(
+        triplet.source.stat().st_mtime_ns, triplet.mask.stat().st_mtime_ns)
+
+
+def _name_file(name: str) -> str:
+    plain = re.sub(r"[^\w.~-]", "_", name)
+    return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def _summarise_timing(batches: list[dict], batch_size: int) -> tuple[float | None, float | None]:
+    if not batches:
+        return None, None
+    full = [b for b in batches if b["n"] == batch_size] or batches
+    seconds = float(np.median([b["seconds"] / b["n"] for b in full]))
+    return seconds, sum(b["unet_calls"] for b in batches) / sum(b["n"] for b in batches)

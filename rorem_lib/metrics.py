@@ -1,0 +1,134 @@
+"""Metrics of one removal against the truth, one a function.
+
+Pictures are uint8 [H, W, 3], masks and effect maps uint8 [H, W]; white (>= 128) in a mask is the
+hole. All PSNRs are in dB over 0..255. No metric here says whether a removal is good: PSNR prefers a
+blurred mean, so success is judged apart (see `rorem_lib.evaluation`).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import numpy as np
+from skimage.metrics import structural_similarity
+
+logger = logging.getLogger(__name__)
+
+PSNR_LIMIT = 100.0  # dB given to identical pictures, so that means stay finite
+EFFECT_LEVEL = 8  # grey levels by which a shadow or reflection must change a pixel to count
+EFFECT_PIXELS = 20  # with fewer such pixels there is no shadow to measure
+
+
+def psnr(a: np.ndarray, b: np.ndarray, where: np.ndarray | None = None) -> float:
+    """Peak signal-to-noise ratio in dB, at most `PSNR_LIMIT`.
+
+    Args:
+        a, b: uint8 pictures of the same shape.
+        where: bool [H, W]; only these pixels count (all of them without it).
+
+    Raises:
+        ValueError: the shapes differ, or no pixel counts.
+    """
+    if a.shape != b.shape:
+        raise ValueError(f"PSNR compares pictures of one shape, not {a.shape} and {b.shape}")
+    error = (a.astype(np.float64) - b) ** 2
+    if where is not None:
+        error = error[where]
+    if error.size == 0:
+        raise ValueError("PSNR of no pixels: the mask or region is empty")
+    mean = error.mean()
+    return PSNR_LIMIT if mean == 0 else float(min(PSNR_LIMIT, 10 * np.log10(255**2 / mean)))
+
+
+def psnr_hole(result: np.ndarray, truth: np.ndarray, mask: np.ndarray) -> float:
+    """PSNR in dB where the mask is white.
+
+    Raises:
+        ValueError: the mask is empty or the shapes differ.
+    """
+    return psnr(result, truth, mask >= 128)
+
+
+def psnr_shadow(result: np.ndarray, truth: np.ndarray, shadow: np.ndarray,
+                mask: np.ndarray) -> float | None:
+    """PSNR in dB where the object's shadow or reflection fell and the mask does not reach.
+
+    Args:
+        shadow: [H, W] 0..255, by how many grey levels the effect changes each pixel.
+
+    Returns:
+        None where fewer than `EFFECT_PIXELS` pixels are changed by more than `EFFECT_LEVEL`.
+    """
+    region = (shadow > EFFECT_LEVEL) & (mask < 128)
+    return psnr(result, truth, region) if region.sum() >= EFFECT_PIXELS else None
+
+
+def psnr_background(result: np.ndarray, truth: np.ndarray, mask: np.ndarray,
+                    shadow: np.ndarray | None = None) -> float | None:
+    """PSNR in dB outside the mask and outside the object's effect: what must stay as it was.
+
+    A method that leaves these pixels alone has `PSNR_LIMIT`. None if no such pixel exists.
+    """
+    region = mask < 128
+    if shadow is not None:
+        region &= shadow <= EFFECT_LEVEL
+    return psnr(result, truth, region) if region.any() else None
+
+
+def ssim_hole(result: np.ndarray, truth: np.ndarray, mask: np.ndarray) -> float:
+    """Structural similarity (-1..1), its map averaged in the hole (Wang et al. 2004, sigma 1.5).
+
+    Raises:
+        ValueError: the mask is empty, the shapes differ, or the picture is under 11 px.
+    """
+    hole = mask >= 128
+    if not hole.any():
+        raise ValueError("SSIM of no pixels: the mask is empty")
+    _, similarity = structural_similarity(result, truth, channel_axis=2, data_range=255,
+                                          gaussian_weights=True, sigma=1.5,
+                                          use_sample_covariance=False, full=True)
+    return float(similarity[hole].mean())
+
+
+@functools.cache
+def load_lpips(net: str = "alex"):
+    """The LPIPS network of torchmetrics, with the published weights or not at all.
+
+    Args:
+        net: "alex", "squeeze" or "vgg"; numbers of different networks don't compare.
+
+    Returns:
+        (network, ""), or (None, why not): torchvision is missing, or the weights are neither in
+        torch's cache nor can be downloaded. A random network is never handed out.
+    """
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+    try:
+        return LearnedPerceptualImagePatchSimilarity(net_type=net, reduction="mean").eval(), ""
+    except ModuleNotFoundError as error:
+        return None, (f"LPIPS ({net}) was not measured: {error}. Install the torchvision that "
+                      "belongs to your torch")
+    except (OSError, RuntimeError) as error:  # URLError and HTTPError are OSErrors
+        return None, (f"LPIPS ({net}) was not measured: its published weights are neither cached "
+                      f"nor could they be downloaded ({error})")
+
+
+def lpips_hole(result: np.ndarray, truth: np.ndarray, mask: np.ndarray, *,
+               net: str = "alex") -> float | None:
+    """LPIPS distance (0 = the same) of the truth to the truth with the result in its hole.
+
+    Outside the hole both are the truth, so only the filling is measured ("masked LPIPS").
+
+    Returns:
+        None where the network's published weights can't be had (`load_lpips` says why).
+    """
+    import torch
+
+    network, _ = load_lpips(net)
+    if network is None:
+        return None
+    pasted = np.where((mask >= 128)[..., None], result, truth)
+    pair = torch.from_numpy(np.stack([pasted, truth])).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        return float(network(pair[:1], pair[1:]))

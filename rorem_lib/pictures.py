@@ -1,0 +1,105 @@
+"""Picture files: read whatever people have, write PNG that is never half there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+AGAIN = "delete it or download it again"
+
+
+class TripletError(ValueError):
+    """A triplet set is unsound; the message names the file and how to mend it."""
+
+
+def load_image(path: str | Path, mode: str = "RGB") -> np.ndarray:
+    """Open one picture, turned as its EXIF says, whatever its format holds.
+
+    Args:
+        path: any format that Pillow reads; palette, CMYK, alpha and 16-bit files are converted.
+        mode: "RGB" drops an alpha channel; "L" lays it over black (a mask drawn on a transparent
+            layer).
+
+    Returns:
+        uint8, [H, W, 3] for "RGB", [H, W] for "L".
+
+    Raises:
+        TripletError: missing, empty, no picture, truncated, or of a floating-point format.
+    """
+    if mode not in ("RGB", "L"):
+        raise ValueError(f"unknown mode {mode!r}: take RGB or L")
+    path = Path(path)
+    try:
+        if not path.stat().st_size:
+            raise TripletError(f"{path} is empty (0 bytes): {AGAIN}")
+        with Image.open(path) as image:
+            image.load()
+            return _to_array(ImageOps.exif_transpose(image), mode, path)
+    except TripletError:
+        raise
+    except UnidentifiedImageError:
+        raise TripletError(f"{path} is no picture, or its beginning is damaged: {AGAIN}") from None
+    except FileNotFoundError:
+        raise TripletError(f"{path} does not exist") from None
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        if getattr(error, "errno", None):  # the file system's word, not the decoder's
+            raise TripletError(f"{path} cannot be read: {error.strerror}") from None
+        raise TripletError(f"{path} is truncated or damaged ({error}): {AGAIN}") from None
+
+
+def _to_array(image: Image.Image, mode: str, path: Path) -> np.ndarray:
+    if image.mode == "F":
+        raise TripletError(f"{path} holds floating-point values: save it with 8 bits a channel")
+    if image.mode.startswith("I"):  # 16 bits; a plain conversion would clip at 255
+        grey = np.clip(np.asarray(image).astype(np.float32) / 257 + 0.5, 0, 255).astype(np.uint8)
+        return grey if mode == "L" else np.repeat(grey[..., None], 3, axis=2)
+    if mode == "L" and image.has_transparency_data:
+        image = image.convert("RGBA")
+        alpha = np.asarray(image.getchannel("A"), np.float32) / 255
+        return (np.asarray(image.convert("RGB").convert("L")) * alpha + 0.5).astype(np.uint8)
+    return np.array(image.convert(mode))
+
+
+def save_image(path: str | Path, image: np.ndarray) -> None:
+    """Write [H, W, 3] or [H, W] uint8 as PNG, fast compression, never half-written.
+
+    Raises:
+        TripletError: another type or shape.
+        OSError: the file cannot be written; names it.
+    """
+    if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
+        raise TripletError(f"{path}: a picture is uint8 [H, W, 3] or [H, W], not {image.dtype} "
+                           f"{list(image.shape)}")
+    image = np.ascontiguousarray(image[..., ::-1] if image.ndim == 3 else image)  # cv2 has BGR
+    data = cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1]
+    _put_file(Path(path), lambda beside: beside.write_bytes(data))
+
+
+def link_file(original: Path, path: Path) -> None:
+    """Make `path` the same file as `original` without a second copy where that is possible."""
+    _put_file(path, lambda beside: _link(original.resolve(), beside))
+
+
+def _link(original: Path, beside: Path) -> None:
+    try:
+        os.link(original, beside)
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(original, beside)
+
+
+def _put_file(path: Path, make) -> None:
+    """Let `make` write a file beside `path`, then take its place."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        beside.unlink(missing_ok=True)
+        make(beside)
+        os.replace(beside, path)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
+    finally:
+        beside.unlink(missing_ok=True)  # os.replace leaves it if both are one file already

@@ -1,0 +1,273 @@
+"""The records of triplet sets: find, read and check them, open their pictures.
+
+`rorem_lib.triplets` is the module to import from; here is the half of it that only reads.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from rorem_lib.masks import binarise_mask
+from rorem_lib.pictures import AGAIN, TripletError, load_image
+
+META = "meta.json"
+_OWN_KEYS = {"id", "source", "mask", "GT", "group"}
+
+
+@dataclass(frozen=True)
+class Triplet:
+    """One record of a set.
+
+    Attributes:
+        id: unique within its set; the source's file name where the record has none.
+        source: the picture with the object.
+        mask: what is to be removed.
+        gt: the picture without the object, or a removal; None in an unlabelled pool.
+        group: scene, video or original picture (default: the id); a split never cuts a group.
+        extra: every other key of the record (`score` as a float, `origin`, `license`, ...).
+    """
+
+    id: str
+    source: Path
+    mask: Path
+    gt: Path | None
+    group: str
+    extra: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What `check_set` found wrong with one file."""
+
+    file: Path
+    reason: str
+
+
+# ------------------------------------------------------------------------------- reading records
+
+
+def resolve_meta(path: str | Path) -> Path:
+    """The `meta.json` that a set's id, folder or file means.
+
+    Args:
+        path: `builtin:<role>` (rendered at its first use), a set's folder, or its meta file.
+
+    Raises:
+        TripletError: there is no such set; says which sets are near.
+    """
+    if str(path).startswith("builtin:"):
+        from rorem_lib.sources.builtin_sets import builtin_set
+
+        return builtin_set(str(path).removeprefix("builtin:"))
+    path = Path(path).expanduser()
+    meta = path / META if path.is_dir() or not path.suffix else path
+    if meta.is_file():
+        return meta
+    if list(meta.parent.glob("meta.*jsonl.partial")):
+        raise TripletError(f"{meta.parent} is an unfinished set: run again what writes it, it "
+                           "goes on where it stopped")
+    near = sorted(str(found.parent) for found in meta.parent.glob(f"*/{META}"))
+    hint = f"; there is {', '.join(near)}" if near else ": run the stage that writes this set"
+    raise TripletError(f"there is no triplet set at {path} ({META} is missing){hint}")
+
+
+def read_records(meta: Path) -> list:
+    """A meta file's records as they stand: a JSON list, a single object, or JSON lines."""
+    text = meta.read_text(encoding="utf-8-sig")
+    try:
+        found = json.loads(text)
+        return found if isinstance(found, list) else [found]
+    except json.JSONDecodeError as error:
+        lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+        try:
+            return [json.loads(line) for _, line in lines]
+        except json.JSONDecodeError:
+            raise TripletError(f"{meta} is neither JSON nor JSON lines (line {error.lineno}: "
+                               f"{error.msg}): {AGAIN}") from None
+
+
+class _Locator:
+    """Turns a record's paths into files; refuses what a set must not reach."""
+
+    def __init__(self, meta: Path, allow_absolute: bool, allow_outside: bool):
+        self.meta = meta
+        self.folder = os.path.abspath(meta.parent)
+        self.allow_absolute, self.allow_outside = allow_absolute, allow_outside
+        # One listing a folder is far cheaper than asking for 200,000 files one by one.
+        self._list = functools.cache(lambda folder: frozenset(_list_folder(folder)))
+        self._real = functools.cache(os.path.realpath)
+
+    def find(self, value, where: str) -> Path:
+        if not isinstance(value, str) or not value:
+            raise TripletError(f"{where}: a path must be a text, not {value!r}")
+        full = os.path.normpath(os.path.join(self.folder, value))
+        parent, name = os.path.split(full)
+        if "hidden" in Path(value).parts or "hidden" in Path(self._real(parent)).parts:
+            raise TripletError(f"{where}: {value} lies in a folder named hidden, which holds the "
+                               "built-in scenes' truth and is never read as a triplet")
+        if os.path.isabs(value):
+            if not self.allow_absolute:
+                raise TripletError(f"{where}: {value} is an absolute path: make it relative to "
+                                   f"{self.folder}, or allow absolute paths on purpose")
+        elif not self.allow_outside and os.path.commonpath([full, self.folder]) != self.folder:
+            raise TripletError(f"{where}: {value} leaves the set's folder {self.folder}: copy the "
+                               "file into the set, or allow outside paths on purpose")
+        if name not in self._list(parent) and not os.path.exists(full):
+            raise TripletError(f"{full} is missing ({where}): restore it or remove its record")
+        return Path(full)
+
+
+def _list_folder(folder: str) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
+
+
+def _parse_record(record, number: int, locator: _Locator, require_gt: bool | None) -> Triplet:
+    where = f"{locator.meta}, record {number}"
+    if not isinstance(record, dict):
+        raise TripletError(f"{where} is no object: expected source, mask and GT, got {record!r}")
+    keys = {"source": "source", "mask": "mask", "gt": "GT"}
+    if "inpaint" in record:  # the authors' older layout: there `gt` is the picture given in
+        keys = {"source": "gt", "mask": "mask", "gt": "inpaint"}
+    missing = [key for part, key in keys.items() if not record.get(key)
+               and (part != "gt" or require_gt)]
+    if missing:
+        raise TripletError(f"{where} has no {' and no '.join(missing)} (its keys: "
+                           f"{', '.join(record)})" + ("; a pool without GT is no training set: "
+                           "generate removals and accept them first" * (missing == ["GT"])))
+    paths = {part: locator.find(record[key], where) if record.get(key) else None
+             for part, key in keys.items()}
+    extra = {k: v for k, v in record.items() if k not in _OWN_KEYS | set(keys.values())}
+    if extra.get("score") is not None:
+        try:
+            extra["score"] = float(extra["score"])
+        except (TypeError, ValueError):
+            raise TripletError(f"{where}: the score {extra['score']!r} is no number") from None
+    name = str(record["id"]) if record.get("id") is not None else paths["source"].stem
+    group = str(record["group"]) if record.get("group") is not None else name
+    return Triplet(name, paths["source"], paths["mask"], paths["gt"], group, extra)
+
+
+def read_triplets(meta_paths, *, require_gt: bool = True, allow_absolute: bool = False,
+                  allow_outside: bool = False) -> list[Triplet]:
+    """Read one or several sets; pictures are not opened, but each file must be there.
+
+    Args:
+        meta_paths: what `resolve_meta` takes, or a list of it.
+        require_gt: refuse records without GT.
+        allow_absolute: accept absolute paths.
+        allow_outside: accept relative paths that leave the set's folder.
+
+    Returns:
+        The triplets in the files' order. Ids are unique within a set; sets that share ids keep
+        them (`merge_sets` makes them unique).
+
+    Raises:
+        TripletError: a set, a key or a file is missing, a path is refused, or an id occurs twice.
+    """
+    if isinstance(meta_paths, (str, Path)):
+        meta_paths = [meta_paths]
+    triplets = []
+    for path in meta_paths:
+        meta = resolve_meta(path)
+        locator = _Locator(meta, allow_absolute, allow_outside)
+        seen: dict[str, int] = {}
+        for number, record in enumerate(read_records(meta), 1):
+            triplet = _parse_record(record, number, locator, require_gt)
+            triplets.append(_name_once(triplet, record, number, seen, meta))
+    return triplets
+
+
+def _name_once(triplet: Triplet, record: dict, number: int, seen: dict, meta: Path) -> Triplet:
+    """Refuse an id given twice; number the ids made from equal file names (a/0.png, b/0.png)."""
+    name = triplet.id
+    if name in seen:
+        if record.get("id") is not None:
+            raise TripletError(f"{meta}, record {number}: id {name} occurs twice (first in record "
+                               f"{seen[name]}): give each record an id of its own")
+        name = f"{name}~{number}"
+        group = name if record.get("group") is None else triplet.group
+        triplet = replace(triplet, id=name, group=group)
+    seen[name] = number
+    return triplet
+
+
+def load_images(triplet: Triplet, *, size: int | None = None) -> dict[str, np.ndarray | None]:
+    """Open a triplet's pictures.
+
+    Args:
+        triplet: what to open.
+        size: resize straight to `size` x `size`, aspect not kept, as the authors' trainer does.
+
+    Returns:
+        `source` [H, W, 3] uint8, `mask` [H, W] uint8 0 or 255, `gt` [H, W, 3] uint8 or None.
+
+    Raises:
+        TripletError: a picture cannot be read, sizes differ, the mask is empty or covers all.
+    """
+    source, mask = load_image(triplet.source), load_image(triplet.mask, "L")
+    gt = None if triplet.gt is None else load_image(triplet.gt)
+    for path, other in ((triplet.mask, mask), (triplet.gt, gt)):
+        if other is not None and other.shape[:2] != source.shape[:2]:
+            raise TripletError(f"{path} is {describe_size(other)} px but {triplet.source} is "
+                               f"{describe_size(source)}: resize one, or remove the record")
+    check_mask(mask, triplet.mask)
+    if size and source.shape[:2] != (size, size):
+        source, mask, gt = (None if x is None else np.array(Image.fromarray(x).resize(
+            (size, size), Image.Resampling.BICUBIC)) for x in (source, mask, gt))
+        if mask.max() < 128:  # a thin mask that faded away is still one
+            mask = np.where(mask > 0, 255, 0)
+    return {"source": source, "mask": binarise_mask(mask.astype(np.uint8)), "gt": gt}
+
+
+def describe_size(image: np.ndarray) -> str:
+    """Width x height, as people say it."""
+    return f"{image.shape[1]}x{image.shape[0]}"
+
+
+def check_mask(mask: np.ndarray, path) -> None:
+    """Refuse a mask [H, W] uint8 that marks nothing or everything."""
+    if mask.max() < 128:
+        hint = "multiply its values by 255" if 0 < mask.max() < 3 else "draw it again, white"
+        raise TripletError(f"{path} is an empty mask: no pixel reaches 128 (its brightest has "
+                           f"{mask.max()}); {hint}, or remove the record")
+    if mask.min() >= 128:
+        raise TripletError(f"{path} is white everywhere: nothing is left to continue; draw it "
+                           "again, or remove the record")
+
+
+def check_set(meta: str | Path, *, allow_absolute: bool = False,
+              allow_outside: bool = False) -> list[Problem]:
+    """Open every picture of a set and name each fault; an empty list is a sound set.
+
+    A set has a GT in every record or in none.
+
+    Raises:
+        TripletError: the set itself is missing or its meta file is no JSON.
+    """
+    meta = resolve_meta(meta)
+    records = read_records(meta)
+    with_gt = any(isinstance(r, dict) and (r.get("GT") or r.get("inpaint")) for r in records)
+    locator = _Locator(meta, allow_absolute, allow_outside)
+    problems, seen = [], {}
+    for number, record in enumerate(records, 1):
+        file = meta
+        try:
+            triplet = _parse_record(record, number, locator, with_gt)
+            triplet = _name_once(triplet, record, number, seen, meta)
+            file = triplet.source
+            load_images(triplet)
+        except TripletError as error:
+            named = [p for p in (file, triplet.mask, triplet.gt) if str(error).startswith(str(p))
+                     ] if file != meta else []
+            problems.append(Problem(named[0] if named else file, str(error)))
+    return problems

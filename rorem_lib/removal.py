@@ -1,0 +1,240 @@
+"""Inference: remove objects from pictures of any size, in batches, one or many processes.
+
+The stock `StableDiffusionXLInpaintPipeline` does the work. Every picture has a generator of its
+own, so a removal does not depend on the batch it was in, nor on how many processes shared the work.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from rorem_lib import loop, masks, sdxl
+from rorem_lib.files import write_json
+from rorem_lib.triplets import TripletWriter, load_images, merge_sets, read_triplets
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class GenerateConfig:
+    """Generate removal candidates for a set of sources and masks (RORem, sec. 3.1).
+
+    Attributes:
+        output_dir: the candidate set is written to `<output_dir>/candidates`.
+        meta_path: sets of sources and masks (GT is not read).
+        pretrained_model_name_or_path: the remover: `builtin`, a folder or a Hub id.
+        revision: the Hub revision.
+        start: first picture of the set that is used.
+        count: how many pictures are used; 0 takes all from `start` on.
+        seeds_per_image: removals made of each picture, with different noise.
+        num_inference_steps: denoising steps.
+        guidance_scale: classifier-free guidance; 1 is off.
+        strength: 1 starts from pure noise; below it the object can shine through.
+        dilate: pixels by which the mask is widened for the removal.
+        batch_size: removals a forward pass.
+        seed: fixes all noise.
+    """
+
+    output_dir: str = "runs/alone/03_generate_removals"
+    meta_path: list[str] = field(default_factory=lambda: ["builtin:pool"])
+    pretrained_model_name_or_path: str = "builtin"
+    revision: str = ""
+    start: int = 0
+    count: int = 0
+    seeds_per_image: int = 1
+    num_inference_steps: int = 20
+    guidance_scale: float = 1.0
+    strength: float = 1.0
+    dilate: int = 0
+    batch_size: int = 32
+    seed: int = 4
+
+
+def _fit(image: np.ndarray, mask: np.ndarray, native: int, multiple: int):
+    """Shrink or enlarge a picture so that its short side is near `native`, sides divisible."""
+    height, width = image.shape[:2]
+    scale = 1.0 if min(height, width) in (native, native * 3 // 2) else native / min(height, width)
+    sides = [max(multiple, round(side * scale / multiple) * multiple) for side in (width, height)]
+    if sides == [width, height]:
+        return image, mask
+    way = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+    # A pixel of the hole must not get lost in a smaller mask: any part of it counts.
+    small = cv2.resize(mask, sides, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+    return cv2.resize(image, sides, interpolation=way), np.where(small > 0, 255, 0).astype(np.uint8)
+
+
+def _put_back(original, mask, fitted, removed):
+    """Bring a removal to the original's size without losing the original's detail.
+
+    Inside the mask it is the enlarged removal; outside the original plus what the removal changed
+    (a shadow that went away), which is smooth enough to be enlarged.
+    """
+    if removed.shape == original.shape:
+        return removed
+    size = (original.shape[1], original.shape[0])
+    change = cv2.resize(removed.astype(np.float32) - fitted, size, interpolation=cv2.INTER_CUBIC)
+    inside = cv2.resize(removed, size, interpolation=cv2.INTER_CUBIC).astype(np.float32)
+    soft = cv2.GaussianBlur((mask >= 128).astype(np.float32), (0, 0), 1.5)[..., None]
+    mixed = inside * soft + (original + change) * (1 - soft)
+    return np.clip(mixed + 0.5, 0, 255).astype(np.uint8)
+
+
+def make_generator(seed: int, number: int) -> torch.Generator:
+    """The noise source of removal `number` under a run's `seed` (each well mixed)."""
+    mixed = np.random.SeedSequence([seed, number]).generate_state(2, np.uint32)
+    return torch.Generator().manual_seed(int(mixed[0]) << 31 | int(mixed[1]) >> 1)
+
+
+@torch.no_grad()
+def remove_objects(pipe, images: list[np.ndarray], object_masks: list[np.ndarray], *,
+                   num_inference_steps: int = 20, guidance_scale: float = 1.0,
+                   strength: float = 1.0, seed: int = 0, numbers: list[int] | None = None,
+                   batch_size: int = 32, dilate: int = 0, paste_back: bool = False,
+                   progress: bool = False) -> list[np.ndarray]:
+    """Remove what the masks cover.
+
+    Args:
+        pipe: a pipeline of `sdxl.load_pipeline`.
+        images: [H, W, 3] uint8, any sizes; equal sizes share a batch.
+        object_masks: [H, W], white (>= 128) is removed.
+        num_inference_steps: denoising steps; each costs one UNet call (two with guidance).
+        guidance_scale: classifier-free guidance; 1 is off (RORem removes without guidance).
+        strength: share of the noise schedule that is run; 1 starts from pure noise.
+        seed: fixes all noise.
+        numbers: what each picture's noise is numbered; by default its place in the list.
+        batch_size: pictures a forward pass.
+        dilate: widens the masks by so many pixels.
+        paste_back: keep the source's own pixels outside the (dilated) mask; shadows then stay.
+        progress: show a bar.
+
+    Returns:
+        The removals, [H, W, 3] uint8, each of its source's size.
+
+    Raises:
+        ValueError: lists of unequal length, or a mask of another size than its image.
+    """
+    if len(images) != len(object_masks):
+        raise ValueError(f"{len(images)} images but {len(object_masks)} masks")
+    numbers = list(range(len(images))) if numbers is None else list(numbers)
+    native = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    multiple = pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
+    fitted = []
+    for number, (image, mask) in enumerate(zip(images, object_masks)):
+        if image.shape[:2] != mask.shape[:2]:
+            raise ValueError(f"picture {number} is {image.shape[1]}x{image.shape[0]} px but its "
+                             f"mask {mask.shape[1]}x{mask.shape[0]}")
+        mask = masks.dilate_mask(masks.binarise_mask(mask), dilate)
+        fitted.append((mask, *_fit(image, mask, native, multiple)))
+    groups: dict[tuple, list[int]] = {}
+    for place, (_, image, _) in enumerate(fitted):
+        groups.setdefault(image.shape, []).append(place)
+    embeds, pooled = sdxl.encode_prompt(pipe)
+    results: list = [None] * len(images)
+    bar = tqdm(total=len(images), disable=not progress, unit="image", mininterval=1)
+    for shape, places in groups.items():
+        for begin in range(0, len(places), batch_size):
+            batch = places[begin:begin + batch_size]
+            removed = pipe(
+                prompt_embeds=embeds.expand(len(batch), -1, -1),
+                pooled_prompt_embeds=pooled.expand(len(batch), -1),
+                image=[Image.fromarray(fitted[i][1]) for i in batch],
+                mask_image=[Image.fromarray(fitted[i][2]) for i in batch],
+                height=shape[0], width=shape[1], num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale, strength=strength, output_type="np",
+                generator=[make_generator(seed, numbers[i]) for i in batch]).images
+            for i, picture in zip(batch, (removed * 255).round().astype(np.uint8)):
+                mask, image, _ = fitted[i]
+                results[i] = _put_back(images[i], mask, image, picture)
+                if paste_back:
+                    results[i] = np.where(mask[..., None] >= 128, results[i], images[i])
+            bar.update(len(batch))
+    bar.close()
+    return results
+
+
+def inpaint_classical(image: np.ndarray, mask: np.ndarray, *, method: str = "telea",
+                      radius: float = 5) -> np.ndarray:
+    """OpenCV's Telea or Navier-Stokes ("ns") inpainting; [H, W, 3] uint8 in and out."""
+    flags = {"telea": cv2.INPAINT_TELEA, "ns": cv2.INPAINT_NS}
+    if method not in flags:
+        raise ValueError(f"unknown classical method {method!r}: take telea or ns")
+    return cv2.inpaint(image, masks.binarise_mask(mask), radius, flags[method])
+
+
+def generate_candidates(config: GenerateConfig) -> dict:
+    """Write `<output_dir>/candidates`, a triplet set whose GT is the removal; resumable.
+
+    Ids are the pictures' own, with `-s<k>` behind them where several seeds were used.
+
+    Returns:
+        `{"n_images", "n_removals", "seconds", "removals_per_second"}`.
+    """
+    from accelerate import PartialState
+
+    state = PartialState()
+    triplets = read_triplets(config.meta_path, require_gt=False)[config.start:]
+    triplets = triplets[:config.count] if config.count else triplets
+    if not triplets:
+        raise ValueError(f"no pictures at {config.meta_path} from number {config.start} on")
+    wanted = [(t, k, config.start + i) for i, t in enumerate(triplets)
+              for k in range(config.seeds_per_image)]
+    folder = Path(config.output_dir) / "candidates"
+    own = folder if state.num_processes == 1 else folder.with_name(
+        f"candidates-part-{state.process_index}")
+    pipe = sdxl.load_pipeline(config.pretrained_model_name_or_path, device=state.device,
+                              revision=config.revision or None)
+    started, made = time.time(), 0
+    with TripletWriter(own) as writer:
+        mine = [(t, k, n) for t, k, n in wanted[state.process_index::state.num_processes]
+                if _name(t, k, config) not in writer.done_ids]
+        chunk = 4 * config.batch_size
+        for begin in range(0, len(mine), chunk):
+            part = mine[begin:begin + chunk]
+            pictures = [load_images(t) for t, _, _ in part]
+            removed = remove_objects(
+                pipe, [p["source"] for p in pictures], [p["mask"] for p in pictures],
+                num_inference_steps=config.num_inference_steps, seed=config.seed,
+                guidance_scale=config.guidance_scale, strength=config.strength,
+                numbers=[n * config.seeds_per_image + k for _, k, n in part],
+                batch_size=config.batch_size, dilate=config.dilate)
+            for (triplet, k, _), result in zip(part, removed):
+                extra = {**triplet.extra, "remover": config.pretrained_model_name_or_path,
+                         "seed": k, "group": triplet.group}
+                writer.add(id=_name(triplet, k, config), source=triplet.source,
+                           mask=triplet.mask, gt=result, **extra)
+            made += len(part)
+            rate = made / (time.time() - started)
+            logger.info("%d of %d removals  %.1f a second  %d s left", made, len(mine), rate,
+                        (len(mine) - made) / rate)
+    state.wait_for_everyone()
+    if state.is_main_process and state.num_processes > 1:
+        merge_sets([folder.with_name(f"candidates-part-{r}") for r in range(state.num_processes)],
+                   folder)
+    seconds = time.time() - started
+    metrics = {"n_images": len(triplets), "n_removals": len(wanted), "seconds": round(seconds, 2),
+               "removals_per_second": round(made / seconds, 2)}
+    if state.is_main_process:
+        write_json(Path(config.output_dir) / "train_metrics.json", metrics)
+    state.wait_for_everyone()
+    return metrics
+
+
+def _name(triplet, k: int, config: GenerateConfig) -> str:
+    return triplet.id if config.seeds_per_image == 1 else f"{triplet.id}-s{k}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    loop.run_job(generate_candidates, loop.parse_config(GenerateConfig, arguments))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""A simulated annotator for the built-in scenes: it answers what a person would be asked.
+
+RORem's annotators see the source with its mask and the removal, and say whether it succeeded; the
+failures they name are incomplete removal, wrong content and blur (RORem, sec. 3.1). The simulated
+annotator asks the same five questions and may look at the scene's hidden truth for each:
+
+1. Is the object gone? What is left of it is measured by regressing (removal - truth) on
+   (source - truth) over the object: 0 is gone, 1 is untouched.
+2. Is nothing invented in its place? The largest local colour difference to the truth, after a
+   blur that forgives texture which differs pixel by pixel.
+3. Does the colour fit? The mean colour difference over the hole.
+4. Is the texture as sharp as the truth's? The ratio of fine detail (a high-pass) in the hole.
+5. Is the shadow (or reflection) gone? The same regression as in 1 over the effect's region.
+
+Pixel PSNR is not asked: it prefers a blurred mean. Its labels carry `simulated: true` everywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+REASONS = ("incomplete removal", "wrong content", "colour shift", "blur", "shadow left")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Where the simulated annotator says no. Lab units are CIELAB's (L from 0 to 100).
+
+    Attributes:
+        residue: share of the object's contrast that may be left.
+        shadow: share of the shadow's contrast that may be left.
+        content: largest local colour difference, Lab units, on a plain background.
+        content_texture: what a background's own local contrast adds to `content`, a factor.
+        colour: mean colour difference over the hole, Lab units.
+        blur: least ratio of fine detail to the truth's.
+        grain: largest ratio of fine detail to the truth's.
+    """
+
+    residue: float = 0.2
+    shadow: float = 0.4
+    content: float = 9.0
+    content_texture: float = 0.35
+    colour: float = 5.0
+    blur: float = 0.5
+    grain: float = 2.0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One judgement: `accept`, the first `reason` against it (None if none), what was measured."""
+
+    accept: bool
+    reason: str | None
+    measures: dict
+
+
+def _to_lab(image: np.ndarray) -> np.ndarray:
+    return cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
+
+
+def _remaining(change, trace, weight) -> float:
+    """Least-squares share of `trace` that is in `change` [H, W, 3] under weights [H, W]."""
+    power = float((weight[..., None] * trace * trace).sum())
+    return float((weight[..., None] * change * trace).sum()) / power if power > 0 else 0.0
+
+
+def judge_removal(source, mask, result, truth, *, limits: Limits = Limits()) -> Verdict:
+    """Judge one removal.
+
+    Args:
+        source: [H, W, 3] uint8, the picture with the object.
+        mask: [H, W] uint8, what was to be removed (white >= 128).
+        result: [H, W, 3] uint8, the removal.
+        truth: `Truth` of the scene: truth [H, W, 3], object [H, W], shadow [H, W], all uint8.
+        limits: where it says no.
+
+    Returns:
+        A `Verdict`; its measures are residue, shadow (None where the scene has none), content,
+        content_limit, colour, detail.
+
+    Raises:
+        ValueError: the pictures' sizes differ.
+    """
+    if not source.shape == result.shape == truth.truth.shape:
+        raise ValueError(f"sizes differ: source {source.shape}, removal {result.shape}, "
+                         f"truth {truth.truth.shape}")
+    unit = source.shape[0] / 64
+    lab_source, lab_result, lab_truth = map(_to_lab, (source, result, truth.truth))
+    change, trace = lab_result - lab_truth, lab_source - lab_truth
+    hole = (mask >= 128) | (truth.object > 127)
+    weight = truth.object.astype(np.float32) / 255
+    residue = _remaining(change, trace, weight)
+
+    # Local colour: blurred over 2 px of a 64 px picture, so that pixels of texture may differ.
+    local = np.linalg.norm(cv2.GaussianBlur(change, (0, 0), 2.0 * unit), axis=2)
+    content = float(local[hole].max())
+    smooth = cv2.GaussianBlur(lab_truth, (0, 0), 2.0 * unit)
+    ring = cv2.dilate(hole.astype(np.uint8), np.ones((3, 3), np.uint8), iterations=round(4 * unit))
+    contrast = float(np.linalg.norm(smooth[ring > 0].std(axis=0)))
+    content_limit = limits.content + limits.content_texture * contrast
+    colour = float(np.linalg.norm(change[hole].mean(axis=0)))
+
+    detail = []
+    for picture in (lab_result, lab_truth):
+        light = picture[..., 0]
+        fine = light - cv2.GaussianBlur(light, (0, 0), 1.5 * unit)
+        detail.append(float(np.sqrt(np.square(fine[hole]).mean())) + 0.7)
+    detail = detail[0] / detail[1]
+
+    effect = np.where(truth.object > 8, 0, truth.shadow).astype(np.float32)
+    shadow = None
+    if (effect > 10).sum() >= 12 * unit**2:
+        shadow = _remaining(change, trace, (effect > 10).astype(np.float32))
+    measures = {"residue": residue, "shadow": shadow, "content": content,
+                "content_limit": content_limit, "colour": colour, "detail": detail}
+    failed = {
+        "incomplete removal": residue > limits.residue,
+        "wrong content": content > content_limit or detail > limits.grain,
+        "colour shift": colour > limits.colour,
+        "blur": detail < limits.blur,
+        "shadow left": shadow is not None and shadow > limits.shadow,
+    }
+    reason = next((name for name in REASONS if failed[name]), None)
+    return Verdict(reason is None, reason, measures)
+
+
+def simulate_labels(candidates_meta, hidden_dir, folder, *, annotator: str = "simulated",
+                    limits: Limits = Limits(), order: str = "random",
+                    ids: list[str] | None = None) -> list[dict]:
+    """Label candidates as the simulated annotator; each label is in the log before the next.
+
+    Args:
+        candidates_meta: a candidate set's `meta.json`.
+        hidden_dir: the hidden truth that belongs to its scenes.
+        folder: where `labels-<annotator>.jsonl` is written; labels already there are kept.
+        annotator: the log's name; it always contains "simulated".
+        ids: which candidates, in which order; all by default.
+
+    Returns:
+        One dict a new label: id, accept, reason and the measures.
+
+    Raises:
+        ValueError: a name that does not say that it is simulated.
+    """
+    from rorem_lib.labels import LabelLog
+    from rorem_lib.sources.builtin_sets import read_truth
+    from rorem_lib.triplets import load_images, read_triplets
+
+    if "simulated" not in annotator:
+        raise ValueError(f"the annotator's name must say that it is simulated, not {annotator!r}")
+    triplets = {t.id: t for t in read_triplets(candidates_meta)}
+    log = LabelLog(Path(folder), annotator)
+    done = {label.id for label in log.read()}
+    verdicts = []
+    for name in ids if ids is not None else list(triplets):
+        if name in done:
+            continue
+        pictures = load_images(triplets[name])
+        verdict = judge_removal(pictures["source"], pictures["mask"], pictures["gt"],
+                                read_truth(hidden_dir, name), limits=limits)
+        log.append(name, "accept" if verdict.accept else "reject", reason=verdict.reason,
+                   order=order, simulated=True, content_file=triplets[name].gt)
+        verdicts.append({"id": name, "accept": verdict.accept, "reason": verdict.reason,
+                         **verdict.measures})
+    return verdicts

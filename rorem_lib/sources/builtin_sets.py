@@ -1,0 +1,268 @@
+"""Writes the built-in scenes as triplet sets, and keeps their hidden truth apart.
+
+`rorem_lib.sources.scenes` holds the renderer alone; this module writes what it renders:
+
+    <folder>/labelled         source, mask and GT, RORD-like and MULAN-like scenes in turn
+    <folder>/pool             source and mask (OpenImages-like)
+    <folder>/high_resolution  source and mask, larger: GT are removals that are then accepted
+    <folder>/test             source and mask of the evaluation
+    <folder>/hidden/<set>/{truth,object,shadow}/<id>.png
+
+The hidden truth of the last three is for the simulated annotator and the evaluation alone, and is
+reached only through `read_truth`; the triplet reader refuses every path with a `hidden` folder. A
+scene is a function of (role, seed, index) and every set has roles of its own, so no scene is in
+two sets.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import multiprocessing
+import os
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from rorem_lib.files import hash_file, read_json, write_json
+from rorem_lib.pictures import TripletError, link_file, load_image, save_image
+from rorem_lib.sources import scenes
+from rorem_lib.triplets import TripletWriter, read_triplets
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1  # raise it when what is written changes
+ROLES = {"labelled": ("rord", "mulan"), "pool": ("pool",),
+         "high_resolution": ("high_resolution",), "test": ("test",)}
+DEFAULT_SIZES = {"labelled": 600, "pool": 400, "high_resolution": 40, "test": 100}
+CANDIDATES = 200  # pictures of the pool that `builtin:candidates` has removals of
+LICENSE = "CC0-1.0"
+PARTS = ("truth", "object", "shadow")
+_CHUNK = 100  # scenes between two reports of progress
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What a scene hides.
+
+    Attributes:
+        truth: [H, W, 3] uint8, the picture had the object never been there.
+        object: [H, W] uint8, the visible object's soft coverage.
+        shadow: [H, W] uint8, how strongly its shadow or reflection changes the rest.
+    """
+
+    truth: np.ndarray
+    object: np.ndarray
+    shadow: np.ndarray
+
+
+# ---------------------------------------------------------------------------------------- writing
+
+
+def write_scene_sets(folder: str | Path, *, seed: int = 4, labelled: int = 3000, pool: int = 2000,
+                     high_resolution: int = 100, test: int = 500, workers: int = 1,
+                     progress: Callable[[int, int], None] | None = None) -> dict[str, int]:
+    """Write the four sets; killed and started again it goes on, and the files are the same.
+
+    A set that was written with another seed, size or renderer is written anew.
+
+    Args:
+        folder: where the sets' folders go.
+        seed: fixes every pixel.
+        labelled, pool, high_resolution, test: scenes in each set; 0 leaves a set empty.
+        workers: processes; 1 renders in this one.
+        progress: called with (scenes done, scenes in all) after every 100 scenes.
+
+    Returns:
+        Scenes in each set, by its name.
+
+    Raises:
+        ValueError: a negative number, or a folder that holds a set of another kind.
+        OSError: a file cannot be written.
+    """
+    folder = Path(folder)
+    counts = {"labelled": labelled, "pool": pool, "high_resolution": high_resolution, "test": test}
+    if min(*counts.values(), workers - 1) < 0:
+        raise ValueError(f"sizes of sets are 0 or more, workers 1 or more: {counts}, {workers=}")
+    chunks = []
+    for name, count in counts.items():
+        _open_set(folder, name, count, seed)
+        with TripletWriter(folder / name, part="main") as writer:
+            todo = [i for i in range(count) if _name(name, i) not in writer.done_ids]
+        chunks += [(folder, name, seed, todo[i:i + _CHUNK]) for i in range(0, len(todo), _CHUNK)]
+    total = sum(counts.values())
+    done = total - sum(len(chunk[3]) for chunk in chunks)
+    for written in _run_chunks(chunks, workers):
+        done += written
+        if progress:
+            progress(done, total)
+    for name in counts:
+        TripletWriter(folder / name).close()
+    return counts
+
+
+def _open_set(folder: Path, name: str, count: int, seed: int) -> None:
+    """Clear what another seed, size or renderer left; note what is written now."""
+    marker = folder / name / "scenes.json"
+    wanted = {"seed": seed, "count": count, "renderer": _hash_renderer()}
+    found = read_json(marker) if marker.is_file() else None
+    if found == wanted:
+        return
+    if found is None and (folder / name / "meta.json").exists():
+        raise TripletError(f"{folder / name} holds a set that is no scene set: choose another "
+                           "folder, or move that set away")
+    for old in (folder / name, folder / "hidden" / name):
+        aside = old.with_name(f".{old.name}.old")  # renamed first: no half of it is ever found
+        shutil.rmtree(aside, ignore_errors=True)
+        if old.exists():
+            logger.info("%s has other settings now: it is written anew", old)
+            os.rename(old, aside)
+            shutil.rmtree(aside)
+    write_json(marker, wanted)
+
+
+def _name(name: str, index: int) -> str:
+    return f"{name}-{index:06d}"
+
+
+def _run_chunks(chunks: list[tuple], workers: int) -> Iterator[int]:
+    if workers == 1 or len(chunks) < 2:
+        yield from map(_write_chunk, chunks)
+        return
+    # spawn: a notebook's kernel has threads, which a forked child would inherit half-dead
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _follow_parent, (os.getpid(),)) as executor:
+        yield from executor.map(_write_chunk, chunks)
+
+
+def _follow_parent(parent: int) -> None:
+    """Let a worker end when its parent was killed, instead of waiting for work for ever."""
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _write_chunk(chunk: tuple[Path, str, int, list[int]]) -> int:
+    folder, name, seed, indices = chunk
+    hidden = folder / "hidden" / name
+    roles = ROLES[name]
+    with TripletWriter(folder / name, part=f"{indices[0]:06d}") as writer:
+        for index in indices:
+            role, scene_id = roles[index % len(roles)], _name(name, index)
+            scene = scenes.render_scene([seed, index], role=role)
+            labelled = name == "labelled"
+            if not labelled:  # before the record: what is in the set has its truth
+                for part in PARTS:
+                    (hidden / part).mkdir(parents=True, exist_ok=True)
+                    save_image(hidden / part / f"{scene_id}.png", getattr(scene, part))
+            writer.add(id=scene_id, source=scene.image, mask=scene.mask,
+                       gt=scene.truth if labelled else None, origin=f"scenes/{role}",
+                       license=LICENSE, group=scene_id, family=scene.family, kind=scene.kind,
+                       mask_kind=scene.mask_kind, effect=scene.effect)
+    return len(indices)
+
+
+# ---------------------------------------------------------------------------------- hidden truth
+
+
+def hidden_of(meta_path: str | Path) -> Path | None:
+    """The folder of hidden truth that belongs to a scene set's `meta.json`, None if it has none."""
+    folder = Path(meta_path).parent
+    hidden = folder.parent / "hidden" / folder.name
+    return hidden if hidden.is_dir() else None
+
+
+def read_truth(hidden_dir: str | Path, scene_id: str) -> Truth:
+    """The hidden truth of one scene; for the simulated annotator and the evaluation alone.
+
+    Args:
+        hidden_dir: `<assembled folder>/hidden/<set>`.
+        scene_id: the scene's id; a removal's `-s<number>` behind it is taken off.
+
+    Raises:
+        TripletError: there is none; names the file.
+    """
+    hidden = Path(hidden_dir)
+    if not (hidden / "truth" / f"{scene_id}.png").is_file():
+        scene_id = re.sub(r"-s\d+$", "", scene_id)
+    path = hidden / "truth" / f"{scene_id}.png"
+    if not path.is_file():
+        raise TripletError(f"there is no hidden truth {path}: only built-in scenes have one; take "
+                           "the folder hidden/<set> beside the set that holds this scene")
+    return Truth(load_image(path), *(load_image(hidden / part / path.name, "L")
+                                     for part in PARTS[1:]))
+
+
+# ----------------------------------------------------------------------------- sets on first use
+
+
+def builtin_set(role: str) -> Path:
+    """The `meta.json` that `builtin:<role>` means, made at its first use and kept in the cache.
+
+    Sets are rendered below `$ROREM_CACHE` (default `~/.cache/rorem`) in a folder named after the
+    renderer's version, so an old cache is never mistaken for a new one. `candidates` are removals
+    of 200 pictures of the pool by the built-in base model.
+
+    Raises:
+        TripletError: an unknown role.
+        OSError: the cache cannot be written; names the folder.
+    """
+    if role not in ROLES and role != "candidates":
+        raise TripletError(f"there is no built-in set builtin:{role}: take one of " + ", ".join(
+            f"builtin:{name}" for name in (*ROLES, "candidates")))
+    cache = Path(os.environ.get("ROREM_CACHE") or "~/.cache/rorem").expanduser().absolute()
+    key = f"v{VERSION}-{_hash_renderer()[:12]}"
+    if role == "candidates":
+        from rorem_lib.sdxl import resolve_model
+
+        weights = next(Path(resolve_model("builtin")).glob("unet/*.safetensors"))
+        name = f"candidates-{key}-{hash_file(weights)[:12]}"
+        return _make_once(cache / name, _write_candidates) / role / "meta.json"
+    return _make_once(cache / f"scenes-{key}", lambda folder: write_scene_sets(
+        folder, **DEFAULT_SIZES)) / role / "meta.json"
+
+
+def _make_once(folder: Path, make) -> Path:
+    """Make a folder beside and rename it, so that it is there whole or not at all."""
+    if folder.is_dir():
+        return folder
+    logger.info("making the built-in set %s (once)", folder)
+    beside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    try:
+        make(beside)
+        os.rename(beside, folder)
+    except OSError as error:
+        if not folder.is_dir():  # else another process was faster, and its set is the same
+            raise OSError(error.errno, f"cannot write the cache {folder}: {error.strerror}; set "
+                                       "ROREM_CACHE to a folder with room") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return folder
+
+
+def _write_candidates(folder: Path) -> None:
+    from rorem_lib.removal import GenerateConfig, generate_candidates
+
+    pool = builtin_set("pool")
+    generate_candidates(GenerateConfig(output_dir=str(folder), meta_path=[str(pool)],
+                                       count=CANDIDATES))
+    for triplet in read_triplets(folder / "candidates"):
+        for part in PARTS:
+            path = folder / "hidden" / "candidates" / part / f"{triplet.id}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            link_file(hidden_of(pool) / part / path.name, path)
+
+
+@functools.cache
+def _hash_renderer() -> str:
+    return hash_file(scenes.__file__)

@@ -1,0 +1,174 @@
+"""A notebook's side of a stage: its folder, its figures, and how it says that it is finished."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+from rorem_lib.files import read_json, write_json, write_text
+
+ROOT = Path(__file__).resolve().parents[1]
+STARTED = "stage.started.json"
+_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy", "papermill")
+
+
+def resolve_path(path) -> Path:
+    """An absolute path; a relative one counts from the repository root, wherever Python runs."""
+    return ROOT / Path(path).expanduser()
+
+
+def resolve_model(model_id: str) -> str:
+    """A model id for `load_pipeline`: folders become absolute paths, other ids stay as they are."""
+    folder = resolve_path(model_id)
+    return str(folder) if folder.is_dir() and model_id != "builtin" else model_id
+
+
+def describe_environment() -> dict:
+    """Versions of what computes, the commit, and whether tracked files differ from it."""
+    versions = {"python": sys.version.split()[0]}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    commit = _ask_git("rev-parse", "HEAD")
+    changes = _ask_git("status", "--porcelain", "--untracked-files=no") if commit else None
+    return {"versions": versions, "commit": commit,
+            "dirty": None if changes is None else bool(changes)}
+
+
+def _ask_git(*arguments: str) -> str | None:
+    try:
+        answer = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True,
+                                text=True, timeout=20, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() if answer.returncode == 0 else None
+
+
+def format_time(seconds: float | None = None) -> str:
+    """A moment (default: now) as UTC in ISO 8601, to the second."""
+    moment = datetime.now(UTC) if seconds is None else datetime.fromtimestamp(seconds, UTC)
+    return moment.isoformat(timespec="seconds")
+
+
+def clean_metrics(value):
+    """`value` as plain JSON: NumPy and torch values opened, NaN and infinity as None."""
+    if isinstance(value, dict):
+        return {str(k): clean_metrics(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [clean_metrics(v) for v in value]
+    if hasattr(value, "tolist"):
+        return clean_metrics(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+
+
+@dataclass
+class Stage:
+    """A running stage.
+
+    Attributes:
+        folder: absolute path of the stage's folder; everything the notebook writes goes there.
+        notebook: the notebook's name.
+        batch: True under `rorem run`: nobody watches, so log lines in the place of widgets.
+        parameters: the notebook's parameters, for `stage.json`.
+    """
+
+    folder: Path
+    notebook: str
+    batch: bool
+    parameters: dict = field(default_factory=dict)
+    started: float = field(default_factory=time.time)
+
+    def save_figure(self, figure, name: str) -> Path:
+        """Write a matplotlib figure to `figures/<name>.png` and show it under the cell."""
+        path = self.folder / "figures" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_suffix(".partial.png")
+        figure.savefig(beside, dpi=110, bbox_inches="tight")
+        os.replace(beside, path)
+        if "matplotlib.pyplot" in sys.modules:
+            sys.modules["matplotlib.pyplot"].close(figure)  # or the inline backend shows it again
+        if "IPython" in sys.modules:
+            from IPython.display import Image, display
+
+            display(Image(filename=str(path)))
+        return path
+
+    def finish(self, metrics: dict) -> None:
+        """Write `metrics.json`; call it last. Alone, also `stage.json` and the DONE marker.
+
+        In a recipe's folder these two are the runner's, which writes them when the notebook has
+        come to its end.
+        """
+        if not self.batch and not (self.folder / STARTED).exists():
+            write_json(self.folder / "metrics.json", clean_metrics(metrics))
+            ended = time.time()
+            write_json(self.folder / "stage.json", {
+                "stage": "alone", "notebook": self.notebook,
+                "parameters": clean_metrics(self.parameters), **describe_environment(),
+                "seconds": round(ended - self.started, 2),
+                "started": format_time(self.started), "finished": format_time(ended)})
+            write_text(self.folder / "DONE", f"alone {datetime.now(UTC).isoformat()}\n")
+        else:
+            write_json(self.folder / "metrics.json", clean_metrics(metrics))
+
+
+def start_stage(output_dir, *, notebook: str) -> Stage:
+    """Open a stage's folder and take back what an earlier run of it said about being finished.
+
+    Args:
+        output_dir: the folder, relative to the repository root or absolute; made if missing.
+        notebook: the notebook's name without ending, such as "02_train_remover".
+
+    Raises:
+        OSError: the folder can't be made or written.
+    """
+    folder = resolve_path(output_dir)
+    batch = os.environ.get("ROREM_BATCH") == "1"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("DONE", "metrics.json"):
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise OSError(error.errno, f"the stage's folder {folder} can't be written: "
+                                   f"{error.strerror}; choose another output_dir") from error
+    log = logging.getLogger("rorem_lib")
+    if not log.handlers:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        log.propagate = False
+    return Stage(folder, notebook, batch, _collect_parameters(notebook, inspect.currentframe()))
+
+
+def _collect_parameters(notebook: str, frame) -> dict:
+    """The values the calling notebook has under its parameters' names."""
+    from rorem_lib.parameters import read_parameters
+
+    try:
+        names = read_parameters(ROOT / "notebooks" / f"{notebook}.ipynb")
+    except (OSError, ValueError):  # renamed, or half-edited: the record alone suffers
+        return {}
+    values = frame.f_back.f_globals
+    return {name: values[name] for name in names if name in values}
+
+
+def read_json_or(path: Path, default):
+    """A JSON file's content; `default` where it is missing or torn."""
+    try:
+        return read_json(path)
+    except (OSError, ValueError):
+        return default

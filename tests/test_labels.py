@@ -1,0 +1,462 @@
+"""The label log survives crashes; votes, agreement, order, import and export."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from rorem_lib import label_log
+from rorem_lib.labels import (
+    Label,
+    LabelError,
+    LabelLog,
+    compute_agreement,
+    count_missing,
+    export_labels,
+    find_conflicts,
+    import_labels,
+    merge_votes,
+    order_items,
+    read_labels,
+    split_stale,
+    stratify_items,
+    write_scored_set,
+)
+from rorem_lib.triplets import TripletWriter, read_triplets
+
+
+def vote(item_id, answer, annotator="anna", **values):
+    return Label(id=item_id, label=answer, annotator=annotator, **values)
+
+
+def standing(folder):
+    return [(x.annotator, x.id, x.label) for x in read_labels(folder)]
+
+
+@pytest.fixture
+def candidates(tmp_path):
+    """Four candidates of 16 px in `tmp_path/candidates`."""
+    random = np.random.default_rng(0)
+    mask = np.zeros((16, 16), np.uint8)
+    mask[4:9, 5:11] = 255
+    folder = tmp_path / "candidates"
+    with TripletWriter(folder) as writer:
+        for place in range(4):
+            source, removal = random.integers(0, 255, (2, 16, 16, 3), dtype=np.uint8)
+            writer.add(id=f"c{place}", source=source, mask=mask, gt=removal, group=f"g{place}")
+    return folder
+
+
+# ------------------------------------------------------------------------------------- the log
+
+
+def test_log_keeps_every_field_and_undo_takes_back_the_last(tmp_path):
+    log = LabelLog(tmp_path, "anna")
+    log.append("c1", "reject", reason="blur", note="a\nnote — ü", ms=812, order="audit")
+    log.append("c2", "accept")
+    log.append("c1", "accept")
+    lines = log.path.read_text(encoding="utf-8").splitlines()
+    first = json.loads(lines[0])
+    assert len(lines) == 3 and first["event"] == "label" and first["time"].endswith("+00:00")
+    assert first["note"] == "a\nnote — ü" and first["reason"] == "blur" and first["ms"] == 812
+    assert standing(tmp_path) == [("anna", "c2", "accept"), ("anna", "c1", "accept")]
+    log.undo("c1")
+    assert standing(tmp_path) == [("anna", "c1", "reject"), ("anna", "c2", "accept")]
+    assert log.undo().id == "c2" and log.undo().reason == "blur"
+    assert standing(tmp_path) == []
+    with pytest.raises(LabelError, match="no label to take back"):
+        log.undo()
+    assert len(log.path.read_bytes().splitlines()) == 6  # nothing is ever rewritten
+
+
+def test_annotators_do_not_mix(tmp_path):
+    anna, ben = LabelLog(tmp_path, "anna"), LabelLog(tmp_path, "ben")
+    anna.append("c1", "accept")
+    ben.append("c1", "reject")
+    with pytest.raises(LabelError):
+        ben.undo("c2")
+    ben.undo("c1")
+    assert standing(tmp_path) == [("anna", "c1", "accept")]
+    for name in ("", "a/b", "../x", ".hidden", "a b", "x" * 65):
+        with pytest.raises(LabelError, match="cannot name a label file"):
+            LabelLog(tmp_path, name)
+
+
+def test_torn_last_line_is_skipped_and_never_glued(tmp_path, caplog):
+    log = LabelLog(tmp_path, "anna")
+    log.append("c1", "accept")
+    whole = log.path.read_bytes()
+    log.append("c2", "reject", note="ü")
+    line = log.path.read_bytes()[len(whole) :]
+    for cut in range(len(line)):
+        log.path.write_bytes(whole + line[:cut])
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            ids = [label.id for label in log.read()]
+        assert ids == (["c1", "c2"] if cut == len(line) - 1 else ["c1"])  # less the line's end
+        assert bool(caplog.records) == (0 < cut < len(line) - 1)
+        log.append("c3", "accept")
+        assert [label.id for label in log.read()] == [*ids, "c3"]
+    log.path.write_bytes(whole + b"\0" * 100)  # what some file systems leave after a power cut
+    log.append("c3", "accept")
+    assert [label.id for label in log.read()] == ["c1", "c3"]
+
+
+WRITER = """
+import sys
+from rorem_lib.label_log import LabelLog
+log = LabelLog(sys.argv[1], "anna")
+for number in range(100_000):
+    log.append(f"c{number}", "accept", note="x" * 300)
+    print(number, flush=True)
+"""
+
+
+def test_killed_writer_loses_nothing_it_has_confirmed(tmp_path):
+    for round_ in range(3):
+        command = [sys.executable, "-c", WRITER, str(tmp_path / str(round_))]
+        writer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        confirmed = [int(writer.stdout.readline()) for _ in range(20 + 7 * round_)]
+        os.kill(writer.pid, signal.SIGKILL)
+        confirmed += [int(line) for line in writer.stdout.read().split("\n") if line]
+        assert writer.wait() == -signal.SIGKILL
+        log = LabelLog(tmp_path / str(round_), "anna")
+        log.append("after", "reject")
+        ids = [label.id for label in log.read()]
+        assert ids[: len(confirmed)] == [f"c{number}" for number in confirmed]
+        assert ids[-1] == "after" and len(ids) - 1 - len(confirmed) in (0, 1)
+
+
+def test_full_disk_is_an_error_and_leaves_no_label(tmp_path):
+    full = LabelLog(tmp_path, "full")
+    full.path.symlink_to("/dev/full")
+    with pytest.raises(LabelError, match="not saved.*No space left"):
+        full.append("c1", "accept")
+
+
+def test_disk_that_fills_up_within_a_line(tmp_path, monkeypatch):
+    log = LabelLog(tmp_path, "anna")
+    log.append("c1", "accept")
+    before, write = log.path.read_bytes(), os.write
+
+    def write_half(descriptor, data):
+        if len(data) < 20:
+            raise OSError(28, "No space left on device")
+        return write(descriptor, data[: len(data) // 2])
+
+    monkeypatch.setattr(label_log.os, "write", write_half)
+    with pytest.raises(LabelError, match="No space left"):
+        log.append("c2", "accept")
+    monkeypatch.undo()
+    assert log.path.read_bytes() == before
+    monkeypatch.setattr(label_log.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(5, "I/O")))
+    with pytest.raises(LabelError, match="I/O"):
+        log.append("c2", "accept")
+    monkeypatch.undo()
+    assert [label.id for label in log.read()] == ["c1"]
+    log.append("c2", "reject")
+    assert [label.label for label in log.read()] == ["accept", "reject"]
+
+
+def test_unwritable_folder_is_an_error(tmp_path, monkeypatch):
+    log = LabelLog(tmp_path, "anna")
+
+    def refuse(*_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(label_log.os, "open", refuse)
+    with pytest.raises(LabelError, match="labels-anna.jsonl.*Read-only"):
+        log.append("c1", "accept")
+    monkeypatch.undo()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LabelError, match="cannot be written"):
+        LabelLog(tmp_path / "file" / "labels", "anna")
+
+
+def test_what_is_no_decision_is_refused(tmp_path):
+    log = LabelLog(tmp_path, "anna")
+    for item_id, answer in (("c1", "maybe"), ("", "accept"), (7, "accept")):
+        with pytest.raises(LabelError, match="no decision"):
+            log.append(item_id, answer)
+    assert not log.path.exists()
+
+
+def test_label_of_a_regenerated_candidate_is_stale(candidates, tmp_path):
+    triplets = read_triplets(candidates)
+    log = LabelLog(tmp_path / "labels", "anna")
+    for triplet in triplets[:3]:
+        log.append(triplet.id, "accept", content_file=triplet.gt)
+    log.append("gone", "accept")
+    triplets[1].gt.write_bytes(triplets[3].gt.read_bytes())
+    current, stale = split_stale(log.read(), triplets)
+    assert [x.id for x in current] == ["c0", "c2"] and [x.id for x in stale] == ["c1", "gone"]
+
+
+# ---------------------------------------------------------------------------- votes, agreement
+
+
+def test_merge_policies():
+    labels = [
+        *(vote("both", "accept", who) for who in "ab"),
+        vote("tie", "accept", "a", time="2"),
+        vote("tie", "reject", "b", time="1"),
+        *(vote("most", answer, who) for who, answer in zip("abc", ["reject", "accept", "reject"])),
+        vote("skipped", "skip", "a"),
+        vote("skipped", "reject", "b"),
+        vote("both", "reject", "a", repeat=True),
+    ]
+    assert merge_votes(labels) == {"both": "accept", "most": "reject", "skipped": "reject"}
+    assert merge_votes(labels, "unanimous") == {"both": "accept", "skipped": "reject"}
+    single = merge_votes(labels, "single")
+    assert single["tie"] == "accept" and len(single) == 4
+    assert merge_votes(labels, min_votes=2).keys() == {"both", "most"}
+    assert find_conflicts(labels) == ["tie", "most"]
+    with pytest.raises(ValueError, match="policy 'most' is unknown"):
+        merge_votes(labels, "most")
+
+
+def test_missing_labels():
+    ids = [f"c{place}" for place in range(6)]
+    labels = [vote("c0", "accept"), vote("c1", "reject"), vote("c2", "skip"), vote("x", "accept")]
+    assert count_missing(labels, ids) == 3  # the skipped one has been handled
+    assert count_missing(labels, ids, wanted=4) == 2
+    assert count_missing(labels, ids, wanted=2) == 0
+    labels += [vote(x, "skip") for x in ids[3:]]
+    assert count_missing(labels, ids, wanted=4) == 0
+    assert count_missing([], ids, wanted=99) == 6
+
+
+def test_agreement_against_known_values():
+    """Cohen's kappa and Krippendorff's alpha of a table worked by hand.
+
+    a and b agree on 8 of 10, both say yes 5 times: chance 0.5, kappa (0.8 - 0.5) / 0.5. For two
+    raters alpha = 1 - (2n - 1) * disagreement / (2 * yes * no) = 1 - 19 * 4 / (2 * 100).
+    """
+    a, b = "1111100000", "1111010000"
+    labels = [
+        vote(f"c{place}", "accept" if answer == "1" else "reject", who)
+        for who, answers in (("a", a), ("b", b))
+        for place, answer in enumerate(answers)
+    ]
+    labels += [vote("c0", "skip", "c"), vote("c1", "accept", "c")]
+    labels += [vote("c0", "accept", "a", repeat=True), vote("c1", "reject", "a", repeat=True)]
+    found = compute_agreement(labels)
+    pair = next(pair for pair in found["pairs"] if pair["annotators"] == ("a", "b"))
+    assert pair["n"] == 10 and pair["agree"] == 0.8 and pair["kappa"] == pytest.approx(0.6)
+    assert found["self_consistency"] == {"a": {"n": 2, "agree": 0.5}}
+    assert found["n_shared"] == 10
+    two = compute_agreement([label for label in labels if label.annotator in "ab"])
+    assert two["alpha"] == pytest.approx(1 - 19 * 4 / 200)
+
+
+def test_agreement_is_none_where_it_is_undefined():
+    assert compute_agreement([])["alpha"] is None
+    alone = compute_agreement([vote("c0", "accept"), vote("c1", "reject")])
+    assert alone["pairs"] == [] and alone["alpha"] is None
+    same = compute_agreement([vote("c0", "accept", who) for who in "ab"])
+    assert same["alpha"] is None and same["pairs"][0]["kappa"] is None
+    json.dumps(same)
+
+
+# ------------------------------------------------------------------------------------ the queue
+
+IDS = [f"c{place:03}" for place in range(200)]
+
+
+def test_every_order_is_complete_and_repeatable():
+    scores = dict(zip(IDS, np.random.default_rng(1).random(200)))
+    strata = {x: str(place % 3) for place, x in enumerate(IDS)}
+    for order in ("random", "uncertainty", "stratified"):
+        for overlap in (0, 0.1, 1):
+            queues = [
+                order_items(
+                    IDS,
+                    order=order,
+                    scores=scores,
+                    strata=strata,
+                    overlap_share=overlap,
+                    annotator=who,
+                    seed=3,
+                )
+                for who in ("a", "a", "b")
+            ]
+            assert queues[0] == queues[1] != queues[2]
+            assert sorted(x.id for x in queues[0] if not x.repeat) == IDS
+            assert sum(x.repeat for x in queues[0]) == 4
+    assert order_items(IDS, seed=1) != order_items(IDS, seed=2)
+    assert order_items([]) == [] and len(order_items(["only"], repeat_share=1)) == 2
+
+
+def test_uncertain_items_come_first_and_the_audit_is_random():
+    scores = {x: place / 199 for place, x in enumerate(IDS)}
+    queue = order_items(IDS, order="uncertainty", scores=scores, audit_share=0.2, repeat_share=0)
+    assert Counter(x.order for x in queue) == {"uncertainty": 160, "audit": 40}
+    doubt = [abs(scores[x.id] - 0.5) for x in queue if x.order == "uncertainty"]
+    assert doubt == sorted(doubt)
+    assert 5 <= sum(x.order == "audit" for x in queue[:50]) <= 15  # mixed in from the start
+    audit = [scores[x.id] for x in queue if x.order == "audit"]
+    assert abs(np.mean(audit) - 0.5) < 0.15 and np.std(audit) > 0.2
+    other = order_items(IDS, order="uncertainty", scores=scores, audit_share=0.2, annotator="b")
+    assert {x.id for x in other if x.order == "audit"} == {
+        x.id for x in queue if x.order == "audit"
+    }
+    with pytest.raises(ValueError, match="199 of 200 candidates have not got a score"):
+        order_items(IDS, order="uncertainty", scores={"c000": 0.5})
+
+
+def test_strata_take_turns():
+    shares = {x: place / 200 for place, x in enumerate(IDS)}
+    strata = stratify_items(shares, {x: "ab"[place % 2] for place, x in enumerate(IDS)}, bins=2)
+    assert Counter(strata.values()) == {f"{k} size {s}": 50 for k in "ab" for s in (0, 1)}
+    queue = order_items(IDS, order="stratified", strata=strata, overlap_share=0, repeat_share=0)
+    for place in range(0, 200, 4):
+        assert len({strata[x.id] for x in queue[place : place + 4]}) == 4
+
+
+def test_annotators_share_the_overlap_alone():
+    first = order_items(IDS, annotator="a", repeat_share=0)
+    labels = [vote(item.id, "accept", "a") for item in first[:100]]
+    second = order_items(IDS, annotator="b", labels=labels, repeat_share=0)
+    done = {label.id for label in labels}
+    both = [item.id for item in second if item.id in done]
+    assert len(both) == 10 and len(second) == 110  # every tenth item is from the overlap
+    assert [item for item in first if item.id in {x.id for x in second}]
+    mine = order_items(IDS, annotator="a", labels=labels, repeat_share=0)
+    assert mine == first  # one's own labels move nothing: reopening finds the same queue
+
+
+def test_silent_repeats_come_later():
+    queue = order_items(IDS, repeat_share=0.1)
+    places = {(item.id, item.repeat): place for place, item in enumerate(queue)}
+    repeats = [item for item in queue if item.repeat]
+    assert len(repeats) == 20
+    for item in repeats:
+        gap = places[item.id, True] - places[item.id, False]
+        assert gap >= 10 or places[item.id, True] > 200
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        order_items(IDS, repeat_share=2)
+    with pytest.raises(ValueError, match="order 'best' is unknown"):
+        order_items(IDS, order="best")
+
+
+# ----------------------------------------------------------------------------------- in and out
+
+
+def test_scored_and_accepted_sets(candidates, tmp_path):
+    decisions = {"c0": "accept", "c1": "reject", "c3": "accept"}
+    meta = write_scored_set(candidates, decisions, tmp_path / "run" / "scored")
+    scored = read_triplets(meta)
+    assert {x.id: x.extra["score"] for x in scored} == {"c0": 1.0, "c1": 0.0, "c3": 1.0}
+    assert [x.extra.get("accepted_by") for x in scored] == ["human", None, "human"]
+    original = {x.id: x for x in read_triplets(candidates)}
+    for triplet in scored:
+        assert triplet.group == original[triplet.id].group
+        assert triplet.gt.read_bytes() == original[triplet.id].gt.read_bytes()
+    write_scored_set(candidates, decisions, tmp_path / "accepted", accepted_only=True)
+    assert [x.id for x in read_triplets(tmp_path / "accepted")] == ["c0", "c3"]
+    write_scored_set(candidates, {"c1": "accept"}, tmp_path / "accepted", accepted_only=True)
+    assert [x.id for x in read_triplets(tmp_path / "accepted")] == ["c1"]  # nothing stays behind
+    with pytest.raises(LabelError, match="1 decisions belong to no candidate"):
+        write_scored_set(candidates, {"c9": "accept"}, tmp_path / "accepted")
+
+
+def test_export_and_import_keep_the_labels(candidates, tmp_path):
+    triplets = read_triplets(candidates)
+    log = LabelLog(tmp_path / "labels", "anna")
+    log.append("c0", "accept", content_file=triplets[0].gt, ms=700)
+    log.append("c1", "reject", content_file=triplets[1].gt, reason="blur", note='a "note", so')
+    log.append("c2", "skip", content_file=triplets[2].gt, order="audit")
+    log.append("c1", "accept", content_file=triplets[1].gt, repeat=True)
+    LabelLog(tmp_path / "labels", "ben").append("c0", "reject", content_file=triplets[0].gt)
+    labels = read_labels(tmp_path / "labels")
+    for name in ("labels.csv", "tasks.json"):
+        path = export_labels(labels, tmp_path / name, triplets=triplets)
+        back = tmp_path / f"from {name}"
+        counts = import_labels(path, back, triplets=triplets)
+        assert counts == {"read": 5, "written": 5, "unknown": 0}
+        assert read_labels(back) == labels
+        assert import_labels(path, back, triplets=triplets)["written"] == 0
+    import_labels(log.path, tmp_path / "copy")
+    assert read_labels(tmp_path / "copy") == log.read()
+    task = json.loads((tmp_path / "tasks.json").read_text())[1]
+    assert task["data"]["candidate"] == "c1" and task["data"]["removal"].endswith(".png")
+    assert len(task["annotations"]) == 2
+
+
+def test_import_of_foreign_files(candidates, tmp_path):
+    triplets = read_triplets(candidates)
+    meta = tmp_path / "meta.json"
+    rows = [{"source": f"a/c{n}.png", "mask": "m", "GT": "g", "score": n / 3} for n in range(4)]
+    meta.write_text(json.dumps([*rows, {"id": "other", "source": "o.png", "score": "1"}]))
+    counts = import_labels(meta, tmp_path / "scores", "upstream", triplets=triplets)
+    assert counts == {"read": 5, "written": 4, "unknown": 1}
+    found = read_labels(tmp_path / "scores")
+    assert [x.label for x in found] == ["reject", "reject", "accept", "accept"]
+    assert split_stale(found, triplets)[0] == found and found[0].annotator == "upstream"
+
+    studio = [
+        {"id": 1, "data": {"id": "c0"}, "annotations": [
+            {"completed_by": {"id": 3, "email": "x@y.org"}, "was_cancelled": False,
+             "lead_time": 2.5,
+             "result": [{"type": "choices", "value": {"choices": ["Reject", "blur"]}}]}]},
+        {"id": 2, "data": {"id": "c1"}, "annotations": [{"was_cancelled": True, "result": []}]},
+        {"id": 3, "data": {"id": "c2"}, "annotations": []},
+    ]  # fmt: skip
+    (tmp_path / "studio.json").write_text(json.dumps(studio))
+    import_labels(tmp_path / "studio.json", tmp_path / "studio", "me")
+    first, second = sorted(read_labels(tmp_path / "studio"), key=lambda x: x.id)
+    assert (first.annotator, first.label, first.reason) == ("x@y.org", "reject", "blur")
+    assert first.ms == 2500 and (second.annotator, second.label) == ("me", "skip")
+
+    (tmp_path / "labels.csv").write_text("\ufeffid,label\nc0,yes\nc1,0\nc2,\n", encoding="utf-8")
+    import_labels(tmp_path / "labels.csv", tmp_path / "csv", "me")
+    assert [x.label for x in read_labels(tmp_path / "csv")] == ["accept", "reject", "skip"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("labels.csv", "name,answer\nc0,yes\n"),
+        ("labels.csv", "id,label\nc0,perhaps\n"),
+        ("meta.json", '[{"id": "c0"}]'),
+        ("meta.json", '{"c0": 1}'),
+        ("meta.json", '[{"id": "c0", "score": 1'),
+        ("missing.json", None),
+        ("missing.jsonl", None),
+    ],
+)
+def test_import_of_a_bad_file_names_it(tmp_path, name, text):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(LabelError, match=f"cannot import .*{name}"):
+        import_labels(tmp_path / name, tmp_path / "labels")
+    assert read_labels(tmp_path / "labels") == []
+
+
+def test_import_does_not_bring_back_what_was_undone(tmp_path):
+    (tmp_path / "labels.csv").write_text("id,label,annotator\nc0,yes,anna\nc1,yes,anna\n")
+    import_labels(tmp_path / "labels.csv", tmp_path / "labels")
+    log = LabelLog(tmp_path / "labels", "anna")
+    log.undo("c0")
+    log.append("c1", "reject")
+    import_labels(tmp_path / "labels.csv", tmp_path / "labels")
+    assert standing(tmp_path / "labels") == [("anna", "c1", "reject")]
+
+
+def test_import_of_labels_for_other_candidates_is_an_error(candidates, tmp_path):
+    (tmp_path / "labels.csv").write_text("id,label\nx0,yes\n")
+    with pytest.raises(LabelError, match="none of the 1 labels .* belongs to these candidates"):
+        import_labels(tmp_path / "labels.csv", tmp_path / "l", triplets=read_triplets(candidates))
+
+
+def test_times_of_equal_labels_do_not_matter_for_reading(tmp_path):
+    log = LabelLog(tmp_path, "anna")
+    label = log.append("c0", "accept")
+    assert log.read() == [label] == [replace(label)]
