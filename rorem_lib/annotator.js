@@ -395,6 +395,9 @@ function render({ model, el }) {
     flickerDown = 0;
   }
 
+  root.addEventListener("focusin", (event) => {
+    if (!root.contains(event.relatedTarget)) root.scrollIntoView({ block: "nearest" });
+  });
   root.addEventListener("keydown", onKeyDown);
   root.addEventListener("keyup", onKeyUp);
   root.addEventListener("mousedown", (event) => {

@@ -49,7 +49,7 @@ class DiscriminatorConfig(loop.LoopConfig):
         latent_cache_dir: where latents are cached; empty is `$ROREM_CACHE/latents`.
     """
 
-    output_dir: str = "runs/alone/05_train_discriminator/training"
+    output_dir: str = "runs/alone/05_train_discriminator"
     meta_path: list[str] = field(default_factory=lambda: ["builtin:candidates"])
     pretrained_model_name_or_path: str = "builtin"
     revision: str = ""
@@ -198,7 +198,7 @@ class DiscriminatorObjective(loop.Objective):
 
     def make_dataset(self):
         config = self.config
-        triplets = [t for t in read_triplets(config.meta_path) if "score" in t.extra]
+        triplets = [t for t in read_triplets(config.meta_path) if t.extra.get("score") is not None]
         labels = np.array([float(t.extra["score"] >= 0.5) for t in triplets])
         if len(set(labels.tolist())) < 2:
             raise ValueError(f"{config.meta_path}: a discriminator learns from accepted and "

@@ -37,7 +37,7 @@ class DistillConfig(RemoverConfig):
         huber_c: 0 is the squared error; above it the pseudo-Huber loss' constant.
     """
 
-    output_dir: str = "runs/alone/07_distill_lora/training"
+    output_dir: str = "runs/alone/07_distill_lora"
     rank: int = 64
     num_ddim_timesteps: int = 50
     timestep_scaling: float = 10.0
@@ -117,7 +117,8 @@ def load_lora(pipe, folder) -> None:
     """Put a 4-step LoRA and the LCM scheduler into a pipeline of `sdxl.load_pipeline`."""
     from diffusers import LCMScheduler
 
-    pipe.load_lora_weights(str(folder))
+    # Named, since diffusers refuses to look for the file itself where the network is switched off.
+    pipe.load_lora_weights(str(folder), weight_name="pytorch_lora_weights.safetensors")
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
 
 

@@ -37,14 +37,14 @@ def assign_colours(methods: Sequence[Mapping]) -> dict[str, str]:
         name, kind = method["name"], method.get("kind", "remover")
         if name in rounds:
             colour = shades[rounds.index(name)]
+        elif kind in ("telea", "ns"):
+            colour = ORANGE if kind == "telea" else PURPLE
+        elif _is_fast(method):
+            colour = GREEN if method.get("lora") else "#B8A500"
         elif method.get("control"):
             colour = VERMILION
         elif method.get("row") == "base":
             colour = BLACK
-        elif kind in ("telea", "ns", "source"):
-            colour = {"telea": ORANGE, "ns": PURPLE, "source": GREY}[kind]
-        elif _is_fast(method):
-            colour = GREEN if method.get("lora") else "#B8A500"
         else:
             colour = BLACK
         if colour in colours.values():  # a second control, a second model without a row, ...
@@ -377,3 +377,69 @@ def plot_comparisons(comparisons: Sequence[Mapping]) -> Figure:
     axis.invert_yaxis()
     axis.set_xlabel("difference in success, points (blue: p < 0.05)")
     return figure
+
+
+# ----------------------------------------------------------------------------------- labels
+
+
+def plot_label_summary(labels: Sequence) -> Figure:
+    """Each annotator's decisions, and the reasons for what they rejected.
+
+    Args:
+        labels: `Label`s that stand; an annotator who is no person is named as simulated.
+    """
+    people = sorted({label.annotator for label in labels})
+    simulated = {label.annotator for label in labels if label.simulated}
+    names = [name if name not in simulated or "simulated" in name else f"{name} (simulated)"
+             for name in people]
+    figure, axes = _make_axes(9.5, 0.34 * len(people) + 1.5, 2)
+    answers = {"accept": GREEN, "reject": VERMILION, "skip": GREY}
+    left = np.zeros(len(people))
+    for answer, colour in answers.items():
+        counts = [sum(x.label == answer for x in labels if x.annotator == who) for who in people]
+        axes[0].barh(names, counts, left=left, color=colour, label=answer, edgecolor="white")
+        left += counts
+    given = [label.reason or "no reason given" for label in labels if label.label == "reject"]
+    left = np.zeros(len(people))
+    for reason in sorted(set(given), key=lambda x: -given.count(x)):
+        counts = np.array([sum((x.reason or "no reason given") == reason for x in labels
+                               if x.annotator == who and x.label == "reject") for who in people])
+        share = counts / np.maximum(1, [sum(x.annotator == who for x in labels) for who in people])
+        axes[1].barh(names, share, left=left, color=REASON_COLOURS.get(reason, YELLOW),
+                     label=reason, edgecolor="white")
+        left += share
+    axes[0].set_xlabel("labels", fontsize=8)
+    axes[1].set_xlabel("share of the annotator's labels rejected for", fontsize=8)
+    axes[1].xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    for axis in axes:
+        axis.invert_yaxis()
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=7, frameon=False, loc="upper center", ncols=3,
+                        bbox_to_anchor=(0.5, -0.55 / (0.34 * len(people) + 0.6)))
+    return figure
+
+
+def plot_candidates(triplets: Sequence, *, captions: Sequence[str] = (), pairs: int = 4,
+                    cell: int = 112) -> Figure:
+    """Candidates as annotators see them: the source with the mask's outline, then the removal.
+
+    Args:
+        triplets: candidates (GT is the removal); none gives a figure that says so.
+        captions: a short text for each.
+        pairs: candidates in a row.
+        cell: side of a picture in pixels.
+    """
+    from rorem_lib.masks import outline_mask
+    from rorem_lib.triplets import load_images
+
+    if not triplets:
+        figure = Figure(figsize=(4, 0.5), facecolor="white")
+        figure.text(0.5, 0.5, "there are none", ha="center", va="center", color=GREY)
+        return figure
+    shown = [load_images(triplet) for triplet in triplets]
+    shown = [[outline_mask(x["source"], x["mask"]), x["gt"]] for x in shown]
+    texts = [["", text] for text in captions]
+    rows = range(0, len(shown), pairs)
+    return plot_grid([sum(shown[row:row + pairs], []) for row in rows],
+                     captions=[sum(texts[row:row + pairs], []) for row in rows] if texts else (),
+                     column_titles=["source", "removal"] * min(pairs, len(shown)), cell=cell)

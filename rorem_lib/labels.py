@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -29,12 +30,13 @@ from rorem_lib.label_log import (
     read_labels,
     split_stale,
 )
+from rorem_lib.triplets import Triplet, load_image
 
 __all__ = [
     "DECISIONS", "ORDERS", "POLICIES", "REASONS", "Label", "LabelError", "LabelLog",
     "LabelsMissing", "QueueItem", "compute_agreement", "count_missing", "export_labels",
     "find_conflicts", "hash_content", "import_labels", "merge_votes", "order_items",
-    "read_labels", "split_stale", "stratify_items", "write_scored_set",
+    "read_labels", "require_labels", "split_stale", "stratify_items", "write_scored_set",
 ]  # fmt: skip
 
 ORDERS = ("random", "uncertainty", "stratified")
@@ -101,6 +103,38 @@ def count_missing(
     untouched = len(ids - {label.id for label in labels})
     goal = min(wanted, len(ids)) if wanted else len(ids)
     return max(0, min(goal - len(merge_votes(labels, policy)), untouched))
+
+
+def require_labels(
+    labels: Iterable[Label],
+    ids: Collection[str],
+    *,
+    wanted: int = 0,
+    policy: str = "majority",
+    parameters: Mapping | None = None,
+) -> None:
+    """Stop a notebook that has fewer decisions than `count_missing` asks for.
+
+    Args:
+        labels, ids, wanted, policy: as for `count_missing`.
+        parameters: what to set in the annotation notebook, told to whoever runs a recipe; None
+            where the widget is on the same page.
+
+    Raises:
+        LabelsMissing: says how many are missing and what to do.
+    """
+    missing = count_missing(labels, ids, wanted=wanted, policy=policy)
+    if not missing:
+        return
+    if parameters is None:
+        mend = "label them in the widget above, then run this cell and those below it"
+    else:
+        given = ", ".join(f"{name} = {json.dumps(value)}" for name, value in parameters.items())
+        mend = (
+            f"open notebooks/04_annotate.ipynb, set {given}, run it and label; then run this again"
+        )
+    goal = min(wanted, len(ids)) if wanted else len(ids)
+    raise LabelsMissing(f"{missing} of {goal} labels are missing: {mend}")
 
 
 def compute_agreement(labels: Iterable[Label]) -> dict:
@@ -254,17 +288,23 @@ def _interleave(many: list[str], few: list[str], rate: float) -> list[str]:
 
 
 def stratify_items(
-    shares: Mapping[str, float], kinds: Mapping[str, str] | None = None, *, bins: int = 3
+    triplets: Iterable[Triplet], *, bins: int = 3, key: str = "kind"
 ) -> dict[str, str]:
-    """Name the stratum of each item: mask size (quantiles of `shares`) and, if given, its kind.
+    """Name the stratum of each candidate: mask size and, where the set says it, object class.
 
     Args:
-        shares: id -> share of the picture under the mask, 0..1.
-        kinds: id -> class of the object.
-        bins: number of size classes.
+        triplets: the candidates; their masks are opened.
+        bins: number of size classes of equal frequency.
+        key: the record's key that holds the class.
+
+    Returns:
+        id -> stratum, such as "mug size 2" (2: the largest third).
     """
-    edges = np.quantile(list(shares.values()), np.linspace(0, 1, bins + 1)[1:-1])
-    sizes = {
-        x: f"size {int(np.searchsorted(edges, share, 'right'))}" for x, share in shares.items()
+    triplets = list(triplets)
+    shares = [float((load_image(triplet.mask, "L") >= 128).mean()) for triplet in triplets]
+    edges = np.quantile(shares, np.linspace(0, 1, bins + 1)[1:-1]) if shares else []
+    sizes = np.searchsorted(edges, shares, "right")
+    return {
+        triplet.id: f"{triplet.extra.get(key, '')} size {size}".strip()
+        for triplet, size in zip(triplets, sizes, strict=True)
     }
-    return {x: f"{(kinds or {}).get(x, '')} {size}".strip() for x, size in sizes.items()}

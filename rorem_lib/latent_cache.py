@@ -33,7 +33,8 @@ def cache_root() -> Path:
 
 
 def _fingerprint(triplets: list[Triplet], vae, size: int) -> str:
-    digest = hashlib.sha256(f"{VERSION} {size}".encode())
+    kind = f"{type(vae).__name__} {vae.config.scaling_factor}"
+    digest = hashlib.sha256(f"{VERSION} {size} {kind}".encode())
     for name, weight in sorted(vae.state_dict().items()):
         digest.update(name.encode())
         digest.update(weight.detach().float().cpu().numpy().tobytes())
@@ -108,6 +109,8 @@ def open_cache(triplets: list[Triplet], vae, *, size: int, root: Path | str = ""
         beside.rename(folder)
     except OSError:  # another process was faster
         shutil.rmtree(beside, ignore_errors=True)
+        if not (folder / "done.json").is_file():
+            raise
     logger.info("latents of %d triplets cached in %s", len(triplets), folder)
     return LatentCache(folder)
 

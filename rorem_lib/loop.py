@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import json
 import logging
 import math
+import os
+import re
 import shutil
 import sys
 import time
@@ -24,12 +27,15 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader, Dataset
 
-from rorem_lib.files import read_json, write_json
+from rorem_lib import sdxl
+from rorem_lib.files import read_json, write_json, write_text
+from rorem_lib.parameters import coerce_value
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +54,7 @@ class LoopConfig:
         lr_warmup_steps: steps of linear warm-up (schedulers that have one).
         adam_weight_decay: AdamW's decoupled weight decay.
         max_grad_norm: gradients are clipped to this norm.
-        mixed_precision: "no", "bf16" or "fp16".
+        mixed_precision: "no", "bf16", "fp16", or "auto": bf16 where the hardware has it.
         ema_decay: decay of the weights' moving average; 0 keeps none.
         checkpointing_steps: steps between checkpoints.
         checkpoints_total_limit: how many checkpoints are kept.
@@ -68,7 +74,7 @@ class LoopConfig:
     lr_warmup_steps: int = 0
     adam_weight_decay: float = 1e-2
     max_grad_norm: float = 1.0
-    mixed_precision: str = "no"
+    mixed_precision: str = "auto"
     ema_decay: float = 0.0
     checkpointing_steps: int = 500
     checkpoints_total_limit: int = 2
@@ -77,6 +83,12 @@ class LoopConfig:
     dataloader_num_workers: int = 0
     report_to: str = "none"
     seed: int = 4
+
+
+# What may differ between a checkpoint and the run that goes on from it.
+FREE_FIELDS = {"output_dir", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit",
+               "resume_from_checkpoint", "logging_steps", "dataloader_num_workers", "report_to",
+               "latent_cache_dir"}
 
 
 class Objective:
@@ -144,7 +156,8 @@ class _Positions:
 
 def list_checkpoints(folder) -> list[Path]:
     """The complete checkpoints `checkpoint-<step>` of a run, oldest first."""
-    found = [p for p in Path(folder).glob("checkpoint-*") if (p / "step.json").is_file()]
+    found = [p for p in Path(folder).glob("checkpoint-*")
+             if re.fullmatch(r"checkpoint-\d+", p.name) and (p / "step.json").is_file()]
     return sorted(found, key=lambda p: int(p.name.split("-")[1]))
 
 
@@ -158,7 +171,10 @@ def _save_checkpoint(accelerator, config, step):
     accelerator.save_state(str(beside))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        write_json(beside / "step.json", {"step": step, "seed": config.seed})
+        sizes = {str(p.relative_to(beside)): p.stat().st_size
+                 for p in sorted(beside.rglob("*")) if p.is_file()}
+        write_json(beside / "step.json", {"step": step, "config": dataclasses.asdict(config),
+                                          "files": sizes})
         shutil.rmtree(final, ignore_errors=True)
         beside.rename(final)
         for old in list_checkpoints(folder)[: -config.checkpoints_total_limit]:
@@ -173,22 +189,50 @@ def _resume(accelerator, config) -> int:
         return 0
     if wish == "latest":
         candidates = list_checkpoints(config.output_dir)[::-1]
+        for torn in sorted(set(Path(config.output_dir).glob("checkpoint-*")) - set(candidates)):
+            logger.warning("skipping %s: it was not finished", torn)
     else:
         candidates = [Path(wish)]
         if not (Path(wish) / "step.json").is_file():
             raise FileNotFoundError(f"{wish} is not a complete checkpoint (no step.json in it)")
     for checkpoint in candidates:
         try:
-            accelerator.load_state(str(checkpoint))
-            step = read_json(checkpoint / "step.json")["step"]
-        except Exception as error:
+            record = _read_checkpoint(checkpoint)
+        except (OSError, ValueError, KeyError) as error:
             if wish != "latest":
                 raise
-            logger.warning("skipping %s, which cannot be read (%s)", checkpoint, error)
+            logger.warning("skipping %s: %s", checkpoint, error)
             continue
+        if wish == "latest":
+            _compare_settings(checkpoint, record.get("config", {}), dataclasses.asdict(config))
+        accelerator.load_state(str(checkpoint))
         logger.info("resumed from %s", checkpoint)
-        return step
+        return record["step"]
     return 0
+
+
+def _read_checkpoint(checkpoint: Path) -> dict:
+    """A checkpoint's `step.json`, once each of its files is found whole.
+
+    Looked at before anything is loaded: half of a torn checkpoint in the model would be worse
+    than none.
+    """
+    record = read_json(checkpoint / "step.json")
+    for name, size in record.get("files", {}).items():
+        found = (checkpoint / name).stat().st_size
+        if found != size:
+            raise ValueError(f"{checkpoint / name} is truncated ({found} of {size} bytes)")
+    return {**record, "step": int(record["step"])}
+
+
+def _compare_settings(checkpoint: Path, before: dict, now: dict) -> None:
+    """Refuse to go on with other settings unawares: the optimizer's would win over the new ones."""
+    changed = [f"{name} was {before[name]!r} and is {now.get(name)!r}" for name in before
+               if name not in FREE_FIELDS and before[name] != now.get(name)]
+    if changed:
+        raise ValueError(f"{checkpoint} was made with other settings ({'; '.join(changed)}): "
+                         "delete it to begin anew, choose another output_dir, or name it in "
+                         "resume_from_checkpoint to go on from it all the same")
 
 
 def _trim_metrics(path: Path, step: int) -> None:
@@ -202,7 +246,13 @@ def _trim_metrics(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError):
             continue
-    path.write_text("".join(kept), encoding="utf-8")
+    write_text(path, "".join(kept))
+
+
+def _find_device() -> str:
+    """The kind of device accelerate will take, known before an `Accelerator` exists."""
+    use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    return "cuda" if torch.cuda.is_available() and not use_cpu else "cpu"
 
 
 def train(objective: Objective, config: LoopConfig) -> dict:
@@ -216,8 +266,9 @@ def train(objective: Objective, config: LoopConfig) -> dict:
         FileNotFoundError: a checkpoint was named that does not exist.
         FloatingPointError: the loss is no longer finite.
     """
+    AcceleratorState._reset_state()  # an earlier training here may have had another precision
     accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
+        mixed_precision=sdxl.choose_precision(config.mixed_precision, _find_device()),
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=None if config.report_to == "none" else config.report_to,
         project_dir=config.output_dir,
@@ -247,6 +298,8 @@ def train(objective: Objective, config: LoopConfig) -> dict:
         accelerator.init_trackers("rorem", config=dataclasses.asdict(config))
     loader = DataLoader(dataset, batch_sampler=_Positions(config, accelerator, first),
                         num_workers=config.dataloader_num_workers,
+                        # of its own: else it draws from the noise that a checkpoint restores
+                        generator=torch.Generator().manual_seed(config.seed),
                         persistent_workers=config.dataloader_num_workers > 0)
     batch_total = (config.train_batch_size * accelerator.num_processes
                    * config.gradient_accumulation_steps)
@@ -277,11 +330,13 @@ def train(objective: Objective, config: LoopConfig) -> dict:
                         logged, batch_total)
             logged, window = time.time(), []
         if step % config.checkpointing_steps == 0 and step < config.max_train_steps:
+            if config.mixed_precision != "fp16":  # there, infinite norms are skipped steps
+                _check_finite(norm, "gradient's norm", step)
             _save_checkpoint(accelerator, config, step)
     accelerator.wait_for_everyone()
     if ema is not None:
         ema.copy_to(trained)
-    seconds = time.time() - started
+    seconds = max(time.time() - started, 1e-9)
     images = (step - first) * batch_total
     metrics = {"steps": step, "images": step * batch_total, "resumed_at": first,
                "seconds": round(seconds, 2), "images_per_second": round(images / seconds, 2),
@@ -292,11 +347,18 @@ def train(objective: Objective, config: LoopConfig) -> dict:
         objective.save_model(accelerator.unwrap_model(model), folder)
         metrics |= objective.metrics
         write_json(folder / "train_metrics.json", metrics)
-        for checkpoint in list_checkpoints(folder):  # the model is saved: no need to go back
+        for checkpoint in folder.glob("checkpoint-*"):  # the model is saved: no need to go back
             shutil.rmtree(checkpoint, ignore_errors=True)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return metrics
+
+
+def _check_finite(value, name: str, step: int) -> None:
+    if not math.isfinite(float(value)):
+        raise FloatingPointError(
+            f"the {name} is {float(value)} at step {step}: lower learning_rate, or use bf16 or "
+            "float32 in the place of fp16; the last checkpoint is intact")
 
 
 def _log(accelerator, folder, config, step, window, norm, scheduler, since, batch_total) -> dict:
@@ -308,10 +370,7 @@ def _log(accelerator, folder, config, step, window, norm, scheduler, since, batc
         mean = torch.stack([w[name].float().mean() for w in window]).mean()
         mean = accelerator.gather(mean[None].to(accelerator.device)).mean().item()
         line[name] = round(mean, 6)
-    if not math.isfinite(line["loss"]):
-        raise FloatingPointError(
-            f"the loss is {line['loss']} at step {step}: lower learning_rate, or use bf16 or "
-            "float32 in the place of fp16; the last checkpoint is intact")
+    _check_finite(line["loss"], "loss", step)
     line |= {"lr": scheduler.get_last_lr()[0], "grad_norm": round(float(norm), 4),
              "images_per_second": round(steps * batch_total / seconds, 2),
              "seconds_left": round((config.max_train_steps - step) * seconds / steps, 1)}
@@ -332,12 +391,12 @@ def parse_config(cls, arguments: list[str] | None = None):
 
     Raises:
         SystemExit: an unknown or mistyped option, named by argparse.
-        ValueError: the file has a key that is no field of `cls`.
+        ValueError: the file has a key that is no field of `cls`, or a value of another type.
     """
     parser = argparse.ArgumentParser(description=(cls.__doc__ or "").splitlines()[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     allow_abbrev=False)
     parser.add_argument("--config", help="YAML file with any of these options")
-    hints = get_type_hints(cls)
+    hints, defaults = get_type_hints(cls), dataclasses.asdict(cls())
     for field in dataclasses.fields(cls):
         kind, options = hints[field.name], {}
         if kind is bool:
@@ -346,14 +405,19 @@ def parse_config(cls, arguments: list[str] | None = None):
             options = {"nargs": "+", "type": kind.__args__[0]}
         else:
             options = {"type": kind}
-        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, **options)
+        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, **options,
+                            help=f"default: {defaults[field.name]!r}".replace("%", "%%"))
     given = vars(parser.parse_args(arguments))
     values = {}
     if path := given.pop("config", None):
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    known = {f.name for f in dataclasses.fields(cls)}
-    if unknown := sorted(set(values) - known):
+    if unknown := sorted(set(values) - set(defaults)):
         raise ValueError(f"{path}: unknown option {', '.join(unknown)} for {cls.__name__}")
+    for name, value in values.items():
+        try:
+            values[name] = coerce_value(value, inspect.formatannotation(hints[name]))
+        except TypeError as error:
+            raise ValueError(f"{path}: {name}: {error}") from None
     return cls(**(values | given))
 
 

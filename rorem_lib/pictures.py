@@ -14,7 +14,15 @@ AGAIN = "delete it or download it again"
 
 
 class TripletError(ValueError):
-    """A triplet set is unsound; the message names the file and how to mend it."""
+    """A triplet set is unsound; the message names the file and how to mend it.
+
+    Attributes:
+        file: the file at fault, where it is one file.
+    """
+
+    def __init__(self, message: str, *, file: Path | None = None):
+        super().__init__(message)
+        self.file = file
 
 
 def load_image(path: str | Path, mode: str = "RGB") -> np.ndarray:
@@ -36,25 +44,28 @@ def load_image(path: str | Path, mode: str = "RGB") -> np.ndarray:
     path = Path(path)
     try:
         if not path.stat().st_size:
-            raise TripletError(f"{path} is empty (0 bytes): {AGAIN}")
+            raise TripletError(f"{path} is empty (0 bytes): {AGAIN}", file=path)
         with Image.open(path) as image:
             image.load()
             return _to_array(ImageOps.exif_transpose(image), mode, path)
     except TripletError:
         raise
     except UnidentifiedImageError:
-        raise TripletError(f"{path} is no picture, or its beginning is damaged: {AGAIN}") from None
+        raise TripletError(f"{path} is no picture, or its beginning is damaged: {AGAIN}",
+                           file=path) from None
     except FileNotFoundError:
-        raise TripletError(f"{path} does not exist") from None
+        raise TripletError(f"{path} does not exist", file=path) from None
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         if getattr(error, "errno", None):  # the file system's word, not the decoder's
-            raise TripletError(f"{path} cannot be read: {error.strerror}") from None
-        raise TripletError(f"{path} is truncated or damaged ({error}): {AGAIN}") from None
+            raise TripletError(f"{path} cannot be read: {error.strerror}", file=path) from None
+        raise TripletError(f"{path} is truncated or damaged ({error}): {AGAIN}",
+                           file=path) from None
 
 
 def _to_array(image: Image.Image, mode: str, path: Path) -> np.ndarray:
     if image.mode == "F":
-        raise TripletError(f"{path} holds floating-point values: save it with 8 bits a channel")
+        raise TripletError(f"{path} holds floating-point values: save it with 8 bits a channel",
+                           file=path)
     if image.mode.startswith("I"):  # 16 bits; a plain conversion would clip at 255
         grey = np.clip(np.asarray(image).astype(np.float32) / 257 + 0.5, 0, 255).astype(np.uint8)
         return grey if mode == "L" else np.repeat(grey[..., None], 3, axis=2)

@@ -55,7 +55,7 @@ class StageFailed(RuntimeError):
         cell: number of the code cell, as `In [n]` in the executed notebook; None where unknown.
         source: the cell's source.
         error: the error's name and message.
-        log: the last 20 lines of the stage's `train.log`.
+        log: the last 20 lines of the stage's `train.log`, where the error doesn't hold them.
         waiting: True where nothing is broken: people have to label first.
     """
 
@@ -176,7 +176,9 @@ def _run_stages(recipe: Recipe, run_dir: Path, only: str | None, progress: Progr
 
 def _write_report(recipe: Recipe, run_dir: Path, prints: dict, record) -> Path | None:
     """The report, unless it stands there already and was made from these very stages."""
-    made_from = {name: fingerprint.digest for name, fingerprint in prints.items()}
+    made_from = {name: [fingerprint.digest,
+                        read_record(run_dir / name / "stage.json").get("finished")]
+                 for name, fingerprint in prints.items()}
     path = run_dir / "report.html"
     if path.exists() and read_record(run_dir / "run.json").get("report") == made_from:
         return path
@@ -227,11 +229,12 @@ def run_stage(row: StageRow, fingerprint: Fingerprint, *, run_dir: Path,
             raise StageFailed(row, "the notebook ended without stage.finish(): it writes "
                                    "metrics.json, and a stage without it is not finished")
     except StageFailed as failure:
-        if (folder / "train.log").is_file() and not failure.waiting:
+        if (folder / "train.log").is_file() and not failure.error.startswith("JobError"):
             text = (folder / "train.log").read_text(encoding="utf-8", errors="replace")
             failure.log = text.splitlines()[-20:]
         state = "waiting" if failure.waiting else "failed"
-        write_json(folder / STARTED, started | {"state": state, "error": failure.error[:300]})
+        write_json(folder / STARTED, started | {
+            "state": state, "error": failure.error.partition("\n")[0][:300]})
         raise
     ended = time.time()
     write_json(folder / "stage.json", {

@@ -3,14 +3,15 @@
     python -m rorem_lib.pretrain all --output_dir training/builtin
 
 trains the autoencoder (twice: on the scenes the base sees, then on the wide ones), then the base
-UNet the way SDXL-inpainting was trained (random masks, the
-picture itself as target, objects included), and writes the pipeline. The base so learns to paint
-plausible things into holes, objects among them: what RORem starts from (RORem, Table 1, "Base").
-Both trainings resume when they are started again.
+UNet the way SDXL-inpainting was trained (random masks, the picture itself as target, objects
+included), and writes the pipeline. The base so learns to paint plausible things into holes,
+objects among them: what RORem starts from (RORem, Table 1, "Base"). Every training resumes when
+it is started again.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 from dataclasses import dataclass, replace
@@ -19,7 +20,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import (
     AutoencoderTiny,
     DDIMScheduler,
@@ -107,14 +107,18 @@ class _SceneStream(Dataset):
 
     def __init__(self, config: PretrainConfig, *, masks: bool):
         self.config, self.masks = config, masks
+        self._scene = functools.lru_cache(maxsize=1)(self._render)
+
+    def _render(self, number):
+        return scenes.render_scene([self.config.seed, self.config.first_scene + number],
+                                   role=self.config.role, size=self.config.size)
 
     def __len__(self):
         return sys.maxsize
 
     def __getitem__(self, position):
         config = self.config
-        scene = scenes.render_scene([config.seed, config.first_scene + position // 2],
-                                    role=config.role, size=config.size)
+        scene = self._scene(position // 2)
         rng = np.random.default_rng([config.seed, 7, position])
         flip = slice(None, None, -1) if rng.random() < 0.5 else slice(None)
         sample = {"image": scene.image[:, flip].copy()}

@@ -120,7 +120,8 @@ class _Locator:
             raise TripletError(f"{where}: {value} leaves the set's folder {self.folder}: copy the "
                                "file into the set, or allow outside paths on purpose")
         if name not in self._list(parent) and not os.path.exists(full):
-            raise TripletError(f"{full} is missing ({where}): restore it or remove its record")
+            raise TripletError(f"{full} is missing ({where}): restore it or remove its record",
+                               file=Path(full))
         return Path(full)
 
 
@@ -219,7 +220,8 @@ def load_images(triplet: Triplet, *, size: int | None = None) -> dict[str, np.nd
     for path, other in ((triplet.mask, mask), (triplet.gt, gt)):
         if other is not None and other.shape[:2] != source.shape[:2]:
             raise TripletError(f"{path} is {describe_size(other)} px but {triplet.source} is "
-                               f"{describe_size(source)}: resize one, or remove the record")
+                               f"{describe_size(source)}: resize one, or remove the record",
+                               file=path)
     check_mask(mask, triplet.mask)
     if size and source.shape[:2] != (size, size):
         source, mask, gt = (None if x is None else np.array(Image.fromarray(x).resize(
@@ -234,15 +236,16 @@ def describe_size(image: np.ndarray) -> str:
     return f"{image.shape[1]}x{image.shape[0]}"
 
 
-def check_mask(mask: np.ndarray, path) -> None:
-    """Refuse a mask [H, W] uint8 that marks nothing or everything."""
+def check_mask(mask: np.ndarray, path: Path | str) -> None:
+    """Refuse a mask [H, W] uint8 that marks nothing or everything; `path` names it."""
+    file = path if isinstance(path, Path) else None
     if mask.max() < 128:
         hint = "multiply its values by 255" if 0 < mask.max() < 3 else "draw it again, white"
         raise TripletError(f"{path} is an empty mask: no pixel reaches 128 (its brightest has "
-                           f"{mask.max()}); {hint}, or remove the record")
+                           f"{mask.max()}); {hint}, or remove the record", file=file)
     if mask.min() >= 128:
         raise TripletError(f"{path} is white everywhere: nothing is left to continue; draw it "
-                           "again, or remove the record")
+                           "again, or remove the record", file=file)
 
 
 def check_set(meta: str | Path, *, allow_absolute: bool = False,
@@ -260,14 +263,10 @@ def check_set(meta: str | Path, *, allow_absolute: bool = False,
     locator = _Locator(meta, allow_absolute, allow_outside)
     problems, seen = [], {}
     for number, record in enumerate(records, 1):
-        file = meta
         try:
             triplet = _parse_record(record, number, locator, with_gt)
             triplet = _name_once(triplet, record, number, seen, meta)
-            file = triplet.source
             load_images(triplet)
         except TripletError as error:
-            named = [p for p in (file, triplet.mask, triplet.gt) if str(error).startswith(str(p))
-                     ] if file != meta else []
-            problems.append(Problem(named[0] if named else file, str(error)))
+            problems.append(Problem(error.file or meta, str(error)))
     return problems

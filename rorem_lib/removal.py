@@ -6,8 +6,12 @@ own, so a removal does not depend on the batch it was in, nor on how many proces
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import os
+import shutil
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,8 +22,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from rorem_lib import loop, masks, sdxl
-from rorem_lib.files import write_json
-from rorem_lib.triplets import TripletWriter, load_images, merge_sets, read_triplets
+from rorem_lib.files import hash_file, read_json, write_json
+from rorem_lib.triplets import TripletWriter, load_images, read_triplets, resolve_meta
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +45,7 @@ class GenerateConfig:
         strength: 1 starts from pure noise; below it the object can shine through.
         dilate: pixels by which the mask is widened for the removal.
         batch_size: removals a forward pass.
+        mixed_precision: "no", "bf16", "fp16", or "auto": bf16 where the hardware has it.
         seed: fixes all noise.
     """
 
@@ -56,6 +61,7 @@ class GenerateConfig:
     strength: float = 1.0
     dilate: int = 0
     batch_size: int = 32
+    mixed_precision: str = "auto"
     seed: int = 4
 
 
@@ -99,7 +105,7 @@ def remove_objects(pipe, images: list[np.ndarray], object_masks: list[np.ndarray
                    num_inference_steps: int = 20, guidance_scale: float = 1.0,
                    strength: float = 1.0, seed: int = 0, numbers: list[int] | None = None,
                    batch_size: int = 32, dilate: int = 0, paste_back: bool = False,
-                   progress: bool = False) -> list[np.ndarray]:
+                   mixed_precision: str = "auto", progress: bool = False) -> list[np.ndarray]:
     """Remove what the masks cover.
 
     Args:
@@ -114,6 +120,7 @@ def remove_objects(pipe, images: list[np.ndarray], object_masks: list[np.ndarray
         batch_size: pictures a forward pass.
         dilate: widens the masks by so many pixels.
         paste_back: keep the source's own pixels outside the (dilated) mask; shadows then stay.
+        mixed_precision: see `sdxl.choose_precision`.
         progress: show a bar.
 
     Returns:
@@ -138,19 +145,21 @@ def remove_objects(pipe, images: list[np.ndarray], object_masks: list[np.ndarray
     for place, (_, image, _) in enumerate(fitted):
         groups.setdefault(image.shape, []).append(place)
     embeds, pooled = sdxl.encode_prompt(pipe)
+    precision = sdxl.choose_precision(mixed_precision, pipe.device)
     results: list = [None] * len(images)
     bar = tqdm(total=len(images), disable=not progress, unit="image", mininterval=1)
     for shape, places in groups.items():
         for begin in range(0, len(places), batch_size):
             batch = places[begin:begin + batch_size]
-            removed = pipe(
-                prompt_embeds=embeds.expand(len(batch), -1, -1),
-                pooled_prompt_embeds=pooled.expand(len(batch), -1),
-                image=[Image.fromarray(fitted[i][1]) for i in batch],
-                mask_image=[Image.fromarray(fitted[i][2]) for i in batch],
-                height=shape[0], width=shape[1], num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale, strength=strength, output_type="np",
-                generator=[make_generator(seed, numbers[i]) for i in batch]).images
+            with sdxl.autocast(precision, pipe.device):
+                removed = pipe(
+                    prompt_embeds=embeds.expand(len(batch), -1, -1),
+                    pooled_prompt_embeds=pooled.expand(len(batch), -1),
+                    image=[Image.fromarray(fitted[i][1]) for i in batch],
+                    mask_image=[Image.fromarray(fitted[i][2]) for i in batch],
+                    height=shape[0], width=shape[1], num_inference_steps=num_inference_steps,
+                    guidance_scale=guidance_scale, strength=strength, output_type="np",
+                    generator=[make_generator(seed, numbers[i]) for i in batch]).images
             for i, picture in zip(batch, (removed * 255).round().astype(np.uint8)):
                 mask, image, _ = fitted[i]
                 results[i] = _put_back(images[i], mask, image, picture)
@@ -173,10 +182,14 @@ def inpaint_classical(image: np.ndarray, mask: np.ndarray, *, method: str = "tel
 def generate_candidates(config: GenerateConfig) -> dict:
     """Write `<output_dir>/candidates`, a triplet set whose GT is the removal; resumable.
 
-    Ids are the pictures' own, with `-s<k>` behind them where several seeds were used.
+    Ids are the pictures' own, with `-s<k>` behind them where several seeds were used. What another
+    remover, other settings or other pictures left there is written anew.
 
     Returns:
         `{"n_images", "n_removals", "seconds", "removals_per_second"}`.
+
+    Raises:
+        ValueError: there are no pictures, or two of the sets share ids.
     """
     from accelerate import PartialState
 
@@ -187,13 +200,18 @@ def generate_candidates(config: GenerateConfig) -> dict:
         raise ValueError(f"no pictures at {config.meta_path} from number {config.start} on")
     wanted = [(t, k, config.start + i) for i, t in enumerate(triplets)
               for k in range(config.seeds_per_image)]
+    names = [_name(t, k, config) for t, k, _ in wanted]
+    if len(set(names)) < len(names):
+        twice = Counter(names).most_common(1)[0][0]
+        raise ValueError(f"{config.meta_path} share ids, such as {twice}: merge the sets first")
     folder = Path(config.output_dir) / "candidates"
-    own = folder if state.num_processes == 1 else folder.with_name(
-        f"candidates-part-{state.process_index}")
+    if state.is_main_process:
+        _open_candidates(folder, config)
+    state.wait_for_everyone()
     pipe = sdxl.load_pipeline(config.pretrained_model_name_or_path, device=state.device,
                               revision=config.revision or None)
     started, made = time.time(), 0
-    with TripletWriter(own) as writer:
+    with TripletWriter(folder, part=f"rank{state.process_index}") as writer:
         mine = [(t, k, n) for t, k, n in wanted[state.process_index::state.num_processes]
                 if _name(t, k, config) not in writer.done_ids]
         chunk = 4 * config.batch_size
@@ -205,7 +223,8 @@ def generate_candidates(config: GenerateConfig) -> dict:
                 num_inference_steps=config.num_inference_steps, seed=config.seed,
                 guidance_scale=config.guidance_scale, strength=config.strength,
                 numbers=[n * config.seeds_per_image + k for _, k, n in part],
-                batch_size=config.batch_size, dilate=config.dilate)
+                batch_size=config.batch_size, dilate=config.dilate,
+                mixed_precision=config.mixed_precision)
             for (triplet, k, _), result in zip(part, removed):
                 extra = {**triplet.extra, "remover": config.pretrained_model_name_or_path,
                          "seed": k, "group": triplet.group}
@@ -216,9 +235,8 @@ def generate_candidates(config: GenerateConfig) -> dict:
             logger.info("%d of %d removals  %.1f a second  %d s left", made, len(mine), rate,
                         (len(mine) - made) / rate)
     state.wait_for_everyone()
-    if state.is_main_process and state.num_processes > 1:
-        merge_sets([folder.with_name(f"candidates-part-{r}") for r in range(state.num_processes)],
-                   folder)
+    if state.is_main_process:
+        TripletWriter(folder).close()
     seconds = time.time() - started
     metrics = {"n_images": len(triplets), "n_removals": len(wanted), "seconds": round(seconds, 2),
                "removals_per_second": round(made / seconds, 2)}
@@ -226,6 +244,26 @@ def generate_candidates(config: GenerateConfig) -> dict:
         write_json(Path(config.output_dir) / "train_metrics.json", metrics)
     state.wait_for_everyone()
     return metrics
+
+
+def _open_candidates(folder: Path, config: GenerateConfig) -> None:
+    """Clear away candidates of another remover, other settings or pictures; note this run's."""
+    model = Path(sdxl.resolve_model(config.pretrained_model_name_or_path))
+    settings = dataclasses.asdict(config) | {
+        "weights": [hash_file(p) for p in sorted(model.glob("unet/*.safetensors"))],
+        "sets": [hash_file(resolve_meta(path)) for path in config.meta_path]}
+    for name in ("output_dir", "batch_size", "meta_path"):
+        settings.pop(name)
+    marker = folder / "settings.json"
+    if marker.is_file() and read_json(marker) == settings:
+        return
+    if folder.exists():
+        logger.info("%s was made with other settings: it is written anew", folder)
+        aside = folder.with_name(f".{folder.name}.old")  # renamed first: no half of it is found
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(folder, aside)
+        shutil.rmtree(aside)
+    write_json(marker, settings)
 
 
 def _name(triplet, k: int, config: GenerateConfig) -> str:

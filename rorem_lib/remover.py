@@ -10,7 +10,6 @@ object, its shadow gone. The prompt is always empty.
 
 from __future__ import annotations
 
-import logging
 import sys
 from dataclasses import dataclass, field
 
@@ -115,7 +114,8 @@ class RemoverObjective(loop.Objective):
     def _open(self, meta_paths, size):
         caches = []
         for path in meta_paths:
-            triplets = [t for t in read_triplets(path) if t.extra.get("score", 1) >= 0.5]
+            triplets = [t for t in read_triplets(path)
+                        if t.extra.get("score") is None or t.extra["score"] >= 0.5]
             if triplets:
                 caches.append(latent_cache.open_cache(
                     triplets, self.pipe.vae, size=size, root=self.config.latent_cache_dir))
@@ -158,7 +158,8 @@ class RemoverObjective(loop.Objective):
 
     def save_model(self, model, folder):
         self.pipe.unet = model.eval()
-        self.pipe.save_pretrained(folder / "remover")
+        with sdxl.silence_libraries():
+            self.pipe.save_pretrained(folder / "remover")
 
 
 def train_remover(config: RemoverConfig) -> dict:

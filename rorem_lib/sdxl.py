@@ -7,14 +7,12 @@ through the same code as `diffusers/stable-diffusion-xl-1.0-inpainting-0.1`.
 from __future__ import annotations
 
 import contextlib
-import logging
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoPipelineForInpainting, StableDiffusionXLInpaintPipeline
-from diffusers import UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
 
 BUILTIN_FOLDER = Path(__file__).parent / "builtin"
 BASE_MODEL = "diffusers/stable-diffusion-xl-1.0-inpainting-0.1"  # upstream's starting point
@@ -22,16 +20,27 @@ MODEL_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "scheduler")
 
 
 @contextlib.contextmanager
-def _quiet():
+def silence_libraries():
     """diffusers' and transformers' loading bars and notes would drown a notebook's own lines."""
-    level = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
+    libraries = (diffusers_logging, transformers_logging)
+    levels = [library.get_verbosity() for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
     try:
         yield
     finally:
-        diffusers_logging.set_verbosity(level)
-        diffusers_logging.enable_progress_bar()
+        for library, level in zip(libraries, levels):
+            library.set_verbosity(level)
+            library.enable_progress_bar()
+
+
+with silence_libraries():  # they remark that torchvision is missing, which is as it should be
+    from diffusers import (
+        AutoPipelineForInpainting,
+        StableDiffusionXLInpaintPipeline,
+        UNet2DConditionModel,
+    )
 
 
 def resolve_model(model_id: str) -> str:
@@ -80,7 +89,7 @@ def load_pipeline(model_id: str = "builtin", *, revision: str | None = None,
     """
     folder = resolve_model(model_id)
     common = {"revision": revision, "variant": variant, "local_files_only": local_files_only}
-    with _quiet():
+    with silence_libraries():
         if Path(folder).is_dir() and not (Path(folder) / "model_index.json").is_file():
             inner = Path(folder) / "unet" if (Path(folder) / "unet").is_dir() else Path(folder)
             if not (inner / "config.json").is_file():
@@ -99,6 +108,27 @@ def load_pipeline(model_id: str = "builtin", *, revision: str | None = None,
         getattr(pipe, name).requires_grad_(False).eval()
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+def choose_precision(wish: str, device="cpu") -> str:
+    """What "auto" means on this machine: "bf16" where matrix units take it, else "no".
+
+    Args:
+        wish: "auto", "no", "bf16" or "fp16"; all but "auto" are returned as they are.
+        device: where the model runs. On CPUs bf16 pays with AMX alone; elsewhere it is slower
+            than float32.
+    """
+    if wish != "auto":
+        return wish
+    if torch.device(device).type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return "bf16" if torch.cpu._is_amx_tile_supported() else "no"
+
+
+def autocast(precision: str, device="cpu"):
+    """The autocast context of a precision that `choose_precision` returned."""
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(torch.device(device).type, dtype, enabled=precision != "no")
 
 
 def encode_prompt(pipe, prompt: str = "") -> tuple[torch.Tensor, torch.Tensor]:
@@ -146,7 +176,8 @@ def to_tensor(images) -> torch.Tensor:
 
 def to_bytes(images: torch.Tensor):
     """[B, 3, H, W] in -1..1 -> uint8 array [B, H, W, 3]."""
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    scaled = (images.float().clamp(-1, 1) + 1) * 127.5
+    return scaled.round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def mask_source(source: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -36,16 +36,18 @@ class Limits:
         content: largest local colour difference, Lab units, on a plain background.
         content_texture: what a background's own local contrast adds to `content`, a factor.
         colour: mean colour difference over the hole, Lab units.
-        blur: least ratio of fine detail to the truth's.
+        blur: least ratio of fine detail to the truth's,
+        missing: if more fine detail than this is missing (rms of L): less is not seen.
         grain: largest ratio of fine detail to the truth's.
     """
 
     residue: float = 0.2
     shadow: float = 0.4
-    content: float = 9.0
-    content_texture: float = 0.35
+    content: float = 8.0
+    content_texture: float = 0.25
     colour: float = 5.0
     blur: float = 0.5
+    missing: float = 1.0
     grain: float = 2.0
 
 
@@ -80,7 +82,7 @@ def judge_removal(source, mask, result, truth, *, limits: Limits = Limits()) -> 
 
     Returns:
         A `Verdict`; its measures are residue, shadow (None where the scene has none), content,
-        content_limit, colour, detail.
+        content_limit, colour, detail (a ratio), missing (rms of L).
 
     Raises:
         ValueError: the pictures' sizes differ.
@@ -108,20 +110,22 @@ def judge_removal(source, mask, result, truth, *, limits: Limits = Limits()) -> 
     for picture in (lab_result, lab_truth):
         light = picture[..., 0]
         fine = light - cv2.GaussianBlur(light, (0, 0), 1.5 * unit)
-        detail.append(float(np.sqrt(np.square(fine[hole]).mean())) + 0.7)
-    detail = detail[0] / detail[1]
+        detail.append(float(np.sqrt(np.square(fine[hole]).mean())))
+    missing = detail[1] - detail[0]
+    ratio = (detail[0] + 0.7) / (detail[1] + 0.7)  # 0.7: grain that nobody sees
 
     effect = np.where(truth.object > 8, 0, truth.shadow).astype(np.float32)
     shadow = None
     if (effect > 10).sum() >= 12 * unit**2:
         shadow = _remaining(change, trace, (effect > 10).astype(np.float32))
     measures = {"residue": residue, "shadow": shadow, "content": content,
-                "content_limit": content_limit, "colour": colour, "detail": detail}
+                "content_limit": content_limit, "colour": colour, "detail": ratio,
+                "missing": missing}
     failed = {
         "incomplete removal": residue > limits.residue,
-        "wrong content": content > content_limit or detail > limits.grain,
+        "wrong content": content > content_limit or ratio > limits.grain,
         "colour shift": colour > limits.colour,
-        "blur": detail < limits.blur,
+        "blur": ratio < limits.blur and missing > limits.missing,
         "shadow left": shadow is not None and shadow > limits.shadow,
     }
     reason = next((name for name in REASONS if failed[name]), None)

@@ -36,3 +36,34 @@ def chromium_path():
     if os.environ.get("CI") == "true":
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """Folder of an untrained SDXL-inpainting pipeline of the built-in model's architecture."""
+    import torch
+    from diffusers import AutoencoderTiny
+
+    from rorem_lib import pretrain, sdxl
+
+    torch.manual_seed(1)
+    pipe = pretrain.build_pipeline(AutoencoderTiny(**pretrain.VAE))
+    # It starts as zeros, which would make every prediction the same, whatever goes in.
+    torch.nn.init.normal_(pipe.unet.conv_out.weight, std=0.05)
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    with sdxl.silence_libraries():
+        pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_set(tmp_path_factory):
+    """`meta.json` of ten labelled scenes of 32 px; `scene-0` to `scene-9`."""
+    from rorem_lib.sources.scenes import render_scene
+    from rorem_lib.triplets import TripletWriter
+
+    with TripletWriter(tmp_path_factory.mktemp("sets") / "tiny") as writer:
+        for number in range(10):
+            scene = render_scene([3, number], role="rord", size=32)
+            writer.add(id=f"scene-{number}", source=scene.image, mask=scene.mask, gt=scene.truth)
+    return writer.folder / "meta.json"

@@ -91,7 +91,8 @@ NOTEBOOKS = {
     "03_judge": [
         'output_dir: str = "runs/alone/03_judge"\nmodel: str = ""\nsets: list[str] = []\n'
         'trouble: str = "none"\nmode: str = "simulate"',
-        "import os\nimport signal\nfrom pathlib import Path\n\nfrom rorem_lib.colours import count\n"
+        "import os\nimport signal\nfrom pathlib import Path\n\n"
+        "from rorem_lib.colours import count\n"
         "from rorem_lib.labels import LabelsMissing\n"
         "from rorem_lib.pipeline import resolve_path, start_stage\n"
         'stage = start_stage(output_dir, notebook="03_judge")',
@@ -133,10 +134,13 @@ def write_notebook(path: Path, cells: list[str], *, outputs=()) -> Path:
 class Kit:
     """The temporary repository and its `rorem` command."""
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, *, like: "Kit | None" = None):
         self.root, self.run_dir = root, root / "runs" / "small"
         self.library = root / "rorem_lib"
-        self.library.mkdir()
+        if like:
+            shutil.copytree(like.root, root, dirs_exist_ok=True)
+            return
+        self.library.mkdir(parents=True)
         for name in RUNNER:
             shutil.copy(LIBRARY / f"{name}.py", self.library)
         for name, source in MODULES.items():

@@ -311,12 +311,17 @@ def test_uncertain_items_come_first_and_the_audit_is_random():
         order_items(IDS, order="uncertainty", scores={"c000": 0.5})
 
 
-def test_strata_take_turns():
-    shares = {x: place / 200 for place, x in enumerate(IDS)}
-    strata = stratify_items(shares, {x: "ab"[place % 2] for place, x in enumerate(IDS)}, bins=2)
-    assert Counter(strata.values()) == {f"{k} size {s}": 50 for k in "ab" for s in (0, 1)}
-    queue = order_items(IDS, order="stratified", strata=strata, overlap_share=0, repeat_share=0)
-    for place in range(0, 200, 4):
+def test_strata_take_turns(tmp_path):
+    with TripletWriter(tmp_path) as writer:
+        for place, item_id in enumerate(IDS[:16]):
+            picture, mask = np.zeros((16, 16, 3), np.uint8), np.zeros((16, 16), np.uint8)
+            mask[: 1 + place // 2] = 255
+            writer.add(id=item_id, source=picture, mask=mask, gt=picture, kind="ab"[place % 2])
+    strata = stratify_items(read_triplets(tmp_path), bins=2)
+    assert Counter(strata.values()) == {f"{k} size {s}": 4 for k in "ab" for s in (0, 1)}
+    assert strata[IDS[0]] == "a size 0" and strata[IDS[15]] == "b size 1"
+    queue = order_items(strata, order="stratified", strata=strata, overlap_share=0, repeat_share=0)
+    for place in range(0, 16, 4):
         assert len({strata[x.id] for x in queue[place : place + 4]}) == 4
 
 

@@ -1,4 +1,4 @@
-"""The built-in scenes: a seeded renderer of small photograph-like pictures with hidden ground truth.
+"""The built-in scenes: a seeded renderer of small photograph-like pictures and their hidden truth.
 
 A scene is a background of one family, one to three shaded objects with soft shadows (sometimes a
 reflection), and a mask over the object that is to be removed. Everything is a function of

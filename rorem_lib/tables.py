@@ -1,0 +1,242 @@
+"""Tables of an evaluation: Table 1 and Table 2 of the paper in miniature, comparisons, families.
+
+They take what `evaluation.evaluate` measured and return pandas DataFrames with the text a reader
+sees. Whoever judged stands in the column's name: the simulated annotator is no person.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+
+import numpy as np
+import pandas as pd
+
+from rorem_lib.intervals import compare_paired, wilson_interval
+from rorem_lib.methods import SOURCE
+from rorem_lib.sources.scenes import NEW
+
+SUCCESS = "success, simulated annotator (%)"
+GUESSED = "success, discriminator (%)"
+MISSING = "–"
+
+
+# -------------------------------------------------------------------------------- comparisons
+
+
+def list_rounds(methods: Sequence[Mapping]) -> list[Mapping]:
+    """The methods that are rows of Table 1, in their order: no controls, no few-step variants."""
+    return [m for m in methods if m.get("row") and not m.get("control") and not is_fast(m)]
+
+
+def is_fast(method: Mapping) -> bool:
+    """Whether a method is a few-step variant of another model: a LoRA, or LCM scheduling."""
+    return bool(method.get("lora")) or method.get("scheduler") == "lcm"
+
+
+def find_final(methods: Sequence[Mapping]) -> Mapping | None:
+    """The final remover: the last round, or the last remover where no method is a round."""
+    slow = [m for m in methods if m["kind"] == "remover" and not m.get("control")
+            and not is_fast(m)]
+    return (list_rounds(methods) or slow or [None])[-1]
+
+
+def list_pairs(methods: Sequence[Mapping]) -> list[tuple[str, str]]:
+    """Which methods to compare: (first, second) names; "first minus second" is the question.
+
+    The final model with Telea, Navier-Stokes, the controls, the base model and the initialization;
+    each round with the one before; few-step variants with the final model and with each other.
+    """
+    rounds, final = list_rounds(methods), find_final(methods)
+    if final is None:
+        return []
+    name, pairs = final["name"], []
+    pairs += [(name, m["name"]) for m in methods if m.get("control") and not is_fast(m)]
+    pairs += [(name, m["name"]) for m in methods if m["kind"] != "remover"]
+    pairs += [(name, m["name"]) for m in rounds[:2]]
+    pairs += [(b["name"], a["name"]) for a, b in zip(rounds, rounds[1:], strict=False)]
+    distilled = [m["name"] for m in methods if m.get("lora")]
+    plain = [m["name"] for m in methods if is_fast(m) and not m.get("lora")]
+    pairs += [(fast, other) for fast in distilled for other in (*plain, name)]
+    return [p for p in dict.fromkeys(pairs) if p[0] != p[1]]
+
+
+def compare_methods(results: pd.DataFrame, pairs: Sequence[tuple[str, str]], *,
+                    measure: str = "accept", seed: int = 0) -> list[dict]:
+    """Paired comparisons on the pictures both methods have.
+
+    Args:
+        results: `evaluate`'s, one row a method and picture.
+        pairs: (first, second) names.
+        measure: a column: "accept" (in points), or a measure such as "psnr_hole" (in dB).
+
+    Returns:
+        One dict a pair: `first`, `second`, `measure`, the fields of `intervals.Comparison`, and
+        `significant`. Pairs without common pictures are left out.
+    """
+    columns = results.pivot(index="id", columns="method", values=measure)
+    comparisons = []
+    for first, second in pairs:
+        if first not in columns or second not in columns:
+            continue
+        both = columns[[first, second]].dropna().astype(float)
+        if len(both):
+            comparison = compare_paired(both[first], both[second], seed=seed)
+            comparisons.append({"first": first, "second": second, "measure": measure,
+                                **asdict(comparison), "significant": comparison.significant})
+    return comparisons
+
+
+def compare_all(evaluation, *, seed: int = 0) -> list[dict]:
+    """The comparisons a report needs: `list_pairs` in success, and the final model's PSNRs.
+
+    Args:
+        evaluation: an `evaluation.Evaluation`.
+    """
+    methods, results = evaluation.methods, evaluation.results
+    comparisons = compare_methods(results, list_pairs(methods), seed=seed)
+    final = find_final(methods)
+    if final is not None:
+        others = [m["name"] for m in methods if m["kind"] != "remover" or m.get("control")]
+        comparisons += compare_methods(results, [(final["name"], o) for o in others],
+                                       measure="psnr_hole", seed=seed)
+        comparisons += compare_methods(results, [(final["name"], SOURCE)], measure="psnr_shadow",
+                                       seed=seed)
+    return comparisons
+
+
+# ------------------------------------------------------------------------------------- tables
+
+
+def format_rate(rate: float | None, interval: Sequence[float] | None = None) -> str:
+    """A rate of 0..1 as "41.8 (37.5 to 46.2)"; a dash where it was not measured."""
+    if rate is None:
+        return MISSING
+    ends = "" if interval is None else f" ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})"
+    return f"{100 * rate:.1f}{ends}"
+
+
+def format_number(value: float | None, digits: int = 2) -> str:
+    """A number with fixed digits, thousands apart; a dash where it was not measured."""
+    return MISSING if value is None else f"{value:,.{digits}f}"
+
+
+def make_method_table(methods: Sequence[Mapping], source: Mapping | None = None) -> pd.DataFrame:
+    """Table 2 in miniature: methods by metrics, the untouched source as the first row.
+
+    Args:
+        methods: `Evaluation.methods`.
+        source: `Evaluation.source`.
+    """
+    rows = [] if source is None else [{"name": "source (untouched)", **source}]
+    lpips = any(m.get("lpips_hole") is not None for m in methods)
+    table = pd.DataFrame([{
+        "method": m["name"],
+        SUCCESS: format_rate(m.get("success_rate"), m.get("success_interval")),
+        GUESSED: format_rate(m.get("success_rate_discriminator")),
+        "PSNR hole (dB)": format_number(m.get("psnr_hole")),
+        "PSNR shadow (dB)": format_number(m.get("psnr_shadow")),
+        "PSNR background (dB)": format_number(m.get("psnr_background")),
+        "SSIM hole": format_number(m.get("ssim_hole"), 3),
+        **({"LPIPS hole": format_number(m.get("lpips_hole"), 4)} if lpips else {}),
+        "s an image": format_number(m.get("seconds_per_image"), 4),
+        "UNet calls": format_number(m.get("unet_calls"), 0),
+    } for m in [*rows, *methods]])
+    return table.set_index("method")
+
+
+def make_round_table(rounds: Sequence[Mapping]) -> pd.DataFrame:
+    """Table 1 in miniature: what each round added and what it gained.
+
+    Args:
+        rounds: dicts with `name`, `candidates`, `accepted`, `train_size`, `success_rate`,
+            `success_interval`, `success_rate_discriminator`, `psnr_hole`; None or missing where a
+            round has none.
+    """
+    table = pd.DataFrame([{
+        "round": r["name"],
+        "candidates": format_number(r.get("candidates"), 0),
+        "accepted": format_number(r.get("accepted"), 0)
+        + (f" ({100 * r['accepted'] / r['candidates']:.0f} %)"
+           if r.get("accepted") is not None and r.get("candidates") else ""),
+        "training size": format_number(r.get("train_size"), 0),
+        SUCCESS: format_rate(r.get("success_rate"), r.get("success_interval")),
+        GUESSED: format_rate(r.get("success_rate_discriminator")),
+        "PSNR hole (dB)": format_number(r.get("psnr_hole")),
+    } for r in rounds], columns=["round", "candidates", "accepted", "training size", SUCCESS,
+                                 GUESSED, "PSNR hole (dB)"])
+    return table.set_index("round")
+
+
+def make_comparison_table(comparisons: Sequence[Mapping]) -> pd.DataFrame:
+    """Paired comparisons: differences with 95 % bootstrap intervals, McNemar's exact p."""
+    names = {"accept": "success, simulated annotator", "psnr_hole": "PSNR hole",
+             "psnr_shadow": "PSNR shadow"}
+    return pd.DataFrame([{
+        "first": c["first"], "minus": c["second"],
+        "measure": names.get(c["measure"], c["measure"]),
+        "difference": f"{c['difference']:+.1f} points" if c["p_value"] is not None
+        else f"{c['difference']:+.2f} dB",
+        "95 % interval": (f"{c['low']:+.1f} to {c['high']:+.1f}" if c["p_value"] is not None
+                          else f"{c['low']:+.2f} to {c['high']:+.2f}"),
+        "p (McNemar)": MISSING if c["p_value"] is None else
+        "< 0.0001" if c["p_value"] < 1e-4 else f"{c['p_value']:.4f}",
+        "only first / only second": MISSING if c["p_value"] is None
+        else f"{c['only_first']} / {c['only_second']}",
+        "pictures": c["n"],
+    } for c in comparisons])
+
+
+def make_family_table(results: pd.DataFrame, methods: Sequence[Mapping]) -> pd.DataFrame:
+    """Success rates (0..1) by background family; `known`, `new` and `all` are the first columns.
+
+    Known families occur in the base model's pre-training and in the first triplets, new ones do
+    not. Columns name their number of pictures. Families without a name are left out.
+    """
+    judged = results[results.accept.notna() & results.family.notna()]
+    new = judged.family.isin(NEW)
+    groups = {"known": judged[~new], "new": judged[new]}
+    groups |= {f"{family}{' *' if family in NEW else ''}": rows
+               for family, rows in judged.groupby("family")}
+    names = [m["name"] for m in methods]
+    table = pd.DataFrame({
+        f"{group} ({rows.id.nunique()})":
+            rows.groupby("method").accept.agg(lambda c: float(np.mean(c.astype(bool))))
+        for group, rows in groups.items() if len(rows)}, dtype=float)
+    table = table.reindex([n for n in names if n in table.index])
+    table.attrs["methods"] = list(methods)
+    return table
+
+
+def split_success(results: pd.DataFrame, name: str) -> dict:
+    """A method's success in known and in new families, each with count and 95 % interval."""
+    rows = results[(results.method == name) & results.accept.notna() & results.family.notna()]
+    new, split = rows.family.isin(NEW), {}
+    for title, part in (("known", rows[~new]), ("new", rows[new])):
+        good, n = int(part.accept.astype(bool).sum()), len(part)
+        split[title] = {"success_rate": good / n if n else None, "n": n,
+                        "interval": list(wilson_interval(good, n))}
+    return split
+
+
+def choose_cases(results: pd.DataFrame, name: str, *, count: int = 3) -> dict[str, list[str]]:
+    """Test pictures to show: ids under "best", "median" and "worst".
+
+    Pictures are ranked by a method's PSNR in the hole. PSNR is a bad judge of success but the same
+    ruler for every method; from each end, and around the middle, the nearest `count` pictures of
+    families not yet shown there are taken, so that one easy family does not fill the sheet.
+    """
+    rows = results[results.method == name].dropna(subset=["psnr_hole"])
+    rows = rows.sort_values("psnr_hole", ascending=False, kind="stable")
+    middle = sorted(range(len(rows)), key=lambda place: abs(place - (len(rows) - 1) / 2))
+    ranked = {"best": list(range(len(rows))), "median": middle,
+              "worst": list(range(len(rows)))[::-1]}
+    ids, families = rows.id.tolist(), rows.family.tolist()
+    cases, shown = {}, set()
+    for title, places in ranked.items():
+        places = [p for p in places if ids[p] not in shown]
+        fresh = [p for n, p in enumerate(places)
+                 if families[p] not in {families[q] for q in places[:n]}]
+        cases[title] = [ids[p] for p in (*fresh, *(q for q in places if q not in fresh))][:count]
+        shown |= set(cases[title])
+    return cases

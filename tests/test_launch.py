@@ -1,0 +1,184 @@
+"""Jobs: their command lines, their failures, and that none outlives who started it."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import yaml
+from fake_kit import Kit, kill, wait_until
+
+from rorem_lib import launch
+from rorem_lib.launch import HARDWARE, build_command, build_environment, find_hardware
+
+START = """
+import json, logging, sys
+logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
+from rorem_lib.launch import JobError, launch_job
+from rorem_lib.trainer import TrainerConfig
+try:
+    metrics = launch_job("trainer", TrainerConfig("runs/job", {options}), hardware="{hardware}")
+    print("metrics", json.dumps(metrics))
+except JobError as error:
+    print("JobError", error)
+except KeyboardInterrupt:
+    print("KeyboardInterrupt")
+"""
+
+TWINS = """
+import argparse, json, os
+from dataclasses import dataclass
+from pathlib import Path
+import torch, yaml
+from accelerate import Accelerator
+
+@dataclass
+class TrainerConfig:
+    output_dir: str = ""
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--config")
+    folder = Path(yaml.safe_load(open(parser.parse_args().config))["output_dir"])
+    accelerator = Accelerator()
+    total = accelerator.reduce(torch.tensor([accelerator.process_index + 1.0]), "sum").item()
+    print("here is rank", accelerator.process_index)
+    if accelerator.is_main_process:
+        (folder / "train_metrics.json").write_text(json.dumps({
+            "num_processes": accelerator.num_processes, "total": total,
+            "kind": str(accelerator.distributed_type), "device": accelerator.device.type}))
+    accelerator.end_training()
+"""
+
+
+@pytest.fixture
+def kit(tmp_path):
+    return Kit(tmp_path)
+
+
+def start(kit, options="", hardware="cpu", **more):
+    return kit.python(START.format(options=options, hardware=hardware), **more)
+
+
+def finish(process) -> str:
+    output, _ = process.communicate(timeout=120)
+    return output
+
+
+def test_job_returns_its_metrics_and_keeps_its_log(kit):
+    output = finish(start(kit, "max_train_steps=3"))
+    assert "step 3 rank 0" in output
+    assert json.loads(output.partition("metrics ")[2]) == {"steps": 3, "loss": 1 / 3}
+    folder = kit.root / "runs" / "job"
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config == {"output_dir": "runs/job", "max_train_steps": 3, "pause": 0.0,
+                      "trouble": "none"}
+    log = (folder / "train.log").read_text()
+    assert "python -m rorem_lib.trainer --config" in log and "step 3" in log
+
+
+@pytest.mark.parametrize(("trouble", "words"), [
+    ("raise", ["failed with exit code 1", "ValueError: the loss is odd"]),
+    ("memory", ["ran out of memory", "train_batch_size", "step 2"]),
+    ("silent", ["ended without writing train_metrics.json"]),
+])
+def test_failed_job_says_why(kit, trouble, words):
+    (kit.root / "runs" / "job").mkdir(parents=True)
+    (kit.root / "runs" / "job" / "train_metrics.json").write_text("{}")  # of an earlier run
+    output = finish(start(kit, f"trouble={trouble!r}"))
+    assert "JobError" in output and all(word in output for word in words)
+
+
+def test_error_carries_forty_lines_and_the_other_ranks(tmp_path):
+    log = tmp_path / "train.log"
+    log.write_text("before\n" + "".join(f"line {i}\n" for i in range(100)))
+    told = launch.describe_failure("remover", 1, log, len("before\n"))
+    assert told.count("\n") == 40 and "line 60" in told and "line 59" not in told
+    (tmp_path / "train-rank1.log").write_text("torch.OutOfMemoryError: CUDA out of memory\n")
+    told = launch.describe_failure("remover", 1, log, 0)
+    assert "train-rank1.log" in told and "ran out of memory" in told
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_job_ends_with_who_started_it(kit, number):
+    process = start(kit, "max_train_steps=600, pause=0.1")
+    wait_until((kit.root / "runs" / "job" / "checkpoint.txt").exists)
+    assert len(kit.find_processes()) == 2
+    process.send_signal(number)
+    assert (number == signal.SIGKILL) or "KeyboardInterrupt" in finish(process)
+    process.wait(timeout=30)
+    wait_until(lambda: not kit.find_processes(), seconds=10)
+    process.communicate()
+
+
+def test_finished_job_is_kept_in_a_batch_run_alone(kit, monkeypatch):
+    """What `rorem run` repeats after a failure in a later cell is not trained a second time."""
+    folder = kit.root / "runs" / "job"
+    finish(start(kit))
+    (folder / launch.STARTED).write_text("{}")
+    (folder / "train_metrics.json").write_text('{"steps": "from before"}')
+    monkeypatch.setenv("ROREM_BATCH", "1")
+    assert "from before" in finish(start(kit))
+    assert "from before" not in finish(start(kit, "max_train_steps=5"))  # another config
+    (folder / "train_metrics.json").write_text('{"steps": "from before"}')
+    monkeypatch.delenv("ROREM_BATCH")
+    assert "from before" not in finish(start(kit, "max_train_steps=5"))
+
+
+def test_two_processes_work_together(kit):
+    """The hardware file really starts two ranks: the wrong ways exit with 0 and one process."""
+    (kit.library / "trainer.py").write_text(TWINS)
+    output = finish(start(kit, hardware="cpu_two_processes"))
+    metrics = json.loads(output.partition("metrics ")[2])
+    assert metrics["num_processes"] == 2 and metrics["total"] == 3.0
+    assert metrics["device"] == "cpu" and "MULTI" in metrics["kind"]
+    assert "here is rank 0" in output and "here is rank 1" not in output
+    assert "here is rank 1" in (kit.root / "runs/job/train-rank1.log").read_text()
+
+
+def test_workers_end_with_who_started_the_launcher(kit):
+    process = start(kit, "max_train_steps=600, pause=0.1", hardware="cpu_two_processes")
+    folder = kit.root / "runs" / "job"
+    wait_until((folder / "train-rank1.log").exists)
+    wait_until((folder / "checkpoint.txt").exists)
+    assert len(kit.find_processes()) == 4  # this one's child, the launcher, two workers
+    kill(process.pid)
+    process.communicate()
+    wait_until(lambda: not kit.find_processes(), seconds=10)
+
+
+def test_commands(tmp_path):
+    plain = build_command("remover", Path("c.yaml"), tied=False)
+    assert plain == ["python", "-m", "rorem_lib.remover", "--config", "c.yaml"]
+    many = build_command("remover", Path("c.yaml"), hardware="many_gpus", num_processes=4,
+                         tied=False)
+    assert many == ["accelerate", "launch", "--config_file", str(HARDWARE / "many_gpus.yaml"),
+                    "--num_processes", "4", "-m", "rorem_lib.remover", "--config", "c.yaml"]
+    nodes = build_command("remover", Path("c.yaml"), hardware="several_nodes", tied=False)
+    assert nodes[4:6] == ["--rdzv_backend", "c10d"]
+    assert build_environment("cpu_two_processes", tmp_path)["ACCELERATE_USE_CPU"] == "true"
+    assert build_environment("cpu", tmp_path)["GLOO_SOCKET_IFNAME"] == "lo"
+    added = set(build_environment("many_gpus", tmp_path)) - set(os.environ)
+    assert not {"ACCELERATE_USE_CPU", "GLOO_SOCKET_IFNAME"} & added
+    with pytest.raises(ValueError, match="cpu_two_processes"):
+        find_hardware("laptop")
+
+
+def test_hardware_files_say_what_they_start():
+    """Read by accelerate's own launcher: an unknown key or a misread file fails here."""
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+    found = {}
+    for path in sorted(HARDWARE.glob("*.yaml")):
+        load_config_from_file(str(path))
+        words = build_command("remover", Path("c.yaml"), hardware=str(path), tied=False)[2:]
+        options, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+        kind = ("deepspeed" if options.use_deepspeed else "fsdp" if options.use_fsdp
+                else "ddp" if options.multi_gpu else "one")
+        found[path.stem] = (kind, options.num_processes, options.num_machines)
+    assert found == {
+        "cpu": ("one", 1, 1), "cpu_two_processes": ("ddp", 2, 1), "one_gpu": ("one", 1, 1),
+        "many_gpus": ("ddp", 8, 1), "deepspeed_zero2": ("deepspeed", 8, 1),
+        "fsdp2": ("fsdp", 8, 1), "several_nodes": ("ddp", 16, 2)}

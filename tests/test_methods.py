@@ -1,0 +1,155 @@
+"""Methods: what a removal costs, how it is kept, and when it is made anew."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderTiny
+from peft import LoraConfig
+
+from rorem_lib import methods as methods_module
+from rorem_lib.methods import Method, make_methods, run_method
+from rorem_lib.pictures import load_image, save_image
+from rorem_lib.pretrain import VAE, build_pipeline
+from rorem_lib.triplets import Triplet, read_triplets
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A random pipeline of the built-in model's shape."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model")
+    pipe = build_pipeline(AutoencoderTiny(**VAE))
+    torch.nn.init.normal_(pipe.unet.conv_out.weight, std=0.02)
+    pipe.save_pretrained(folder / "remover")
+    return folder / "remover"
+
+
+@pytest.fixture
+def triplets(tmp_path):
+    """Five small pictures with a mask."""
+    rng, found = np.random.default_rng(0), []
+    mask = np.zeros((64, 64), np.uint8)
+    mask[20:40, 20:40] = 255
+    for n in range(5):
+        source, hole = tmp_path / f"{n}.png", tmp_path / f"{n}-mask.png"
+        save_image(source, rng.integers(0, 255, (64, 64, 3), dtype=np.uint8))
+        save_image(hole, mask)
+        found.append(Triplet(f"scene-{n}", source, hole, None, f"scene-{n}"))
+    return found
+
+
+def read_all(run):
+    return {name: load_image(path) for name, path in run.paths.items()}
+
+
+def test_unet_calls_are_counted_not_believed(model, triplets, tmp_path):
+    for steps, guidance, calls in ((3, 1.0, 3), (2, 2.0, 4)):
+        method = Method(f"steps {steps}", model=str(model), num_inference_steps=steps,
+                        guidance_scale=guidance)
+        run = run_method(method, triplets[:4], tmp_path / "r", batch_size=2)
+        assert run.unet_calls == calls and run.seconds_per_image > 0
+    assert run_method(Method("telea", kind="telea"), triplets, tmp_path / "r").unet_calls == 0
+
+
+def test_lora_and_lcm_change_the_removal(model, triplets, tmp_path):
+    pipe = methods_module.sdxl.load_pipeline(str(model))
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    from peft import get_peft_model_state_dict
+
+    pipe.save_lora_weights(tmp_path / "lora", get_peft_model_state_dict(pipe.unet))
+    plain = Method("plain", model=str(model), num_inference_steps=4)
+    variants = [plain, Method("lcm", model=str(model), num_inference_steps=4, scheduler="lcm"),
+                Method("lora", model=str(model), num_inference_steps=4,
+                       lora=str(tmp_path / "lora"))]
+    runs = [run_method(m, triplets[:2], tmp_path / "r", batch_size=2) for m in variants]
+    assert [run.unet_calls for run in runs] == [4, 4, 4]
+    pictures = [np.stack(list(read_all(run).values())) for run in runs]
+    assert not np.array_equal(pictures[0], pictures[1])
+    assert not np.array_equal(pictures[0], pictures[2])
+
+
+def test_a_stopped_run_goes_on_and_gives_the_same(model, triplets, tmp_path, monkeypatch):
+    method = Method("m", model=str(model), num_inference_steps=2)
+    whole = read_all(run_method(method, triplets, tmp_path / "whole", batch_size=2))
+    run_method(method, triplets[:2], tmp_path / "r", batch_size=2)
+    made, real = [], methods_module.save_image
+    monkeypatch.setattr(methods_module, "save_image",
+                        lambda path, image: (made.append(path.stem), real(path, image)))
+    run = run_method(method, triplets, tmp_path / "r", batch_size=2)
+    assert made == ["scene-2", "scene-3", "scene-4"]
+    resumed = read_all(run)
+    for name in whole:
+        assert np.array_equal(whole[name], resumed[name])
+    monkeypatch.setattr(methods_module, "_open_method", None)  # nothing is left to do
+    again = run_method(method, triplets, tmp_path / "r", batch_size=2)
+    assert again.seconds_per_image == run.seconds_per_image
+
+
+def test_what_changed_is_made_anew(model, triplets, tmp_path):
+    method = Method("telea", kind="telea")
+    run_method(method, triplets, tmp_path / "r")
+    path = tmp_path / "r/telea/scene-0.png"
+    before = path.stat().st_mtime_ns
+    run_method(method, triplets, tmp_path / "r")
+    assert path.stat().st_mtime_ns == before
+    save_image(triplets[0].source, np.zeros((64, 64, 3), np.uint8))
+    os.utime(triplets[0].source, ns=(before + 10**9,) * 2)
+    run_method(method, triplets, tmp_path / "r")
+    assert load_image(path).max() == 0
+
+    remover = Method("m", model=str(model), num_inference_steps=1)
+    run_method(remover, triplets[:1], tmp_path / "r")
+    path = tmp_path / "r/m/scene-0.png"
+    before = path.read_bytes()
+    other = Method("m", model=str(model), num_inference_steps=1, seed=1)
+    run_method(other, triplets[:1], tmp_path / "r")
+    assert path.read_bytes() != before
+    weights = next(model.glob("unet/*.safetensors"))
+    stamp = path.stat().st_mtime_ns
+    os.utime(weights, ns=(1, 1))  # trained again: other weights under the same name
+    run_method(other, triplets[:1], tmp_path / "r")
+    assert path.stat().st_mtime_ns > stamp
+
+
+def test_classical_methods_touch_the_hole_alone(triplets, tmp_path):
+    for kind in ("telea", "ns"):
+        run = run_method(Method(kind, kind=kind), triplets, tmp_path / "r")
+        result, source = load_image(run.paths["scene-0"]), load_image(triplets[0].source)
+        mask = load_image(triplets[0].mask, "L") >= 128
+        assert np.array_equal(result[~mask], source[~mask])
+        assert not np.array_equal(result[mask], source[mask])
+
+
+def test_methods_are_checked_before_anything_runs():
+    found = make_methods([{"name": "Telea", "kind": "telea"},
+                          {"name": "final", "model": "runs/x", "lora": "y", "seed": 9}],
+                         seed=5, resolve=lambda place: f"/root/{place}")
+    assert [m.seed for m in found] == [5, 9]
+    assert (found[1].model, found[1].lora, found[0].lora) == ("/root/runs/x", "/root/y", "")
+    for rows, message in (([{"name": "x", "stesp": 3}], "stesp"), ([{"kind": "telea"}], "no name"),
+                          ([{"name": "a b"}, {"name": "A-B"}], "names of their own"),
+                          ([{"name": "Source"}], "names of their own"),
+                          ([{"name": "x", "kind": "lama"}], "telea, ns, remover"),
+                          ([{"name": "x", "scheduler": "ddim"}], "default, lcm")):
+        with pytest.raises(ValueError, match=message):
+            make_methods(rows)
+
+
+def test_ids_that_are_no_file_names_stay_apart(triplets, tmp_path):
+    odd = [Triplet(name, t.source, t.mask, None, name)
+           for name, t in zip(("a/b", "a_b", "a b"), triplets, strict=False)]
+    run = run_method(Method("telea", kind="telea"), odd, tmp_path / "r")
+    assert len({path.name for path in run.paths.values()}) == 3
+    assert all(path.parent.name == "telea" for path in run.paths.values())
+
+
+def test_read_triplets_feeds_methods(tmp_path):
+    """The real reader's triplets, of a built-in set, are what methods take."""
+    from rorem_lib.sources.builtin_sets import write_scene_sets
+
+    write_scene_sets(tmp_path, labelled=0, pool=0, high_resolution=0, test=2)
+    found = read_triplets(tmp_path / "test", require_gt=False)
+    run = run_method(Method("ns", kind="ns"), found, tmp_path / "r")
+    assert list(run.paths) == [t.id for t in found]

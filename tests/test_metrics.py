@@ -1,0 +1,112 @@
+"""Metrics: their units, regions, and what they say when there is nothing to measure."""
+
+import numpy as np
+import pytest
+
+from rorem_lib import metrics
+
+
+@pytest.fixture
+def scene():
+    """A grey truth, a mask in the middle, a shadow that reaches out of it."""
+    truth = np.full((32, 32, 3), 100, np.uint8)
+    mask = np.zeros((32, 32), np.uint8)
+    mask[8:16, 8:16] = 255
+    shadow = np.zeros((32, 32), np.uint8)
+    shadow[14:22, 8:16] = 40
+    return truth, mask, shadow
+
+
+def test_psnr_is_in_decibels_over_255():
+    a = np.zeros((4, 4, 3), np.uint8)
+    assert metrics.psnr(a, a + 255) == pytest.approx(0)
+    assert metrics.psnr(a, a + 5) == pytest.approx(10 * np.log10(255**2 / 25))
+
+
+def test_psnr_of_bytes_does_not_wrap_around():
+    a, b = np.full((2, 2, 3), 250, np.uint8), np.full((2, 2, 3), 10, np.uint8)
+    assert metrics.psnr(a, b) == metrics.psnr(b, a) == pytest.approx(10 * np.log10(255**2 / 240**2))
+
+
+def test_psnr_of_equal_pictures_is_finite():
+    a = np.zeros((4, 4, 3), np.uint8)
+    assert metrics.psnr(a, a) == metrics.PSNR_LIMIT
+
+
+def test_psnr_refuses_other_shapes_and_empty_regions():
+    a = np.zeros((4, 4, 3), np.uint8)
+    with pytest.raises(ValueError, match="one shape"):
+        metrics.psnr(a, a[:2])
+    with pytest.raises(ValueError, match="empty"):
+        metrics.psnr_hole(a, a, np.zeros((4, 4), np.uint8))
+
+
+def test_each_region_sees_its_own_error_alone(scene):
+    truth, mask, shadow = scene
+    result = truth.copy()
+    result[mask >= 128] += 10
+    assert metrics.psnr_hole(result, truth, mask) == pytest.approx(10 * np.log10(255**2 / 100))
+    assert metrics.psnr_shadow(result, truth, shadow, mask) == metrics.PSNR_LIMIT
+    assert metrics.psnr_background(result, truth, mask, shadow) == metrics.PSNR_LIMIT
+    result = truth.copy()
+    result[16:22, 8:16] -= 40  # the shadow is left where the mask does not reach
+    assert metrics.psnr_hole(result, truth, mask) == metrics.PSNR_LIMIT
+    assert metrics.psnr_shadow(result, truth, shadow, mask) == pytest.approx(
+        10 * np.log10(255**2 / 1600))
+    assert metrics.psnr_background(result, truth, mask, shadow) == metrics.PSNR_LIMIT
+    assert metrics.psnr_background(result, truth, mask) < metrics.PSNR_LIMIT
+    result = truth.copy()
+    result[0, 0] = 0
+    assert metrics.psnr_background(result, truth, mask, shadow) < metrics.PSNR_LIMIT
+
+
+def test_shadow_needs_twenty_pixels_outside_the_mask(scene):
+    truth, mask, shadow = scene
+    shadow[:] = 0
+    shadow[20, :19] = 40
+    assert metrics.psnr_shadow(truth, truth, shadow, mask) is None
+    shadow[20, :20] = 40
+    assert metrics.psnr_shadow(truth, truth, shadow, mask) == metrics.PSNR_LIMIT
+    shadow[20, :20] = 8  # not more than 8 grey levels: nobody sees it
+    assert metrics.psnr_shadow(truth, truth, shadow, mask) is None
+
+
+def test_background_may_not_exist(scene):
+    truth, _, shadow = scene
+    assert metrics.psnr_background(truth, truth, np.full((32, 32), 255, np.uint8), shadow) is None
+
+
+def test_ssim_falls_with_structure_and_is_measured_in_the_hole():
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    mask = np.zeros((32, 32), np.uint8)
+    mask[10:22, 10:22] = 255
+    flat = truth.copy()
+    flat[mask >= 128] = 128
+    assert metrics.ssim_hole(truth, truth, mask) == pytest.approx(1)
+    assert metrics.ssim_hole(flat, truth, mask) < 0.3
+    far = truth.copy()
+    far[0, 0] = 255 - far[0, 0]  # far outside of the hole and of the window
+    assert metrics.ssim_hole(far, truth, mask) == pytest.approx(1)
+
+
+def test_lpips_says_why_it_is_missing(monkeypatch, scene):
+    def refuse(*_, **__):
+        raise ModuleNotFoundError("torchvision is not installed")
+
+    metrics.load_lpips.cache_clear()
+    monkeypatch.setattr("torchmetrics.image.lpip.LearnedPerceptualImagePatchSimilarity", refuse)
+    truth, mask, _ = scene
+    network, reason = metrics.load_lpips("alex")
+    assert network is None and "torchvision" in reason
+    assert metrics.lpips_hole(truth, truth, mask) is None
+    metrics.load_lpips.cache_clear()
+
+
+def test_lpips_looks_at_the_hole_alone(monkeypatch, scene):
+    truth, mask, _ = scene
+    monkeypatch.setattr(metrics, "load_lpips", lambda net: (lambda a, b: (a - b).abs().sum(), ""))
+    result = 255 - truth
+    result[mask >= 128] = truth[mask >= 128]
+    assert metrics.lpips_hole(result, truth, mask) == 0
+    assert metrics.lpips_hole(255 - truth, truth, mask) > 0
