@@ -87,6 +87,7 @@ class Annotator(anywidget.AnyWidget):
         prefetch: int = 8,
         view_size: int = 1024,
     ):
+        self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="annotator")
         self._log = log
         self._queue = list(queue)
         self._triplets = {triplet.id: triplet for triplet in triplets}
@@ -100,7 +101,6 @@ class Annotator(anywidget.AnyWidget):
         self._decided: dict[int, Label] = {}  # in the order of the decisions: undo takes the last
         self._resume()
         self._place = self._find_open(0)
-        self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="annotator")
         super().__init__(
             settings={
                 "keys": _merge_keys(keys or {}),

@@ -25,7 +25,8 @@ from rorem_lib.sources.builtin_sets import read_truth
 from rorem_lib.triplets import Triplet, load_images, read_triplets
 
 __all__ = ["Method", "MethodRun", "Evaluation", "make_methods", "run_method", "evaluate",
-           "summarise_method", "audit_acceptance", "compare_paired", "wilson_interval"]
+           "summarise_method", "collect_cases", "audit_acceptance", "compare_paired",
+           "wilson_interval"]
 
 logger = logging.getLogger(__name__)
 
@@ -159,6 +160,44 @@ def summarise_method(rows: pd.DataFrame) -> dict:
     summary["n_shadow"] = int(pd.to_numeric(rows["psnr_shadow"]).notna().sum())
     summary["failures"] = {str(k): int(v) for k, v in rows["reason"].value_counts().items()}
     return summary
+
+
+def collect_cases(evaluation: Evaluation, triplets: Sequence[Triplet], hidden_dir,
+                  ids: Sequence[str], names: Sequence[str]) -> dict:
+    """Pictures of some test scenes side by side, as `figures.plot_grid` takes them.
+
+    Args:
+        evaluation: what `evaluate` measured.
+        triplets: the test set.
+        hidden_dir: its hidden truth, or None.
+        ids: which scenes, one a row.
+        names: which methods, one a column.
+
+    Returns:
+        Keyword arguments: `pictures` (source, mask, methods, truth), `column_titles`,
+        `row_titles`, `captions` (PSNR in the hole, why it was rejected), `frames` (the verdicts).
+    """
+    by_id = {t.id: t for t in triplets}
+    results = evaluation.results.set_index(["method", "id"])
+    grid: dict = {"pictures": [], "captions": [], "frames": [], "row_titles": [],
+                  "column_titles": ["source", "mask", *names]}
+    for item in ids:
+        pictures = load_images(by_id[item])
+        truth = pictures["gt"] if hidden_dir is None else read_truth(hidden_dir, item).truth
+        rows = [results.loc[(name, item)] for name in names]
+        removals = [load_image(evaluation.paths[name][item]) for name in names]
+        grid["pictures"].append([pictures["source"], pictures["mask"], *removals, truth])
+        grid["captions"].append(["", "", *map(_describe_result, rows), ""])
+        grid["frames"].append([None, None, *(row.accept for row in rows), None])
+        grid["row_titles"].append(str(rows[0].family or "") if rows else "")
+    if any(row[-1] is not None for row in grid["pictures"]):
+        grid["column_titles"].append("truth")
+    return grid
+
+
+def _describe_result(row: pd.Series) -> str:
+    words = [] if pd.isna(row.psnr_hole) else [f"{row.psnr_hole:.1f} dB"]
+    return ", ".join(words + ([row.reason] if isinstance(row.reason, str) else []))
 
 
 def audit_acceptance(candidates, hidden_dir, accepted, *, sample: int = 200,

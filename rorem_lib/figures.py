@@ -81,14 +81,15 @@ def _make_axes(width: float, height: float, columns: int = 1, rows: int = 1, **o
 
 def plot_grid(pictures: Sequence[Sequence[np.ndarray | None]], *, column_titles: Sequence[str] = (),
               row_titles: Sequence[str] = (), captions: Sequence[Sequence[str]] = (),
-              frames: Sequence[Sequence[str | None]] = (), cell: int = 128) -> Figure:
+              frames: Sequence[Sequence[str | bool | None]] = (), cell: int = 128) -> Figure:
     """Rows of pictures side by side.
 
     Args:
         pictures: rows of uint8 [H, W, 3] or [H, W]; None leaves a cell empty.
         column_titles, row_titles: above and left of the grid.
         captions: a short text under each picture, rows as in `pictures`.
-        frames: a colour around each picture, None for none.
+        frames: around each picture a colour, blue for True (accepted), vermilion for False
+            (rejected), None for none.
         cell: side of a cell in pixels; small pictures are enlarged without smoothing.
     """
     if not pictures or not any(len(row) for row in pictures):
@@ -103,7 +104,7 @@ def plot_grid(pictures: Sequence[Sequence[np.ndarray | None]], *, column_titles:
             if picture is None:
                 continue
             top, left = r * step_y + gap // 2, c * step_x + gap // 2
-            frame = frames[r][c] if frames else None
+            frame = _find_frame(frames[r][c]) if frames else None
             if frame:
                 edge = max(2, gap // 2 - 1)
                 canvas[top - edge:top + cell + edge, left - edge:left + cell + edge] = [
@@ -124,6 +125,12 @@ def plot_grid(pictures: Sequence[Sequence[np.ndarray | None]], *, column_titles:
             axis.text(c * step_x + step_x / 2, (r + 1) * step_y - foot, text, ha="center",
                       va="top", fontsize=7, color="#444444")
     return figure
+
+
+def _find_frame(mark) -> str | None:
+    if mark is None or mark != mark:  # NaN is how a table says that nobody judged
+        return None
+    return mark if isinstance(mark, str) else BLUE if mark else VERMILION
 
 
 def _fit_cell(picture: np.ndarray, cell: int) -> np.ndarray:
@@ -301,7 +308,8 @@ def plot_rounds(rounds: Sequence[Mapping]) -> Figure:
     axes[0].yaxis.set_major_formatter(PercentFormatter(1))
     axes[0].set_ylim(bottom=0)
     axes[0].set_ylabel("success rate", fontsize=9)
-    axes[0].legend(fontsize=8, frameon=False)
+    if shown or guessed:
+        axes[0].legend(fontsize=8, frameon=False)
     measured = [(p, r["psnr_hole"]) for p, r in zip(places, rounds, strict=True)
                 if r.get("psnr_hole") is not None]
     if measured:
@@ -443,3 +451,29 @@ def plot_candidates(triplets: Sequence, *, captions: Sequence[str] = (), pairs: 
     return plot_grid([sum(shown[row:row + pairs], []) for row in rows],
                      captions=[sum(texts[row:row + pairs], []) for row in rows] if texts else (),
                      column_titles=["source", "removal"] * min(pairs, len(shown)), cell=cell)
+
+
+# ---------------------------------------------------------------------------------- datasets
+
+
+def plot_mask_areas(areas: Mapping[str, Sequence[float]], *, bins: int = 24) -> Figure:
+    """How much of their pictures the masks of each set cover, a panel a set on one scale.
+
+    Args:
+        areas: by set, the share of each picture that is masked, 0..1.
+        bins: bars a panel.
+    """
+    if not areas:
+        raise ValueError("there are no masks to measure")
+    figure, axes = _make_axes(2.5 * len(areas) + 0.6, 2.2, len(areas), sharex=True)
+    top = max(float(np.max(values)) for values in areas.values())
+    edges = np.linspace(0, top * 1.02, bins + 1)
+    for axis, (name, values) in zip(axes, areas.items(), strict=True):
+        axis.hist(values, edges, color=SKY)
+        median = float(np.median(values))
+        axis.axvline(median, color=BLUE, linewidth=1.4)
+        axis.set_title(f"{name}: {len(values)}, median {median:.1%}", fontsize=9)
+        axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    figure.supxlabel("share of the picture that is masked", fontsize=9)
+    axes[0].set_ylabel("pictures", fontsize=9)
+    return figure

@@ -5,7 +5,8 @@ A stage's fingerprint is a SHA-256 over
 - its parameters, the notebook's defaults included (`${stage}` as written, not as a path);
 - its notebook's code cells (not its text, not its outputs);
 - the sources of the `rorem_lib` modules its code imports or launches as jobs, and of all that
-  those import in turn; the modules that only run notebooks (`RUNNER`) don't count;
+  those import in turn; the modules that only run notebooks (`RUNNER`) don't count, and what is
+  imported for a `builtin:` set counts where a parameter names one;
 - the fingerprints of the stages it refers to;
 - the files its parameters name: a `meta.json`, or a folder that holds one, by the content of
   `meta.json` (the pictures under it are not looked at); a folder that another run made by its
@@ -33,6 +34,11 @@ from rorem_lib.stage import ROOT, resolve_path
 PACKAGE = ROOT / "rorem_lib"
 RUNNER = frozenset({"cli", "execution", "fingerprints", "launch", "parameters", "pipeline",
                     "recipes", "report", "run_folder", "stage"})
+# Imports that happen for a set `builtin:<role>` alone. Followed for every stage, they would make
+# each depend on the code that renders scenes and on the code that makes candidates of them.
+BUILTIN_SETS = "sources.builtin_sets"
+ONLY_FOR_BUILTIN_SETS = frozenset({("records", BUILTIN_SETS), (BUILTIN_SETS, "removal"),
+                                   (BUILTIN_SETS, "sdxl")})
 _AWAIT = ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
 
 
@@ -135,14 +141,20 @@ def _parse_module(file: Path, name: str, package: Path, modified: int):
     return hashlib.sha256(source.encode()).hexdigest()[:16], used
 
 
-def hash_modules(names, *, package: Path = PACKAGE) -> dict[str, str]:
-    """Hashes of these modules and of all that they import, in turn; the runner's left out."""
+def hash_modules(names, *, package: Path = PACKAGE, without=frozenset()) -> dict[str, str]:
+    """Hashes of these modules and of all that they import, in turn; the runner's left out.
+
+    Args:
+        names: dotted names below the package.
+        package: the package's folder.
+        without: imports that are not followed, as (importing module, imported module).
+    """
     hashes, waiting = {}, list(names)
     while waiting:
         name = waiting.pop()
         if name not in hashes and name not in RUNNER:
             hashes[name], used = _read_module(name, package)
-            waiting += used
+            waiting += [other for other in used if (name, other) not in without]
     return {name or package.name: hashes[name] for name in sorted(hashes)}
 
 
@@ -242,12 +254,13 @@ def compute_fingerprints(recipe: Recipe, *, run_dir: Path, settled: dict | None 
             "stages": {name: found[name].digest for name in row.upstream},
             "files": {t: stamp for t in texts if (stamp := _stamp_parameter(t))},
         }
-        if any(text.startswith("builtin:") for text in texts):
-            if _find_module("sources.scenes", package):
-                used = used | {"sources.scenes"}
+        renders = any(text.startswith("builtin:") for text in texts)
+        if renders and _find_module(BUILTIN_SETS, package):
+            used = used | {BUILTIN_SETS}
         if any(text.split(":")[0] == "builtin" for text in texts):
             inputs["builtin"] = _hash_builtin(package)
-        inputs["modules"] = hash_modules(used, package=package)
+        inputs["modules"] = hash_modules(
+            used, package=package, without=frozenset() if renders else ONLY_FOR_BUILTIN_SETS)
         base = digest = _digest(inputs)
         if waits_for_people(row):
             folder = run_dir / row.name

@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 KINDS = ("telea", "ns", "remover")
 SCHEDULERS = ("default", "lcm")
+BASELINES = (  # what a remover is compared with, and the model it starts from
+    {"name": "Telea", "kind": "telea"}, {"name": "Navier-Stokes", "kind": "ns"},
+    {"name": "base", "model": "builtin", "row": "base"})
 SOURCE = "source"  # no method may be called so: it is the untouched picture in every table
 
 

@@ -221,8 +221,8 @@ def write_report(run_dir: Path, recipe) -> Path:
         findings=describe_findings(summary),
         round_table=_to_html(tables.make_round_table(summary["rounds"]), summary["rounds"]),
         method_table=_to_html(tables.make_method_table(methods, summary["source"]), methods),
-        comparison_table=_to_html(tables.make_comparison_table(summary["comparisons"]).set_index(
-            "first") if summary["comparisons"] else None, summary["comparisons"]),
+        comparison_table=_to_html(tables.make_comparison_table(summary["comparisons"]),
+                                  summary["comparisons"]),
         pictures=_draw_figures(summary, methods),
         cases=_embed_figures(evaluation, "cases_"), failures=_embed_figures(evaluation, "failures"),
         families=_embed_figures(evaluation, "families"),
@@ -235,8 +235,10 @@ def write_report(run_dir: Path, recipe) -> Path:
 
 def _to_html(table, rows) -> str:
     """A table as HTML, its texts escaped; empty where there is nothing to show."""
-    if table is None or not rows:
+    if not rows:
         return ""
+    if "first" in table:
+        table = table.set_index("first")
     return table.rename_axis(index=None).to_html(border=0, escape=True, classes="data")
 
 

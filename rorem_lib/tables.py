@@ -142,7 +142,7 @@ def make_method_table(methods: Sequence[Mapping], source: Mapping | None = None)
         "s an image": format_number(m.get("seconds_per_image"), 4),
         "UNet calls": format_number(m.get("unet_calls"), 0),
     } for m in [*rows, *methods]])
-    return table.set_index("method")
+    return table.set_index("method") if len(table) else table
 
 
 def make_round_table(rounds: Sequence[Mapping]) -> pd.DataFrame:

@@ -401,3 +401,19 @@ def test_recipes_in_the_repository_are_valid():
         assert recipe.stages and fingerprints.compute_fingerprints(recipe, run_dir=path.parent)
 
 
+
+
+def test_built_in_sets_count_only_where_they_are_used(folder, tmp_path, monkeypatch):
+    """In the real library: reading a set on disk doesn't depend on the code that renders scenes."""
+    write_notebook(tmp_path / "plain.ipynb", [
+        'output_dir: str = "x"\ndata: str = ""', "from rorem_lib.triplets import read_triplets"])
+
+    def find_modules(data):
+        recipe = folder(f"a: {{notebook: plain, parameters: {{data: '{data}'}}}}")
+        inputs = fingerprints.compute_fingerprints(recipe, run_dir=tmp_path)["a"].inputs
+        return set(inputs["modules"]), "builtin" in inputs
+
+    modules, weights = find_modules("some/set")
+    assert "triplets" in modules and "sources.scenes" not in modules and not weights
+    modules, weights = find_modules("builtin:candidates")
+    assert {"sources.scenes", "removal", "sdxl"} <= modules and weights

@@ -1,0 +1,252 @@
+"""The kernel's side of the widget: what is saved before the browser hears of it, resume, undo."""
+
+import io
+import json
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rorem_lib.annotator import KEYS, Annotator, encode_item, trace_mask
+from rorem_lib.labels import LabelLog, QueueItem, read_labels
+from rorem_lib.triplets import TripletWriter, load_images, read_triplets
+
+
+def write_candidates(folder, *, count=6, side=32):
+    random = np.random.default_rng(0)
+    mask = np.zeros((side, side), np.uint8)
+    mask[side // 4 : side // 2, side // 4 : side // 2 + 3] = 255
+    with TripletWriter(folder) as writer:
+        for place in range(count):
+            source, removal = random.integers(0, 255, (2, side, side, 3), dtype=np.uint8)
+            writer.add(id=f"c{place}", source=source, mask=mask, gt=removal, score=place / 9)
+    return read_triplets(folder)
+
+
+@pytest.fixture
+def triplets(tmp_path):
+    return write_candidates(tmp_path / "candidates")
+
+
+class Session:
+    """A widget whose browser is this test."""
+
+    def __init__(self, folder, triplets, *, queue=None, **options):
+        queue = queue or [QueueItem(triplet.id, "random") for triplet in triplets]
+        self.log = LabelLog(folder, "anna")
+        self.widget = Annotator(self.log, queue, triplets, **options)
+        self.sent = []
+        self.logged = []  # the log's lines at the moment each message left
+        self.widget.send = self._take
+        self.state = self.ask(kind="ready")
+
+    def _take(self, content, buffers=None):
+        self.sent.append((content, buffers))
+        lines = self.log.path.read_text().splitlines() if self.log.path.is_file() else []
+        self.logged.append([json.loads(line) for line in lines])
+
+    def ask(self, **content):
+        self.widget.receive(content)
+        return self.sent[-1][0]
+
+    def press(self, label, **values):
+        """A decision about what the last state showed."""
+        shown = {"place": self.state["place"], "id": self.state["id"], "ms": 500}
+        answer = self.ask(kind="label", label=label, **{**shown, **values})
+        self.state = answer if answer["kind"] == "state" else self.state
+        return answer
+
+    def fetch(self, places):
+        """The `item` messages of some places."""
+        before = len(self.sent)
+        self.widget.receive({"kind": "want", "places": places})
+        while len(self.sent) < before + len(places):
+            time.sleep(0.01)
+        return sorted(self.sent[before:], key=lambda sent: sent[0]["place"])
+
+
+@pytest.fixture
+def session(tmp_path, triplets):
+    return Session(tmp_path / "labels", triplets)
+
+
+def decisions(session):
+    return [(x.id, x.label) for x in session.log.read()]
+
+
+def test_label_is_in_the_log_before_the_next_picture_is_announced(session):
+    session.fetch([0])
+    session.press("reject", reason="blur", note="the left edge")
+    event = session.logged[-1][-1]
+    assert event["id"] == "c0" and event["reason"] == "blur" and event["note"] == "the left edge"
+    assert event["ms"] == 500 and event["simulated"] is False and len(event["content"]) == 16
+    assert session.state["place"] == 1 and session.state["id"] == "c1"
+    assert session.state["upcoming"] == [2, 3, 4, 5]
+    assert session.state["last"] == {"label": "reject", "reason": "blur"}
+
+
+def test_only_the_picture_on_show_is_labelled(session):
+    assert "already" not in session.press("accept")["notice"]
+    for place, item_id in ((0, "c0"), (1, "c2"), (3, "c3"), (99, "c9")):
+        answer = session.ask(kind="label", label="reject", place=place, id=item_id, ms=1)
+        assert answer["kind"] == "state" and answer["place"] == 1
+    assert decisions(session) == [("c0", "accept")]
+    answer = session.ask(kind="label", label="reject", place=0, id="c0", ms=1)
+    assert "labelled already (accept)" in answer["notice"]
+
+
+def test_undo_goes_back_to_the_first_and_no_further(session):
+    for label in ("accept", "reject", "skip"):
+        session.press(label)
+    for place in (2, 1, 0):
+        session.state = session.ask(kind="undo")
+        assert session.state["place"] == place
+    assert session.state["notice"] == "taken back: accept"
+    assert session.ask(kind="undo")["notice"] == "there is nothing to undo"
+    assert decisions(session) == [] and len(session.logged[-1]) == 6
+    session.press("reject")
+    assert decisions(session) == [("c0", "reject")] and session.state["place"] == 1
+
+
+def test_reopening_goes_on_at_the_first_open_picture(session, tmp_path, triplets):
+    for label in ("accept", "reject", "skip"):
+        session.press(label)
+    again = Session(tmp_path / "labels", triplets)
+    assert again.state["place"] == 3 and again.state["done"] == 2 and again.state["skipped"] == 1
+    again.state = again.ask(kind="undo")  # also what an earlier session decided
+    assert again.state["id"] == "c2"
+    triplets[0].gt.write_bytes(triplets[5].gt.read_bytes())  # c0 was generated anew
+    third = Session(tmp_path / "labels", triplets)
+    assert third.state["id"] == "c2"  # labels without a content hash are taken as they are
+
+
+def test_label_of_a_removal_that_changed_is_asked_for_again(session, tmp_path, triplets):
+    session.fetch([0, 1])
+    session.press("accept")
+    session.press("accept")
+    triplets[0].gt.write_bytes(triplets[5].gt.read_bytes())
+    assert Session(tmp_path / "labels", triplets).state["id"] == "c0"
+
+
+def test_what_cannot_be_saved_does_not_move_the_picture(session):
+    session.press("accept")
+    aside = session.log.path.rename(session.log.path.with_suffix(".aside"))
+    session.log.path.symlink_to("/dev/full")
+    answer = session.press("reject")
+    assert answer["kind"] == "failed" and "No space left" in answer["message"]
+    assert session.widget.measure_progress()["place"] == 1
+    session.log.path.unlink()
+    aside.rename(session.log.path)
+    assert session.press("reject")["place"] == 2
+    assert decisions(session) == [("c0", "accept"), ("c1", "reject")]
+
+
+def test_silent_repeat_is_asked_and_marked_but_not_shown(tmp_path, triplets):
+    queue = [QueueItem("c0", "audit"), QueueItem("c1", "random"), QueueItem("c0", "audit", True)]
+    session = Session(tmp_path / "labels", triplets, queue=queue)
+    assert session.state["wanted"] == 2
+    for label in ("accept", "accept", "reject"):
+        session.press(label)
+    assert session.state["place"] is None and session.state["done"] == 2
+    labels = read_labels(tmp_path / "labels")
+    assert [(x.id, x.label, x.repeat, x.order) for x in labels] == [
+        ("c0", "accept", False, "audit"),
+        ("c1", "accept", False, "random"),
+        ("c0", "reject", True, "audit"),
+    ]
+    assert Session(tmp_path / "labels", triplets, queue=queue).state["place"] is None
+    session.state = session.ask(kind="undo")
+    assert session.state["place"] == 2 and decisions(session) == [
+        ("c0", "accept"),
+        ("c1", "accept"),
+    ]
+    shown = json.dumps([content for content, _ in session.sent]) + json.dumps(
+        session.widget.get_state(), default=str
+    )
+    assert '"repeat"' not in shown and '"score"' not in shown and "audit" not in shown
+
+
+def test_progress(tmp_path, triplets):
+    session = Session(tmp_path / "labels", triplets, wanted=4, prefetch=2)
+    assert session.state["upcoming"] == [1, 2] and session.state["rate"] is None
+    session.press("accept", ms=1000)
+    session.press("reject", ms=2000)
+    session.press("skip", ms=600_000_000)  # went for lunch: counts as a minute
+    assert session.state["rate"] == pytest.approx(3 / 63 * 60)
+    assert session.state["seconds_left"] == pytest.approx(2 * 21)
+    assert session.state["accepted"] == session.state["rejected"] == session.state["skipped"] == 1
+    assert Session(tmp_path / "labels", triplets, wanted=99).state["wanted"] == 6
+
+
+def test_items_are_sent_when_asked_for_and_a_broken_file_stops_nothing(session, triplets):
+    triplets[1].gt.write_bytes(b"no picture")
+    (good, pictures), (bad, nothing) = session.fetch([0, 1])
+    assert good["id"] == "c0" and good["size"] == [32, 32] and len(pictures) == 2
+    assert triplets[1].gt.name in bad["error"] and nothing is None
+    session.press("accept")
+    assert session.press("skip")["place"] == 2
+    session.widget.close()
+
+
+def test_small_pictures_arrive_exactly(triplets):
+    info, pictures = encode_item(triplets[0])
+    original = load_images(triplets[0])
+    assert info["types"] == ["image/png"] * 2 and "crop" not in info
+    for data, part in zip(pictures, ("source", "gt"), strict=True):
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), original[part])
+    assert info["box"] == [8, 8, 19, 16]
+
+
+def test_large_pictures_come_smaller_with_the_mask_at_full_resolution(tmp_path):
+    (triplet,) = write_candidates(tmp_path, count=1, side=1200)
+    info, pictures = encode_item(triplet, view_size=400)
+    images = [Image.open(io.BytesIO(data)) for data in pictures]
+    assert info["types"] == ["image/jpeg"] * 4 and images[1].size == (400, 400)
+    x0, y0, x1, y1 = info["crop"]
+    assert images[2].size == images[3].size == (x1 - x0, y1 - y0)
+    assert x0 < 300 and x1 > 603 and info["size"] == [1200, 1200]
+    crop = load_images(triplet)["gt"][y0:y1, x0:x1].astype(float)
+    assert np.abs(np.asarray(images[3]) - crop).mean() < 20 < np.abs(127 - crop).mean()
+
+
+def test_outline_goes_round_the_mask():
+    mask = np.zeros((8, 10), bool)
+    mask[2:5, 3:7] = True
+    mask[7, 9] = True
+    outlines = trace_mask(mask)
+    assert len(outlines) == 2
+    (small, large) = sorted((np.reshape(x, (-1, 2)) for x in outlines), key=np.ptp)
+    assert large.min(axis=0).tolist() == [3, 2] and large.max(axis=0).tolist() == [7, 5]
+    assert small.min(axis=0).tolist() == [9, 7] and small.max(axis=0).tolist() == [10, 8]
+    assert trace_mask(np.zeros((4, 4), bool)) == []
+    assert np.reshape(trace_mask(np.ones((4, 6), bool))[0], (-1, 2)).max(axis=0).tolist() == [6, 4]
+
+
+def test_keys_can_be_changed_but_not_doubled(tmp_path, triplets):
+    session = Session(tmp_path / "labels", triplets, keys={"accept": "J"})
+    assert session.widget.settings["keys"] == {**KEYS, "accept": "j"}
+    with pytest.raises(ValueError, match="no such action: approve"):
+        Session(tmp_path / "labels", triplets, keys={"approve": "j"})
+    with pytest.raises(ValueError, match="one key, two actions: 'x'"):
+        Session(tmp_path / "labels", triplets, keys={"accept": "x"})
+
+
+def test_queue_without_its_candidates_is_an_error(tmp_path, triplets):
+    with pytest.raises(ValueError, match="1 queued ids are no candidates .first: c9"):
+        Session(tmp_path / "labels", triplets, queue=[QueueItem("c9", "random")])
+
+
+def test_empty_queue_says_so(tmp_path, triplets):
+    widget = Annotator(LabelLog(tmp_path, "anna"), [], triplets)
+    progress = widget.measure_progress()
+    assert progress["place"] is None and progress["wanted"] == 0 and progress["upcoming"] == []
+
+
+def test_labels_import_no_widgets():
+    command = "import sys, rorem_lib.labels; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
+    assert "rorem_lib.labels" in loaded.stdout.split()
+    assert not {"anywidget", "ipywidgets", "IPython", "torch"} & set(loaded.stdout.split())

@@ -1,0 +1,126 @@
+"""Figures: each draws what it is given, bears missing values, and keeps a method's colour."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from rorem_lib import figures
+
+METHODS = [
+    {"name": "Telea", "kind": "telea"}, {"name": "NS", "kind": "ns"},
+    {"name": "base", "kind": "remover", "row": "base"},
+    {"name": "initialization", "kind": "remover", "row": "initialization"},
+    {"name": "RORem", "kind": "remover", "row": "high resolution"},
+    {"name": "control", "kind": "remover", "row": "control", "control": True},
+    {"name": "4 steps", "kind": "remover", "scheduler": "lcm", "lora": "x", "row": "distillation"},
+    {"name": "LCM alone", "kind": "remover", "scheduler": "lcm", "row": "distillation",
+     "control": True},
+]
+
+
+def render(figure):
+    """The figure's pixels."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
+
+
+def shows(figure, colour):
+    """Whether a pixel has this very colour."""
+    wanted = [int(colour[i:i + 2], 16) for i in (1, 3, 5)]
+    return bool((np.abs(render(figure).astype(int) - wanted).sum(axis=2) < 6).any())
+
+
+def test_every_method_has_a_colour_of_its_own():
+    colours = figures.assign_colours(METHODS)
+    assert list(colours) == [m["name"] for m in METHODS]
+    assert len(set(colours.values())) == len(METHODS)
+    assert colours["base"] == figures.BLACK and colours["control"] == figures.VERMILION
+    many = [{"name": str(n), "kind": "remover"} for n in range(20)]
+    assert len(figures.assign_colours(many)) == 20
+
+
+def test_rounds_get_darker():
+    rounds = [{"name": f"r{n}", "row": f"r{n}", "kind": "remover"} for n in range(5)]
+    light = [int(c[3:5], 16) for c in figures.assign_colours(rounds).values()]
+    assert light == sorted(light, reverse=True) and len(set(light)) == 5
+
+
+def test_grid_shows_pictures_frames_and_gaps():
+    red = np.zeros((64, 64, 3), np.uint8)
+    red[..., 0] = 255
+    mask = np.full((32, 64), 200, np.uint8)  # not square, one channel
+    figure = figures.plot_grid([[red, mask, None], [None, red, red]],
+                               column_titles=["source", "mask", "x"], row_titles=["a", "b"],
+                               captions=[["", "blur", ""], ["", "", "ok"]],
+                               frames=[[figures.BLUE, None, None], [None, None, None]])
+    assert shows(figure, "#ff0000") and shows(figure, figures.BLUE) and shows(figure, "#c8c8c8")
+    with pytest.raises(ValueError, match="no pictures"):
+        figures.plot_grid([])
+
+
+def test_grid_shrinks_large_pictures():
+    figure = figures.plot_grid([[np.full((1024, 512, 3), 90, np.uint8)]], cell=64)
+    assert max(render(figure).shape) < 200 and shows(figure, "#5a5a5a")
+
+
+def test_losses_leave_out_what_has_none():
+    lines = [{"step": n, "loss": 1 / (n + 1)} for n in range(20)]
+    figure = figures.plot_losses({"a": lines, "b": [{"step": 1}], "c": lines, "d": lines,
+                                  "e": lines})
+    titles = [axis.get_title() for axis in figure.axes if axis.axison]
+    assert titles == ["a", "c", "d", "e"]
+    with pytest.raises(ValueError, match="no losses"):
+        figures.plot_losses({"b": []})
+
+
+def test_success_and_failures_bear_missing_values():
+    measured = [{**m, "n": 10, "success_rate": 0.5, "success_interval": [0.2, 0.8],
+                 "success_rate_discriminator": 0.4, "failures": {"blur": 3, "odd reason": 2}}
+                for m in METHODS]
+    measured[0] |= {"success_rate": None, "success_interval": None, "failures": {},
+                    "success_rate_discriminator": None}
+    colours = figures.assign_colours(METHODS)
+    success = figures.plot_success(measured)
+    assert shows(success, colours["control"]) and not shows(success, colours["Telea"])
+    failures = figures.plot_failures(measured)
+    legend = [text.get_text() for text in failures.axes[0].get_legend().get_texts()]
+    assert legend == ["blur", "odd reason"] and shows(failures, figures.SKY)
+    figures.plot_failures(measured[:1])
+
+
+def test_rounds_bear_missing_values():
+    rounds = [{"name": "base", "success_rate": 0.1, "success_interval": [0.05, 0.2],
+               "success_rate_discriminator": None, "psnr_hole": 20.0},
+              {"name": "human 1", "success_rate": None, "psnr_hole": None}]
+    assert shows(figures.plot_rounds(rounds), figures.BLUE)
+    render(figures.plot_rounds([{"name": "base"}]))
+
+
+def test_scores_and_calibration():
+    probabilities = np.linspace(0, 1, 200)
+    for labels in (None, probabilities > 0.4):
+        figure = figures.plot_scores(probabilities, 0.7, labels=labels, accepted=60)
+        legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+        assert "threshold 0.70: 60 of 200 accepted" in legend
+    curve = {"predicted": [0.1, 0.8], "observed": [0.2, 0.7], "low": [0.1, 0.6],
+             "high": [0.3, 0.8], "count": [50, 50]}
+    roc = {"false_accepts": [0, 0.2, 1], "true_accepts": [0, 0.7, 1], "thresholds": [1, 0.5, 0]}
+    assert len(figures.plot_calibration(curve, roc, auc=0.75, auc_interval=[0.7, 0.8]).axes) == 2
+    assert len(figures.plot_calibration(curve).axes) == 1
+    render(figures.plot_reliability(curve))
+
+
+def test_families_and_comparisons():
+    table = pd.DataFrame({"known (5)": [0.2, 0.8], "new (5)": [0.1, np.nan]},
+                         index=["Telea", "RORem"])
+    table.attrs["methods"] = METHODS
+    assert shows(figures.plot_families(table), figures.assign_colours(METHODS)["RORem"])
+    comparisons = [{"first": "a", "second": "b", "difference": 3.0, "low": 1.0, "high": 5.0,
+                    "significant": True},
+                   {"first": "a", "second": "c", "difference": 0.0, "low": -2.0, "high": 2.0,
+                    "significant": False}]
+    figure = figures.plot_comparisons(comparisons)
+    assert shows(figure, figures.BLUE) and shows(figure, figures.GREY)

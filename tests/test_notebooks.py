@@ -1,0 +1,139 @@
+"""The notebooks as they are committed: stripped, short, and true to the library's defaults."""
+
+import ast
+import dataclasses
+import importlib
+import json
+import subprocess
+import sys
+import tokenize
+from io import StringIO
+
+import pytest
+
+from rorem_lib.parameters import coerce_value, read_parameters
+from rorem_lib.stage import ROOT
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+MIRRORS = {"02_train_remover": ("remover", "RemoverConfig"),
+           "05_train_discriminator": ("discriminator", "DiscriminatorConfig"),
+           "07_distill_lora": ("distill", "DistillConfig")}
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def path(request):
+    return request.param
+
+
+@pytest.fixture
+def notebook(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def select(notebook, kind: str) -> list[dict]:
+    """The cells of a kind, each with its source as one string."""
+    return [cell | {"source": "".join(cell["source"])} for cell in notebook["cells"]
+            if cell["cell_type"] == kind]
+
+
+def find_parameters_cell(notebook) -> str:
+    tagged = [c["source"] for c in select(notebook, "code")
+              if "parameters" in c["metadata"].get("tags", [])]
+    assert len(tagged) == 1, "one cell has the tag `parameters`"
+    return tagged[0]
+
+
+def test_is_stripped(notebook):
+    for cell in notebook["cells"]:
+        assert not cell.get("outputs") and cell.get("execution_count") is None, (
+            f"{''.join(cell['source'])[:60]!r} carries outputs: run nbstripout")
+        assert "papermill" not in cell["metadata"] and "execution" not in cell["metadata"]
+        assert "injected-parameters" not in cell["metadata"].get("tags", [])
+    assert not {"papermill", "widgets"} & set(notebook["metadata"])
+    assert notebook["metadata"]["kernelspec"]["name"] == "python3"
+
+
+def test_has_the_shape_of_a_notebook(notebook):
+    code, text = select(notebook, "code"), select(notebook, "markdown")
+    assert 20 <= len(notebook["cells"]) <= 35
+    assert 0.6 <= len(text) / len(code) <= 1.6
+    assert notebook["cells"][0]["cell_type"] == "markdown" and text[0]["source"].startswith("# ")
+    for cell in code + text:
+        # the parameters cell has a line for each parameter, and papermill reads one cell only
+        if "parameters" not in cell["metadata"].get("tags", []):
+            lines = cell["source"].count("\n") + 1
+            assert lines <= 15, f"{lines} lines: {cell['source'][:60]!r}"
+
+
+def test_defines_nothing(notebook):
+    for cell in select(notebook, "code"):
+        for node in ast.walk(ast.parse(cell["source"])):
+            assert not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)), (
+                f"{node.name} belongs into rorem_lib")
+
+
+def test_parameters_are_typed_one_a_line_with_a_plain_comment(path, notebook):
+    source = find_parameters_cell(notebook)
+    lines = source.splitlines()
+    parameters = read_parameters(path)
+    body = ast.parse(source).body
+    assert [node.lineno for node in body] == list(range(1, len(lines) + 1)), "one a line, no more"
+    assert next(iter(parameters.values())).name == "output_dir"
+    assert parameters["output_dir"].default == f"runs/alone/{path.stem}"
+    comments = {}
+    for token in tokenize.generate_tokens(StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            comments[token.start[0]] = token.string[1:]
+        # papermill's own reader of this cell stumbles over both signs
+        assert token.type != tokenize.STRING or "#" not in token.string
+    for number, (name, parameter) in enumerate(parameters.items(), 1):
+        assert parameter.kind, f"{name} has no type"
+        assert coerce_value(parameter.default, parameter.kind) == parameter.default
+        comment = comments.get(number, "")
+        assert comment.strip(), f"{name} has no comment with its unit or meaning"
+        assert "=" not in comment and "#" not in comment, f"{name}: {comment}"
+
+
+def test_papermill_sees_every_parameter(path):
+    from papermill.inspection import inspect_notebook
+
+    assert set(inspect_notebook(str(path))) == set(read_parameters(path))
+
+
+def test_is_a_stage(path, notebook):
+    calls = {}
+    for cell in select(notebook, "code"):
+        for node in ast.walk(ast.parse(cell["source"])):
+            if isinstance(node, ast.Call):
+                calls[getattr(node.func, "id", getattr(node.func, "attr", ""))] = node
+    assert ast.unparse(calls["start_stage"]) == (
+        f"start_stage(output_dir, notebook='{path.stem}')")
+    assert "finish" in calls, "stage.finish(metrics) is never called"
+
+
+def test_ruff_is_content():
+    if not NOTEBOOKS:
+        pytest.skip("there is no notebook yet")
+    check = subprocess.run([sys.executable, "-m", "ruff", "check", "--output-format=concise",
+                            *map(str, NOTEBOOKS)], cwd=ROOT, capture_output=True, text=True)
+    assert check.returncode == 0, check.stdout + check.stderr
+
+
+@pytest.mark.parametrize("name", MIRRORS)
+def test_parameters_mirror_the_config(name):
+    path = ROOT / "notebooks" / f"{name}.ipynb"
+    if not path.exists():
+        pytest.skip(f"{path.name} is not there yet")
+    module, kind = MIRRORS[name]
+    config = getattr(importlib.import_module(f"rorem_lib.{module}"), kind)
+    parameters = read_parameters(path)
+    for field in dataclasses.fields(config):
+        assert field.name in parameters, f"{kind}.{field.name} has no parameter"
+        default = (field.default if field.default is not dataclasses.MISSING
+                   else field.default_factory())
+        mirrored = parameters[field.name]
+        assert mirrored.default == default and type(mirrored.default) is type(default), (
+            f"{field.name}: {mirrored.default!r} in the notebook, {default!r} in {kind}")
+        wanted = field.type if isinstance(field.type, str) else getattr(
+            field.type, "__name__", str(field.type))
+        assert mirrored.kind == wanted, f"{field.name}: {mirrored.kind}, in {kind} {wanted}"
