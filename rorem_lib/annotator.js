@@ -58,12 +58,14 @@ function render({ model, el }) {
   let state = null; // the kernel's last word: place, id, upcoming, figures
   let shown = null; // the item on screen; null while none is, and then decisions are ignored
   let shownAt = 0;
+  let visited = false; // whether the widget has been scrolled into view once
   let pending = null; // the decision or undo that waits for the kernel's answer
   let item = null; // what draw() paints
   const cache = new Map(); // place -> decoded item
   const asked = new Set();
   const look = { swapped: false, mask: 0, zoom: false, difference: false, pixels: false };
   let view = null; // { cx, cy, scale } in pixels of the picture
+  let height = 300; // of a picture's pane, CSS pixels
   let flickerDown = 0;
 
   // ------------------------------------------------------------------ elements
@@ -110,9 +112,8 @@ function render({ model, el }) {
       ...reasons.map((reason, i) => makeButton(`reason_${i + 1}`, reason, "bad decision")),
       make("span", { class: "gap" }),
       makeButton("skip", "Skip", "decision"),
-      makeButton("undo", "Undo"),
     ),
-    make("div", { class: "legend" }, ...Object.entries(VIEW_ACTIONS).map(([a, text]) => makeButton(a, text)), note),
+    make("div", { class: "legend" }, makeButton("undo", "Undo"), ...Object.entries(VIEW_ACTIONS).map(([a, text]) => makeButton(a, text)), note),
   );
   el.append(root);
 
@@ -183,9 +184,13 @@ function render({ model, el }) {
   }
 
   async function receiveItem(content, buffers) {
-    const blobs = (content.types ?? []).map((type, i) => new Blob([buffers[i]], { type }));
-    const entry = { ...content, bitmaps: await Promise.all(blobs.map((blob) => createImageBitmap(blob))) };
-    entry.path = makePath(content.outline ?? []);
+    const entry = { ...content, bitmaps: [], path: makePath(content.outline ?? []) };
+    try {
+      const blobs = (content.types ?? []).map((type, i) => new Blob([buffers[i]], { type }));
+      entry.bitmaps = await Promise.all(blobs.map((blob) => createImageBitmap(blob)));
+    } catch (error) {
+      entry.error = `a file of ${content.id} is truncated or damaged (${error.message})`;
+    }
     asked.delete(content.place);
     forget(content.place);
     cache.set(content.place, entry);
@@ -254,6 +259,7 @@ function render({ model, el }) {
     view = null;
     draw();
     if (next.error) say(`This picture cannot be shown, skip it: ${next.error}`, true);
+    if (!visited) bringIntoView();
     afterPaint(() => {
       if (item !== next || state.place !== next.place) return;
       shown = next;
@@ -262,6 +268,16 @@ function render({ model, el }) {
       root.dataset.id = next.id;
       root.classList.remove("waiting");
     });
+  }
+
+  // "Run all cells" leaves the reader at the notebook's end. Scrolling is as far as it goes: the
+  // focus is never taken, what is typed elsewhere must not become a label.
+  function bringIntoView() {
+    visited = true;
+    const active = document.activeElement;
+    if (active?.closest("input, textarea, [contenteditable=true]")) return;
+    root.scrollIntoView({ block: "nearest" });
+    setTimeout(() => root.scrollIntoView({ block: "nearest" }), 600); // the cells above have settled
   }
 
   function hold() {
@@ -291,9 +307,17 @@ function render({ model, el }) {
     return { cx: (x0 + x1) / 2, cy: (y0 + y1) / 2, scale };
   }
 
+  // As tall as the notebook's visible part allows, so that pictures and legend are seen together.
+  function measure() {
+    const port = root.closest(".jp-WindowedPanel-outer, .jp-LinkedOutputView");
+    const rest = root.offsetHeight - panes[0].canvas.offsetHeight - message.offsetHeight;
+    const free = (port?.clientHeight || window.innerHeight - 40) - rest - 12;
+    height = Math.round(Math.min(panes[0].figure.clientWidth, Math.max(220, free)));
+    view = null;
+    draw();
+  }
+
   function draw() {
-    const tall = Math.max(220, window.innerHeight - 310);
-    const height = Math.round(Math.min(panes[0].figure.clientWidth, tall));
     const ratio = window.devicePixelRatio || 1;
     for (const { side, canvas, caption, figure } of panes) {
       const width = figure.clientWidth;
@@ -430,11 +454,9 @@ function render({ model, el }) {
     );
   }
 
-  const resized = new ResizeObserver(() => {
-    view = null;
-    draw();
-  });
-  resized.observe(panes[0].figure);
+  const resized = new ResizeObserver(measure);
+  resized.observe(root.querySelector(".bar"));
+  window.addEventListener("resize", measure);
   model.on("msg:custom", onMessage);
   setSave("saving", "opening …");
   model.send({ kind: "ready" });
@@ -442,6 +464,7 @@ function render({ model, el }) {
   return () => {
     model.off("msg:custom", onMessage);
     resized.disconnect();
+    window.removeEventListener("resize", measure);
     settle();
     item = null;
     [...cache.keys()].forEach(forget);

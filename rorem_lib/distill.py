@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import StableDiffusionXLInpaintPipeline
-from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
 
 from rorem_lib import loop, sdxl
 from rorem_lib.remover import RemoverConfig, RemoverObjective
 
+LORA_FILE = "pytorch_lora_weights.safetensors"
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj",
                 "ff.net.2", "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv",
                 "upsamplers.0.conv", "time_emb_proj"]
@@ -52,16 +52,16 @@ class DistillObjective(RemoverObjective):
         targets = LORA_TARGETS
         unet.add_adapter(LoraConfig(r=self.config.rank, lora_alpha=self.config.rank,
                                     target_modules=targets))
-        alphas = self.pipe.scheduler.alphas_cumprod.to(self.device)
+        alphas = self.noise_schedule.alphas_cumprod.to(self.device)
         self.alpha, self.sigma = alphas.sqrt(), (1 - alphas).sqrt()
-        total = self.pipe.scheduler.config.num_train_timesteps
+        total = self.noise_schedule.config.num_train_timesteps
         self.stride = total // self.config.num_ddim_timesteps
         return unet
 
     def _clean(self, predicted, noisy, t):
         """(x0, noise) that a prediction at time t [B] means, each [B, 4, h, w]."""
         a, s = self.alpha[t][:, None, None, None], self.sigma[t][:, None, None, None]
-        if self.pipe.scheduler.config.prediction_type == "v_prediction":
+        if self.noise_schedule.config.prediction_type == "v_prediction":
             return a * noisy - s * predicted, a * predicted + s * noisy
         return (noisy - s * predicted) / a.clamp(min=1e-3), predicted
 
@@ -86,7 +86,7 @@ class DistillObjective(RemoverObjective):
         # The uniform timestep is snapped to the grid stride - 1, 2 stride - 1, …, 999.
         t = batch["timestep"] // self.stride * self.stride + self.stride - 1
         earlier = (t - self.stride).clamp(min=0)
-        noisy = self.pipe.scheduler.add_noise(clean, batch["noise"], t)
+        noisy = self.noise_schedule.add_noise(clean, batch["noise"], t)
         predicted = self._student(model, noisy, t, batch, added)
         unet = getattr(model, "module", model)
         with torch.no_grad():
@@ -103,7 +103,9 @@ class DistillObjective(RemoverObjective):
         return loss, {}
 
     def save_model(self, model, folder):
-        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(model))
+        # In peft's own names. diffusers' older names exist for the attention layers alone, and its
+        # loader silently drops one kind from a file that mixes both.
+        layers = get_peft_model_state_dict(model)
         StableDiffusionXLInpaintPipeline.save_lora_weights(folder / "lora",
                                                            unet_lora_layers=layers)
 
@@ -118,7 +120,8 @@ def load_lora(pipe, folder) -> None:
     from diffusers import LCMScheduler
 
     # Named, since diffusers refuses to look for the file itself where the network is switched off.
-    pipe.load_lora_weights(str(folder), weight_name="pytorch_lora_weights.safetensors")
+    with sdxl.silence_libraries():
+        pipe.load_lora_weights(str(folder), weight_name=LORA_FILE)
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
 
 

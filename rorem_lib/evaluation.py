@@ -197,7 +197,7 @@ def collect_cases(evaluation: Evaluation, triplets: Sequence[Triplet], hidden_di
 
 def _describe_result(row: pd.Series) -> str:
     words = [] if pd.isna(row.psnr_hole) else [f"{row.psnr_hole:.1f} dB"]
-    return ", ".join(words + ([row.reason] if isinstance(row.reason, str) else []))
+    return "\n".join(words + ([row.reason] if isinstance(row.reason, str) else []))
 
 
 def audit_acceptance(candidates, hidden_dir, accepted, *, sample: int = 200,

@@ -96,7 +96,8 @@ def plot_grid(pictures: Sequence[Sequence[np.ndarray | None]], *, column_titles:
         raise ValueError("there are no pictures to show")
     rows, columns = len(pictures), max(len(row) for row in pictures)
     gap = max(6, cell // 16)
-    foot = 20 if captions else 0
+    lines = max((text.count("\n") + 1 for row in captions for text in row), default=0)
+    foot = 8 + 12 * lines if lines else 0
     step_x, step_y = cell + gap, cell + gap + foot
     canvas = np.full((rows * step_y, columns * step_x, 3), 255, np.uint8)
     for r, row in enumerate(pictures):
@@ -262,7 +263,7 @@ def plot_calibration(curve: Mapping, roc: Mapping | None = None, *, auc: float |
 def plot_success(methods: Sequence[Mapping]) -> Figure:
     """Success rates of all methods: simulated annotator (dot, 95 %), discriminator (diamond)."""
     colours = assign_colours(methods)
-    figure, (axis,) = _make_axes(7, 0.34 * len(methods) + 1.1)
+    figure, (axis,) = _make_axes(7, 0.34 * len(methods) + 1.3)
     for place, method in enumerate(methods):
         rate, interval = method.get("success_rate"), method.get("success_interval")
         if rate is not None:
@@ -273,13 +274,13 @@ def plot_success(methods: Sequence[Mapping]) -> Figure:
             axis.plot(method["success_rate_discriminator"], place, marker="D", markersize=6,
                       markerfacecolor="none", markeredgecolor=GREY, linestyle="none")
     axis.set_yticks(range(len(methods)), [m["name"] for m in methods])
-    axis.invert_yaxis()
-    axis.xaxis.set_major_formatter(PercentFormatter(1))
+    axis.set_ylim(len(methods) - 0.5, -0.5)
+    axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axis.set_xlim(left=0)
     axis.plot([], [], "o-", color=BLACK, label="simulated annotator, 95 % interval")
     axis.plot([], [], "D", color=GREY, markerfacecolor="none", label="discriminator")
     axis.set_xlabel("success rate")
-    axis.legend(fontsize=8, frameon=False, loc="best")
+    axis.legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     return figure
 
 
@@ -305,11 +306,11 @@ def plot_rounds(rounds: Sequence[Mapping]) -> Figure:
     if guessed:
         axes[0].plot(*zip(*guessed, strict=True), color=GREY, marker="D", markerfacecolor="none",
                      linestyle="--", label="discriminator")
-    axes[0].yaxis.set_major_formatter(PercentFormatter(1))
+    axes[0].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes[0].set_ylim(bottom=0)
     axes[0].set_ylabel("success rate", fontsize=9)
     if shown or guessed:
-        axes[0].legend(fontsize=8, frameon=False)
+        axes[0].legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     measured = [(p, r["psnr_hole"]) for p, r in zip(places, rounds, strict=True)
                 if r.get("psnr_hole") is not None]
     if measured:
@@ -339,7 +340,7 @@ def plot_failures(methods: Sequence[Mapping]) -> Figure:
     axis.set_yticks(range(len(methods)), [m["name"] for m in methods])
     axis.invert_yaxis()
     axis.set_xlim(0, 1)
-    axis.xaxis.set_major_formatter(PercentFormatter(1))
+    axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axis.set_xlabel("rejected, by the first reason the simulated annotator gives")
     if reasons:
         axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -362,7 +363,7 @@ def plot_families(table) -> Figure:
         axis.bar(places, table.loc[name].to_numpy(float), width, color=colours.get(name, GREY),
                  label=name)
     axis.set_xticks(range(len(table.columns)), table.columns, rotation=25, ha="right", fontsize=8)
-    axis.yaxis.set_major_formatter(PercentFormatter(1))
+    axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axis.set_ylabel("success, simulated annotator", fontsize=9)
     axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
@@ -382,7 +383,7 @@ def plot_comparisons(comparisons: Sequence[Mapping]) -> Figure:
         axis.plot(item["difference"], place, "o", color=colour, markersize=6)
     axis.set_yticks(range(len(comparisons)),
                     [f"{c['first']}  minus  {c['second']}" for c in comparisons], fontsize=8)
-    axis.invert_yaxis()
+    axis.set_ylim(len(comparisons) - 0.5, -0.5)
     axis.set_xlabel("difference in success, points (blue: p < 0.05)")
     return figure
 

@@ -21,6 +21,7 @@ import torch
 from diffusers import LCMScheduler
 
 from rorem_lib import sdxl
+from rorem_lib.distill import LORA_FILE
 from rorem_lib.files import read_json, write_json
 from rorem_lib.pictures import save_image
 from rorem_lib.removal import inpaint_classical, remove_objects
@@ -179,7 +180,10 @@ def _open_method(method: Method, device: str) -> tuple[Callable, Callable]:
         return remove, lambda: 0
     pipe = sdxl.load_pipeline(method.model, revision=method.revision or None, device=device)
     if method.lora:
-        pipe.load_lora_weights(method.lora)
+        with sdxl.silence_libraries():
+            pipe.load_lora_weights(method.lora, weight_name=LORA_FILE)
+            pipe.fuse_lora(components=["unet"])  # merged into the weights, it costs no time
+            pipe.unload_lora_weights()
     if method.scheduler == "lcm":
         pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
     calls = [0]

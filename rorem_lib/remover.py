@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 from torch.utils.data import Dataset
 
@@ -107,6 +108,8 @@ class RemoverObjective(loop.Objective):
         config = self.config
         self.pipe = sdxl.load_pipeline(config.pretrained_model_name_or_path,
                                        revision=config.revision or None, device=self.device)
+        # Not the pipeline's own scheduler: an Euler one adds noise in another scaling.
+        self.noise_schedule = DDPMScheduler.from_config(self.pipe.scheduler.config)
         self.embeds, self.pooled = sdxl.encode_prompt(self.pipe)
         unet = self.pipe.unet.requires_grad_(True).train()
         return unet.to(memory_format=torch.channels_last)
@@ -123,7 +126,7 @@ class RemoverObjective(loop.Objective):
 
     def make_dataset(self):
         config = self.config
-        steps = self.pipe.scheduler.config.num_train_timesteps
+        steps = self.noise_schedule.config.num_train_timesteps
         caches = self._open(config.meta_path, config.resolution)
         self.metrics["train_size"] = sum(len(cache) for cache in caches)
         normal = CachedLatents(caches, seed=config.seed, flip=config.random_flip, timesteps=steps)
@@ -136,7 +139,7 @@ class RemoverObjective(loop.Objective):
                          batch=config.train_batch_size, seed=config.seed)
 
     def compute_loss(self, model, batch):
-        scheduler, config = self.pipe.scheduler, self.config
+        scheduler, config = self.noise_schedule, self.config
         clean, noise, t = batch["gt"], batch["noise"], batch["timestep"]
         noisy = scheduler.add_noise(clean, noise, t)
         velocity = scheduler.config.prediction_type == "v_prediction"

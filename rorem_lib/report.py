@@ -152,6 +152,7 @@ def collect_summary(run_dir: Path, recipe, stages: list[StageRecord] | None = No
         "wall_seconds": {**seconds, "total": round(sum(seconds.values()), 2)},
         "test_size": measured.get("test_size"),
         "seed": recipe.seed if recipe.seed is not None else measured.get("seed"),
+        "judged_by": measured.get("judged_by"),
         "simulated_labels": any(s.metrics.get("simulated") for s in stages),
         "not_run": [s.name for s in stages if not s.done],
     })
@@ -179,9 +180,10 @@ def describe_findings(summary: Mapping) -> list[str]:
                     f"{c['high']:+.1f}), p = {c['p_value']:.2g}, {verdict}.")
     for (first, second, measure), c in by_pair.items():
         if measure == "psnr_shadow":
-            said.append(f"Where the shadow lies outside of the mask, {first} is "
-                        f"{c['difference']:+.1f} dB ({c['low']:+.1f} to {c['high']:+.1f}) nearer "
-                        f"the truth than the {second}.")
+            side = "nearer" if c["difference"] > 0 else "further from"
+            said.append(f"Where the shadow lies outside of the mask, {first} is {side} the truth "
+                        f"than the untouched {second}: {c['difference']:+.1f} dB "
+                        f"({c['low']:+.1f} to {c['high']:+.1f}).")
     gaps = [(abs(m["success_rate"] - m["success_rate_discriminator"]), m["name"])
             for m in methods.values()
             if None not in (m["success_rate"], m["success_rate_discriminator"])]
@@ -224,9 +226,11 @@ def write_report(run_dir: Path, recipe) -> Path:
         comparison_table=_to_html(tables.make_comparison_table(summary["comparisons"]),
                                   summary["comparisons"]),
         pictures=_draw_figures(summary, methods),
-        cases=_embed_figures(evaluation, "cases_"), failures=_embed_figures(evaluation, "failures"),
+        cases=_embed_figures(evaluation, "cases_best", "cases_median", "cases_worst"),
+        failures=_embed_figures(evaluation, "failures"),
         families=_embed_figures(evaluation, "families"),
-        acceptances=[(s, _embed_figures(s, "")) for s in _take(stages, "06_auto_annotate")],
+        acceptances=[(s, _embed_figures(s, "scores", "best_accepted", "worst_accepted"))
+                     for s in _take(stages, "06_auto_annotate")],
         calibrations=[(s, _draw_calibration(s)) for s in _take(stages, "05_train_discriminator")],
         losses=_draw_losses(stages), stages=[_describe_stage(s, run_dir) for s in stages])
     write_json(run_dir / SUMMARY_FILE, summary)
@@ -301,13 +305,11 @@ def _read_history(folder: Path) -> list[dict]:
     return lines
 
 
-def _embed_figures(stage: StageRecord | None, prefix: str) -> list[tuple[str, str]]:
-    """A stage's saved figures whose names begin so: (title, data URI)."""
-    if stage is None:
-        return []
-    return [(path.stem.removeprefix(prefix).replace("_", " "), _encode(path.read_bytes()))
-            for path in sorted((stage.folder / "figures").glob(f"{prefix}*.png"))
-            if not path.name.endswith(".partial.png")]
+def _embed_figures(stage: StageRecord | None, *names: str) -> list[tuple[str, str]]:
+    """Those of a stage's saved figures that are there: (title, data URI)."""
+    paths = [] if stage is None else [stage.folder / "figures" / f"{n}.png" for n in names]
+    return [(path.stem.replace("_", " "), _encode(path.read_bytes()))
+            for path in paths if path.is_file()]
 
 
 def _describe_stage(stage: StageRecord, run_dir: Path) -> dict:

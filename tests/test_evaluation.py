@@ -8,8 +8,10 @@ import pytest
 
 from rorem_lib import evaluation
 from rorem_lib.acceptance import Calibration
-from rorem_lib.evaluation import Method, MethodRun, audit_acceptance, evaluate
+from rorem_lib.evaluation import Method, MethodRun, audit_acceptance, collect_cases, evaluate
+from rorem_lib.figures import plot_grid
 from rorem_lib.files import read_json
+from rorem_lib.methods import BASELINES, make_methods
 from rorem_lib.pictures import load_image, save_image
 from rorem_lib.sources.builtin_sets import hidden_of, read_truth, write_scene_sets
 from rorem_lib.triplets import TripletWriter, load_images, read_triplets
@@ -112,6 +114,25 @@ def test_discriminator_scores_are_calibrated_and_thresholded(meta_path, tmp_path
     assert found.methods[1]["success_rate_discriminator"] == pytest.approx((expected >= 0.8).mean())
     assert seen[1][0].gt == found.paths["NS"][seen[1][0].id]  # it scored this method's removals
     assert rows.id.tolist() == [t.id for t in seen[1]]
+
+
+def test_cases_show_source_mask_methods_and_truth(meta_path, tmp_path):
+    found = evaluate(make_methods(BASELINES[:2]), meta_path, hidden_of(meta_path), tmp_path)
+    triplets = read_triplets(meta_path, require_gt=False)
+    ids = [triplets[3].id, triplets[1].id]
+    grid = collect_cases(found, triplets, hidden_of(meta_path), ids, ["Navier-Stokes", "Telea"])
+    assert grid["column_titles"] == ["source", "mask", "Navier-Stokes", "Telea", "truth"]
+    assert np.array_equal(grid["pictures"][0][3], load_image(found.paths["Telea"][ids[0]]))
+    assert np.array_equal(grid["pictures"][1][-1], read_truth(hidden_of(meta_path), ids[1]).truth)
+    row = found.results[(found.results.method == "Telea") & (found.results.id == ids[0])]
+    assert grid["frames"][0] == [None, None, grid["frames"][0][2], row.accept.item(), None]
+    assert f"{row.psnr_hole.item():.1f} dB" in grid["captions"][0][3]
+    assert row.accept.item() or row.reason.item() in grid["captions"][0][3]
+    plot_grid(**grid)
+    blind = evaluate(make_methods(BASELINES[:1]), meta_path, None, tmp_path / "blind")
+    grid = collect_cases(blind, triplets, None, ids, ["Telea"])
+    assert grid["frames"][0] == [None] * 4 and "truth" not in grid["column_titles"]
+    plot_grid(**grid)
 
 
 def test_nothing_to_evaluate_is_an_error(meta_path, tmp_path):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from skimage.metrics import structural_similarity
 
 from rorem_lib import metrics
 
@@ -88,6 +89,18 @@ def test_ssim_falls_with_structure_and_is_measured_in_the_hole():
     far = truth.copy()
     far[0, 0] = 255 - far[0, 0]  # far outside of the hole and of the window
     assert metrics.ssim_hole(far, truth, mask) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("box", [(20, 30, 18, 25), (0, 3, 0, 3), (60, 64, 0, 64), (0, 64, 5, 6)])
+def test_ssim_is_that_of_the_whole_picture(box):
+    rng = np.random.default_rng(1)
+    a, b = rng.integers(0, 255, (2, 64, 64, 3), dtype=np.uint8)
+    b = (0.7 * a + 0.3 * b).astype(np.uint8)
+    mask = np.zeros((64, 64), np.uint8)
+    mask[box[0]:box[1], box[2]:box[3]] = 255
+    _, whole = structural_similarity(a, b, channel_axis=2, data_range=255, gaussian_weights=True,
+                                     sigma=1.5, use_sample_covariance=False, full=True)
+    assert metrics.ssim_hole(a, b, mask) == pytest.approx(whole[mask > 0].mean(), abs=1e-9)
 
 
 def test_lpips_says_why_it_is_missing(monkeypatch, scene):

@@ -70,7 +70,7 @@ def write_run(folder, stages=STAGES, *, skip=()):
         place = folder / name
         if notebook == "08_evaluate":
             metrics = {"methods": METHODS, "source": {"psnr_shadow": 17.0}, "test_size": 100,
-                       "seed": 4, "comparisons": COMPARISONS}
+                       "seed": 4, "comparisons": COMPARISONS, "judged_by": "simulated annotator"}
             (place / "figures").mkdir(parents=True)
             for title in ("cases_best", "cases_worst", "failures", "families"):
                 save_image(place / "figures" / f"{title}.png", np.zeros((8, 8, 3), np.uint8))
@@ -154,7 +154,9 @@ def test_page_says_what_a_reader_must_know(finished):
     text = re.sub(r"\s+", " ", re.sub("<[^>]*>", "", page))
     assert "simulated annotator" in text and "success, simulated annotator (%)" in text
     assert "+15.0 points (+5.0 to +25.0), p = 0.004, significant" in text
-    assert "+3.1 dB" in text and "40 (40 %)" in text and "with uncommitted changes" in text
+    assert "nearer the truth than the untouched source: +3.1 dB" in text
+    assert "labels and success rates come from a simulated annotator" in text
+    assert "40 (40 %)" in text and "with uncommitted changes" in text
     assert "automation 1 &lt;final&gt;" in page and "<final>" not in page  # names are escaped
     assert "A &lt;small&gt; run." in page
 

@@ -1,0 +1,272 @@
+"""Inference: any size in, the same size out; noise by number; candidate sets that go on."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import yaml
+
+from rorem_lib import removal, sdxl
+from rorem_lib.removal import GenerateConfig, generate_candidates, remove_objects
+from rorem_lib.triplets import TripletWriter, load_images, read_triplets
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICK = {"num_inference_steps": 2, "mixed_precision": "no"}
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_model):
+    return sdxl.load_pipeline(str(tiny_model))
+
+
+def draw_picture(height, width, seed=0):
+    """A picture of fine detail with a mask in its middle."""
+    rng = np.random.default_rng(seed)
+    image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    mask = np.zeros((height, width), np.uint8)
+    mask[height // 3:height // 2, width // 3:width // 2] = 255
+    return image, mask
+
+
+def assert_near(a, b):
+    """The same up to the rounding of another batch size's matrix products."""
+    assert np.abs(a.astype(int) - b.astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("height, width", [(64, 64), (75, 100), (500, 333), (41, 40), (96, 96),
+                                           (96, 130), (64, 70), (30, 200)])
+def test_any_size_comes_back_as_it_went_in(pipe, height, width):
+    image, mask = draw_picture(height, width)
+    before = image.copy(), mask.copy()
+    result, = remove_objects(pipe, [image], [mask], **QUICK | {"num_inference_steps": 1})
+    assert result.shape == image.shape and result.dtype == np.uint8
+    assert np.array_equal(image, before[0]) and np.array_equal(mask, before[1])
+
+
+def test_a_removal_depends_on_its_number_not_on_its_batch(pipe):
+    pictures = [draw_picture(*size, seed=n) for n, size in
+                enumerate([(64, 64), (75, 100), (64, 64), (64, 64)])]
+    images, masks = map(list, zip(*pictures))
+    whole = remove_objects(pipe, images, masks, batch_size=4, **QUICK)
+    for a, b in zip(whole, remove_objects(pipe, images, masks, batch_size=1, **QUICK)):
+        assert_near(a, b)
+    turned = remove_objects(pipe, images[::-1], masks[::-1], numbers=[3, 2, 1, 0], **QUICK)
+    for a, b in zip(whole, turned[::-1]):
+        assert_near(a, b)
+    again = remove_objects(pipe, images, masks, batch_size=4, **QUICK)
+    assert all(np.array_equal(a, b) for a, b in zip(whole, again))
+
+
+def test_noise_comes_from_seed_and_number(pipe):
+    image, mask = draw_picture(64, 64)
+    a, b = remove_objects(pipe, [image, image], [mask, mask], **QUICK)
+    other, = remove_objects(pipe, [image], [mask], seed=1, **QUICK)
+    assert np.abs(a.astype(int) - b).mean() > 1 and np.abs(a.astype(int) - other).mean() > 1
+
+
+def test_a_large_pictures_detail_survives_outside_the_mask(pipe):
+    image, mask = draw_picture(320, 480)
+    result, = remove_objects(pipe, [image], [mask], **QUICK)
+    far = cv2.dilate(mask, np.ones((25, 25), np.uint8)) == 0
+
+    def find_detail(picture):
+        picture = picture.astype(np.float32)
+        return picture - cv2.GaussianBlur(picture, (0, 0), 2)
+
+    kept = np.corrcoef(find_detail(result)[far].ravel(), find_detail(image)[far].ravel())[0, 1]
+    inner = cv2.erode(mask, np.ones((11, 11), np.uint8)) > 0
+    lost = np.corrcoef(find_detail(result)[inner].ravel(), find_detail(image)[inner].ravel())[0, 1]
+    assert kept > 0.7 and abs(lost) < 0.2, (kept, lost)
+
+
+def test_pasting_back_keeps_every_pixel_outside_the_wide_mask(pipe):
+    for size in ((64, 64), (90, 120)):
+        image, mask = draw_picture(*size)
+        result, = remove_objects(pipe, [image], [mask], dilate=5, paste_back=True, **QUICK)
+        wide = cv2.dilate(mask, np.ones((5, 5), np.uint8))
+        assert np.array_equal(result[wide == 0], image[wide == 0])
+        assert not np.array_equal(result[wide > 0], image[wide > 0])
+
+
+def test_a_thin_mask_does_not_get_lost_in_a_smaller_picture():
+    image, mask = draw_picture(640, 640)
+    mask[:] = 0
+    mask[100, 50:400] = 255
+    small, thin = removal._fit(image, mask, 64, 8)
+    assert small.shape[:2] == thin.shape == (64, 64)
+    assert (thin[10, 6:39] == 255).all() and set(np.unique(thin)) == {0, 255}
+
+
+@pytest.mark.parametrize("steps, guidance, calls, pictures", [(20, 1.0, 20, 1), (4, 1.0, 4, 1),
+                                                              (3, 3.0, 3, 2)])
+def test_each_step_is_one_call_of_the_unet(pipe, steps, guidance, calls, pictures):
+    assert count_calls(pipe, steps, guidance) == [pictures] * calls
+
+
+def test_lcm_runs_all_of_its_four_steps(tiny_model):
+    from diffusers import LCMScheduler
+
+    fast = sdxl.load_pipeline(str(tiny_model))
+    fast.scheduler = LCMScheduler.from_config(fast.scheduler.config)
+    assert count_calls(fast, 4, 1.0) == [1] * 4
+
+
+def count_calls(pipe, steps, guidance):
+    seen = []
+    hook = pipe.unet.register_forward_pre_hook(
+        lambda module, arguments, keywords: seen.append(len(arguments[0])), with_kwargs=True)
+    image, mask = draw_picture(64, 64)
+    try:
+        remove_objects(pipe, [image], [mask], num_inference_steps=steps, guidance_scale=guidance,
+                       mixed_precision="no")
+    finally:
+        hook.remove()
+    return seen
+
+
+def test_mismatched_inputs_are_named(pipe):
+    image, mask = draw_picture(64, 64)
+    with pytest.raises(ValueError, match="2 images but 1 masks"):
+        remove_objects(pipe, [image, image], [mask])
+    with pytest.raises(ValueError, match="picture 1 is 64x64 px but its mask 30x64"):
+        remove_objects(pipe, [image, image], [mask, mask[:, :30]])
+    assert remove_objects(pipe, [], []) == []
+
+
+def test_classical_methods_fill_the_hole_alone():
+    image, mask = draw_picture(64, 64)
+    image[:] = 90
+    image[mask > 0] = 250
+    for method in ("telea", "ns"):
+        result = removal.inpaint_classical(image, mask, method=method)
+        assert np.abs(result.astype(int) - 90).max() <= 2
+    with pytest.raises(ValueError, match="take telea or ns"):
+        removal.inpaint_classical(image, mask, method="lama")
+
+
+# ------------------------------------------------------------------------------- candidate sets
+
+
+@pytest.fixture
+def config(tiny_model, tiny_set, tmp_path):
+    return GenerateConfig(output_dir=str(tmp_path / "out"), meta_path=[str(tiny_set)],
+                          pretrained_model_name_or_path=str(tiny_model), num_inference_steps=1,
+                          batch_size=2, mixed_precision="no")
+
+
+def read_results(config):
+    folder = Path(config.output_dir) / "candidates"
+    return {t.id: load_images(t)["gt"] for t in read_triplets(folder)}
+
+
+def test_candidates_are_a_triplet_set(config, tiny_set):
+    metrics = generate_candidates(config)
+    assert metrics["n_images"] == metrics["n_removals"] == 10
+    written = json.loads((Path(config.output_dir) / "train_metrics.json").read_text())
+    assert written == metrics
+    sources = {t.id: t for t in read_triplets(tiny_set)}
+    for triplet in read_triplets(Path(config.output_dir) / "candidates"):
+        original = sources[triplet.id]
+        assert triplet.source.read_bytes() == original.source.read_bytes()
+        assert triplet.mask.read_bytes() == original.mask.read_bytes()
+        assert triplet.gt.read_bytes() != original.gt.read_bytes()
+        assert triplet.group == original.group
+        assert triplet.extra["remover"] == config.pretrained_model_name_or_path
+
+
+def test_several_seeds_a_picture_and_a_part_of_the_set(config, tiny_set):
+    config.start, config.count, config.seeds_per_image = 3, 2, 3
+    generate_candidates(config)
+    found = read_results(config)
+    assert sorted(found) == [f"scene-{n}-s{k}" for n in (3, 4) for k in range(3)]
+    assert not np.array_equal(found["scene-3-s0"], found["scene-3-s1"])
+    groups = {t.id: (t.group, t.extra["seed"])
+              for t in read_triplets(Path(config.output_dir) / "candidates")}
+    assert groups["scene-4-s2"] == ("scene-4", 2)
+    # what a picture becomes does not depend on which part of the set was asked for
+    config.output_dir, config.start, config.count = config.output_dir + "2", 4, 3
+    generate_candidates(config)
+    assert_near(read_results(config)["scene-4-s1"], found["scene-4-s1"])
+
+
+def test_a_stopped_generation_goes_on(config, monkeypatch):
+    generate_candidates(config)
+    whole = read_results(config)
+    config.output_dir += "2"
+    calls, remove = [], removal.remove_objects
+
+    def stop_in_second_call(pipe, images, *args, **options):
+        calls.append(len(images))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return remove(pipe, images, *args, **options)
+
+    monkeypatch.setattr(removal, "remove_objects", stop_in_second_call)
+    with pytest.raises(KeyboardInterrupt):
+        generate_candidates(config)
+    assert not (Path(config.output_dir) / "candidates" / "meta.json").exists()
+    generate_candidates(config)
+    assert calls == [8, 2, 2], "what was there has been made again"
+    resumed = read_results(config)
+    assert whole.keys() == resumed.keys()
+    for name in whole:
+        assert_near(whole[name], resumed[name])
+    generate_candidates(config)
+    assert calls == [8, 2, 2], "a finished set was made again"
+
+
+def test_what_other_settings_left_is_written_anew(config, tiny_set, tmp_path):
+    config.count = 4
+    generate_candidates(config)
+    first = read_results(config)
+    config.seed, config.count = 5, 3
+    generate_candidates(config)
+    second = read_results(config)
+    assert sorted(second) == ["scene-0", "scene-1", "scene-2"]
+    assert not any(np.array_equal(first[n], second[n]) for n in second)
+    files = list((Path(config.output_dir) / "candidates" / "GT").iterdir())
+    assert len(files) == 3
+
+
+def test_bad_sets_are_errors(config, tiny_set):
+    config.start = 10
+    with pytest.raises(ValueError, match="no pictures at .* from number 10 on"):
+        generate_candidates(config)
+    config.start, config.meta_path = 0, [str(tiny_set)] * 2
+    with pytest.raises(ValueError, match="share ids, such as scene-0"):
+        generate_candidates(config)
+
+
+def test_pools_need_no_ground_truth(config, tiny_set, tmp_path):
+    with TripletWriter(tmp_path / "pool") as writer:
+        for triplet in read_triplets(tiny_set)[:2]:
+            writer.add(id=triplet.id, source=triplet.source, mask=triplet.mask)
+    config.meta_path = [str(tmp_path / "pool")]
+    assert generate_candidates(config)["n_removals"] == 2
+
+
+def test_two_processes_make_what_one_makes(config):
+    generate_candidates(config)
+    alone = read_results(config)
+    folder = Path(config.output_dir + "2")
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump(
+        vars(config) | {"output_dir": str(folder)}))
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
+    subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+         "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+         "--main_process_port", "0", "-m", "rorem_lib.removal", "--config",
+         str(folder / "config.yaml")], cwd=ROOT, env=environment, check=True, timeout=300,
+        capture_output=True)
+    config.output_dir = str(folder)
+    both = read_results(config)
+    assert list(both) == list(alone)
+    for name in alone:
+        assert_near(alone[name], both[name])
+    assert not list((folder / "candidates").glob("*.partial"))
