@@ -4,4 +4,9 @@ One module a stage; the notebooks under `notebooks/` show them at work. Nothing 
 here, so that `import rorem_lib` costs nothing: import the module you need.
 """
 
+import os
+
+# torchvision is not needed; transformers would say so three times in every process' log.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
 __version__ = "0.1.0"

@@ -18,10 +18,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import anywidget
+import cv2
 import numpy as np
 import traitlets
 from PIL import Image
-from skimage.measure import approximate_polygon, find_contours
+from skimage.measure import find_contours
 
 from rorem_lib.label_log import (
     DECISIONS,
@@ -294,7 +295,7 @@ def _read_plain_file(path: Path, view_size: int) -> tuple[str, bytes, list[int]]
             return None
         with Image.open(path) as image:  # reads the head alone
             known = image.format in ("PNG", "JPEG") and image.mode == "RGB"
-            if known and max(image.size) <= view_size and not image.getexif():
+            if known and max(image.size) <= view_size and "exif" not in image.info:
                 return f"image/{image.format.lower()}", path.read_bytes(), list(image.size)
     except (OSError, SyntaxError, ValueError):
         pass  # load_images names what is wrong with it
@@ -313,8 +314,8 @@ def trace_mask(mask: np.ndarray) -> list[list[float]]:
     outlines = []
     for contour in find_contours(np.pad(part, 1).astype(np.float32), 0.5):
         # find_contours counts from pixel centres, and the padding shifts by one: -1 + 0.5.
-        points = approximate_polygon(contour, tolerance=0.35)[:, ::-1] - 0.5
-        outlines.append(np.round(points + (columns[0], rows[0]), 2).ravel().tolist())
+        points = cv2.approxPolyDP(contour.astype(np.float32), 0.35, True)[:, 0, ::-1] - 0.5
+        outlines.append(np.round(points + [columns[0], rows[0]], 2).ravel().tolist())
     return outlines
 
 

@@ -59,6 +59,7 @@ class PretrainConfig(loop.LoopConfig):
         vae: the trained autoencoder's folder (base only).
         init_from: a model folder to start from; empty starts from random weights.
         role: which scenes are seen, see `sources.scenes`.
+        object_share: share of the masks that follow an object; the others know nothing of them.
         size: side of the scenes, px.
         first_scene: index of the first scene; every later scene is new.
     """
@@ -74,6 +75,7 @@ class PretrainConfig(loop.LoopConfig):
     vae: str = ""
     init_from: str = ""
     role: str = "pretrain"
+    object_share: float = 0.55
     size: int = scenes.SIZE
     first_scene: int = 0
 
@@ -122,7 +124,7 @@ class _SceneStream(Dataset):
         rng = np.random.default_rng([config.seed, 7, position])
         flip = slice(None, None, -1) if rng.random() < 0.5 else slice(None)
         sample = {"image": scene.image[:, flip].copy()}
-        mask = scene.mask if rng.random() < 0.55 else draw_free_mask(rng, config.size)
+        mask = scene.mask if rng.random() < config.object_share else draw_free_mask(rng, config.size)
         sample["mask"] = (mask[:, flip] >= 128).astype(np.uint8)[None]
         if self.masks:
             side = config.size // 4
@@ -257,8 +259,9 @@ def export_model(vae: str, unet: str, folder, *, half: bool = True) -> Path:
 AUTOENCODER_STAGE = {"max_train_steps": 2600, "learning_rate": 2e-3, "lr_scheduler": "cosine"}
 WIDEN_STAGE = {"max_train_steps": 1700, "learning_rate": 1.5e-3, "lr_scheduler": "cosine",
                "role": "pool", "first_scene": 20_000_000}
-BASE_STAGE = {"max_train_steps": 20_000, "lr_scheduler": "constant_with_warmup"}
-ANNEAL_STAGE = {"max_train_steps": 3000, "lr_scheduler": "linear", "lr_warmup_steps": 100}
+BASE_STAGE = {"max_train_steps": 3250, "lr_scheduler": "constant_with_warmup"}
+ANNEAL_STAGE = {"max_train_steps": 1200, "lr_scheduler": "linear", "lr_warmup_steps": 50,
+                "object_share": 0.25}
 
 STAGES = {"autoencoder": AUTOENCODER_STAGE, "widen": WIDEN_STAGE, "base": BASE_STAGE,
           "anneal": ANNEAL_STAGE}

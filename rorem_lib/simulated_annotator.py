@@ -106,11 +106,15 @@ def judge_removal(source, mask, result, truth, *, limits: Limits = Limits()) -> 
     content_limit = limits.content + limits.content_texture * contrast
     colour = float(np.linalg.norm(change[hole].mean(axis=0)))
 
+    # Fine detail well inside of the hole: at its edge, the surroundings would be measured too.
+    inside = cv2.erode(hole.astype(np.uint8), np.ones((3, 3), np.uint8),
+                       iterations=round(2 * unit)) > 0
+    inside = inside if inside.sum() >= 30 * unit**2 else hole
     detail = []
     for picture in (lab_result, lab_truth):
         light = picture[..., 0]
         fine = light - cv2.GaussianBlur(light, (0, 0), 1.5 * unit)
-        detail.append(float(np.sqrt(np.square(fine[hole]).mean())))
+        detail.append(float(np.sqrt(np.square(fine[inside]).mean())))
     missing = detail[1] - detail[0]
     ratio = (detail[0] + 0.7) / (detail[1] + 0.7)  # 0.7: grain that nobody sees
 

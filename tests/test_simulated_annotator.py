@@ -67,7 +67,7 @@ def test_it_accepts_small_differences_of_colour(scenes):
 
 def test_it_accepts_texture_that_lies_a_pixel_beside(scenes):
     accepted, reasons = count(scenes, lambda s: fill_hole(s, np.roll(s.truth, 1, axis=1)))
-    assert accepted >= 0.97 * len(scenes), reasons
+    assert accepted >= 0.95 * len(scenes), reasons
 
 
 # -------------------------------------------------------------------------------- what it rejects
@@ -101,7 +101,7 @@ def test_it_rejects_the_mean_colour_on_texture(scenes):
         return fill_hole(scene, scene.truth[scene.mask >= 128].mean(axis=0))
 
     accepted, reasons = count(textured, fill_mean)
-    assert accepted <= 0.03 * len(textured), reasons
+    assert accepted <= 0.05 * len(textured), reasons
     assert reasons["blur"] >= 0.5 * len(textured)
 
 
@@ -109,7 +109,7 @@ def test_it_rejects_a_blurred_truth_on_texture(scenes):
     textured = [scene for scene in scenes if measure_detail(scene) > 5]
     accepted, reasons = count(textured, lambda s: fill_hole(
         s, cv2.GaussianBlur(s.truth.astype(np.float32), (0, 0), 4)))
-    assert accepted <= 0.03 * len(textured), reasons
+    assert accepted <= 0.05 * len(textured), reasons
     assert reasons["blur"] >= 0.7 * len(textured)
 
 
