@@ -124,7 +124,8 @@ class _SceneStream(Dataset):
         rng = np.random.default_rng([config.seed, 7, position])
         flip = slice(None, None, -1) if rng.random() < 0.5 else slice(None)
         sample = {"image": scene.image[:, flip].copy()}
-        mask = scene.mask if rng.random() < config.object_share else draw_free_mask(rng, config.size)
+        follow = rng.random() < config.object_share
+        mask = scene.mask if follow else draw_free_mask(rng, config.size)
         sample["mask"] = (mask[:, flip] >= 128).astype(np.uint8)[None]
         if self.masks:
             side = config.size // 4

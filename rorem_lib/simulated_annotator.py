@@ -154,7 +154,7 @@ def simulate_labels(candidates_meta, hidden_dir, folder, *, annotator: str = "si
     Raises:
         ValueError: a name that does not say that it is simulated.
     """
-    from rorem_lib.labels import LabelLog
+    from rorem_lib.labels import LabelLog, split_stale
     from rorem_lib.sources.builtin_sets import read_truth
     from rorem_lib.triplets import load_images, read_triplets
 
@@ -162,7 +162,7 @@ def simulate_labels(candidates_meta, hidden_dir, folder, *, annotator: str = "si
         raise ValueError(f"the annotator's name must say that it is simulated, not {annotator!r}")
     triplets = {t.id: t for t in read_triplets(candidates_meta)}
     log = LabelLog(Path(folder), annotator)
-    done = {label.id for label in log.read()}
+    done = {label.id for label in split_stale(log.read(), triplets.values())[0]}
     verdicts = []
     for name in ids if ids is not None else list(triplets):
         if name in done:
