@@ -249,7 +249,7 @@ def _trim_metrics(path: Path, step: int) -> None:
     write_text(path, "".join(kept))
 
 
-def _find_device() -> str:
+def find_device() -> str:
     """The kind of device accelerate will take, known before an `Accelerator` exists."""
     use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     return "cuda" if torch.cuda.is_available() and not use_cpu else "cpu"
@@ -268,7 +268,7 @@ def train(objective: Objective, config: LoopConfig) -> dict:
     """
     AcceleratorState._reset_state()  # an earlier training here may have had another precision
     accelerator = Accelerator(
-        mixed_precision=sdxl.choose_precision(config.mixed_precision, _find_device()),
+        mixed_precision=sdxl.choose_precision(config.mixed_precision, find_device()),
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=None if config.report_to == "none" else config.report_to,
         project_dir=config.output_dir,

@@ -186,14 +186,16 @@ def generate_candidates(config: GenerateConfig) -> dict:
     remover, other settings or other pictures left there is written anew.
 
     Returns:
-        `{"n_images", "n_removals", "seconds", "removals_per_second"}`.
+        `{"n_images", "n_removals", "seconds", "removals_per_second", "num_processes"}`.
 
     Raises:
         ValueError: there are no pictures, or two of the sets share ids.
     """
     from accelerate import PartialState
 
-    state = PartialState()
+    # Unlike `Accelerator`, it does not ask the environment whether it shall stay on the CPU, and
+    # would take each of several CPU processes for the only one.
+    state = PartialState(cpu=loop.find_device() == "cpu")
     triplets = read_triplets(config.meta_path, require_gt=False)[config.start:]
     triplets = triplets[:config.count] if config.count else triplets
     if not triplets:
@@ -239,7 +241,8 @@ def generate_candidates(config: GenerateConfig) -> dict:
         TripletWriter(folder).close()
     seconds = time.time() - started
     metrics = {"n_images": len(triplets), "n_removals": len(wanted), "seconds": round(seconds, 2),
-               "removals_per_second": round(made / seconds, 2)}
+               "removals_per_second": round(made / seconds, 2),
+               "num_processes": state.num_processes}
     if state.is_main_process:
         write_json(Path(config.output_dir) / "train_metrics.json", metrics)
     state.wait_for_everyone()

@@ -258,12 +258,14 @@ def test_two_processes_make_what_one_makes(config):
     (folder / "config.yaml").write_text(yaml.safe_dump(
         vars(config) | {"output_dir": str(folder)}))
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
-    subprocess.run(
+    job = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
          "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
          "--main_process_port", "0", "-m", "rorem_lib.removal", "--config",
-         str(folder / "config.yaml")], cwd=ROOT, env=environment, check=True, timeout=300,
-        capture_output=True)
+         str(folder / "config.yaml")], cwd=ROOT, env=environment, timeout=300, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert job.returncode == 0, job.stdout[-3000:]
+    assert json.loads((folder / "train_metrics.json").read_text())["num_processes"] == 2
     config.output_dir = str(folder)
     both = read_results(config)
     assert list(both) == list(alone)
