@@ -116,12 +116,14 @@ def train_lora(config: DistillConfig) -> dict:
 
 
 def load_lora(pipe, folder) -> None:
-    """Put a 4-step LoRA and the LCM scheduler into a pipeline of `sdxl.load_pipeline`."""
+    """Merge a 4-step LoRA into a pipeline of `sdxl.load_pipeline` and give it the LCM scheduler."""
     from diffusers import LCMScheduler
 
     # Named, since diffusers refuses to look for the file itself where the network is switched off.
     with sdxl.silence_libraries():
         pipe.load_lora_weights(str(folder), weight_name=LORA_FILE)
+        pipe.fuse_lora(components=["unet"])  # merged into the weights, it costs no time
+        pipe.unload_lora_weights()
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
 
 

@@ -73,7 +73,7 @@ def test_stock_diffusers_opens_it_and_it_changes_the_removal(config, tiny_model,
     results = [remove_objects(pipe, *inputs, **options)[0].astype(int)
                for pipe in (plain, fast, theirs)]
     assert np.abs(results[1] - results[0]).mean() > 0.05
-    assert np.array_equal(results[1], results[2])
+    assert np.abs(results[1] - results[2]).max() <= 2  # merged or not, it is the same LoRA
 
 
 def test_the_loaded_lora_predicts_what_the_trained_student_predicted(config, tiny_model, tmp_path,
@@ -96,7 +96,8 @@ def test_the_loaded_lora_predicts_what_the_trained_student_predicted(config, tin
     pipe = sdxl.load_pipeline(str(tiny_model))
     torch.testing.assert_close(predict(kept["objective"], pipe.unet), kept["teacher"])
     load_lora(pipe, tmp_path / "out" / "lora")
-    torch.testing.assert_close(predict(kept["objective"], pipe.unet), kept["student"])
+    torch.testing.assert_close(predict(kept["objective"], pipe.unet), kept["student"],
+                               rtol=1e-3, atol=1e-4)
     assert (kept["student"] - kept["teacher"]).abs().max() > 1e-3
 
 

@@ -1,4 +1,4 @@
-"""Pre-training of the built-in model: its stream of scenes, both objectives, the way to a folder."""
+"""Pre-training of the built-in model: its stream of scenes, its objectives, its export."""
 
 import json
 from pathlib import Path
