@@ -42,7 +42,9 @@ def main():
         time.sleep(config.pause)
         with open(folder / "metrics.jsonl", "a") as stream:
             stream.write(json.dumps({"step": step, "loss": 1.0 / step}) + "\\n")
-        checkpoint.write_text(str(step))
+        # beside and renamed: the tests kill this job at any moment
+        checkpoint.with_suffix(".partial").write_text(str(step))
+        checkpoint.with_suffix(".partial").replace(checkpoint)
         print(f"step {step} rank {os.environ.get('RANK', '0')}", flush=True)
         if config.trouble == "raise" and step == 2:
             raise ValueError("the loss is odd")
