@@ -16,6 +16,7 @@ from rorem_lib.stage import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MIRRORS = {"02_train_remover": ("remover", "RemoverConfig"),
+           "03_generate_removals": ("removal", "GenerateConfig"),
            "05_train_discriminator": ("discriminator", "DiscriminatorConfig"),
            "07_distill_lora": ("distill", "DistillConfig")}
 
