@@ -115,7 +115,7 @@ class LabelLog:
 
     def append_many(self, labels: Iterable[Label]) -> list[Label]:
         """Write many labels with a single fsync: all or, if it raises, none of them count."""
-        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        now = _tell_time()
         kept = [replace(x, annotator=self.annotator, time=x.time or now) for x in labels]
         for label in kept:
             if label.label not in DECISIONS or not isinstance(label.id, str) or not label.id:
@@ -137,8 +137,8 @@ class LabelLog:
             raise LabelError(
                 f"{self.path} holds no label to take back ({item_id or 'none at all'})"
             )
-        now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        event = {"event": "undo", "id": standing[-1].id, "annotator": self.annotator, "time": now}
+        event = {"event": "undo", "id": standing[-1].id, "annotator": self.annotator,
+                 "time": _tell_time()}
         self._write([event])
         return standing[-1]
 
@@ -152,6 +152,12 @@ class LabelLog:
         data = "".join(json.dumps(event, ensure_ascii=False) + "\n" for event in events)
         with _explain(self.path):
             _append_bytes(self.path, data.encode("utf-8", "replace"))
+
+
+def _tell_time() -> str:
+    # Microseconds: labels are put back into their order by time when a log is exported and
+    # imported, and several may fall into one millisecond.
+    return datetime.now(UTC).isoformat(timespec="microseconds")
 
 
 @contextlib.contextmanager

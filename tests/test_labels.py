@@ -461,6 +461,14 @@ def test_import_of_labels_for_other_candidates_is_an_error(candidates, tmp_path)
         import_labels(tmp_path / "labels.csv", tmp_path / "l", triplets=read_triplets(candidates))
 
 
+def test_time_tells_the_order_of_labels(tmp_path):
+    log = LabelLog(tmp_path, "anna")
+    for place in range(100):
+        log.append(f"c{place}", "accept")
+    times = [label.time for label in log.read()]
+    assert times == sorted(set(times)) and len(times) == 100
+
+
 def test_times_of_equal_labels_do_not_matter_for_reading(tmp_path):
     log = LabelLog(tmp_path, "anna")
     label = log.append("c0", "accept")
