@@ -74,7 +74,7 @@ class DistillObjective(RemoverObjective):
 
     def _call(self, model, noisy, t, batch, added):
         inputs = torch.cat([noisy, batch["mask"], batch["masked"]], dim=1)
-        return model(inputs.contiguous(memory_format=torch.channels_last), t,
+        return model(inputs, t,
                      self.embeds.expand(len(noisy), -1, -1),
                      added_cond_kwargs=added).sample.float()
 

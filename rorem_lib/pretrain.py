@@ -59,7 +59,9 @@ class PretrainConfig(loop.LoopConfig):
         vae: the trained autoencoder's folder (base only).
         init_from: a model folder to start from; empty starts from random weights.
         role: which scenes are seen, see `sources.scenes`.
-        object_share: share of the masks that follow an object; the others know nothing of them.
+        object_share: share of the masks that follow an object.
+        moved_share: share of the masks that have an object's outline, but lie elsewhere; all
+            others know nothing of objects (`draw_free_mask`).
         size: side of the scenes, px.
         first_scene: index of the first scene; every later scene is new.
     """
@@ -75,7 +77,8 @@ class PretrainConfig(loop.LoopConfig):
     vae: str = ""
     init_from: str = ""
     role: str = "pretrain"
-    object_share: float = 0.55
+    object_share: float = 0.45
+    moved_share: float = 0.12
     size: int = scenes.SIZE
     first_scene: int = 0
 
@@ -124,8 +127,13 @@ class _SceneStream(Dataset):
         rng = np.random.default_rng([config.seed, 7, position])
         flip = slice(None, None, -1) if rng.random() < 0.5 else slice(None)
         sample = {"image": scene.image[:, flip].copy()}
-        follow = rng.random() < config.object_share
-        mask = scene.mask if follow else draw_free_mask(rng, config.size)
+        kind = rng.random()
+        if kind < config.object_share:
+            mask = scene.mask
+        elif kind < config.object_share + config.moved_share:
+            mask = np.roll(scene.mask, rng.integers(0, config.size, 2), axis=(0, 1))
+        else:
+            mask = draw_free_mask(rng, config.size)
         sample["mask"] = (mask[:, flip] >= 128).astype(np.uint8)[None]
         if self.masks:
             side = config.size // 4
@@ -176,12 +184,11 @@ class BaseObjective(loop.Objective):
         torch.manual_seed(self.config.seed)
         self.pipe = build_pipeline(AutoencoderTiny.from_pretrained(self.config.vae),
                                    init_from=self.config.init_from)
-        unet = self.pipe.unet.requires_grad_(True).train()
         self.vae = self.pipe.vae.to(self.device, memory_format=torch.channels_last)
         self.pipe.text_encoder.to(self.device)
         self.pipe.text_encoder_2.to(self.device)
         self.embeds, self.pooled = (t.to(self.device) for t in sdxl.encode_prompt(self.pipe))
-        return unet.to(memory_format=torch.channels_last)
+        return sdxl.prepare_training(self.pipe.unet.to(self.device))
 
     def make_dataset(self):
         return _SceneStream(self.config, masks=True)
@@ -202,7 +209,6 @@ class BaseObjective(loop.Objective):
             count, size = len(images), self.config.size
             added = {"text_embeds": self.pooled.expand(count, -1),
                      "time_ids": sdxl.make_time_ids(size, size, count, device=self.device)}
-        inputs = inputs.contiguous(memory_format=torch.channels_last)
         predicted = model(inputs, t, self.embeds.expand(count, -1, -1),
                           added_cond_kwargs=added).sample.float()
         weight = 1 + 2 * small

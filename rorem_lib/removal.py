@@ -27,6 +27,8 @@ from rorem_lib.triplets import TripletWriter, load_images, read_triplets, resolv
 
 logger = logging.getLogger(__name__)
 
+CLASSICAL = {"telea": cv2.INPAINT_TELEA, "ns": cv2.INPAINT_NS}
+
 
 @dataclass
 class GenerateConfig:
@@ -37,6 +39,9 @@ class GenerateConfig:
         meta_path: sets of sources and masks (GT is not read).
         pretrained_model_name_or_path: the remover: `builtin`, a folder or a Hub id.
         revision: the Hub revision.
+        also: further methods that take turns with the remover, picture by picture: models, or
+            `telea` and `ns` for OpenCV's. A discriminator that shall judge several methods has to
+            see how each of them fails.
         start: first picture of the set that is used.
         count: how many pictures are used; 0 takes all from `start` on.
         seeds_per_image: removals made of each picture, with different noise.
@@ -53,6 +58,7 @@ class GenerateConfig:
     meta_path: list[str] = field(default_factory=lambda: ["builtin:pool"])
     pretrained_model_name_or_path: str = "builtin"
     revision: str = ""
+    also: list[str] = field(default_factory=list)
     start: int = 0
     count: int = 0
     seeds_per_image: int = 1
@@ -173,10 +179,9 @@ def remove_objects(pipe, images: list[np.ndarray], object_masks: list[np.ndarray
 def inpaint_classical(image: np.ndarray, mask: np.ndarray, *, method: str = "telea",
                       radius: float = 5) -> np.ndarray:
     """OpenCV's Telea or Navier-Stokes ("ns") inpainting; [H, W, 3] uint8 in and out."""
-    flags = {"telea": cv2.INPAINT_TELEA, "ns": cv2.INPAINT_NS}
-    if method not in flags:
+    if method not in CLASSICAL:
         raise ValueError(f"unknown classical method {method!r}: take telea or ns")
-    return cv2.inpaint(image, masks.binarise_mask(mask), radius, flags[method])
+    return cv2.inpaint(image, masks.binarise_mask(mask), radius, CLASSICAL[method])
 
 
 def generate_candidates(config: GenerateConfig) -> dict:
@@ -210,32 +215,28 @@ def generate_candidates(config: GenerateConfig) -> dict:
     if state.is_main_process:
         _open_candidates(folder, config)
     state.wait_for_everyone()
-    pipe = sdxl.load_pipeline(config.pretrained_model_name_or_path, device=state.device,
-                              revision=config.revision or None)
     started, made = time.time(), 0
+    methods = _list_methods(config)
     with TripletWriter(folder, part=f"rank{state.process_index}") as writer:
         mine = [(t, k, n) for t, k, n in wanted[state.process_index::state.num_processes]
                 if _name(t, k, config) not in writer.done_ids]
-        chunk = 4 * config.batch_size
-        for begin in range(0, len(mine), chunk):
-            part = mine[begin:begin + chunk]
-            pictures = [load_images(t) for t, _, _ in part]
-            removed = remove_objects(
-                pipe, [p["source"] for p in pictures], [p["mask"] for p in pictures],
-                num_inference_steps=config.num_inference_steps, seed=config.seed,
-                guidance_scale=config.guidance_scale, strength=config.strength,
-                numbers=[n * config.seeds_per_image + k for _, k, n in part],
-                batch_size=config.batch_size, dilate=config.dilate,
-                mixed_precision=config.mixed_precision)
-            for (triplet, k, _), result in zip(part, removed):
-                extra = {**triplet.extra, "remover": config.pretrained_model_name_or_path,
-                         "seed": k, "group": triplet.group}
-                writer.add(id=_name(triplet, k, config), source=triplet.source,
-                           mask=triplet.mask, gt=result, **extra)
-            made += len(part)
-            rate = made / (time.time() - started)
-            logger.info("%d of %d removals  %.1f a second  %d s left", made, len(mine), rate,
-                        (len(mine) - made) / rate)
+        for turn, method in enumerate(methods):
+            todo = [item for item in mine if item[2] % len(methods) == turn]
+            remove = _open_method(method, config, state.device) if todo else None
+            for begin in range(0, len(todo), 4 * config.batch_size):
+                part = todo[begin:begin + 4 * config.batch_size]
+                pictures = [load_images(t) for t, _, _ in part]
+                removed = remove([p["source"] for p in pictures], [p["mask"] for p in pictures],
+                                 [n * config.seeds_per_image + k for _, k, n in part])
+                for (triplet, k, _), result in zip(part, removed):
+                    extra = {**triplet.extra, "remover": method, "seed": k,
+                             "group": triplet.group}
+                    writer.add(id=_name(triplet, k, config), source=triplet.source,
+                               mask=triplet.mask, gt=result, **extra)
+                made += len(part)
+                rate = made / (time.time() - started)
+                logger.info("%d of %d removals  %.1f a second  %d s left", made, len(mine), rate,
+                            (len(mine) - made) / rate)
     state.wait_for_everyone()
     if state.is_main_process:
         TripletWriter(folder).close()
@@ -249,11 +250,30 @@ def generate_candidates(config: GenerateConfig) -> dict:
     return metrics
 
 
+def _list_methods(config: GenerateConfig) -> list[str]:
+    return [config.pretrained_model_name_or_path, *config.also]
+
+
+def _open_method(method: str, config: GenerateConfig, device):
+    """A method as a function of sources, masks and noise numbers."""
+    if method in CLASSICAL:
+        return lambda sources, object_masks, _: [
+            inpaint_classical(source, masks.dilate_mask(mask, config.dilate), method=method)
+            for source, mask in zip(sources, object_masks, strict=True)]
+    own = method == config.pretrained_model_name_or_path
+    pipe = sdxl.load_pipeline(method, device=device, revision=own and config.revision or None)
+    return lambda sources, object_masks, numbers: remove_objects(
+        pipe, sources, object_masks, num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale, strength=config.strength, seed=config.seed,
+        numbers=numbers, batch_size=config.batch_size, dilate=config.dilate,
+        mixed_precision=config.mixed_precision)
+
+
 def _open_candidates(folder: Path, config: GenerateConfig) -> None:
     """Clear away candidates of another remover, other settings or pictures; note this run's."""
-    model = Path(sdxl.resolve_model(config.pretrained_model_name_or_path))
+    models = [Path(sdxl.resolve_model(m)) for m in _list_methods(config) if m not in CLASSICAL]
     settings = dataclasses.asdict(config) | {
-        "weights": [hash_file(p) for p in sorted(model.glob("unet/*.safetensors"))],
+        "weights": [hash_file(p) for m in models for p in sorted(m.glob("unet/*.safetensors"))],
         "sets": [hash_file(resolve_meta(path)) for path in config.meta_path]}
     for name in ("output_dir", "batch_size", "meta_path"):
         settings.pop(name)

@@ -111,8 +111,7 @@ class RemoverObjective(loop.Objective):
         # Not the pipeline's own scheduler: an Euler one adds noise in another scaling.
         self.noise_schedule = DDPMScheduler.from_config(self.pipe.scheduler.config)
         self.embeds, self.pooled = sdxl.encode_prompt(self.pipe)
-        unet = self.pipe.unet.requires_grad_(True).train()
-        return unet.to(memory_format=torch.channels_last)
+        return sdxl.prepare_training(self.pipe.unet)
 
     def _open(self, meta_paths, size):
         caches = []
@@ -148,7 +147,7 @@ class RemoverObjective(loop.Objective):
         side = clean.shape[-1] * self.pipe.vae_scale_factor
         added = {"text_embeds": self.pooled.expand(len(clean), -1),
                  "time_ids": sdxl.make_time_ids(side, side, len(clean), device=clean.device)}
-        predicted = model(inputs.contiguous(memory_format=torch.channels_last), t,
+        predicted = model(inputs, t,
                           self.embeds.expand(len(clean), -1, -1),
                           added_cond_kwargs=added).sample.float()
         error = (predicted - target).square()

@@ -194,6 +194,20 @@ def test_several_seeds_a_picture_and_a_part_of_the_set(config, tiny_set):
     assert_near(read_results(config)["scene-4-s1"], found["scene-4-s1"])
 
 
+def test_methods_take_turns(config, tiny_set, tiny_model):
+    config.also = [str(tiny_model), "telea"]
+    config.pretrained_model_name_or_path = "ns"
+    generate_candidates(config)
+    triplets = read_triplets(Path(config.output_dir) / "candidates")
+    assert [t.extra["remover"] for t in triplets[:4]] == ["ns", str(tiny_model), "telea", "ns"]
+    for triplet in triplets[2], triplets[3]:
+        pictures = load_images(triplet)
+        assert np.array_equal(pictures["gt"], removal.inpaint_classical(
+            pictures["source"], pictures["mask"], method=triplet.extra["remover"]))
+    outside = load_images(triplets[1])["mask"] < 128  # a model's removal is no paste-back
+    assert (load_images(triplets[1])["gt"] != load_images(triplets[1])["source"])[outside].any()
+
+
 def test_a_stopped_generation_goes_on(config, monkeypatch):
     generate_candidates(config)
     whole = read_results(config)

@@ -39,14 +39,18 @@ def test_roles_have_their_families_kinds_and_effects(rendered):
         if role in WIDE:
             assert families == set(scenes.KNOWN + scenes.NEW)
             assert kinds == set(scenes.KNOWN_OBJECTS + scenes.NEW_OBJECTS)
-            assert "reflection" in effects
             new = np.mean([scene.family in scenes.NEW for scene in found])
             assert 0.35 < new < 0.65
         else:
             assert families == set(scenes.LABELLED.get(role, scenes.KNOWN))
             assert kinds == set(scenes.KNOWN_OBJECTS)
-            assert "reflection" not in effects
-        assert effects == {"none"} if role == "mulan" else {"none", "contact", "cast"} <= effects
+        assert effects == set(scenes.EFFECTS[role])
+
+
+def test_initial_triplets_show_neither_cast_shadows_nor_reflections():
+    shown = {effect for role in ("rord", "mulan") for effect in scenes.EFFECTS[role]}
+    assert shown == {"none", "contact"}
+    assert {"cast", "reflection"} <= set(scenes.EFFECTS["pool"]) == set(scenes.EFFECTS["test"])
 
 
 def test_initial_triplets_leave_a_gap_to_the_pool():

@@ -9,17 +9,17 @@ The roles mirror the paper's data (RORem, sec. 3.1 and Table 1):
 ==================  =============================================  ==============================
 role                stands for                                     families, effects
 ==================  =============================================  ==============================
-`pretrain`          the pictures the base model has seen           KNOWN, all objects, no pairs
-`rord`              RORD: the same scene with and without          a part of KNOWN, with shadows
+`pretrain`          the pictures the base model has seen           KNOWN, shadows, no pairs
+`rord`              RORD: the same scene with and without          a part of KNOWN, soft shadows
 `mulan`             MULAN: layers composited                       a part of KNOWN, no shadows
-`pool`              OpenImages: unlabelled, wider                  KNOWN and NEW half and half
+`pool`              OpenImages: unlabelled, wider                  KNOWN and NEW, all effects
 `high_resolution`   DIV2K / Flickr2K                               as the pool, larger
 `test`              the 500 test pictures                          as the pool
 ==================  =============================================  ==============================
 
 The NEW families, new object kinds and reflections occur in no pre-training picture and in no
-initial triplet: they are the gap between public triplets and the open world that the rounds with
-humans in the loop have to close.
+initial triplet, and no initial triplet shows how a cast shadow goes: that is the gap between public
+triplets and the open world which the rounds with humans in the loop have to close.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ NEW = ("wood", "bricks", "plaid")
 LABELLED = {"rord": ("floor_wall", "landscape", "tiles"), "mulan": ("gradient", "noise", "stripes")}
 KNOWN_OBJECTS = ("ball", "box", "polygon", "capsule")
 NEW_OBJECTS = ("ring", "star", "mug")
+_WIDE_EFFECTS = ("none", "contact", "cast", "cast", "reflection")
+EFFECTS = {"pretrain": ("none", "contact", "cast"), "rord": ("contact",), "mulan": ("none",),
+           "pool": _WIDE_EFFECTS, "high_resolution": _WIDE_EFFECTS, "test": _WIDE_EFFECTS}
 MASK_KINDS = ("object", "with_shadow", "loose")
 ROLES = ("pretrain", "rord", "mulan", "pool", "high_resolution", "test")
 SIZE = 64  # px, the built-in model's native side
@@ -394,11 +397,7 @@ def render_scene(seed, *, role: str = "pool", size: int | None = None) -> Scene:
     else:
         family = str(rng.choice(LABELLED.get(role, KNOWN)))
     kinds = KNOWN_OBJECTS + (NEW_OBJECTS if wide else ())
-    effect = str(rng.choice(("none", "contact", "cast")))
-    if role == "mulan":  # layers are composited without their shadows
-        effect = "none"
-    elif wide and rng.random() < 0.12:
-        effect = "reflection"
+    effect = str(rng.choice(EFFECTS[role]))
     backdrop = np.clip(_BACKGROUNDS[family](c), 0, 1).astype(np.float32)
     backdrop = backdrop + rng.normal(0, 0.004, backdrop.shape).astype(np.float32)
     side = rng.choice((-1.0, 1.0))
