@@ -5,8 +5,9 @@
 The frozen down and mid blocks of an SDXL-inpainting UNet, with LoRA, read [removal's latents |
 mask | source's latents] at timestep 0; a small convolutional head turns their features into one
 logit. Differences from upstream, each on purpose: the head is trained (upstream freezes it by
-accident), the loss is binary cross-entropy (a sigmoid is a probability, softplus is not), and the
-head pools over space, so that any picture size has one score.
+accident), the loss is binary cross-entropy (a sigmoid is a probability, softplus is not), the head
+reads the first block's features beside the mid block's (blur and seams are small) and pools over
+the picture and over the hole, so that any picture size has one score.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ class DiscriminatorConfig(loop.LoopConfig):
         revision: the Hub revision.
         resolution: side of the pictures, px.
         random_flip: mirror each sample with probability one half.
+        random_shift: shift each sample, round the edges, by a random distance: a few thousand
+            labels are otherwise learnt by heart.
         rank: LoRA rank.
         lora_targets: names of the layers that get LoRA.
         head_channels: width of the convolutional head.
@@ -55,6 +58,7 @@ class DiscriminatorConfig(loop.LoopConfig):
     revision: str = ""
     resolution: int = 64
     random_flip: bool = True
+    random_shift: bool = True
     rank: int = 4
     lora_targets: list[str] = field(
         default_factory=lambda: ["to_k", "to_q", "to_v", "to_out.0"])
@@ -64,6 +68,29 @@ class DiscriminatorConfig(loop.LoopConfig):
     latent_cache_dir: str = ""
     max_train_steps: int = 300
     learning_rate: float = 5e-4
+
+
+class _Head(nn.Module):
+    """One logit from features at the latents' full resolution and from the mid block's."""
+
+    def __init__(self, fine_width: int, coarse_width: int, channels: int):
+        super().__init__()
+
+        def convolve(width):
+            return nn.Sequential(nn.Conv2d(width, channels, 3, padding=1),
+                                 nn.GroupNorm(min(32, channels // 4), channels), nn.SiLU())
+
+        self.fine, self.coarse = convolve(fine_width), convolve(coarse_width)
+        self.mix = nn.Sequential(convolve(2 * channels), convolve(channels))
+        self.classify = nn.Linear(3 * channels, 1)
+
+    def forward(self, fine, coarse, mask):
+        coarse = F.interpolate(self.coarse(coarse), size=fine.shape[-2:])
+        features = self.mix(torch.cat([coarse, self.fine(fine)], dim=1))
+        hole = F.max_pool2d(mask, 3, stride=1, padding=1)  # its rim shows the seams
+        in_hole = (features * hole).sum(dim=(2, 3)) / hole.sum(dim=(2, 3)).clamp(min=1)
+        pooled = [features.mean(dim=(2, 3)), features.amax(dim=(2, 3)), in_hole]
+        return self.classify(torch.cat(pooled, dim=1))[:, 0]
 
 
 class Discriminator(nn.Module):
@@ -93,17 +120,17 @@ class Discriminator(nn.Module):
         for name, parameter in unet.named_parameters():
             parameter.requires_grad_("lora_" in name)
         self.unet = unet
-        width = unet.config.block_out_channels[-1]
-        groups = min(32, head_channels // 4)
-        self.head = nn.Sequential(
-            nn.Conv2d(width, head_channels, 3, padding=1),
-            nn.GroupNorm(groups, head_channels), nn.SiLU(),
-            nn.Conv2d(head_channels, head_channels, 3, stride=2, padding=1),
-            nn.GroupNorm(groups, head_channels), nn.SiLU())
-        self.classify = nn.Linear(2 * head_channels, 1)
+        unet.down_blocks[0].register_forward_hook(self._keep_fine_features)
+        widths = unet.config.block_out_channels
+        self.head = _Head(widths[0], widths[-1], head_channels)
         embeds, pooled = sdxl.encode_prompt(pipe)
         self.register_buffer("embeds", embeds, persistent=False)
         self.register_buffer("pooled", pooled, persistent=False)
+
+    def _keep_fine_features(self, block, inputs, output):
+        """The first block's last features before it halves the resolution."""
+        states = output[1]
+        self._fine = [x for x in states if x.shape == states[0].shape][-1]
 
     @property
     def vae(self):
@@ -119,9 +146,7 @@ class Discriminator(nn.Module):
         features = self.unet(torch.cat([removal, mask, source], dim=1),
                              torch.zeros(count, dtype=torch.long, device=removal.device),
                              self.embeds.expand(count, -1, -1), added_cond_kwargs=added).sample
-        features = self.head(features)
-        pooled = torch.cat([features.mean(dim=(2, 3)), features.amax(dim=(2, 3))], dim=1)
-        return self.classify(pooled)[:, 0]
+        return self.head(self._fine, features, mask)
 
     def save_pretrained(self, folder) -> None:
         """Write LoRA, head and `config.json`; the frozen blocks stay with their base model."""
@@ -129,9 +154,7 @@ class Discriminator(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in get_peft_model_state_dict(self.unet).items()},
                   folder / LORA_FILE)
-        head = {f"head.{k}": v for k, v in self.head.state_dict().items()}
-        head |= {f"classify.{k}": v for k, v in self.classify.state_dict().items()}
-        save_file({k: v.contiguous() for k, v in head.items()}, folder / HEAD_FILE)
+        save_file(self.head.state_dict(), folder / HEAD_FILE)
         write_json(folder / "config.json", self.settings)
 
     @classmethod
@@ -156,7 +179,7 @@ class Discriminator(nn.Module):
                     head_channels=settings["head_channels"],
                     origin={k: settings.get(k) for k in ("base_model", "revision", "resolution")})
         set_peft_model_state_dict(model.unet, load_file(folder / LORA_FILE))
-        model.load_state_dict(load_file(folder / HEAD_FILE), strict=False)
+        model.head.load_state_dict(load_file(folder / HEAD_FILE))
         model.pipe[0].vae.to(device)
         return model.to(device).eval()
 
@@ -177,6 +200,9 @@ class _ScoredLatents(Dataset):
         twin = int(self.config.random_flip and rng.random() < 0.5)
         sample = {name: np.array(getattr(self.cache, name)[index, twin], dtype=np.float32)
                   for name in ("gt", "mask", "source")}
+        if self.config.random_shift:
+            shift = rng.integers(0, sample["gt"].shape[1:])
+            sample = {name: np.roll(x, shift, axis=(1, 2)) for name, x in sample.items()}
         label = self.labels[index]
         if rng.random() < self.config.untouched_share:
             sample["gt"], label = sample["source"], 0.0

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+
+import numpy as np
 
 from rorem_lib.files import read_json, write_json, write_text
 from rorem_lib.label_log import (
@@ -185,6 +187,8 @@ def write_scored_set(
     *,
     accepted_only: bool = False,
     accepted_by: str = "human",
+    per_picture: int = 0,
+    seed: int = 0,
 ) -> Path:
     """Write a triplet set with `score` (1 accepted, 0 rejected) that reuses the candidates' files.
 
@@ -194,6 +198,9 @@ def write_scored_set(
         folder: the new set's folder; what an earlier set there had besides is deleted.
         accepted_only: leave out what was rejected (a set to train the remover on).
         accepted_by: goes into the accepted entries' `accepted_by`.
+        per_picture: at most so many accepted removals of one picture (a triplet's `group`), drawn
+            by lot; 0 keeps all.
+        seed: of the lot.
 
     Returns:
         The path of the new `meta.json`, written atomically.
@@ -208,10 +215,17 @@ def write_scored_set(
             f"{len(foreign)} decisions belong to no candidate of {candidates_meta} (first: "
             f"{min(foreign)}): use the labels of this set"
         )
+    accepted = [t for t in triplets if decisions.get(t.id) == "accept"]
+    counts, kept = Counter(), set()
+    for place in np.random.default_rng(seed).permutation(len(accepted)):
+        triplet = accepted[place]
+        counts[triplet.group] += 1
+        if not per_picture or counts[triplet.group] <= per_picture:
+            kept.add(triplet.id)
     with TripletWriter(folder, restart=True) as writer:
         for triplet in triplets:
             decision = decisions.get(triplet.id)
-            if decision == "accept":
+            if triplet.id in kept:
                 writer.add_triplet(triplet, score=1.0, accepted_by=accepted_by)
             elif decision == "reject" and not accepted_only:
                 writer.add_triplet(triplet, score=0.0, accepted_by=None)

@@ -266,9 +266,10 @@ def export_model(vae: str, unet: str, folder, *, half: bool = True) -> Path:
 AUTOENCODER_STAGE = {"max_train_steps": 2600, "learning_rate": 2e-3, "lr_scheduler": "cosine"}
 WIDEN_STAGE = {"max_train_steps": 1700, "learning_rate": 1.5e-3, "lr_scheduler": "cosine",
                "role": "pool", "first_scene": 20_000_000}
-BASE_STAGE = {"max_train_steps": 3250, "lr_scheduler": "constant_with_warmup"}
-ANNEAL_STAGE = {"max_train_steps": 1200, "lr_scheduler": "linear", "lr_warmup_steps": 50,
-                "object_share": 0.25}
+BASE_STAGE = {"max_train_steps": 9000, "train_batch_size": 64,
+              "lr_scheduler": "constant_with_warmup"}
+ANNEAL_STAGE = {"max_train_steps": 3000, "train_batch_size": 64, "lr_scheduler": "linear",
+                "lr_warmup_steps": 100, "object_share": 0.35, "moved_share": 0.25}
 
 STAGES = {"autoencoder": AUTOENCODER_STAGE, "widen": WIDEN_STAGE, "base": BASE_STAGE,
           "anneal": ANNEAL_STAGE}

@@ -48,7 +48,9 @@ class GenerateConfig:
         num_inference_steps: denoising steps.
         guidance_scale: classifier-free guidance; 1 is off.
         strength: 1 starts from pure noise; below it the object can shine through.
-        dilate: pixels by which the mask is widened for the removal.
+        dilate: pixels by which the mask is widened for the removal; several values take turns with
+            the removals of a picture. The candidate keeps the mask as it was: where the wider one
+            hid a shadow, what is accepted teaches the remover to take the shadow away unasked.
         batch_size: removals a forward pass.
         mixed_precision: "no", "bf16", "fp16", or "auto": bf16 where the hardware has it.
         seed: fixes all noise.
@@ -65,7 +67,7 @@ class GenerateConfig:
     num_inference_steps: int = 20
     guidance_scale: float = 1.0
     strength: float = 1.0
-    dilate: int = 0
+    dilate: list[int] = field(default_factory=lambda: [0])
     batch_size: int = 32
     mixed_precision: str = "auto"
     seed: int = 4
@@ -226,11 +228,13 @@ def generate_candidates(config: GenerateConfig) -> dict:
             for begin in range(0, len(todo), 4 * config.batch_size):
                 part = todo[begin:begin + 4 * config.batch_size]
                 pictures = [load_images(t) for t, _, _ in part]
-                removed = remove([p["source"] for p in pictures], [p["mask"] for p in pictures],
+                wide = [masks.dilate_mask(masks.binarise_mask(p["mask"]), _find_dilation(k, config))
+                        for p, (_, k, _) in zip(pictures, part)]
+                removed = remove([p["source"] for p in pictures], wide,
                                  [n * config.seeds_per_image + k for _, k, n in part])
                 for (triplet, k, _), result in zip(part, removed):
                     extra = {**triplet.extra, "remover": method, "seed": k,
-                             "group": triplet.group}
+                             "dilate": _find_dilation(k, config), "group": triplet.group}
                     writer.add(id=_name(triplet, k, config), source=triplet.source,
                                mask=triplet.mask, gt=result, **extra)
                 made += len(part)
@@ -254,19 +258,23 @@ def _list_methods(config: GenerateConfig) -> list[str]:
     return [config.pretrained_model_name_or_path, *config.also]
 
 
+def _find_dilation(k: int, config: GenerateConfig) -> int:
+    """By how many pixels the mask of a picture's removal number `k` is widened."""
+    return config.dilate[k % len(config.dilate)]
+
+
 def _open_method(method: str, config: GenerateConfig, device):
     """A method as a function of sources, masks and noise numbers."""
     if method in CLASSICAL:
         return lambda sources, object_masks, _: [
-            inpaint_classical(source, masks.dilate_mask(mask, config.dilate), method=method)
+            inpaint_classical(source, mask, method=method)
             for source, mask in zip(sources, object_masks, strict=True)]
     own = method == config.pretrained_model_name_or_path
     pipe = sdxl.load_pipeline(method, device=device, revision=own and config.revision or None)
     return lambda sources, object_masks, numbers: remove_objects(
         pipe, sources, object_masks, num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale, strength=config.strength, seed=config.seed,
-        numbers=numbers, batch_size=config.batch_size, dilate=config.dilate,
-        mixed_precision=config.mixed_precision)
+        numbers=numbers, batch_size=config.batch_size, mixed_precision=config.mixed_precision)
 
 
 def _open_candidates(folder: Path, config: GenerateConfig) -> None:

@@ -37,6 +37,9 @@ class RemoverConfig(loop.LoopConfig):
         high_resolution_share: share of the batches that are of high resolution.
         random_flip: mirror each sample with probability one half.
         mask_weight: how much more an error in the hole counts; 0 is upstream's plain MSE.
+        removal_min_timestep: below this timestep the holes of triplets whose GT is a removal
+            (`accepted_by` says so) do not count. What is painted is decided above it; how sharp it
+            gets is then learnt from true GT alone, or each round is blurrier than the last.
         snr_gamma: min-SNR loss weighting (arXiv 2303.09556); 0 is off.
         latent_cache_dir: where latents are cached; empty is `$ROREM_CACHE/latents`.
     """
@@ -51,6 +54,7 @@ class RemoverConfig(loop.LoopConfig):
     high_resolution_share: float = 0.3
     random_flip: bool = True
     mask_weight: float = 0.0
+    removal_min_timestep: int = 0
     snr_gamma: float = 0.0
     latent_cache_dir: str = ""
     max_train_steps: int = 200
@@ -61,11 +65,12 @@ class CachedLatents(Dataset):
     """Samples of one or several caches by global position; see `loop` for what that buys.
 
     Each item: `gt`, `masked`, `source` [4, h, w], `mask` [1, h, w], `noise` [4, h, w] float32,
-    `timestep`, `index` int64.
+    `timestep`, `least`, `index` int64.
     """
 
-    def __init__(self, caches, *, seed: int, flip: bool, timesteps: int = 1000):
+    def __init__(self, caches, *, seed: int, flip: bool, timesteps: int = 1000, least=None):
         self.caches, self.seed, self.flip, self.timesteps = caches, seed, flip, timesteps
+        self.least = least  # [N] the timestep below which a sample's hole does not count
         ends = np.cumsum([len(cache) for cache in caches])
         self.ends, self.order = ends, loop.Order(int(ends[-1]) if len(ends) else 0, seed)
 
@@ -83,6 +88,7 @@ class CachedLatents(Dataset):
                   for name in (*latent_cache.NAMES, "mask")}
         sample["noise"] = rng.standard_normal(sample["gt"].shape, dtype=np.float32)
         sample["timestep"] = np.int64(rng.integers(0, self.timesteps))
+        sample["least"] = np.int64(0 if self.least is None else self.least[index])
         sample["index"] = np.int64(index)
         return sample
 
@@ -113,27 +119,28 @@ class RemoverObjective(loop.Objective):
         self.embeds, self.pooled = sdxl.encode_prompt(self.pipe)
         return sdxl.prepare_training(self.pipe.unet)
 
-    def _open(self, meta_paths, size):
-        caches = []
+    def _open(self, meta_paths, size, seed):
+        """The samples of some sets at one size, and how many they are."""
+        config, caches, least = self.config, [], []
         for path in meta_paths:
             triplets = [t for t in read_triplets(path)
                         if t.extra.get("score") is None or t.extra["score"] >= 0.5]
             if triplets:
                 caches.append(latent_cache.open_cache(
-                    triplets, self.pipe.vae, size=size, root=self.config.latent_cache_dir))
-        return caches
+                    triplets, self.pipe.vae, size=size, root=config.latent_cache_dir))
+                least += [config.removal_min_timestep if t.extra.get("accepted_by") else 0
+                          for t in triplets]
+        self.metrics["train_size"] = self.metrics.get("train_size", 0) + len(least)
+        return CachedLatents(caches, seed=seed, flip=config.random_flip, least=least,
+                             timesteps=self.noise_schedule.config.num_train_timesteps)
 
     def make_dataset(self):
         config = self.config
-        steps = self.noise_schedule.config.num_train_timesteps
-        caches = self._open(config.meta_path, config.resolution)
-        self.metrics["train_size"] = sum(len(cache) for cache in caches)
-        normal = CachedLatents(caches, seed=config.seed, flip=config.random_flip, timesteps=steps)
+        normal = self._open(config.meta_path, config.resolution, config.seed)
         if not config.high_resolution_meta_path:
             return normal
-        large = self._open(config.high_resolution_meta_path, config.high_resolution)
-        self.metrics["train_size"] += sum(len(cache) for cache in large)
-        high = CachedLatents(large, seed=config.seed + 1, flip=config.random_flip, timesteps=steps)
+        high = self._open(config.high_resolution_meta_path, config.high_resolution,
+                          config.seed + 1)
         return _TwoSizes(normal, high, share=config.high_resolution_share,
                          batch=config.train_batch_size, seed=config.seed)
 
@@ -151,8 +158,9 @@ class RemoverObjective(loop.Objective):
                           self.embeds.expand(len(clean), -1, -1),
                           added_cond_kwargs=added).sample.float()
         error = (predicted - target).square()
-        weight = 1 + config.mask_weight * batch["mask"]
-        error = (weight * error).mean(dim=(1, 2, 3)) / weight.mean(dim=(1, 2, 3))
+        counts = (t >= batch["least"])[:, None, None, None]
+        weight = torch.where(counts, 1 + config.mask_weight * batch["mask"], 1 - batch["mask"])
+        error = (weight * error).mean(dim=(1, 2, 3)) / weight.mean(dim=(1, 2, 3)).clamp(min=1e-3)
         if config.snr_gamma:
             snr = compute_snr(scheduler, t).clamp(min=1e-4)
             error = error * snr.clamp(max=config.snr_gamma) / (snr + 1 if velocity else snr)

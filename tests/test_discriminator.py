@@ -68,9 +68,9 @@ def test_head_and_lora_are_trained_and_frozen_blocks_are_not(config, monkeypatch
     monkeypatch.setattr(DiscriminatorObjective, "build_model", remember)
     train_discriminator(config)
     moved = {n: not torch.equal(p, kept["before"][n]) for n, p in kept["model"].named_parameters()}
-    trained = {n for n in moved if "lora_" in n or n.startswith(("head.", "classify."))}
+    trained = {n for n in moved if "lora_" in n or n.startswith("head.")}
     assert {n for n in moved if moved[n]} == trained
-    assert any("lora_" in n for n in trained) and "head.0.weight" in trained
+    assert any("lora_" in n for n in trained) and "head.fine.0.weight" in trained
     assert not any("up_blocks" in n for n in moved)
 
 
@@ -95,7 +95,7 @@ def test_its_folder_opens_and_scores_the_same(config, scored, tmp_path, monkeypa
 
 
 def test_it_learns_to_tell_good_from_bad(config, scored):
-    config.max_train_steps, config.random_flip = 30, False
+    config.max_train_steps, config.random_flip, config.random_shift = 30, False, False
     metrics = train_discriminator(config)
     assert metrics["train_size"] == 10 and metrics["accepted_share"] == 0.5
     opened = Discriminator.from_pretrained(str(Path(config.output_dir) / "discriminator"))
@@ -159,6 +159,29 @@ def test_untouched_sources_are_shown_as_failures(config):
     untouched = [s for s in samples if np.array_equal(s["gt"], s["source"])]
     assert 0.2 < len(untouched) / 200 < 0.4
     assert not any(s["label"] for s in untouched) and any(s["label"] for s in samples)
+
+
+def test_shifts_move_everything_at_once(config):
+    config.untouched_share, config.random_flip = 0.0, False
+    objective = DiscriminatorObjective(config)
+    objective.build_model()
+    dataset = objective.make_dataset()
+    shifts = set()
+    for position in range(30):
+        sample = dataset[position]
+        index = dataset.order.find_index(position)
+        still = {n: np.float32(getattr(dataset.cache, n)[index, 0])
+                 for n in ("gt", "mask", "source")}
+        side = still["gt"].shape[-1]
+        found = [(y, x) for y in range(side) for x in range(side)
+                 if all(np.array_equal(sample[n], np.roll(still[n], (y, x), axis=(1, 2)))
+                        for n in still)]
+        assert len(found) == 1, "removal, mask and source are shifted apart"
+        shifts.add(found[0])
+    assert len(shifts) > 15
+    config.random_shift = False
+    assert np.array_equal(dataset[0]["gt"], np.float32(
+        dataset.cache.gt[dataset.order.find_index(0), 0]))
 
 
 def test_classes_can_be_balanced(config, scored, tmp_path):

@@ -7,10 +7,11 @@ reflection), and a mask over the object that is to be removed. Everything is a f
 The roles mirror the paper's data (RORem, sec. 3.1 and Table 1):
 
 ==================  =============================================  ==============================
-role                stands for                                     families, effects
+role                stands for                                     families, effects, masks
 ==================  =============================================  ==============================
 `pretrain`          the pictures the base model has seen           KNOWN, shadows, no pairs
-`rord`              RORD: the same scene with and without          a part of KNOWN, soft shadows
+`rord`              RORD: the same scene with and without          a part of KNOWN, soft shadows,
+                                                                   masks that cover them
 `mulan`             MULAN: layers composited                       a part of KNOWN, no shadows
 `pool`              OpenImages: unlabelled, wider                  KNOWN and NEW, all effects
 `high_resolution`   DIV2K / Flickr2K                               as the pool, larger
@@ -18,8 +19,9 @@ role                stands for                                     families, eff
 ==================  =============================================  ==============================
 
 The NEW families, new object kinds and reflections occur in no pre-training picture and in no
-initial triplet, and no initial triplet shows how a cast shadow goes: that is the gap between public
-triplets and the open world which the rounds with humans in the loop have to close.
+initial triplet, and no initial triplet shows how a shadow goes that the mask does not cover (RORD's
+masks cover it, MULAN's objects have none): that is the gap between public triplets and the open
+world which the rounds with humans in the loop have to close.
 """
 
 from __future__ import annotations
@@ -39,6 +41,8 @@ _WIDE_EFFECTS = ("none", "contact", "cast", "cast", "reflection")
 EFFECTS = {"pretrain": ("none", "contact", "cast"), "rord": ("contact",), "mulan": ("none",),
            "pool": _WIDE_EFFECTS, "high_resolution": _WIDE_EFFECTS, "test": _WIDE_EFFECTS}
 MASK_KINDS = ("object", "with_shadow", "loose")
+MASK_SHARES = (0.5, 0.25, 0.25)  # of the mask kinds
+RORD_MASK_SHARES = (0.0, 1.0, 0.0)
 ROLES = ("pretrain", "rord", "mulan", "pool", "high_resolution", "test")
 SIZE = 64  # px, the built-in model's native side
 HIGH_RESOLUTION_SIZE = 96  # px
@@ -423,7 +427,7 @@ def render_scene(seed, *, role: str = "pool", size: int | None = None) -> Scene:
     change = np.abs(image.astype(np.int16) - truth).max(axis=2)
     coverage = (coverage * 255).astype(np.uint8)
     shadow = np.where(coverage > 8, 0, change).astype(np.uint8)
-    mask_kind = str(rng.choice(MASK_KINDS, p=(0.5, 0.25, 0.25)))
+    mask_kind = str(rng.choice(MASK_KINDS, p=RORD_MASK_SHARES if role == "rord" else MASK_SHARES))
     mask = _draw_mask(c, mask_kind, coverage, shadow)
     return Scene(image, truth, coverage, shadow, mask, family, parts[chosen].kind, mask_kind,
                  effect)
