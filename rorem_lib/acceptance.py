@@ -212,12 +212,38 @@ def choose_threshold(probabilities, labels, *, target_precision: float = 0.9,
 def rate_threshold(probabilities, labels) -> float:
     """The threshold at which as large a share is accepted as the annotators accepted.
 
-    With it the discriminator can estimate a method's success rate: a threshold made for precision
-    would count too few.
+    With it and `estimate_rate` the discriminator can estimate a method's success rate: a threshold
+    made for precision would count too few.
     """
     probabilities, labels = _check_pair(probabilities, labels)
     ranked, k = np.sort(probabilities)[::-1], int(labels.sum())
     return float((ranked[k - 1] + ranked[k]) / 2)
+
+
+def accept_rates(probabilities, labels, threshold: float) -> tuple[float, float]:
+    """Shares of the good and of the bad removals at or above the threshold."""
+    probabilities, labels = _check_pair(probabilities, labels)
+    taken = probabilities >= threshold
+    return float(taken[labels].mean()), float(taken[~labels].mean())
+
+
+def estimate_rate(share: float, true_accepts: float, false_accepts: float) -> float | None:
+    """A method's success rate from the share of its removals that the discriminator accepts.
+
+    A discriminator that errs pulls every method towards the rate of its own labels: it accepts
+    `true_accepts` of the good and `false_accepts` of the bad. The adjusted count turns that round
+    (Forman 2008, doi 10.1007/s10618-008-0097-y). It supposes that good and bad removals of this
+    method look as those of the labels do.
+
+    Args:
+        share, true_accepts, false_accepts: 0..1; the latter two from `accept_rates`.
+
+    Returns:
+        0..1, or None from a discriminator that accepts bad removals as readily as good ones.
+    """
+    if true_accepts - false_accepts < 0.05:
+        return None
+    return float(np.clip((share - false_accepts) / (true_accepts - false_accepts), 0, 1))
 
 
 def accept_candidates(scores: Mapping[Hashable, float], threshold: float, *,
@@ -294,11 +320,16 @@ def measure_auc(scores, labels, *, seed: int = 0,
 
 
 def write_calibration(folder, calibration: Calibration, *, accept: Threshold,
-                      rate_threshold: float, curve: dict, roc: dict | None = None) -> Path:
-    """Write `<folder>/calibration.json`, what stages 06 and 08 need of a discriminator."""
+                      rate_threshold: float, curve: dict, roc: dict | None = None,
+                      rates: tuple[float, float] = (1.0, 0.0)) -> Path:
+    """Write `<folder>/calibration.json`, what stages 06 and 08 need of a discriminator.
+
+    `rates` are `accept_rates` at `rate_threshold`.
+    """
     return write_json(Path(folder) / CALIBRATION_FILE, {
-        "accept_threshold": accept.value, "rate_threshold": rate_threshold, "curve": curve,
-        "roc": roc, "accept": asdict(accept), "calibration": asdict(calibration)})
+        "accept_threshold": accept.value, "rate_threshold": rate_threshold,
+        "accept_rates": list(rates), "curve": curve, "roc": roc, "accept": asdict(accept),
+        "calibration": asdict(calibration)})
 
 
 def read_calibration(folder) -> tuple[Calibration, dict]:

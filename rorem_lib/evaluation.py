@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from rorem_lib import metrics
+from rorem_lib.acceptance import estimate_rate
 from rorem_lib.files import write_json, write_text
 from rorem_lib.intervals import compare_paired, wilson_interval
 from rorem_lib.methods import SOURCE, Method, MethodRun, make_methods, run_method
@@ -51,7 +52,8 @@ class Evaluation:
 
 
 def evaluate(methods: Sequence[Method], test_meta, hidden_dir, output_dir, *, discriminator=None,
-             calibration=None, success_threshold: float | None = None, limit: int | None = None,
+             calibration=None, success_threshold: float | None = None,
+             accept_rates: Sequence[float] = (1.0, 0.0), limit: int | None = None,
              batch_size: int = 16, lpips: str = "") -> Evaluation:
     """Run and measure all methods; write `results.csv` and `methods.json` to `output_dir`.
 
@@ -64,6 +66,9 @@ def evaluate(methods: Sequence[Method], test_meta, hidden_dir, output_dir, *, di
         calibration: an `acceptance.Calibration` of its scores, or None for raw scores.
         success_threshold: least probability that counts as a success (the stage's
             `rate_threshold`); 0.5 without it.
+        accept_rates: shares of good and of bad removals at or above that threshold (the stage's
+            `accept_rates`), from which `acceptance.estimate_rate` makes
+            `success_rate_discriminator`; without them it is the plain share.
         limit: evaluate the first so many pictures only; None or 0 for all.
         lpips: the LPIPS network ("alex", "squeeze", "vgg"), "" for none.
 
@@ -87,7 +92,7 @@ def evaluate(methods: Sequence[Method], test_meta, hidden_dir, output_dir, *, di
                                   ignore_index=True)
     if discriminator is not None:
         _add_scores(results, triplets, runs, discriminator, calibration, success_threshold)
-    summaries = [{**asdict(m), **summarise_method(results[results.method == m.name]),
+    summaries = [{**asdict(m), **summarise_method(results[results.method == m.name], accept_rates),
                   "seconds_per_image": runs[m.name].seconds_per_image,
                   "unet_calls": runs[m.name].unet_calls} for m in methods]
     source = summarise_method(results[results.method == SOURCE])
@@ -142,18 +147,25 @@ def _add_scores(results, triplets, runs, discriminator, calibration, threshold) 
         results.loc[rows, "accept_discriminator"] = accepted.astype(float)
 
 
-def summarise_method(rows: pd.DataFrame) -> dict:
+def summarise_method(rows: pd.DataFrame, accept_rates: Sequence[float] = (1.0, 0.0)) -> dict:
     """One method's rates (0..1) with 95 % Wilson intervals, and its measures' means.
 
-    A measure that no picture has is None.
+    `share_discriminator` is what the discriminator accepts, `success_rate_discriminator` the rate
+    that follows (`acceptance.estimate_rate`). A measure that no picture has is None.
     """
     summary: dict = {"n": len(rows)}
     for key, column in (("success", "accept"), ("discriminator", "accept_discriminator")):
         answers = rows[column].dropna().astype(bool) if column in rows else pd.Series(dtype=bool)
-        rate = "success_rate" if key == "success" else "success_rate_discriminator"
-        summary[rate] = float(answers.mean()) if len(answers) else None
-        summary[f"{key}_interval"] = (list(wilson_interval(int(answers.sum()), len(answers)))
-                                      if len(answers) else None)
+        found = float(answers.mean()) if len(answers) else None
+        ends = wilson_interval(int(answers.sum()), len(answers)) if len(answers) else None
+        if key == "success":
+            summary["success_rate"] = found
+        else:
+            summary["share_discriminator"] = found
+            summary["success_rate_discriminator"] = (
+                None if found is None else estimate_rate(found, *accept_rates))
+            ends = ends and [estimate_rate(end, *accept_rates) for end in ends]
+        summary[f"{key}_interval"] = ends and list(ends)
     for name in MEASURES:
         values = pd.to_numeric(rows[name]).dropna()
         summary[name] = float(values.mean()) if len(values) else None

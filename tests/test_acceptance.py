@@ -162,6 +162,27 @@ def test_auc_and_its_interval():
     assert interval[0] < coarse < interval[1]
 
 
+def test_the_adjusted_count_finds_the_rate_of_a_method_unlike_the_labels():
+    rng = np.random.default_rng(3)
+
+    def draw(n, rate):
+        labels = rng.random(n) < rate
+        return np.clip(rng.normal(0.4 + 0.2 * labels, 0.2), 0, 1), labels
+
+    scores, labels = draw(4000, 0.4)
+    threshold = acceptance.rate_threshold(scores, labels)
+    rates = acceptance.accept_rates(scores, labels, threshold)
+    assert rates[0] > 0.6 > 0.35 > rates[1]
+    for rate in (0.05, 0.4, 0.8):
+        share = float((draw(4000, rate)[0] >= threshold).mean())
+        assert acceptance.estimate_rate(share, *rates) == pytest.approx(rate, abs=0.06)
+        if rate != 0.4:
+            assert abs(share - rate) > 0.1  # the plain share is pulled to 0.4
+    assert acceptance.estimate_rate(0.02, *rates) == 0 and acceptance.estimate_rate(1, *rates) == 1
+    assert acceptance.estimate_rate(0.3, 1.0, 0.0) == 0.3
+    assert acceptance.estimate_rate(0.3, 0.52, 0.5) is None
+
+
 def test_calibration_file_survives_the_round_trip(tmp_path):
     scores, labels = make_scores(300)
     for method in acceptance.METHODS:
@@ -171,11 +192,12 @@ def test_calibration_file_survives_the_round_trip(tmp_path):
             tmp_path, calibration, accept=accept,
             rate_threshold=acceptance.rate_threshold(probabilities, labels),
             curve=acceptance.describe_curve(probabilities, labels),
-            roc=acceptance.describe_roc(scores, labels))
+            roc=acceptance.describe_roc(scores, labels), rates=(0.8, 0.3))
         for place in (tmp_path, tmp_path / "discriminator", path):
             read, content = acceptance.read_calibration(place)
             assert read.apply(scores) == pytest.approx(calibration.apply(scores))
             assert content["accept_threshold"] == accept.value
+            assert content["accept_rates"] == [0.8, 0.3]
 
 
 def test_reading_a_calibration_names_what_is_wrong(tmp_path):

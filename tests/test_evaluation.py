@@ -107,11 +107,16 @@ def test_discriminator_scores_are_calibrated_and_thresholded(meta_path, tmp_path
                         lambda model, triplets: seen.append(triplets) or scores)
     found = evaluate([Method("Telea", kind="telea"), Method("NS", kind="ns")], meta_path,
                      hidden_of(meta_path), tmp_path, discriminator=object(),
-                     calibration=Calibration("platt", 2.0, 0.0), success_threshold=0.8)
+                     calibration=Calibration("platt", 2.0, 0.0), success_threshold=0.8,
+                     accept_rates=(0.9, 0.1))
     expected = scores**2 / (scores**2 + (1 - scores) ** 2)  # twice the logit
     rows = found.results[found.results.method == "NS"]
     assert rows.probability.to_numpy() == pytest.approx(expected)
-    assert found.methods[1]["success_rate_discriminator"] == pytest.approx((expected >= 0.8).mean())
+    share = (expected >= 0.8).mean()
+    assert found.methods[1]["share_discriminator"] == pytest.approx(share) and share > 0.1
+    assert found.methods[1]["success_rate_discriminator"] == pytest.approx((share - 0.1) / 0.8)
+    low, high = found.methods[1]["discriminator_interval"]
+    assert low <= found.methods[1]["success_rate_discriminator"] <= high
     assert seen[1][0].gt == found.paths["NS"][seen[1][0].id]  # it scored this method's removals
     assert rows.id.tolist() == [t.id for t in seen[1]]
 

@@ -372,6 +372,28 @@ def test_scored_and_accepted_sets(candidates, tmp_path):
         write_scored_set(candidates, {"c9": "accept"}, tmp_path / "accepted")
 
 
+def test_of_several_accepted_removals_of_a_picture_some_are_kept(candidates, tmp_path):
+    with TripletWriter(tmp_path / "several") as writer:
+        for triplet in read_triplets(candidates)[:2]:
+            for k in range(4):
+                writer.add_triplet(triplet, id=f"{triplet.id}-s{k}", group=triplet.id)
+    decisions = {f"{c}-s{k}": "accept" for c in ("c0", "c1") for k in range(4)}
+    decisions["c1-s0"] = "reject"
+
+    def write(**rest):
+        write_scored_set(tmp_path / "several", decisions, tmp_path / "kept", accepted_only=True,
+                         **rest)
+        return [t.id for t in read_triplets(tmp_path / "kept")]
+
+    assert len(write()) == 7
+    drawn = {tuple(write(per_picture=1, seed=seed)) for seed in range(12)}
+    assert len(drawn) > 3  # by lot, and the same lot for the same seed
+    assert write(per_picture=1, seed=3) == write(per_picture=1, seed=3)
+    for ids in drawn:
+        assert [name[:2] for name in ids] == ["c0", "c1"] and "c1-s0" not in ids
+    assert len(write(per_picture=2)) == 4
+
+
 def test_export_and_import_keep_the_labels(candidates, tmp_path):
     triplets = read_triplets(candidates)
     log = LabelLog(tmp_path / "labels", "anna")

@@ -247,6 +247,27 @@ def test_what_other_settings_left_is_written_anew(config, tiny_set, tmp_path):
     assert len(files) == 3
 
 
+def test_several_dilations_take_turns_and_the_mask_stays(config, tiny_set, monkeypatch):
+    config.count, config.seeds_per_image, config.dilate = 2, 3, [0, 9]
+    seen, remove = [], removal.remove_objects
+
+    def remember(pipe, sources, object_masks, **rest):
+        seen.extend(object_masks)
+        return remove(pipe, sources, object_masks, **rest)
+
+    monkeypatch.setattr(removal, "remove_objects", remember)
+    generate_candidates(config)
+    made = read_triplets(Path(config.output_dir) / "candidates")
+    assert [t.extra["dilate"] for t in made] == [0, 9, 0] * 2
+    for triplet, used in zip(made, seen, strict=True):
+        mask = load_images(triplet)["mask"]
+        own = next(t for t in read_triplets(tiny_set) if t.id == triplet.group)
+        assert np.array_equal(mask, load_images(own)["mask"])
+        kernel = np.ones((9, 9), np.uint8)
+        wide = cv2.dilate(mask, kernel) if triplet.extra["dilate"] else mask
+        assert np.array_equal(used >= 128, wide >= 128)
+
+
 def test_bad_sets_are_errors(config, tiny_set):
     config.start = 10
     with pytest.raises(ValueError, match="no pictures at .* from number 10 on"):

@@ -186,6 +186,32 @@ def test_mask_weight_makes_the_hole_count_more(config):
     assert compute(3.0, 1.0) == pytest.approx(1.0, abs=1e-5)  # weights are normalised
 
 
+def test_holes_of_accepted_removals_count_at_late_times_alone(config, tiny_set, tmp_path):
+    with TripletWriter(tmp_path / "accepted") as writer:
+        for triplet in read_triplets(tiny_set)[:5]:
+            writer.add_triplet(triplet, score=1.0, accepted_by="human")
+    config.meta_path = [str(tiny_set), str(tmp_path / "accepted")]
+    config.removal_min_timestep = 600
+    objective = make_objective(config)
+    least = {int(s["index"]): int(s["least"]) for s in map(objective.dataset.__getitem__,
+                                                           range(15))}
+    assert [least[i] for i in range(15)] == [0] * 10 + [600] * 5
+
+    def compute(least, time, where):
+        batch = take_batch(objective, range(4)) | {
+            "least": torch.full((4,), least), "timestep": torch.full((4,), time)}
+        target = objective.noise_schedule.get_velocity(batch["gt"], batch["noise"],
+                                                       batch["timestep"])
+        off = batch["mask"] if where == "hole" else 1 - batch["mask"]
+        return objective.compute_loss(lambda *a, **k: type("Output", (), {"sample": target + off}),
+                                      batch)[0].item()
+
+    assert compute(600, 599, "hole") == pytest.approx(0, abs=1e-6)
+    assert compute(600, 599, "rest") == pytest.approx(1, abs=1e-5)
+    for where in ("hole", "rest"):
+        assert compute(600, 600, where) == compute(0, 600, where) > 0.01
+
+
 def test_high_resolution_comes_in_whole_batches_at_its_share(config, tiny_set):
     config.high_resolution_meta_path, config.high_resolution_share = [str(tiny_set)], 0.3
     objective = make_objective(config)
