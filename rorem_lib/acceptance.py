@@ -241,7 +241,7 @@ def estimate_rate(share: float, true_accepts: float, false_accepts: float) -> fl
     Returns:
         0..1, or None from a discriminator that accepts bad removals as readily as good ones.
     """
-    if true_accepts - false_accepts < 0.05:
+    if true_accepts - false_accepts < 0.05:  # the quotient would be noise
         return None
     return float(np.clip((share - false_accepts) / (true_accepts - false_accepts), 0, 1))
 
@@ -320,8 +320,8 @@ def measure_auc(scores, labels, *, seed: int = 0,
 
 
 def write_calibration(folder, calibration: Calibration, *, accept: Threshold,
-                      rate_threshold: float, curve: dict, roc: dict | None = None,
-                      rates: tuple[float, float] = (1.0, 0.0)) -> Path:
+                      rate_threshold: float, rates: tuple[float, float], curve: dict,
+                      roc: dict | None = None) -> Path:
     """Write `<folder>/calibration.json`, what stages 06 and 08 need of a discriminator.
 
     `rates` are `accept_rates` at `rate_threshold`.

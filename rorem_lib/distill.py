@@ -29,6 +29,9 @@ LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.n
 class DistillConfig(RemoverConfig):
     """Distil a remover into a 4-step LCM-LoRA.
 
+    The options of the remover's own loss (`mask_weight`, `snr_gamma`, `removal_min_timestep`) have
+    no effect here: the target is the teacher's, not the GT.
+
     Attributes:
         rank: LoRA rank (and alpha).
         num_ddim_timesteps: the teacher's DDIM grid; one step of it is one consistency step.

@@ -70,8 +70,9 @@ class CachedLatents(Dataset):
 
     def __init__(self, caches, *, seed: int, flip: bool, timesteps: int = 1000, least=None):
         self.caches, self.seed, self.flip, self.timesteps = caches, seed, flip, timesteps
-        self.least = least  # [N] the timestep below which a sample's hole does not count
         ends = np.cumsum([len(cache) for cache in caches])
+        # [N] the timestep below which a sample's hole does not count
+        self.least = least or [0] * int(sum(map(len, caches)))
         self.ends, self.order = ends, loop.Order(int(ends[-1]) if len(ends) else 0, seed)
 
     def __len__(self):
@@ -88,7 +89,7 @@ class CachedLatents(Dataset):
                   for name in (*latent_cache.NAMES, "mask")}
         sample["noise"] = rng.standard_normal(sample["gt"].shape, dtype=np.float32)
         sample["timestep"] = np.int64(rng.integers(0, self.timesteps))
-        sample["least"] = np.int64(0 if self.least is None else self.least[index])
+        sample["least"] = np.int64(self.least[index])
         sample["index"] = np.int64(index)
         return sample
 
@@ -120,7 +121,7 @@ class RemoverObjective(loop.Objective):
         return sdxl.prepare_training(self.pipe.unet)
 
     def _open(self, meta_paths, size, seed):
-        """The samples of some sets at one size, and how many they are."""
+        """The samples of some sets at one size; their number is added to `train_size`."""
         config, caches, least = self.config, [], []
         for path in meta_paths:
             triplets = [t for t in read_triplets(path)
