@@ -51,6 +51,8 @@ def test_is_stripped(notebook):
         assert "papermill" not in cell["metadata"] and "execution" not in cell["metadata"]
         assert "injected-parameters" not in cell["metadata"].get("tags", [])
     assert not {"papermill", "widgets"} & set(notebook["metadata"])
+    assert [cell["id"] for cell in notebook["cells"]] == [
+        str(number) for number in range(len(notebook["cells"]))], "run nbstripout, as make lint asks"
     assert notebook["metadata"]["kernelspec"]["name"] == "python3"
 
 
