@@ -52,7 +52,7 @@ def test_is_stripped(notebook):
         assert "injected-parameters" not in cell["metadata"].get("tags", [])
     assert not {"papermill", "widgets"} & set(notebook["metadata"])
     assert [cell["id"] for cell in notebook["cells"]] == [
-        str(number) for number in range(len(notebook["cells"]))], "run nbstripout, as make lint asks"
+        str(number) for number in range(len(notebook["cells"]))], "run nbstripout, see make lint"
     assert notebook["metadata"]["kernelspec"]["name"] == "python3"
 
 
