@@ -8,7 +8,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 AGAIN = "delete it or download it again"
 
@@ -39,6 +39,15 @@ def load_image(path: str | Path, mode: str = "RGB") -> np.ndarray:
     Raises:
         TripletError: missing, empty, no picture, truncated, or of a floating-point format.
     """
+    return decode_image(path, mode)[0]
+
+
+def decode_image(path: str | Path, mode: str = "RGB") -> tuple[np.ndarray, bool]:
+    """As `load_image`, and whether the file is plain: upright, 8 bits a channel, RGB or grey.
+
+    Every program sees the same pixels in a plain file; others convert the rest in ways of their
+    own.
+    """
     if mode not in ("RGB", "L"):
         raise ValueError(f"unknown mode {mode!r}: take RGB or L")
     path = Path(path)
@@ -47,7 +56,11 @@ def load_image(path: str | Path, mode: str = "RGB") -> np.ndarray:
             raise TripletError(f"{path} is empty (0 bytes): {AGAIN}", file=path)
         with Image.open(path) as image:
             image.load()
-            return _to_array(ImageOps.exif_transpose(image), mode, path)
+            upright = ImageOps.exif_transpose(image)
+            plain = (image.mode in ("RGB", "L") and image.format in ("PNG", "JPEG", "WEBP", "BMP")
+                     and not image.has_transparency_data
+                     and image.getexif().get(ExifTags.Base.Orientation, 1) == 1)
+            return _to_array(upright, mode, path), plain
     except TripletError:
         raise
     except UnidentifiedImageError:

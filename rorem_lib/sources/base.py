@@ -1,0 +1,162 @@
+"""What an importer gives to `rorem_lib.assembly`: items that are cheap to list, then their pictures.
+
+An importer is a frozen dataclass whose fields are its options. `list_items` names every triplet to
+be, in a fixed order and without opening a picture; `load_item` opens one, in a worker process. What
+cannot become a triplet raises `Rejected`, or the `TripletError` of the reader: the assembly counts
+it and keeps it with its reason, and goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from rorem_lib.pictures import decode_image
+
+
+class SourceError(ValueError):
+    """A source's folder has none of the layouts that its importer knows, or lacks a file of it."""
+
+
+class Rejected(Exception):
+    """An item that becomes no triplet, on purpose.
+
+    Attributes:
+        reason: one of few words, the same for all items of a kind; they are counted by it.
+        message: what exactly, with the file's name.
+    """
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason, self.message = reason, message
+
+
+@dataclass(frozen=True)
+class Item:
+    """A triplet to be; small, since many are queued.
+
+    Attributes:
+        id: unique in its source; names the files, so it has no `/` (see `make_id`).
+        group: scene, video or original picture: what a split must not cut.
+        place: what `load_item` needs to find it; picklable.
+        split: "train" or "test" where the source itself says so.
+    """
+
+    id: str
+    group: str
+    place: Any
+    split: str | None = None
+
+
+@dataclass
+class Picture:
+    """A picture of an item, opened.
+
+    Attributes:
+        array: uint8, [H, W, 3] or, for a mask, [H, W].
+        file: the file that holds exactly this array and can be taken over as it is; None where the
+            array was computed, turned, cut or resized, and has to be encoded.
+    """
+
+    array: np.ndarray
+    file: Path | None = None
+
+
+@dataclass
+class Pictures:
+    """What `load_item` found.
+
+    Attributes:
+        source, mask, gt: the triplet's pictures; `gt` is None in a pool.
+        origin_file: the raw file that the source came from; the record keeps its name and hash.
+        extra: further keys of the record (`class`, `layer`, `score`, ...), plain JSON values.
+    """
+
+    source: Picture
+    mask: Picture
+    gt: Picture | None
+    origin_file: Path
+    extra: dict = field(default_factory=dict)
+
+
+class Source(ABC):
+    """One kind of raw data.
+
+    Attributes:
+        name: how recipes and the notebook call it.
+        origin: what records say they come from.
+        license: SPDX identifier or name, as the publisher states it.
+        layout: the files it expects, for the error message when they are not there.
+        has_gt: False for a pool of pictures and masks.
+    """
+
+    name: ClassVar[str]
+    origin: ClassVar[str]
+    license: ClassVar[str]
+    layout: ClassVar[str]
+    has_gt: ClassVar[bool] = True
+    folder: str
+
+    @classmethod
+    @abstractmethod
+    def recognises(cls, folder: Path) -> bool:
+        """Whether a folder looks like this source; looks at names alone, never walks it all."""
+
+    @abstractmethod
+    def list_items(self) -> Iterator[Item]:
+        """Every triplet to be, in a fixed order; opens no picture.
+
+        Raises:
+            SourceError: the folder has not the layout; names what was expected and what is there.
+        """
+
+    @abstractmethod
+    def load_item(self, item: Item) -> Pictures:
+        """Open one item.
+
+        Raises:
+            Rejected, TripletError: it cannot become a triplet.
+        """
+
+    def refuse_layout(self) -> SourceError:
+        """The error for a folder without this source's layout; names what is there."""
+        folder = Path(self.folder)
+        if not folder.is_dir():
+            return SourceError(f"{folder} is no folder: give the folder of {self.origin}")
+        found = sorted(path.name for path in folder.iterdir())
+        shown = ", ".join(found[:8]) + (" ..." if len(found) > 8 else "")
+        return SourceError(f"{folder} does not look like {self.origin}: expected {self.layout}; "
+                           f"it holds {shown or 'nothing'}")
+
+
+def make_id(*parts: str | int) -> str:
+    """An id from a relative path's parts: joined by `-`, without ending spaces, dots or slashes.
+
+    The result is at most 150 bytes; what is longer is cut and gets a hash of the whole.
+    """
+    text = "-".join(str(part).replace("/", "-").replace("\\", "-").strip(" .") for part in parts)
+    text = text.lstrip(".") or "item"
+    data = text.encode()
+    if len(data) > 150:
+        text = data[:137].decode(errors="ignore") + "~" + hashlib.sha256(data).hexdigest()[:12]
+    return text
+
+
+def open_picture(path: str | Path, mode: str = "RGB") -> Picture:
+    """Open a file as a picture, to be taken over as it is where every reader sees these pixels.
+
+    Anything but an upright 8-bit RGB or grey file (16 bits, CMYK, EXIF rotation, palette, alpha) is
+    encoded again.
+
+    Raises:
+        TripletError: missing, empty, truncated or no picture.
+    """
+    path = Path(path)
+    array, plain = decode_image(path, mode)
+    return Picture(array, path if plain else None)
