@@ -5,19 +5,24 @@
 
 from __future__ import annotations
 
+import codecs
 import functools
 import json
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import ijson
 import numpy as np
 from PIL import Image
 
 from rorem_lib.masks import binarise_mask
 from rorem_lib.pictures import AGAIN, TripletError, load_image
+from rorem_lib.workers import map_processes
 
 META = "meta.json"
+_CHUNK = 32  # triplets that a process checks at a time
 _OWN_KEYS = {"id", "source", "mask", "GT", "group"}
 
 
@@ -78,26 +83,48 @@ def resolve_meta(path: str | Path) -> Path:
     raise TripletError(f"there is no triplet set at {path} ({META} is missing){hint}")
 
 
-def read_records(meta: Path) -> list:
-    """A meta file's records as they stand: a JSON list, a single object, or JSON lines."""
-    text = meta.read_text(encoding="utf-8-sig")
-    try:
-        found = json.loads(text)
-        return found if isinstance(found, list) else [found]
-    except json.JSONDecodeError as error:
-        lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+def read_records(meta: Path) -> Iterator:
+    """A meta file's records as they stand: a JSON list, a single object, or JSON lines.
+
+    They are read one by one: a list of 200,000 takes no more memory than one of 10.
+
+    Raises:
+        TripletError: it is neither; names the file and the line.
+    """
+    with open(meta, "rb") as stream:
+        if stream.read(3) != codecs.BOM_UTF8:
+            stream.seek(0)
+        start, head = stream.tell(), b" "
+        while head.isspace():
+            head = stream.read(1)
+        stream.seek(start)
+        if not head:  # an empty file has no records, as an empty list of lines
+            return
         try:
-            return [json.loads(line) for _, line in lines]
-        except json.JSONDecodeError:
-            raise TripletError(f"{meta} is neither JSON nor JSON lines (line {error.lineno}: "
-                               f"{error.msg}): {AGAIN}") from None
+            yield from ijson.items(stream, "item" if head == b"[" else "", use_float=True,
+                                   multiple_values=head != b"[")
+        except (ijson.JSONError, UnicodeDecodeError) as error:
+            raise _describe_fault(meta, error) from None
+
+
+def _describe_fault(meta: Path, error: Exception) -> TripletError:
+    """Where a meta file stops being JSON; only then is it worth reading it a second time."""
+    where = str(error).splitlines()[0]
+    try:
+        json.loads(meta.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as found:
+        where = f"line {found.lineno}: {found.msg}"
+    except UnicodeDecodeError as found:
+        where = f"byte {found.start} is no UTF-8"
+    return TripletError(f"{meta} is neither JSON nor JSON lines ({where}): {AGAIN}")
 
 
 class _Locator:
     """Turns a record's paths into files; refuses what a set must not reach."""
 
-    def __init__(self, meta: Path, allow_absolute: bool, allow_outside: bool):
-        self.meta = meta
+    def __init__(self, meta: Path, allow_absolute: bool, allow_outside: bool,
+                 look: bool = True):
+        self.meta, self.look = meta, look  # look: whether the files are there
         self.folder = os.path.abspath(meta.parent)
         self.allow_absolute, self.allow_outside = allow_absolute, allow_outside
         # One listing a folder is far cheaper than asking for 200,000 files one by one.
@@ -119,7 +146,7 @@ class _Locator:
         elif not self.allow_outside and os.path.commonpath([full, self.folder]) != self.folder:
             raise TripletError(f"{where}: {value} leaves the set's folder {self.folder}: copy the "
                                "file into the set, or allow outside paths on purpose")
-        if name not in self._list(parent) and not os.path.exists(full):
+        if self.look and name not in self._list(parent) and not os.path.exists(full):
             raise TripletError(f"{full} is missing ({where}): restore it or remove its record",
                                file=Path(full))
         return Path(full)
@@ -175,17 +202,26 @@ def read_triplets(meta_paths, *, require_gt: bool = True, allow_absolute: bool =
     Raises:
         TripletError: a set, a key or a file is missing, a path is refused, or an id occurs twice.
     """
+    return list(iter_triplets(meta_paths, require_gt=require_gt, allow_absolute=allow_absolute,
+                              allow_outside=allow_outside))
+
+
+def iter_triplets(meta_paths, *, require_gt: bool = True, allow_absolute: bool = False,
+                  allow_outside: bool = False, look: bool = True) -> Iterator[Triplet]:
+    """As `read_triplets`, one by one: for sets that are larger than the memory.
+
+    Args:
+        look: whether the files are there; spare it where each is opened anyway.
+    """
     if isinstance(meta_paths, (str, Path)):
         meta_paths = [meta_paths]
-    triplets = []
     for path in meta_paths:
         meta = resolve_meta(path)
-        locator = _Locator(meta, allow_absolute, allow_outside)
+        locator = _Locator(meta, allow_absolute, allow_outside, look)
         seen: dict[str, int] = {}
         for number, record in enumerate(read_records(meta), 1):
             triplet = _parse_record(record, number, locator, require_gt)
-            triplets.append(_name_once(triplet, record, number, seen, meta))
-    return triplets
+            yield _name_once(triplet, record, number, seen, meta)
 
 
 def _name_once(triplet: Triplet, record: dict, number: int, seen: dict, meta: Path) -> Triplet:
@@ -248,25 +284,58 @@ def check_mask(mask: np.ndarray, path: Path | str) -> None:
                            "again, or remove the record", file=file)
 
 
-def check_set(meta: str | Path, *, allow_absolute: bool = False,
-              allow_outside: bool = False) -> list[Problem]:
+def check_set(meta: str | Path, *, allow_absolute: bool = False, allow_outside: bool = False,
+              workers: int = 1, progress: Callable[[int], None] | None = None) -> list[Problem]:
     """Open every picture of a set and name each fault; an empty list is a sound set.
 
     A set has a GT in every record or in none.
+
+    Args:
+        workers: processes that decode.
+        progress: called with the number of records checked so far.
 
     Raises:
         TripletError: the set itself is missing or its meta file is no JSON.
     """
     meta = resolve_meta(meta)
-    records = read_records(meta)
-    with_gt = any(isinstance(r, dict) and (r.get("GT") or r.get("inpaint")) for r in records)
-    locator = _Locator(meta, allow_absolute, allow_outside)
-    problems, seen = [], {}
-    for number, record in enumerate(records, 1):
+    with_gt = any(isinstance(r, dict) and (r.get("GT") or r.get("inpaint"))
+                  for r in read_records(meta))
+    locator = _Locator(meta, allow_absolute, allow_outside, look=False)
+    found: dict[int, Problem] = {}
+
+    def list_chunks():
+        seen: dict[str, int] = {}
+        chunk: list[tuple[int, Triplet]] = []
+        for number, record in enumerate(read_records(meta), 1):
+            try:
+                triplet = _parse_record(record, number, locator, with_gt)
+                chunk.append((number, _name_once(triplet, record, number, seen, meta)))
+            except TripletError as error:
+                found[number] = Problem(error.file or meta, str(error))
+            if len(chunk) == _CHUNK:
+                yield chunk
+                chunk = []
+        yield chunk
+
+    checked = 0
+    for count, problems in map_processes(_check_chunk, list_chunks(), workers=workers):
+        checked += count
+        found |= problems
+        if progress:
+            progress(checked)
+    return [found[number] for number in sorted(found)]
+
+
+def _check_chunk(chunk: list[tuple[int, Triplet]]) -> tuple[int, dict[int, Problem]]:
+    problems = {}
+    for number, triplet in chunk:
+        gone = [path for path in (triplet.source, triplet.mask, triplet.gt)
+                if path and not path.exists()]
         try:
-            triplet = _parse_record(record, number, locator, with_gt)
-            triplet = _name_once(triplet, record, number, seen, meta)
+            if gone:
+                raise TripletError(f"{gone[0]} is missing (record {number}): restore it or remove "
+                                   "its record", file=gone[0])
             load_images(triplet)
         except TripletError as error:
-            problems.append(Problem(error.file or meta, str(error)))
-    return problems
+            problems[number] = Problem(error.file or triplet.source, str(error))
+    return len(chunk), problems

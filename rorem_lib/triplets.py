@@ -9,16 +9,14 @@ another set are hard-linked into it.
 from __future__ import annotations
 
 import contextlib
-import errno
+import functools
 import hashlib
-import json
-import logging
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from rorem_lib.files import write_json
+from rorem_lib.journal import Journal, JournalIndex, read_lines, write_list
 from rorem_lib.pictures import TripletError, link_file, load_image, save_image
 from rorem_lib.records import (
     META,
@@ -27,6 +25,7 @@ from rorem_lib.records import (
     check_mask,
     check_set,
     describe_size,
+    iter_triplets,
     load_images,
     read_records,
     read_triplets,
@@ -34,11 +33,10 @@ from rorem_lib.records import (
 )
 
 __all__ = [
-    "Problem", "Triplet", "TripletError", "TripletWriter", "check_set", "load_image",
-    "load_images", "merge_sets", "read_triplets", "resolve_meta", "save_image", "split_by_group",
+    "Problem", "Triplet", "TripletError", "TripletWriter", "check_set", "iter_triplets",
+    "load_image", "load_images", "merge_sets", "read_triplets", "resolve_meta", "save_image",
+    "split_by_group", "write_files",
 ]  # fmt: skip
-
-logger = logging.getLogger(__name__)
 
 FOLDERS = {"source": "source", "mask": "mask", "gt": "GT"}
 
@@ -49,29 +47,29 @@ class TripletWriter:
     Every item goes to the journal `meta.jsonl.partial` as soon as its files are there. `close`
     (or the end of the `with` block) folds the journal into `meta.json`, ordered by id, so that a
     set does not depend on interruptions or on the order of the work. Opened on an existing set,
-    it goes on from there.
+    it goes on from there. Its memory holds the ids, not the records.
 
     Args:
         folder: the set's folder, made if missing.
         part: name of this writer's own journal where several processes write one set at once; the
             last to close is one without `part`, which folds all journals.
         restart: begin anew; what an earlier set had and this one has not is deleted at the end.
-
-    Attributes:
-        done_ids: ids that are in the set already.
     """
 
     def __init__(self, folder: str | Path, *, part: str = "", restart: bool = False):
-        self.folder, self._part = Path(folder), part
-        self._journal = self.folder / f"meta.{part + '.' * bool(part)}jsonl.partial"
-        self._stream = None
+        self.folder, self._part, self._restart = Path(folder), part, restart
+        self._journal = Journal(self.folder / f"meta.{part + '.' * bool(part)}jsonl.partial")
         self.folder.mkdir(parents=True, exist_ok=True)
         if restart:
             for journal in self._list_journals():
                 journal.unlink()
-        self._old = self._read_set()
-        self._records = {} if restart else {**self._old, **self._read_journals()}
-        self.done_ids = set(self._records)
+
+    @functools.cached_property
+    def done_ids(self) -> set[str]:
+        """Ids that are in the set already."""
+        old = set() if self._restart else {record["id"] for record in self._read_old()}
+        return old.union(str(record["id"]) for path in self._list_journals()
+                         for _, record in read_lines(path))
 
     def __enter__(self) -> TripletWriter:
         return self
@@ -79,8 +77,8 @@ class TripletWriter:
     def __exit__(self, kind, error, trace) -> None:
         if kind is None:
             self.close()
-        elif self._stream:
-            self._stream.close()  # the journal keeps what was added
+        else:
+            self._journal.close()  # it keeps what was added
 
     def add(self, *, id: str, source, mask, gt=None, **extra) -> None:
         """Write one triplet; an id that is there already is replaced.
@@ -97,27 +95,13 @@ class TripletWriter:
                 or a file of a hidden folder.
             OSError: the disk refuses; names the file.
         """
-        if not id or id != Path(id).name or id.startswith(".") or len(id.encode()) > 200:
-            raise TripletError(f"{id!r} cannot name a triplet's files: take 1 to 200 letters "
-                               "without '/' and without a leading dot")
-        foreign = extra.keys() & {"GT", "inpaint"}
-        if foreign:
-            raise TripletError(f"{id}: {', '.join(foreign)} cannot be extra keys")
-        parts = {"source": source, "mask": mask} | ({} if gt is None else {"gt": gt})
-        arrays = {part: a for part, a in parts.items() if isinstance(a, np.ndarray)}
-        if len({a.shape[:2] for a in arrays.values()}) > 1:
-            raise TripletError(f"{id}: sizes differ: " + ", ".join(
-                f"{part} {describe_size(a)}" for part, a in arrays.items()))
-        if "mask" in arrays:
-            check_mask(mask, f"mask of {id}")
-        record = {"id": id}
-        for part, value in parts.items():
-            record["GT" if part == "gt" else part] = self._write_part(id, part, value)
-        record |= {key: value for key, value in extra.items() if value is not None}
-        line = json.dumps(record, ensure_ascii=False, default=lambda v: v.item()) + "\n"
-        self._append(line.encode())
-        self._records[id] = json.loads(line)
-        self.done_ids.add(id)
+        self.add_record(write_files(self.folder, id=id, source=source, mask=mask, gt=gt, **extra))
+
+    def add_record(self, record: dict) -> None:
+        """Add a record that `write_files` returned, perhaps in another process."""
+        done = self.done_ids
+        self._journal.append(record)
+        done.add(record["id"])
 
     def add_triplet(self, triplet: Triplet, **changes) -> None:
         """Take over a triplet of another set, its files reused, some keys changed or added."""
@@ -125,68 +109,104 @@ class TripletWriter:
                  "gt": triplet.gt, "group": triplet.group}
         self.add(**{**triplet.extra, **known, **changes})
 
-    def close(self) -> Path:
-        """Fold the journals into `meta.json` and return its path (with `part`: only stop)."""
-        if self._stream:
-            self._stream.close()
-            self._stream = None
+    def iter_records(self) -> Iterator[dict]:
+        """The records so far, those of the journals too, ordered by id."""
+        with self._index() as index:
+            yield from index.items()
+
+    def close(self, *, drop: Collection[str] = ()) -> Path:
+        """Fold the journals into `meta.json` and return its path (with `part`: only stop).
+
+        Args:
+            drop: ids that do not go into the set; their files are deleted.
+        """
+        self._journal.close()
         if self._part:
-            return self._journal
-        records = {**self._records, **self._read_journals()}
-        meta = write_json(self.folder / META, [records[name] for name in sorted(records)])
-        for journal in self._list_journals():
-            journal.unlink()
-        kept = {record.get(key) for record in records.values() for key in ("source", "mask", "GT")}
-        for record in self._old.values():
-            for key in ("source", "mask", "GT"):
-                if record.get(key) and record[key] not in kept:
-                    with contextlib.suppress(OSError):
-                        (self.folder / record[key]).unlink()
+            return self._journal.path
+        meta = self.folder / META
+        leftover = set()
+        with self._index() as index:
+            for old in self._read_old():
+                new = index[old["id"]] if old["id"] in index else {}
+                # only files named after the id are this record's own
+                leftover |= {old[key] for key in FOLDERS.values()
+                             if old.get(key) and old[key] != new.get(key)
+                             and Path(old[key]).stem == old["id"]}
+            for name in drop:
+                leftover |= {index[name][key] for key in FOLDERS.values() if key in index[name]}
+            write_list(meta, (record for record in index.items() if record["id"] not in drop))
+        for journal in (*self._list_journals(), self._aside):
+            journal.unlink(missing_ok=True)
+        for path in leftover:
+            with contextlib.suppress(OSError):
+                (self.folder / path).unlink()
         return meta
 
-    def _write_part(self, name: str, part: str, value) -> str:
-        folder = self.folder / FOLDERS[part]
-        folder.mkdir(exist_ok=True)
-        if isinstance(value, np.ndarray):
-            save_image(folder / f"{name}.png", value)
-            return f"{FOLDERS[part]}/{name}.png"
-        original = Path(value)
-        if "hidden" in original.resolve().parts:
-            raise TripletError(f"{original} lies in a hidden folder: the scenes' truth never "
-                               "becomes a triplet")
-        if not original.is_file():
-            raise TripletError(f"{original} is missing: {name} cannot be written without it")
-        path = folder / f"{name}{original.suffix.lower() or '.png'}"
-        link_file(original, path)
-        return f"{FOLDERS[part]}/{path.name}"
+    @property
+    def _aside(self) -> Path:
+        return self.folder / ".meta.old.jsonl"
 
-    def _append(self, line: bytes) -> None:
-        if self._stream is None:
-            self._stream = open(self._journal, "ab", buffering=0)
-            text = self._journal.read_bytes()
-            if text and not text.endswith(b"\n"):  # torn by a kill: that item is written again
-                self._stream.truncate(text.rfind(b"\n") + 1)
-        if self._stream.write(line) != len(line):
-            raise OSError(errno.ENOSPC, f"cannot write {self._journal}: no space left")
+    def _index(self) -> JournalIndex:
+        """All records of this set; those that `meta.json` holds are laid out as lines first."""
+        self._aside.unlink(missing_ok=True)
+        if not self._restart and (self.folder / META).is_file():
+            journal = Journal(self._aside)
+            for record in self._read_old():
+                journal.append(record)
+            journal.close()
+        return JournalIndex([*filter(Path.is_file, [self._aside]), *self._list_journals()])
+
+    def _read_old(self) -> Iterator[dict]:
+        """The records of `meta.json`, each with an id."""
+        meta = self.folder / META
+        for record in read_records(meta) if meta.is_file() else ():
+            yield {**record, "id": str(record.get("id", Path(record.get("source", "")).stem))}
 
     def _list_journals(self) -> list[Path]:
         return sorted(self.folder.glob("meta.*jsonl.partial"))
 
-    def _read_journals(self) -> dict[str, dict]:
-        found = {}
-        for journal in self._list_journals():
-            for line in journal.read_bytes().split(b"\n")[:-1]:
-                try:
-                    record = json.loads(line)
-                    found[record["id"]] = record
-                except (ValueError, KeyError, TypeError):
-                    logger.warning("%s: a torn line was skipped", journal)
-        return found
 
-    def _read_set(self) -> dict[str, dict]:
-        meta = self.folder / META
-        records = read_records(meta) if meta.is_file() else []
-        return {str(r.get("id", Path(r.get("source", "")).stem)): r for r in records}
+def write_files(folder: str | Path, *, id: str, source, mask, gt=None, **extra) -> dict:
+    """Write one triplet's files into a set's folder and return its record.
+
+    The arguments and errors are those of `TripletWriter.add`. The record is not in the set yet:
+    workers write files side by side, and one writer adds their records.
+    """
+    folder = Path(folder)
+    if not id or id != Path(id).name or id.startswith(".") or len(id.encode()) > 200:
+        raise TripletError(f"{id!r} cannot name a triplet's files: take 1 to 200 letters "
+                           "without '/' and without a leading dot")
+    foreign = extra.keys() & {"GT", "inpaint"}
+    if foreign:
+        raise TripletError(f"{id}: {', '.join(foreign)} cannot be extra keys")
+    parts = {"source": source, "mask": mask} | ({} if gt is None else {"gt": gt})
+    arrays = {part: a for part, a in parts.items() if isinstance(a, np.ndarray)}
+    if len({a.shape[:2] for a in arrays.values()}) > 1:
+        raise TripletError(f"{id}: sizes differ: " + ", ".join(
+            f"{part} {describe_size(a)}" for part, a in arrays.items()))
+    if "mask" in arrays:
+        check_mask(mask, f"mask of {id}")
+    record = {"id": id}
+    for part, value in parts.items():
+        record[FOLDERS[part]] = _write_part(folder, id, part, value)
+    return record | {key: value for key, value in extra.items() if value is not None}
+
+
+def _write_part(folder: Path, name: str, part: str, value) -> str:
+    place = folder / FOLDERS[part]
+    place.mkdir(exist_ok=True)
+    if isinstance(value, np.ndarray):
+        save_image(place / f"{name}.png", value)
+        return f"{FOLDERS[part]}/{name}.png"
+    original = Path(value)
+    if "hidden" in original.resolve().parts:
+        raise TripletError(f"{original} lies in a hidden folder: the scenes' truth never "
+                           "becomes a triplet")
+    if not original.is_file():
+        raise TripletError(f"{original} is missing: {name} cannot be written without it")
+    path = place / f"{name}{original.suffix.lower() or '.png'}"
+    link_file(original, path)
+    return f"{FOLDERS[part]}/{path.name}"
 
 
 def merge_sets(metas: Iterable[str | Path], folder: str | Path) -> Path:
@@ -198,7 +218,7 @@ def merge_sets(metas: Iterable[str | Path], folder: str | Path) -> Path:
     used = set()
     with TripletWriter(folder, restart=True) as writer:
         for path in metas:
-            for triplet in read_triplets(path, require_gt=False):
+            for triplet in iter_triplets(path, require_gt=False, look=False):
                 names = (f"{triplet.id}~{n}" if n > 1 else triplet.id for n in range(1, 10**9))
                 name = next(name for name in names if name not in used)
                 used.add(name)

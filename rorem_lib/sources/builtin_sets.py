@@ -18,14 +18,10 @@ from __future__ import annotations
 
 import functools
 import logging
-import multiprocessing
 import os
 import re
 import shutil
-import threading
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +31,7 @@ from rorem_lib.files import hash_file, read_json, write_json
 from rorem_lib.pictures import TripletError, link_file, load_image, save_image
 from rorem_lib.sources import scenes
 from rorem_lib.triplets import TripletWriter, read_triplets
+from rorem_lib.workers import map_processes
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +96,7 @@ def write_scene_sets(folder: str | Path, *, seed: int = 4, labelled: int = 3000,
         chunks += [(folder, name, seed, todo[i:i + _CHUNK]) for i in range(0, len(todo), _CHUNK)]
     total = sum(counts.values())
     done = total - sum(len(chunk[3]) for chunk in chunks)
-    for written in _run_chunks(chunks, workers):
+    for written in map_processes(_write_chunk, chunks, workers=workers):
         done += written
         if progress:
             progress(done, total)
@@ -130,26 +127,6 @@ def _open_set(folder: Path, name: str, count: int, seed: int) -> None:
 
 def _name(name: str, index: int) -> str:
     return f"{name}-{index:06d}"
-
-
-def _run_chunks(chunks: list[tuple], workers: int) -> Iterator[int]:
-    if workers == 1 or len(chunks) < 2:
-        yield from map(_write_chunk, chunks)
-        return
-    # spawn: a notebook's kernel has threads, which a forked child would inherit half-dead
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _follow_parent, (os.getpid(),)) as executor:
-        yield from executor.map(_write_chunk, chunks)
-
-
-def _follow_parent(parent: int) -> None:
-    """Let a worker end when its parent was killed, instead of waiting for work for ever."""
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _write_chunk(chunk: tuple[Path, str, int, list[int]]) -> int:

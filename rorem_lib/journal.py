@@ -1,0 +1,157 @@
+"""Journals: what a long job has done so far, as JSON lines that survive a kill.
+
+A line is appended as soon as an item is done. At the end `fold_journals` orders the lines by id, so
+that the result does not depend on interruptions, on the order of the work or on how many processes
+did it. Only ids and positions are held in memory, never the records.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+_SHIFT = 48  # a position is (file number, offset) in one integer: half the memory of a tuple
+
+
+class Journal:
+    """Appends objects to a file of JSON lines; what a kill has torn is taken away first.
+
+    Args:
+        path: the file, made at the first `append`.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._stream = None
+
+    def append(self, record: dict) -> dict:
+        """Add one object and return it as it will be read back.
+
+        Raises:
+            OSError: the disk refuses; the file holds whole lines only, or one torn at its end.
+        """
+        if self._stream is None:
+            self._stream = open(self.path, "ab", buffering=0)
+            self._stream.truncate(_find_end(self.path))
+        line = json.dumps(record, ensure_ascii=False, default=lambda v: v.item()) + "\n"
+        end = self._stream.tell()
+        data = line.encode()
+        try:
+            written = self._stream.write(data)
+        except OSError as error:
+            raise OSError(error.errno, f"cannot write {self.path}: {error.strerror}") from error
+        if written != len(data):
+            self._stream.truncate(end)
+            raise OSError(errno.ENOSPC, f"cannot write {self.path}: no space left")
+        return json.loads(line)
+
+    def close(self) -> None:
+        """Close the file; the next `append` opens it again."""
+        if self._stream:
+            self._stream.close()
+            self._stream = None
+
+
+def _find_end(path: Path) -> int:
+    """The length of a file's whole lines."""
+    size = path.stat().st_size
+    with open(path, "rb") as stream:
+        while size:
+            start = max(0, size - 65536)
+            stream.seek(start)
+            found = stream.read(size - start).rfind(b"\n")
+            if found >= 0:
+                return start + found + 1
+            size = start
+    return 0
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, dict]]:
+    """(offset, object) of every whole line that has an id; a torn one is skipped with a warning."""
+    with open(path, "rb") as stream:
+        offset = 0
+        for line in stream:
+            if line.endswith(b"\n"):
+                try:
+                    record = json.loads(line)
+                    record["id"]
+                    yield offset, record
+                except (ValueError, KeyError, TypeError):
+                    logger.warning("%s: a torn line was skipped", path)
+            offset += len(line)
+
+
+class JournalIndex:
+    """Where each id's newest object stands in some journals.
+
+    Args:
+        paths: journals; a later one's object replaces an earlier one's of the same id.
+    """
+
+    def __init__(self, paths: list[Path]):
+        self._paths = list(paths)
+        self._places: dict[str, int] = {}
+        for number, path in enumerate(self._paths):
+            for offset, record in read_lines(path):
+                self._places[str(record["id"])] = number << _SHIFT | offset
+        self._streams = [open(path, "rb") for path in self._paths]
+
+    def __len__(self):
+        return len(self._places)
+
+    def __contains__(self, name):
+        return name in self._places
+
+    def __enter__(self) -> JournalIndex:
+        return self
+
+    def __exit__(self, *_):
+        for stream in self._streams:
+            stream.close()
+
+    def __getitem__(self, name: str) -> dict:
+        place = self._places[name]
+        stream = self._streams[place >> _SHIFT]
+        stream.seek(place & ((1 << _SHIFT) - 1))
+        return json.loads(stream.readline())
+
+    def list_ids(self) -> list[str]:
+        """All ids, in order."""
+        return sorted(self._places)
+
+    def items(self) -> Iterator[dict]:
+        """All objects, ordered by id."""
+        for name in self.list_ids():
+            yield self[name]
+
+
+def write_list(path: str | Path, records) -> Path:
+    """Write objects as a JSON list, one a line, atomically and without holding them all.
+
+    Raises:
+        OSError: names the file; the old one is still there.
+    """
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(beside, "w", encoding="utf-8") as stream:
+            comma = ""
+            stream.write("[")
+            for record in records:
+                stream.write(f"{comma}\n {json.dumps(record, ensure_ascii=False)}")
+                comma = ","
+            stream.write("\n]\n" if comma else "]\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
+    finally:
+        beside.unlink(missing_ok=True)
+    return path
