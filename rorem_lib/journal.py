@@ -11,7 +11,7 @@ import errno
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -91,11 +91,12 @@ class JournalIndex:
     """Where each id's newest object stands in some journals.
 
     Args:
-        paths: journals; a later one's object replaces an earlier one's of the same id.
+        paths: journals, which may be missing; a later one's object replaces an earlier one's of
+            the same id.
     """
 
-    def __init__(self, paths: list[Path]):
-        self._paths = list(paths)
+    def __init__(self, paths: Iterable[Path]):
+        self._paths = [path for path in paths if path.exists()]
         self._places: dict[str, int] = {}
         for number, path in enumerate(self._paths):
             for offset, record in read_lines(path):
@@ -131,22 +132,34 @@ class JournalIndex:
             yield self[name]
 
 
-def write_list(path: str | Path, records) -> Path:
+def write_list(path: str | Path, records: Iterable[dict]) -> Path:
     """Write objects as a JSON list, one a line, atomically and without holding them all.
 
     Raises:
         OSError: names the file; the old one is still there.
     """
-    path = Path(path)
+    def format_list():
+        comma = ""
+        yield "["
+        for record in records:
+            yield f"{comma}\n {json.dumps(record, ensure_ascii=False)}"
+            comma = ","
+        yield "\n]\n" if comma else "]\n"
+
+    return _write_parts(Path(path), format_list())
+
+
+def write_lines(path: str | Path, records: Iterable[dict]) -> Path:
+    """As `write_list`, as JSON lines."""
+    return _write_parts(Path(path), (json.dumps(record, ensure_ascii=False) + "\n"
+                                     for record in records))
+
+
+def _write_parts(path: Path, parts: Iterable[str]) -> Path:
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(beside, "w", encoding="utf-8") as stream:
-            comma = ""
-            stream.write("[")
-            for record in records:
-                stream.write(f"{comma}\n {json.dumps(record, ensure_ascii=False)}")
-                comma = ","
-            stream.write("\n]\n" if comma else "]\n")
+            stream.writelines(parts)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(beside, path)

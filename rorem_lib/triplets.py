@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rorem_lib.journal import Journal, JournalIndex, read_lines, write_list
+from rorem_lib.journal import Journal, JournalIndex, read_lines, write_lines, write_list
 from rorem_lib.pictures import TripletError, link_file, load_image, save_image
 from rorem_lib.records import (
     META,
@@ -109,11 +109,6 @@ class TripletWriter:
                  "gt": triplet.gt, "group": triplet.group}
         self.add(**{**triplet.extra, **known, **changes})
 
-    def iter_records(self) -> Iterator[dict]:
-        """The records so far, those of the journals too, ordered by id."""
-        with self._index() as index:
-            yield from index.items()
-
     def close(self, *, drop: Collection[str] = ()) -> Path:
         """Fold the journals into `meta.json` and return its path (with `part`: only stop).
 
@@ -125,7 +120,7 @@ class TripletWriter:
             return self._journal.path
         meta = self.folder / META
         leftover = set()
-        with self._index() as index:
+        with self.open_index() as index:
             for old in self._read_old():
                 new = index[old["id"]] if old["id"] in index else {}
                 # only files named after the id are this record's own
@@ -137,7 +132,7 @@ class TripletWriter:
             write_list(meta, (record for record in index.items() if record["id"] not in drop))
         for journal in (*self._list_journals(), self._aside):
             journal.unlink(missing_ok=True)
-        for path in leftover:
+        for path in (*leftover, *self.folder.glob("*/.*.partial")):  # the latter a kill left
             with contextlib.suppress(OSError):
                 (self.folder / path).unlink()
         return meta
@@ -146,15 +141,13 @@ class TripletWriter:
     def _aside(self) -> Path:
         return self.folder / ".meta.old.jsonl"
 
-    def _index(self) -> JournalIndex:
-        """All records of this set; those that `meta.json` holds are laid out as lines first."""
+    def open_index(self) -> JournalIndex:
+        """All records so far, those of the journals too; close it, or use it in a `with` block."""
         self._aside.unlink(missing_ok=True)
         if not self._restart and (self.folder / META).is_file():
-            journal = Journal(self._aside)
-            for record in self._read_old():
-                journal.append(record)
-            journal.close()
-        return JournalIndex([*filter(Path.is_file, [self._aside]), *self._list_journals()])
+            # what `meta.json` holds is laid out as lines, which can be read at any place
+            write_lines(self._aside, self._read_old())
+        return JournalIndex([self._aside, *self._list_journals()])
 
     def _read_old(self) -> Iterator[dict]:
         """The records of `meta.json`, each with an id."""

@@ -1,0 +1,226 @@
+"""What a triplet must be to go into a set, measured: sizes, mask, change inside and outside of it.
+
+A removal differs from its source inside the mask and hardly outside of it. Where it differs
+outside too, the pair is either misaligned (another camera position: RORD's tripods move at times)
+or another picture. Shadows and reflections outside of the mask are welcome, so the outside is
+judged by its typical pixel, not by its worst.
+
+`find_duplicates` compares whole sets: the same picture twice among the training pictures, or in
+training and evaluation, makes every figure too good.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import imagehash
+import numpy as np
+from PIL import Image
+
+from rorem_lib.pictures import load_image
+from rorem_lib.records import describe_size
+from rorem_lib.sources.base import Pictures, Rejected
+
+_SMALL = 256  # px: side of the pictures on which a shift is measured
+_HASH_BITS = 64
+_LOOKS = 8  # pictures of one hash that a candidate is compared with
+
+
+@dataclass(frozen=True)
+class FilterConfig:
+    """The limits; a picture at a limit passes.
+
+    Attributes:
+        min_side: shortest side, px.
+        min_mask_area, max_mask_area: share of the picture that is masked, 0 to 1.
+        min_change: mean difference of source and GT inside the mask, grey levels 0 to 255.
+        max_change_outside: median difference outside of the mask, grey levels.
+        max_shift: shift between source and GT, as a share of the longer side.
+        duplicate_distance: bits in which the perceptual hashes (64 bits) of two near-duplicates
+            differ at most; -1 looks for none.
+    """
+
+    min_side: int = 0
+    min_mask_area: float = 0.0005
+    max_mask_area: float = 0.9
+    min_change: float = 2.0
+    max_change_outside: float = 12.0
+    max_shift: float = 0.004
+    duplicate_distance: int = 4
+
+    def __post_init__(self):
+        if not 0 <= self.min_mask_area < self.max_mask_area <= 1:
+            raise ValueError("min_mask_area and max_mask_area are shares, the first is smaller: "
+                             f"{self.min_mask_area}, {self.max_mask_area}")
+        if not -1 <= self.duplicate_distance <= 16:
+            raise ValueError(f"duplicate_distance lies between -1 and 16 bits, not "
+                             f"{self.duplicate_distance}")
+        if min(self.min_side, self.min_change, self.max_change_outside, self.max_shift) < 0:
+            raise ValueError("min_side, min_change, max_change_outside and max_shift are 0 or more")
+
+
+def check_pictures(pictures: Pictures, config: FilterConfig) -> dict:
+    """Measure a triplet and refuse what breaks a limit.
+
+    Returns:
+        `mask_area` (0 to 1), `phash` (16 hex digits) and, with a GT, `change_inside` and
+        `change_outside` in grey levels: the filters' results, kept in the record.
+
+    Raises:
+        Rejected: with the reason "sizes differ", "small picture", "empty mask", "white mask",
+            "mask area", "unchanged", "misaligned" or "changed outside".
+    """
+    source, mask = pictures.source.array, pictures.mask.array
+    gt = None if pictures.gt is None else pictures.gt.array
+    for part, other in (("mask", mask), ("GT", gt)):
+        if other is not None and other.shape[:2] != source.shape[:2]:
+            raise Rejected("sizes differ", f"{part} {describe_size(other)}, source "
+                                           f"{describe_size(source)} px")
+    if min(source.shape[:2]) < config.min_side:
+        raise Rejected("small picture", f"{describe_size(source)} px, at least {config.min_side} "
+                                        "are asked for")
+    hole = cv2.compare(mask, 128, cv2.CMP_GE)
+    area = cv2.countNonZero(hole) / hole.size
+    if area in (0, 1):
+        raise Rejected("white mask" if area else "empty mask",
+                       f"the mask is {'white everywhere' if area else 'empty'}")
+    if not config.min_mask_area <= area <= config.max_mask_area:
+        raise Rejected("mask area", f"the mask covers {area:.2%} of the picture")
+    found = {"mask_area": round(area, 5), "phash": hash_picture(source)}
+    return found if gt is None else found | _check_change(source, hole, gt, config)
+
+
+def _check_change(source, hole, gt, config: FilterConfig) -> dict:
+    difference = cv2.cvtColor(cv2.absdiff(source, gt), cv2.COLOR_RGB2GRAY)
+    inside = cv2.mean(difference, mask=hole)[0]
+    # The hole's surroundings are left out: blended GTs change there, and so do soft edges.
+    reach = 2 * max(1, round(0.02 * max(hole.shape))) + 1
+    outside = cv2.bitwise_not(cv2.dilate(hole, np.ones((reach, reach), np.uint8)))
+    counts = cv2.calcHist([difference], [0], outside, [256], [0, 256]).ravel()
+    median = float(np.searchsorted(np.cumsum(counts), counts.sum() / 2))
+    if inside < config.min_change:
+        raise Rejected("unchanged", f"source and GT differ by {inside:.2f} grey levels inside of "
+                                    "the mask: nothing was removed")
+    if counts.sum() and median >= 1:
+        shift = measure_shift(source, gt, hole)
+        if shift > config.max_shift * max(hole.shape):
+            raise Rejected("misaligned", f"GT is shifted by {shift:.1f} px against the source")
+    if median > config.max_change_outside:
+        raise Rejected("changed outside", f"half of the pixels outside of the mask differ by "
+                                          f"{median:.0f} grey levels or more")
+    return {"change_inside": round(inside, 2), "change_outside": median}
+
+
+def measure_shift(source: np.ndarray, gt: np.ndarray, mask: np.ndarray) -> float:
+    """How far a camera moved between two pictures, by phase correlation outside of the mask.
+
+    Args:
+        source, gt: [H, W, 3] uint8.
+        mask: [H, W] uint8; its white part is left out.
+
+    Returns:
+        The shift's length in px; 0 where the pictures show too little to tell.
+    """
+    scale = max(1.0, max(mask.shape) / _SMALL)
+    size = tuple(max(8, round(side / scale)) for side in mask.shape[::-1])
+    hole = cv2.resize(mask, size, interpolation=cv2.INTER_AREA) > 0
+    planes = []
+    for picture in (source, gt):
+        small = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+        grey = cv2.cvtColor(small, cv2.COLOR_RGB2GRAY).astype(np.float32)
+        # Edges, not light: exposure and shadows change between two shots, edges stay.
+        edges = cv2.magnitude(cv2.Sobel(grey, cv2.CV_32F, 1, 0), cv2.Sobel(grey, cv2.CV_32F, 0, 1))
+        edges[cv2.dilate(hole.astype(np.uint8), np.ones((5, 5), np.uint8)) > 0] = 0
+        planes.append(edges)
+    (dx, dy), response = cv2.phaseCorrelate(*planes, cv2.createHanningWindow(size, cv2.CV_32F))
+    return float(np.hypot(dx, dy) * scale) if response > 0.1 else 0.0
+
+
+def hash_picture(picture: np.ndarray) -> str:
+    """Perceptual hash of [H, W, 3] uint8: 16 hex digits, near for pictures that look alike.
+
+    The DCT hash of the ImageHash package, on a picture first shrunk by averaging, which is faster
+    and hashes the same.
+    """
+    grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
+    if max(grey.shape) > 128:
+        grey = cv2.resize(grey, (128, 128), interpolation=cv2.INTER_AREA)
+    return str(imagehash.phash(Image.fromarray(grey)))
+
+
+def find_duplicates(hashes: Sequence[int], groups: Sequence[int],
+                    locate: Callable[[int], Path], *, distance: int,
+                    start: int = 0) -> Iterator[tuple[int, int]]:
+    """Pictures that look like an earlier one of another group.
+
+    Hashes within `distance` bits are candidates; each is then looked at, since smooth pictures
+    have like hashes without being alike (with eight pictures of a hash at most).
+
+    Args:
+        hashes: [N] perceptual hashes, 64 bits; of two duplicates the first stays.
+        groups: [N] numbers; pictures of one group are no duplicates of each other.
+        locate: the file of the picture at a position.
+        distance: bits, 0 to 16.
+        start: positions before it are compared with, and never dropped (an evaluation set that
+            must share no picture with the rest).
+
+    Yields:
+        (position of the duplicate, position of what it is a duplicate of), in order.
+    """
+    values, kinds = np.unique(np.asarray(hashes, dtype=np.uint64), return_inverse=True)
+    near: dict[int, list[int]] = {}
+    for one, two in _find_near(values, distance):
+        near.setdefault(one, []).append(two)
+        near.setdefault(two, []).append(one)
+    alone = np.bincount(kinds, minlength=len(values)) == 1
+    first: dict[int, dict[int, int]] = {}  # of each kind, the first picture of each group
+    dropped = set()
+    for late, kind in enumerate(kinds.tolist()):
+        if alone[kind] and kind not in near:
+            continue
+        known = [(early, group) for other in (kind, *near.get(kind, ()))
+                 for group, early in itertools.islice(first.get(other, {}).items(), _LOOKS)]
+        for early, group in sorted(known) if late >= start else ():
+            if group != groups[late] and early not in dropped and look_alike(locate(early),
+                                                                             locate(late)):
+                dropped.add(late)
+                yield late, early
+                break
+        first.setdefault(kind, {}).setdefault(groups[late], late)
+
+
+def _find_near(values: np.ndarray, distance: int) -> Iterator[tuple[int, int]]:
+    """Pairs of different values [N] uint64 within `distance` bits.
+
+    Cut into `distance + 1` bands, two near values agree in one band at least.
+    """
+    edges = np.linspace(0, _HASH_BITS, distance + 2).astype(int)
+    found = set()
+    for low, high in zip(edges[:-1], edges[1:]):
+        keys = (values >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1)
+        order = np.argsort(keys, kind="stable")
+        keys = keys[order]
+        # Neighbours in the order, one step apart, then two, ... as long as any share a key.
+        for step in range(1, len(keys)):
+            same = np.flatnonzero(keys[step:] == keys[:-step])
+            if not len(same):
+                break
+            one, two = order[same], order[same + step]
+            close = np.bitwise_count(values[one] ^ values[two]) <= distance
+            found.update(zip(one[close].tolist(), two[close].tolist()))
+    yield from sorted(found)
+
+
+def look_alike(first: str | Path, second: str | Path, *, limit: float = 12.0) -> bool:
+    """Whether two pictures are the same but for size, compression and small edits.
+
+    Args:
+        limit: mean difference of their 32 x 32 px thumbnails, grey levels, up to which they are.
+    """
+    small = [cv2.resize(load_image(path), (32, 32), interpolation=cv2.INTER_AREA).astype(np.int16)
+             for path in (first, second)]
+    return float(np.abs(small[0] - small[1]).mean()) <= limit
