@@ -179,6 +179,31 @@ def assemble_sets(source: Source, folder: str | Path, *, filters: FilterConfig |
     return _finish(job, settings, writers, rejections, evaluation_sets, safety)
 
 
+def open_examples(source: Source, count: int = 4, *, tries: int = 50) -> dict[str, Pictures]:
+    """The first items of a source that open, of different groups: to look at before the work.
+
+    Returns:
+        By id; fewer than `count` where none of `tries` items more can be opened.
+
+    Raises:
+        SourceError: the source has not the layout that its importer expects, or no items.
+    """
+    found, groups, last = {}, set(), None
+    for number, item in enumerate(source.list_items()):
+        if len(found) == count or number == tries:
+            break
+        if item.group not in groups:
+            try:
+                found[item.id] = source.load_item(item)
+                groups.add(item.group)
+            except (Rejected, TripletError, OSError) as error:
+                last = error
+    if not found:
+        raise SourceError(f"no item of {source.folder} can be opened; the last one: "
+                          f"{last or 'there is none'}")
+    return found
+
+
 # ------------------------------------------------------------------------------------ settings
 
 
@@ -369,8 +394,9 @@ def _finish(job: _Job, settings: dict, writers: dict[str, TripletWriter], reject
             sets[name] = writer.close(drop=drop)
             counts[name] = len(writer.done_ids) - len(drop)
     reasons = dict(sorted(reasons.items(), key=lambda x: (-x[1], x[0])))
-    write_json(job.folder / "assembly.json", {"settings": settings, "counts": counts,
-                                              "rejected": reasons})
+    write_json(job.folder / "assembly.json", {
+        "settings": settings, "counts": counts, "rejected": reasons,
+        "left_out": job.source.summarise()})
     return Assembly(sets, counts, reasons, rejections.path)
 
 

@@ -64,7 +64,7 @@ def _blend(first: str, last: str, count: int) -> list[str]:
             for row in ends[0] * (1 - steps) + ends[1] * steps]
 
 
-def _make_axes(width: float, height: float, columns: int = 1, rows: int = 1, **options):
+def make_axes(width: float, height: float, columns: int = 1, rows: int = 1, **options):
     """A figure of inches and its bare axes [rows * columns]."""
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     axes = figure.subplots(rows, columns, squeeze=False, **options).ravel()
@@ -166,7 +166,7 @@ def plot_losses(histories: Mapping[str, Sequence[Mapping]], *, smoothing: float 
         raise ValueError("there are no losses to show")
     columns = min(3, len(histories))
     rows = -(-len(histories) // columns)
-    figure, axes = _make_axes(3.6 * columns, 2.3 * rows, columns, rows)
+    figure, axes = make_axes(3.6 * columns, 2.3 * rows, columns, rows)
     for axis, (title, lines) in zip(axes, histories.items(), strict=False):
         steps, loss = [x["step"] for x in lines], [float(x["loss"]) for x in lines]
         smooth = [loss[0]]
@@ -196,7 +196,7 @@ def plot_scores(probabilities, threshold: float, *, labels=None, accepted: int |
         accepted: number of accepted removals, for the legend.
     """
     probabilities = np.asarray(probabilities, dtype=float)
-    figure, (axis,) = _make_axes(6, 2.8)
+    figure, (axis,) = make_axes(6, 2.8)
     bins = np.linspace(0, 1, 41)
     if labels is None:
         axis.hist(probabilities, bins, color=SKY)
@@ -220,7 +220,7 @@ def plot_reliability(curve: Mapping, *, title: str = "") -> Figure:
     Args:
         curve: what `acceptance.describe_curve` returns.
     """
-    figure, (axis,) = _make_axes(3.6, 3.4)
+    figure, (axis,) = make_axes(3.6, 3.4)
     _draw_reliability(axis, curve)
     axis.set_title(title, fontsize=10)
     return figure
@@ -240,7 +240,7 @@ def _draw_reliability(axis, curve: Mapping) -> None:
 def plot_calibration(curve: Mapping, roc: Mapping | None = None, *, auc: float | None = None,
                      auc_interval: Sequence[float] | None = None, title: str = "") -> Figure:
     """Reliability and, beside it, the ROC curve (`acceptance.describe_roc`)."""
-    figure, axes = _make_axes(7 if roc else 3.6, 3.4, 2 if roc else 1)
+    figure, axes = make_axes(7 if roc else 3.6, 3.4, 2 if roc else 1)
     _draw_reliability(axes[0], curve)
     axes[0].set_title("reliability", fontsize=9)
     if roc:
@@ -263,7 +263,7 @@ def plot_calibration(curve: Mapping, roc: Mapping | None = None, *, auc: float |
 def plot_success(methods: Sequence[Mapping]) -> Figure:
     """Success rates of all methods: simulated annotator (dot, 95 %), discriminator (diamond)."""
     colours = assign_colours(methods)
-    figure, (axis,) = _make_axes(7, 0.34 * len(methods) + 1.3)
+    figure, (axis,) = make_axes(7, 0.34 * len(methods) + 1.3)
     for place, method in enumerate(methods):
         rate, interval = method.get("success_rate"), method.get("success_interval")
         if rate is not None:
@@ -291,7 +291,7 @@ def plot_rounds(rounds: Sequence[Mapping]) -> Figure:
         rounds: dicts with `name`, `success_rate`, `success_interval`,
             `success_rate_discriminator` and `psnr_hole`; None where not measured.
     """
-    figure, axes = _make_axes(9, 3.2, 2)
+    figure, axes = make_axes(9, 3.2, 2)
     places = np.arange(len(rounds))
     shown = [(p, r) for p, r in zip(places, rounds, strict=True)
              if r.get("success_rate") is not None]
@@ -329,7 +329,7 @@ def plot_failures(methods: Sequence[Mapping]) -> Figure:
     """
     reasons = [r for r in REASON_COLOURS if any(m["failures"].get(r) for m in methods)]
     reasons += sorted({r for m in methods for r in m["failures"]} - set(reasons))
-    figure, (axis,) = _make_axes(8, 0.34 * len(methods) + 1.1)
+    figure, (axis,) = make_axes(8, 0.34 * len(methods) + 1.1)
     left = np.zeros(len(methods))
     for number, reason in enumerate(reasons):
         share = np.array([m["failures"].get(reason, 0) / max(1, m["n"]) for m in methods])
@@ -356,7 +356,7 @@ def plot_families(table) -> Figure:
     """
     methods = table.attrs.get("methods") or [{"name": name} for name in table.index]
     colours = assign_colours(methods)
-    figure, (axis,) = _make_axes(max(6, 0.95 * len(table.columns)), 3.2)
+    figure, (axis,) = make_axes(max(6, 0.95 * len(table.columns)), 3.2)
     width = 0.8 / max(1, len(table.index))
     for number, name in enumerate(table.index):
         places = np.arange(len(table.columns)) + (number - (len(table.index) - 1) / 2) * width
@@ -375,7 +375,7 @@ def plot_comparisons(comparisons: Sequence[Mapping]) -> Figure:
     Args:
         comparisons: dicts with `first`, `second`, `difference`, `low`, `high` and `significant`.
     """
-    figure, (axis,) = _make_axes(7.5, 0.36 * len(comparisons) + 0.9)
+    figure, (axis,) = make_axes(7.5, 0.36 * len(comparisons) + 0.9)
     axis.axvline(0, color=GREY, linewidth=1)
     for place, item in enumerate(comparisons):
         colour = BLUE if item["significant"] else GREY
@@ -401,7 +401,7 @@ def plot_label_summary(labels: Sequence) -> Figure:
     simulated = {label.annotator for label in labels if label.simulated}
     names = [name if name not in simulated or "simulated" in name else f"{name} (simulated)"
              for name in people]
-    figure, axes = _make_axes(9.5, 0.34 * len(people) + 1.5, 2)
+    figure, axes = make_axes(9.5, 0.34 * len(people) + 1.5, 2)
     answers = {"accept": GREEN, "reject": VERMILION, "skip": GREY}
     left = np.zeros(len(people))
     for answer, colour in answers.items():
@@ -452,29 +452,3 @@ def plot_candidates(triplets: Sequence, *, captions: Sequence[str] = (), pairs: 
     return plot_grid([sum(shown[row:row + pairs], []) for row in rows],
                      captions=[sum(texts[row:row + pairs], []) for row in rows] if texts else (),
                      column_titles=["source", "removal"] * min(pairs, len(shown)), cell=cell)
-
-
-# ---------------------------------------------------------------------------------- datasets
-
-
-def plot_mask_areas(areas: Mapping[str, Sequence[float]], *, bins: int = 24) -> Figure:
-    """How much of their pictures the masks of each set cover, a panel a set on one scale.
-
-    Args:
-        areas: by set, the share of each picture that is masked, 0..1.
-        bins: bars a panel.
-    """
-    if not areas:
-        raise ValueError("there are no masks to measure")
-    figure, axes = _make_axes(2.5 * len(areas) + 0.6, 2.2, len(areas), sharex=True)
-    top = max(float(np.max(values)) for values in areas.values())
-    edges = np.linspace(0, top * 1.02, bins + 1)
-    for axis, (name, values) in zip(axes, areas.items(), strict=True):
-        axis.hist(values, edges, color=SKY)
-        median = float(np.median(values))
-        axis.axvline(median, color=BLUE, linewidth=1.4)
-        axis.set_title(f"{name}: {len(values)}, median {median:.1%}", fontsize=9)
-        axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    figure.supxlabel("share of the picture that is masked", fontsize=9)
-    axes[0].set_ylabel("pictures", fontsize=9)
-    return figure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import math
@@ -9,12 +10,15 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
 from rorem_lib.files import read_json, write_json, write_text
+
+logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[1]
 STARTED = "stage.started.json"
@@ -105,6 +109,30 @@ class Stage:
 
             display(Image(filename=str(path)))
         return path
+
+    @contextlib.contextmanager
+    def track(self, unit: str) -> Iterator[Callable]:
+        """Progress of a long cell: a bar for people, a log line every 20 seconds in a batch run.
+
+        Args:
+            unit: what is counted, such as "triplet".
+
+        Yields:
+            `update(done, total, note="")`; `note` is the batch run's line.
+        """
+        from tqdm.auto import tqdm
+
+        shown = time.monotonic()
+        with tqdm(unit=unit, disable=self.batch) as bar:
+            def update(done: int, total: int, note: str = "") -> None:
+                nonlocal shown
+                bar.total = total
+                bar.update(done - bar.n)
+                if self.batch and (time.monotonic() - shown > 20 or done >= total):
+                    shown = time.monotonic()
+                    logger.info("%s", note or f"{done:,} of {total:,} {unit}s")
+
+            yield update
 
     def finish(self, metrics: dict) -> None:
         """Write `metrics.json`; call it last. Alone, also `stage.json` and the DONE marker.

@@ -124,6 +124,10 @@ class Source(ABC):
             Rejected, TripletError: it cannot become a triplet.
         """
 
+    def summarise(self) -> dict[str, int]:
+        """What `list_items` left out, by reason: rows of a table that never were items."""
+        return {}
+
     def refuse_layout(self) -> SourceError:
         """The error for a folder without this source's layout; names what is there."""
         folder = Path(self.folder)

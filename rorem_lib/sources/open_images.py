@@ -1,0 +1,415 @@
+"""OpenImages V7: pictures and masks of single objects; a pool without GT.
+
+The files are those of the download page of the Open Images Dataset V7, "Segmentations": a CSV of
+masks a split, the masks in 16 archives by the first digit of the picture's id, the class names. A
+mask's non-zero pixels are the object; it is seldom of its picture's size and is resized to it with
+nearest neighbours. RORem takes these masks, without the classes of clothes and of body parts, at
+most 500 a class; how it chose among them is not said, here a hash does. What became of every row
+of the CSV is counted: see `OpenImagesSource.summary`.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+import cv2
+import numpy as np
+import pandas as pd
+
+from rorem_lib.masks import dilate_mask
+from rorem_lib.pictures import AGAIN
+from rorem_lib.sources.base import (
+    Item,
+    Picture,
+    Pictures,
+    Rejected,
+    Source,
+    SourceError,
+    make_id,
+    open_picture,
+)
+
+# Both are read off the hierarchy of the 600 classes with boxes (the 350 with masks are among them).
+# What is below Clothing, but for bags and umbrellas: these are things of their own.
+CLOTHES = frozenset({
+    "Baseball glove", "Belt", "Bicycle helmet", "Boot", "Brassiere", "Clothing", "Coat",
+    "Cowboy hat", "Crown", "Dress", "Earrings", "Fashion accessory", "Fedora", "Football helmet",
+    "Footwear", "Glasses", "Glove", "Goggles", "Hat", "Helmet", "High heels", "Jacket", "Jeans",
+    "Miniskirt", "Necklace", "Roller skates", "Sandal", "Scarf", "Shirt", "Shorts", "Skirt", "Sock",
+    "Sombrero", "Sports uniform", "Suit", "Sun hat", "Sunglasses", "Swim cap", "Swimwear", "Tiara",
+    "Tie", "Trousers", "Watch"})
+# The parts of Person.
+BODY_PARTS = frozenset({
+    "Human arm", "Human beard", "Human body", "Human ear", "Human eye", "Human face", "Human foot",
+    "Human hair", "Human hand", "Human head", "Human leg", "Human mouth", "Human nose", "Skull"})
+
+_SPLITS = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}
+_TABLE = "annotations-object-segmentation"
+_PLACES = ("", "annotations", "metadata")  # where people put the CSV files
+_TEXTS = ["MaskPath", "ImageID", "LabelName", "BoxID"]
+_NUMBERS = ["BoxXMin", "BoxXMax", "BoxYMin", "BoxYMax", "PredictedIoU"]
+_CHUNK = 200_000  # rows in memory at a time; the CSV of the training split has 2.7 million
+_SPARE = 3  # times `per_class` masks are kept of a class until `per_image` has taken its share
+
+
+class _Folder(NamedTuple):
+    """Where files lie; `leaf` has {c} or {C} where folders are named after ids' first digits."""
+
+    base: str
+    leaf: str
+
+    def of(self, image_id: str) -> Path:
+        return Path(self.base, self.leaf.format(c=image_id[0], C=image_id[0].upper()))
+
+
+class _Place(NamedTuple):
+    mask: str
+    image: str
+    label: str
+    name: str
+    box: str
+    mask_folders: tuple[_Folder, ...]
+    image_folders: tuple[_Folder, ...]
+
+
+@dataclass(frozen=True)
+class OpenImagesSource(Source):
+    """Pictures of OpenImages, each with the mask of one object.
+
+    Of all masks that pass, those with the smallest hash of (seed, picture, box) are taken, split by
+    split: neither the order of the CSV nor another split's file changes the choice, and of a longer
+    CSV the same masks are taken as long as no new one comes before them.
+
+    Attributes:
+        folder: what was downloaded, in one of the layouts of `layout`.
+        annotations, masks, images, class_names: the CSV of the masks, the folder of the masks, that
+            of the pictures, the CSV of the class names, where they lie elsewhere; below `folder` or
+            absolute.
+        exclude: display names of classes that are left out; upper and lower case are the same.
+        per_class: at most so many masks of a class; 0 takes all, and then all are held in memory.
+        per_image: at most so many masks of a picture; 0 takes all.
+        min_area, max_area: the share of the picture that the mask's box covers, 0..1.
+        min_iou: the least PredictedIoU, 0..1; masks without one (drawn, not predicted) pass.
+        max_size: pictures are made smaller until no side has more pixels; 0 keeps them.
+        dilate: widens the masks as `masks.dilate_mask`, in pixels.
+        downloaded_only: choose among the pictures that are there, for a download of a part.
+        seed: another one chooses other masks.
+    """
+
+    folder: str
+    annotations: str = ""
+    masks: str = ""
+    images: str = ""
+    class_names: str = ""
+    exclude: tuple[str, ...] = tuple(sorted(CLOTHES | BODY_PARTS))
+    per_class: int = 500
+    per_image: int = 1
+    min_area: float = 0.0
+    max_area: float = 1.0
+    min_iou: float = 0.0
+    max_size: int = 0
+    dilate: int = 0
+    downloaded_only: bool = False
+    seed: int = 0
+
+    name: ClassVar[str] = "open_images"
+    origin: ClassVar[str] = "OpenImages V7"
+    license: ClassVar[str] = "images CC-BY-2.0, annotations CC-BY-4.0"
+    layout: ClassVar[str] = (
+        "<split>-annotations-object-segmentation.csv and class-descriptions.csv, masks in "
+        "<split>-masks-<0-f>/ and pictures in <split>/ (or all flat), or <split>/{data,labels,"
+        "metadata} as FiftyOne writes them; <split> is train, validation or test")
+    has_gt: ClassVar[bool] = False
+
+    def __post_init__(self):
+        if not isinstance(self.exclude, (list, tuple)):
+            raise ValueError(f"exclude must be a list of class names, not {self.exclude!r}")
+        object.__setattr__(self, "exclude", tuple(self.exclude))  # recipes have lists
+        object.__setattr__(self, "_counts", Counter())  # of the listing; no option
+        for option in ("per_class", "per_image", "max_size", "dilate", "seed"):
+            if type(getattr(self, option)) is not int or getattr(self, option) < 0:
+                raise ValueError(f"{option} must be a whole number, 0 or more, not "
+                                 f"{getattr(self, option)!r}")
+        if not 0 <= self.min_area < self.max_area <= 1:
+            raise ValueError("min_area and max_area are shares of the picture, 0 <= min_area < "
+                             f"max_area <= 1, not {self.min_area} and {self.max_area}")
+        if not 0 <= self.min_iou <= 1:
+            raise ValueError(f"min_iou must be between 0 and 1, not {self.min_iou}")
+
+    @classmethod
+    def recognises(cls, folder: Path) -> bool:
+        folder = Path(folder)
+        return (any(any((folder / place).glob(f"*{_TABLE}*.csv")) for place in _PLACES)
+                or any((folder / name / "labels").is_dir() and (folder / name / "metadata").is_dir()
+                       for names in _SPLITS.values() for name in names))
+
+    # ------------------------------------------------------------------------------------ listing
+
+    def list_items(self) -> Iterator[Item]:
+        tables = self._find_tables()
+        if not tables:
+            raise self.refuse_layout()
+        names = self._read_names()
+        folders = {split: (self._find_folders(split, "masks"), self._find_folders(split, "images"))
+                   for split in tables}
+        counts = Counter()
+        object.__setattr__(self, "_counts", counts)
+        for split, paths in tables.items():
+            mask_folders, image_folders = folders[split]
+            present = _list_ids(image_folders) if self.downloaded_only else None
+            chosen = self._choose(paths, names, present, counts)
+            counts["listed"] += len(chosen)
+            for row in chosen.itertuples(index=False):
+                yield Item(make_id(row.MaskPath.rsplit(".", 1)[0]), row.ImageID,
+                           _Place(row.MaskPath, row.ImageID, row.LabelName, row.name, row.BoxID,
+                                  mask_folders, image_folders),
+                           split and ("train" if split == "train" else "test"))
+
+    def summarise(self) -> dict[str, int]:
+        """What became of the rows of the CSV, once `list_items` has run to its end; else empty.
+
+        Returns:
+            `rows`, `listed` and, where there were any, the rows left out by their reason: `damaged
+            row`, `class without a name`, `excluded class`, `small box`, `large box`, `low IoU`,
+            `picture not there`, `row given twice`, `over the cap`, `another mask of its picture`.
+            `rows` is the sum of all others.
+        """
+        return {reason: count for reason, count in self._counts.items() if count}
+
+    def _find_tables(self) -> dict[str | None, list[Path]]:
+        """The CSV files of masks by split; None is an unknown split."""
+        root = Path(self.folder)
+        if self.annotations:
+            path = self._named("annotations")
+            words = [*re.split("[-_.]", path.name), *path.parts[-2:-4:-1]]
+            return {next((split for word in words for split, names in _SPLITS.items()
+                          if word in names), None): [path]}
+        tables = {}
+        for split, names in _SPLITS.items():
+            found = [path for name in names for place in (*_PLACES, name)
+                     for path in sorted((root / place).glob(f"*{name}-{_TABLE}*.csv"))]
+            # FiftyOne has it as labels/segmentations.csv, SmartEraser among the metadata
+            found = found or [path for name in names for place in ("labels", "metadata")
+                              for path in sorted((root / name / place).glob("*.csv"))
+                              if "MaskPath" in _read_header(path)]
+            if found:
+                tables[split] = found
+        return tables
+
+    def _read_names(self) -> dict[str, str] | None:
+        """Display names by label; None where nothing needs them and they are not there."""
+        root = Path(self.folder)
+        places = [*(root / place for place in _PLACES),
+                  *(root / name / "metadata" for names in _SPLITS.values() for name in names)]
+        files = [self._named("class_names")] if self.class_names else [
+            path for place in places for pattern in ("*class-descriptions*.csv", "classes.csv")
+            for path in sorted(place.glob(pattern))]
+        names: dict[str, str] = {}
+        for path in files:
+            with open(path, newline="", encoding="utf-8-sig", errors="replace") as stream:
+                for row in csv.reader(stream):  # a header's first cell is no label
+                    if len(row) > 1 and row[0].startswith("/"):
+                        names.setdefault(row[0], row[1])
+        if not names and self.exclude:
+            raise SourceError(
+                f"{', '.join(map(str, files)) or root} holds no class names, so no class can be "
+                "left out: download class-descriptions.csv (LabelName,DisplayName) into "
+                f"{root}, name the file with class_names, or set exclude to an empty list")
+        known = {name.casefold() for name in names.values()}
+        wrong = [name for name in self.exclude if name not in CLOTHES | BODY_PARTS
+                 and name.casefold() not in known]
+        if wrong:
+            raise SourceError(f"exclude names {', '.join(wrong)}, but no class in "
+                              f"{', '.join(map(str, files))} is called so: mend the spelling")
+        return names or None
+
+    def _named(self, option: str) -> Path:
+        path = Path(self.folder, getattr(self, option))
+        if not path.exists():
+            raise SourceError(f"{path} does not exist: mend the option {option}")
+        return path
+
+    def _find_folders(self, split: str | None, kind: str) -> tuple[_Folder, ...]:
+        """Where a split's masks or pictures lie: every folder that holds some."""
+        root = Path(self.folder)
+        masks, found = kind == "masks", []
+        for name in _SPLITS.get(split, ("train",)):
+            leaves = [f"{name}-masks-{{c}}", "{C}", "{c}", ""] if masks else [
+                f"{name}_{{c}}", "{c}", ""]
+            if getattr(self, kind):
+                bases = [self._named(kind), self._named(kind) / name]
+            elif masks:
+                bases = [root / base for base in (
+                    f"{name}/labels/masks", f"{name}/labels", f"{name}/masks", name,
+                    f"{name}-masks", f"masks/{name}", "masks", "")]
+            else:
+                bases = [root / base for base in (
+                    f"{name}/data", f"{name}/images", name, f"images/{name}", "images", "data", "")]
+            found += [_Folder(str(base), leaf) for base in bases if base.is_dir()
+                      for leaf in leaves
+                      if any(_holds(folder, ".png" if masks else ".jpg")
+                             for folder in _expand(_Folder(str(base), leaf)))]
+        if not found:
+            what = (f"masks (unzip {name}-masks-0.zip to -f.zip into folders of these names)"
+                    if masks else f"pictures (<ImageID>.jpg in {name}/)")
+            raise SourceError(f"{root} has a CSV of {split or 'masks'} but holds no {what}: add "
+                              f"them, name their folder with {kind}, or move the CSV away")
+        return tuple(dict.fromkeys(found))
+
+    # ----------------------------------------------------------------------------------- choosing
+
+    def _choose(self, paths: list[Path], names: dict[str, str] | None, present: set[str] | None,
+                counts: Counter) -> pd.DataFrame:
+        """The rows to take of one split's CSV, sorted by MaskPath; counts the others."""
+        kept = []
+        room = self.per_class * (_SPARE if self.per_image else 1)
+        for path in paths:
+            for rows in _read_chunks(path):
+                counts["rows"] += len(rows)
+                rows = self._filter(rows, names, present, counts)
+                rows["hash"] = pd.util.hash_array(
+                    (rows["ImageID"] + " " + rows["BoxID"]).to_numpy(object), categorize=False,
+                    hash_key=hashlib.sha256(str(self.seed).encode()).hexdigest()[:16])
+                rows = pd.concat([*kept, rows[[*_TEXTS, "name", "hash"]]], ignore_index=True)
+                rows = _drop(rows, ~rows["MaskPath"].duplicated(), "row given twice", counts)
+                rows = rows.sort_values(["hash", "MaskPath"])
+                if self.per_class:
+                    rank = rows.groupby("LabelName").cumcount()
+                    rows = _drop(rows, rank < room, "over the cap", counts)
+                kept = [rows]
+        rows = kept[0]
+        of_class, of_image, taken = Counter(), Counter(), []
+        for label, image in zip(rows["LabelName"], rows["ImageID"]):
+            full = self.per_class and of_class[label] >= self.per_class
+            twice = self.per_image and of_image[image] >= self.per_image
+            counts["over the cap"] += bool(full)
+            counts["another mask of its picture"] += bool(twice and not full)
+            taken.append(not full and not twice)
+            of_class[label] += taken[-1]
+            of_image[image] += taken[-1]
+        return rows[np.array(taken, bool)].sort_values("MaskPath")
+
+    def _filter(self, rows: pd.DataFrame, names: dict[str, str] | None, present: set[str] | None,
+                counts: Counter) -> pd.DataFrame:
+        sound = rows[_TEXTS].notna().all(axis=1)
+        for column in ("MaskPath", "ImageID"):  # they become paths
+            sound &= rows[column].str.fullmatch(r"[\w-][\w.-]*", na=False)
+        rows = _drop(rows, sound, "damaged row", counts).copy()
+        rows["name"] = rows["LabelName"].map(names) if names else rows["LabelName"]
+        rows = _drop(rows, rows["name"].notna(), "class without a name", counts)
+        excluded = {name.casefold() for name in self.exclude}
+        rows = _drop(rows, ~rows["name"].str.casefold().isin(excluded), "excluded class", counts)
+        for reason, is_out in (
+                ("small box", lambda rows: _box_area(rows) < self.min_area),
+                ("large box", lambda rows: _box_area(rows) > self.max_area),
+                ("low IoU", lambda rows: rows["PredictedIoU"] < self.min_iou)):
+            rows = _drop(rows, ~is_out(rows), reason, counts)
+        if present is not None:
+            there = np.fromiter((image in present for image in rows["ImageID"]), bool, len(rows))
+            rows = _drop(rows, there, "picture not there", counts)
+        return rows.copy()
+
+    # ------------------------------------------------------------------------------------ opening
+
+    def load_item(self, item: Item) -> Pictures:
+        place = _Place(*item.place)
+        path = _find_file(place.image_folders, place.image, f"{place.image}.jpg")
+        mask_path = _find_file(place.mask_folders, place.image, place.mask)
+        picture, mask = open_picture(path), open_picture(mask_path, "L").array
+        check_shape(mask, picture.array, mask_path)
+        mask = np.where(mask > 0, 255, 0).astype(np.uint8)
+        height, width = picture.array.shape[:2]
+        if self.max_size and max(height, width) > self.max_size:
+            scale = self.max_size / max(height, width)
+            height, width = (max(1, round(side * scale)) for side in (height, width))
+            picture = Picture(cv2.resize(picture.array, (width, height),
+                                         interpolation=cv2.INTER_AREA))
+        mask = dilate_mask(resize_mask(mask, height, width), self.dilate)
+        return Pictures(picture, Picture(mask), None, path,
+                        {"class": place.name, "label": place.label, "box": place.box})
+
+
+def check_shape(mask: np.ndarray, image: np.ndarray, path: Path) -> None:
+    """Refuse a mask [h, w] that is no scaled view of a picture [H, W, 3]; `path` names the mask.
+
+    Rounded sides pass: the aspects may differ by 2 px on the shortest of the four.
+
+    Raises:
+        Rejected: the aspects differ by more; for one, the picture was turned after it was masked.
+    """
+    (h, w), (height, width) = mask.shape, image.shape[:2]
+    if abs(w * height / (h * width) - 1) > 2 / min(h, w, height, width):
+        raise Rejected("mask of another shape", f"{path} is {w}x{h} px, which is another shape "
+                                                f"than its picture's {width}x{height} px")
+
+
+def resize_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A mask [h, w] uint8 at [height, width], nearest neighbours: no new grey level comes in."""
+    if mask.shape == (height, width):
+        return mask
+    return cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
+
+
+def _box_area(rows: pd.DataFrame) -> pd.Series:
+    return (rows["BoxXMax"] - rows["BoxXMin"]) * (rows["BoxYMax"] - rows["BoxYMin"])
+
+
+def _drop(rows: pd.DataFrame, good, reason: str, counts: Counter) -> pd.DataFrame:
+    left = rows[good]
+    counts[reason] += len(rows) - len(left)
+    return left
+
+
+def _read_header(path: Path) -> list[str]:
+    with open(path, encoding="utf-8-sig", errors="replace") as stream:
+        return stream.readline(10_000).strip().split(",")
+
+
+def _read_chunks(path: Path) -> Iterator[pd.DataFrame]:
+    """The columns in use, some rows at a time; PredictedIoU may be missing."""
+    missing = [column for column in _TEXTS + _NUMBERS[:4] if column not in _read_header(path)]
+    if missing:
+        raise SourceError(f"{path} has no column {', '.join(missing)}: expected the CSV of the "
+                          f"object segmentations ({','.join(_TEXTS + _NUMBERS)},Clicks)")
+    types = {column: str for column in _TEXTS} | {column: np.float32 for column in _NUMBERS}
+    try:
+        for rows in pd.read_csv(path, usecols=lambda column: column in types, dtype=types,
+                                chunksize=_CHUNK, encoding="utf-8-sig"):
+            yield rows.reindex(columns=[*types])
+    except (ValueError, pd.errors.ParserError) as error:
+        raise SourceError(f"{path} is damaged ({error}): {AGAIN}") from None
+
+
+def _expand(folder: _Folder) -> list[Path]:
+    return sorted({folder.of(digit) for digit in "0123456789abcdef"})
+
+
+def _holds(folder: Path, ending: str) -> bool:
+    try:
+        with os.scandir(folder) as entries:
+            return any(entry.name.endswith(ending) for entry in entries)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def _list_ids(folders: tuple[_Folder, ...]) -> set[str]:
+    return {name[:-4] for folder in folders for path in _expand(folder) if path.is_dir()
+            for name in os.listdir(path) if name.endswith(".jpg")}
+
+
+def _find_file(folders: tuple[_Folder, ...], image_id: str, name: str) -> Path:
+    paths = [folder.of(image_id) / name for folder in folders]
+    for path in paths:
+        if path.is_file():
+            return path
+    raise Rejected("missing file", f"{paths[0]} does not exist" + (
+        f", nor is it in {', '.join(str(path.parent) for path in paths[1:])}" * (len(paths) > 1))
+        + ": download it, or set downloaded_only if only a part was downloaded")
