@@ -328,8 +328,9 @@ def _write(item: Item, pictures: Pictures, measured: dict, folder: Path, source:
         values["mask"] = binarise_mask(values["mask"])
     height, width = pictures.source.array.shape[:2]
     known = {"group": item.group, "origin": source.origin, "license": source.license,
-             "file": _shorten(pictures.origin_file, source), "width": width, "height": height,
-             "sha256": hash_file(pictures.origin_file)}
+             "file": _shorten(pictures.origin_file, source), "width": width, "height": height}
+    if "sha256" not in pictures.extra:
+        known["sha256"] = hash_file(pictures.origin_file)
     return write_files(folder, id=item.id, **values, **{**known, **pictures.extra, **measured})
 
 

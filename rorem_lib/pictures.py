@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 from pathlib import Path
@@ -42,37 +43,51 @@ def load_image(path: str | Path, mode: str = "RGB") -> np.ndarray:
     return decode_image(path, mode)[0]
 
 
-def decode_image(path: str | Path, mode: str = "RGB") -> tuple[np.ndarray, bool]:
+def decode_image(path: str | Path, mode: str = "RGB", *,
+                 data: bytes | None = None) -> tuple[np.ndarray, bool]:
     """As `load_image`, and whether the file is plain: upright, 8 bits a channel, RGB or grey.
 
     Every program sees the same pixels in a plain file; others convert the rest in ways of their
     own.
+
+    Args:
+        data: the file's bytes, where they lie in a container; `path` then names them in errors.
     """
     if mode not in ("RGB", "L"):
         raise ValueError(f"unknown mode {mode!r}: take RGB or L")
     path = Path(path)
+    image = read_image(path, data=data)
+    plain = (image.mode in ("RGB", "L") and image.format in ("PNG", "JPEG", "WEBP", "BMP")
+             and not image.has_transparency_data
+             and image.getexif().get(ExifTags.Base.Orientation, 1) == 1)
+    return _to_array(ImageOps.exif_transpose(image), mode, path), plain
+
+
+def read_image(path: Path, *, data: bytes | None = None) -> Image.Image:
+    """A picture as Pillow has it, all of it read, not yet turned or converted.
+
+    Raises:
+        TripletError: missing, empty, no picture or truncated.
+    """
+    file = path if data is None else None  # a place in a container is no file
     try:
-        if not path.stat().st_size:
-            raise TripletError(f"{path} is empty (0 bytes): {AGAIN}", file=path)
-        with Image.open(path) as image:
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-            plain = (image.mode in ("RGB", "L") and image.format in ("PNG", "JPEG", "WEBP", "BMP")
-                     and not image.has_transparency_data
-                     and image.getexif().get(ExifTags.Base.Orientation, 1) == 1)
-            return _to_array(upright, mode, path), plain
+        if not (path.stat().st_size if data is None else data):
+            raise TripletError(f"{path} is empty (0 bytes): {AGAIN}", file=file)
+        image = Image.open(path if data is None else io.BytesIO(data))
+        image.load()
+        return image
     except TripletError:
         raise
     except UnidentifiedImageError:
         raise TripletError(f"{path} is no picture, or its beginning is damaged: {AGAIN}",
-                           file=path) from None
+                           file=file) from None
     except FileNotFoundError:
-        raise TripletError(f"{path} does not exist", file=path) from None
+        raise TripletError(f"{path} does not exist", file=file) from None
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         if getattr(error, "errno", None):  # the file system's word, not the decoder's
-            raise TripletError(f"{path} cannot be read: {error.strerror}", file=path) from None
+            raise TripletError(f"{path} cannot be read: {error.strerror}", file=file) from None
         raise TripletError(f"{path} is truncated or damaged ({error}): {AGAIN}",
-                           file=path) from None
+                           file=file) from None
 
 
 def _to_array(image: Image.Image, mode: str, path: Path) -> np.ndarray:

@@ -159,7 +159,7 @@ class TripletWriter:
         return sorted(self.folder.glob("meta.*jsonl.partial"))
 
 
-def write_files(folder: str | Path, *, id: str, source, mask, gt=None, **extra) -> dict:
+def write_files(folder: str | Path, /, *, id: str, source, mask, gt=None, **extra) -> dict:
     """Write one triplet's files into a set's folder and return its record.
 
     The arguments and errors are those of `TripletWriter.add`. The record is not in the set yet:

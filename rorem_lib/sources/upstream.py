@@ -70,7 +70,7 @@ class UpstreamSource(Source):
             if not isinstance(getattr(self, option), bool):
                 raise ValueError(f"{option} must be true or false, not {getattr(self, option)!r}")
         if not self.require_gt:
-            object.__setattr__(self, "has_gt", False)
+            object.__setattr__(self, "has_gt", False)  # of this one, not of the class
 
     @classmethod
     def recognises(cls, folder: Path) -> bool:
@@ -153,7 +153,7 @@ def _holds_records(path: Path) -> bool:
             if b'"mask"' not in stream.read(65536):
                 return False
     first = itertools.islice(_read(path), 20)  # the very first may be at fault
-    return any(isinstance(record, dict) and "mask" in record
+    return any(isinstance(record, dict) and isinstance(record.get("mask"), str)
                and ("source" in record or "inpaint" in record) for record in first)
 
 
