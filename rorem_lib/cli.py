@@ -1,7 +1,7 @@
-"""The `rorem` command: run a recipe, or show how far it is.
+"""The `rorem` command: run a recipe, show how far it is, or work on triplet sets.
 
-Exit codes: 0 done; 1 a stage failed; 2 a recipe or an option is wrong; 3 labels by people are
-missing; 130 interrupted.
+Exit codes: 0 done; 1 a stage failed, or a set is faulty; 2 a recipe or an option is wrong; 3 labels
+by people are missing; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 
 import yaml
 
+from rorem_lib import data_commands
 from rorem_lib.pipeline import Progress, ReportFailed, StageFailed, run_recipe
 from rorem_lib.recipes import Recipe, RecipeError, read_recipe
 from rorem_lib.run_folder import RunLocked, is_running, read_states
@@ -74,10 +75,13 @@ def format_metrics(metrics: dict) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of `rorem`."""
-    parser = argparse.ArgumentParser(prog="rorem", description="Run the notebooks of a recipe.")
+    parser = argparse.ArgumentParser(prog="rorem", description="Run the notebooks of a recipe, or "
+                                                               "work on triplet sets.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="run every stage that is not done or that changed")
     status = commands.add_parser("status", help="show the stages and how far each is")
+    data = commands.add_parser("data", help="check, merge or publish triplet sets")
+    data_commands.add_commands(data)
     for command in (run, status):
         command.add_argument("recipe", help="a name in notebooks/recipes, or a YAML file")
         command.add_argument("--set", action="append", default=[], metavar="STAGE.PARAMETER=VALUE",
@@ -114,6 +118,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     words = sys.argv[1:] if arguments is None else arguments
     options = build_parser().parse_args(words)  # exits with 2 on a wrong option
+    if options.command == "data":
+        return data_commands.run_command(options)
     runs_dir = Path(options.runs_dir).absolute() if options.runs_dir else ROOT / "runs"
     try:
         recipe = read_recipe(options.recipe, overrides=parse_overrides(options.set),

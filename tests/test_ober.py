@@ -184,7 +184,7 @@ def test_pictures_in_bytes_are_converted_as_files_are(tmp_path):
     assert np.array_equal(found.mask.array, _mask(4))
     with pytest.raises(TripletError, match="row 1 of group 0, input is truncated") as error:
         source.load_item(cut)
-    assert error.value.file == tmp_path / "test-00000-of-00001.parquet"
+    assert "test-00000-of-00001.parquet" in str(error.value) and error.value.file is None
     with pytest.raises(TripletError, match="row 0 of group 1, input is no picture"):
         source.load_item(text)
     with pytest.raises(Rejected, match="row 1 of group 1: the column object_mask is empty"):
