@@ -15,7 +15,8 @@ from rorem_lib.parameters import coerce_value, read_parameters
 from rorem_lib.stage import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-MIRRORS = {"02_train_remover": ("remover", "RemoverConfig"),
+MIRRORS = {"01_assemble_dataset": ("filters", "FilterConfig"),
+           "02_train_remover": ("remover", "RemoverConfig"),
            "03_generate_removals": ("removal", "GenerateConfig"),
            "05_train_discriminator": ("discriminator", "DiscriminatorConfig"),
            "07_distill_lora": ("distill", "DistillConfig")}
