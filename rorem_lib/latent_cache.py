@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from rorem_lib import sdxl
+from rorem_lib.batches import read_batches
 from rorem_lib.files import hash_file, write_json
-from rorem_lib.triplets import Triplet, load_images
+from rorem_lib.triplets import Triplet
 
 logger = logging.getLogger(__name__)
 
@@ -87,9 +88,8 @@ def open_cache(triplets: list[Triplet], vae, *, size: int, root: Path | str = ""
     beside.mkdir(parents=True)
     arrays = {}
     device = next(vae.parameters()).device
-    for begin in range(0, len(triplets), batch_size):
-        pictures = [load_images(t, size=size) for t in triplets[begin:begin + batch_size]]
-        stack = {k: np.stack([p[k] for p in pictures]) for k in ("source", "mask", "gt")}
+    for number, stack in enumerate(read_batches(triplets, size=size, batch_size=batch_size)):
+        begin = number * batch_size
         for twin in (0, 1):
             turned = {k: v[:, :, ::-1].copy() if twin else v for k, v in stack.items()}
             source = sdxl.to_tensor(turned["source"]).to(device)

@@ -56,26 +56,16 @@ def decode_image(path: str | Path, mode: str = "RGB", *,
     if mode not in ("RGB", "L"):
         raise ValueError(f"unknown mode {mode!r}: take RGB or L")
     path = Path(path)
-    image = read_image(path, data=data)
-    plain = (image.mode in ("RGB", "L") and image.format in ("PNG", "JPEG", "WEBP", "BMP")
-             and not image.has_transparency_data
-             and image.getexif().get(ExifTags.Base.Orientation, 1) == 1)
-    return _to_array(ImageOps.exif_transpose(image), mode, path), plain
-
-
-def read_image(path: Path, *, data: bytes | None = None) -> Image.Image:
-    """A picture as Pillow has it, all of it read, not yet turned or converted.
-
-    Raises:
-        TripletError: missing, empty, no picture or truncated.
-    """
     file = path if data is None else None  # a place in a container is no file
     try:
-        if not (path.stat().st_size if data is None else data):
+        data = path.read_bytes() if data is None else data
+        if not data:
             raise TripletError(f"{path} is empty (0 bytes): {AGAIN}", file=file)
-        image = Image.open(path if data is None else io.BytesIO(data))
+        image = Image.open(io.BytesIO(data))
+        array = _decode_plain(image, data, mode)
+        if array is not None:
+            return array, True
         image.load()
-        return image
     except TripletError:
         raise
     except UnidentifiedImageError:
@@ -88,6 +78,32 @@ def read_image(path: Path, *, data: bytes | None = None) -> Image.Image:
             raise TripletError(f"{path} cannot be read: {error.strerror}", file=file) from None
         raise TripletError(f"{path} is truncated or damaged ({error}): {AGAIN}",
                            file=file) from None
+    plain = (image.mode in ("RGB", "L") and image.format in ("PNG", "JPEG", "WEBP", "BMP")
+             and not image.has_transparency_data
+             and image.getexif().get(ExifTags.Base.Orientation, 1) == 1)
+    return _to_array(ImageOps.exif_transpose(image), mode, path), plain
+
+
+def _decode_plain(image: Image.Image, data: bytes, mode: str) -> np.ndarray | None:
+    """The picture by OpenCV, up to twice as fast as by Pillow, where both give the same pixels.
+
+    That is so for whole 8-bit RGB and grey PNG and JPEG files without orientation; what is cut
+    short is left to Pillow, which says so, while OpenCV fills it up.
+    """
+    if image.mode not in ("RGB", "L") or (mode == "L" and image.mode != "L"):
+        return None
+    if image.format == "PNG":
+        whole = data.endswith(b"IEND\xaeB`\x82")
+        odd = image.has_transparency_data or b"eXIf" in data or b"Raw profile type" in data
+    else:
+        whole = data.endswith(b"\xff\xd9")
+        odd = image.format != "JPEG" or image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    if odd or not whole:
+        return None
+    if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        return None  # Pillow refuses or warns
+    flag = cv2.IMREAD_GRAYSCALE if mode == "L" else cv2.IMREAD_COLOR_RGB
+    return cv2.imdecode(np.frombuffer(data, np.uint8), flag | cv2.IMREAD_IGNORE_ORIENTATION)
 
 
 def _to_array(image: Image.Image, mode: str, path: Path) -> np.ndarray:

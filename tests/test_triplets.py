@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rorem_lib.pictures import decode_image
 from rorem_lib.triplets import (
     TripletError,
     TripletWriter,
@@ -211,6 +212,29 @@ def test_rotation_palette_cmyk_alpha_and_16_bits(tmp_path):
     Image.fromarray(deep).save(tmp_path / "deep.png")
     assert load_image(tmp_path / "deep.png", "L").tolist() == [[0, 1, 128, 255]]
     assert load_image(tmp_path / "deep.png").shape == (1, 4, 3)
+
+
+def test_the_fast_decoder_gives_pillows_pixels(tmp_path):
+    rng = np.random.default_rng(0)
+    small = Image.fromarray(rng.integers(0, 256, (12, 9, 3), dtype=np.uint8))
+    picture = small.resize((131, 77), Image.Resampling.BICUBIC)
+    path = tmp_path / "x"
+    kinds = [{"format": "PNG"}, {"format": "PNG", "optimize": True}] + [
+        {"format": "JPEG", "quality": quality, "subsampling": sampling, "progressive": progressive}
+        for quality in (40, 92, 100) for sampling in ("4:4:4", "4:2:2", "4:2:0")
+        for progressive in (False, True)]
+    for kind in kinds:
+        for stored, mode in (("RGB", "RGB"), ("L", "RGB"), ("L", "L"), ("RGB", "L")):
+            picture.convert(stored).save(path, **kind)
+            found, plain = decode_image(path, mode)
+            with Image.open(path) as image:
+                assert np.array_equal(found, np.array(image.convert(mode))), (kind, stored, mode)
+            assert plain and found.flags.writeable
+    whole = path.read_bytes()
+    for cut in (len(whole) // 2, len(whole) - 2):  # a JPEG of which the end is missing
+        path.write_bytes(whole[:cut])
+        with pytest.raises(TripletError, match="truncated"):
+            load_image(path)
 
 
 def test_masks_of_every_kind(tmp_path):

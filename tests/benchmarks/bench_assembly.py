@@ -1,0 +1,105 @@
+"""How fast triplets are validated and written, against nothing but decoding the same files.
+
+Baseline: one process that decodes each file with OpenCV, the fastest decoder at hand (and, for
+comparison, with Pillow). Ours: `assemble_sets` over the same files, with every filter, hashes,
+provenance and the near-duplicate search, with one and with two processes.
+
+    python tests/benchmarks/bench_assembly.py [triplets]
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+from measuring import save_result
+from PIL import Image
+
+from rorem_lib.assembly import assemble_sets
+from rorem_lib.sources.upstream import UpstreamSource
+from rorem_lib.triplets import TripletWriter, read_triplets
+
+WIDTH, HEIGHT = 960, 540  # px, as in RORD's smaller layout
+REPEATS = 3
+
+
+def write_raw(folder: Path, count: int) -> None:
+    """Triplets of textures with noise, which compress about as photographs do."""
+    rng = np.random.default_rng(0)
+    with TripletWriter(folder) as writer:
+        for number in range(count):
+            coarse = rng.integers(0, 256, (9, 16, 3), dtype=np.uint8)
+            source = cv2.resize(coarse, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
+            noise = rng.normal(0, 6, (HEIGHT, WIDTH, 1))
+            source = np.clip(source + noise, 0, 255).astype(np.uint8)
+            mask = np.zeros((HEIGHT, WIDTH), np.uint8)
+            mask[200:350, 300:520] = 255
+            gt = np.clip(source + rng.normal(0, 2, source.shape), 0, 255).astype(np.uint8)
+            gt[mask > 0] = 128  # filmed GTs differ a little everywhere
+            writer.add(id=f"{number:06d}", source=source, mask=mask, gt=gt)
+
+
+def list_files(folder: Path) -> list[Path]:
+    return [path for t in read_triplets(folder) for path in (t.source, t.mask, t.gt)]
+
+
+def decode_cv2(files: list[Path]) -> None:
+    cv2.setNumThreads(1)
+    for file in files:
+        assert cv2.imread(str(file), cv2.IMREAD_UNCHANGED) is not None
+
+
+def decode_pillow(files: list[Path]) -> None:
+    for file in files:
+        with Image.open(file) as image:
+            image.load()
+
+
+def time_assembly(raw: Path, out: Path, workers: int) -> float:
+    """Seconds from the first finished chunk to the last: without the start of processes."""
+    shutil.rmtree(out, ignore_errors=True)
+    marks = []
+    result = assemble_sets(UpstreamSource(str(raw)), out, workers=workers,
+                           progress=lambda p: marks.append((time.perf_counter(), p.done)))
+    assert sum(result.reasons.values()) == 0
+    (first, done), (last, total) = marks[0], marks[-1]
+    return (last - first) / (total - done)
+
+
+def main(count: int = 640) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        raw, out = Path(folder) / "raw", Path(folder) / "out"
+        write_raw(raw, count)
+        files = list_files(raw)
+        rows = []
+        for _ in range(REPEATS):  # side by side: the machine's mood changes
+            row = {}
+            for name, decode in (("decode_opencv", decode_cv2), ("decode_pillow", decode_pillow)):
+                began = time.perf_counter()
+                decode(files)
+                row[name] = count / (time.perf_counter() - began)
+            row["assemble_1"] = 1 / time_assembly(raw, out, 1)
+            row["assemble_2"] = 1 / time_assembly(raw, out, 2)
+            rows.append(row)
+        rates = {name: float(np.median([row[name] for row in rows])) for name in rows[0]}
+        ratios = {
+            "one core against OpenCV's decoding": [r["assemble_1"] / r["decode_opencv"]
+                                                   for r in rows],
+            "one core against Pillow's decoding": [r["assemble_1"] / r["decode_pillow"]
+                                                   for r in rows],
+            "two cores against one": [r["assemble_2"] / r["assemble_1"] for r in rows]}
+        save_result("assembly", {
+            "triplets": count, "size": [WIDTH, HEIGHT], "format": "PNG", "repeats": REPEATS,
+            "triplets_per_second": {k: round(v, 1) for k, v in rates.items()},
+            "ratios": {k: {"median": round(float(np.median(v)), 2),
+                           "all": [round(x, 2) for x in v]} for k, v in ratios.items()}},
+            "opencv-python-headless", "pillow", "numpy", "imagehash")
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))
