@@ -127,14 +127,16 @@ def measure_shift(source: np.ndarray, gt: np.ndarray, mask: np.ndarray) -> float
     """
     scale = max(1.0, max(mask.shape) / _SMALL)
     size = tuple(max(8, round(side / scale)) for side in mask.shape[::-1])
-    hole = cv2.resize(mask, size, interpolation=cv2.INTER_AREA) > 0
+    hole = cv2.dilate(cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST),
+                      np.ones((5, 5), np.uint8)) > 0
     planes = []
     for picture in (source, gt):
-        small = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
-        grey = cv2.cvtColor(small, cv2.COLOR_RGB2GRAY).astype(np.float32)
+        grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
+        small = cv2.resize(grey, size, interpolation=cv2.INTER_AREA).astype(np.float32)
         # Edges, not light: exposure and shadows change between two shots, edges stay.
-        edges = cv2.magnitude(cv2.Sobel(grey, cv2.CV_32F, 1, 0), cv2.Sobel(grey, cv2.CV_32F, 0, 1))
-        edges[cv2.dilate(hole.astype(np.uint8), np.ones((5, 5), np.uint8)) > 0] = 0
+        edges = cv2.magnitude(cv2.Sobel(small, cv2.CV_32F, 1, 0),
+                              cv2.Sobel(small, cv2.CV_32F, 0, 1))
+        edges[hole] = 0
         planes.append(edges)
     (dx, dy), response = cv2.phaseCorrelate(*planes, cv2.createHanningWindow(size, cv2.CV_32F))
     return float(np.hypot(dx, dy) * scale) if response > 0.1 else 0.0

@@ -94,7 +94,9 @@ def _decode_plain(image: Image.Image, data: bytes, mode: str) -> np.ndarray | No
         return None
     if image.format == "PNG":
         whole = data.endswith(b"IEND\xaeB`\x82")
-        odd = image.has_transparency_data or b"eXIf" in data or b"Raw profile type" in data
+        # Pillow has read what stands before the pixels; orientation may stand behind them too
+        odd = (image.has_transparency_data or "exif" in image.info
+               or "Raw profile type exif" in image.info or b"eXIf" in data[-2**17:])
     else:
         whole = data.endswith(b"\xff\xd9")
         odd = image.format != "JPEG" or image.getexif().get(ExifTags.Base.Orientation, 1) != 1

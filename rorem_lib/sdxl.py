@@ -186,7 +186,7 @@ def decode_latents(vae, latents: torch.Tensor) -> torch.Tensor:
 
 def to_tensor(images) -> torch.Tensor:
     """uint8 [B, H, W, 3] (array or tensor) -> float32 [B, 3, H, W] in -1..1."""
-    return torch.as_tensor(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.as_tensor(images).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 def to_bytes(images: torch.Tensor):
