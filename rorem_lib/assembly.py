@@ -179,6 +179,26 @@ def assemble_sets(source: Source, folder: str | Path, *, filters: FilterConfig |
     return _finish(job, settings, writers, rejections, evaluation_sets, safety)
 
 
+def describe_filters(folder: str | Path) -> str:
+    """What an assembled folder's triplets had to pass, as Markdown for a dataset card.
+
+    Returns:
+        "" for a folder that was not assembled here.
+    """
+    try:
+        found = read_json(Path(folder) / "assembly.json")
+        kept, limits = sum(found["counts"].values()), found["settings"]["filters"]
+    except (FileNotFoundError, KeyError):  # no assembly, or not finished
+        return ""
+    rows = [f"| {reason} | {count:,} |" for reason, count in found["rejected"].items()]
+    shown = ", ".join(f"`{name}` {value}" for name, value in limits.items())
+    return "\n".join([
+        f"Assembled with the limits {shown}"
+        + (", and Stable Diffusion's safety checker" if found["settings"]["safety"] else "")
+        + f". {kept:,} items were kept" + ("; rejected were:\n" if rows else "."),
+        *(["| reason | items |", "| --- | --- |", *rows] if rows else [])])
+
+
 def open_examples(source: Source, count: int = 4, *, tries: int = 50) -> dict[str, Pictures]:
     """The first items of a source that open, of different groups: to look at before the work.
 

@@ -1,0 +1,144 @@
+"""`rorem data`: check, merge and publish triplet sets on the command line, as notebook 01 does.
+
+Exit codes: 0 done, or every set is sound; 1 a set has faults, or a file cannot be read or written;
+2 a wrong option.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+SOUND, FAULTY = 0, 1
+
+
+def add_commands(parser: argparse.ArgumentParser) -> None:
+    """The commands below `rorem data`."""
+    commands = parser.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
+    check = commands.add_parser("check", help="open every picture of a set, name each fault")
+    check.add_argument("folder", help="a set, its meta.json, or a folder with several sets")
+    check.add_argument("--allow-absolute", action="store_true", help="accept absolute paths")
+    check.add_argument("--allow-outside", action="store_true",
+                       help="accept paths that leave the set's folder")
+    merge = commands.add_parser("merge", help="make one set of several, their files reused")
+    merge.add_argument("folder", help="the new set's folder; a set that is there is replaced")
+    merge.add_argument("sets", nargs="+", help="sets to merge")
+    publish = commands.add_parser(
+        "publish", help="write Parquet shards and a dataset card, and upload them if asked to")
+    publish.add_argument("folder", help="a set, or a folder with sets: each is a split")
+    publish.add_argument("--repo-id", required=True, metavar="OWNER/NAME",
+                         help="the dataset's id on the Hub; the card names it")
+    publish.add_argument("--output-dir", metavar="FOLDER",
+                         help="where shards and card go (default: FOLDER/published)")
+    publish.add_argument("--license", default="",
+                         help="licence of the records that name none")
+    publish.add_argument("--acceptance", default="", metavar="TEXT",
+                         help="how the GTs were made and accepted, for the card")
+    publish.add_argument("--upload", action="store_true",
+                         help="upload to the Hub (token: HF_TOKEN or `hf auth login`)")
+    publish.add_argument("--public", action="store_true",
+                         help="make a new repository public; it is private otherwise")
+    for command in (check, merge):
+        command.add_argument("--workers", type=int, default=os.cpu_count(),
+                             help="processes (default: one a core)")
+
+
+def run_command(options) -> int:
+    """Run a parsed `rorem data` command; returns the exit code, never a traceback for bad data."""
+    from rorem_lib.pictures import TripletError
+    from rorem_lib.sources.base import SourceError
+
+    run = {"check": _check, "merge": _merge, "publish": _publish}[options.data_command]
+    try:
+        return run(options)
+    except (TripletError, SourceError, OSError, ValueError) as error:
+        print(f"rorem: {error}", file=sys.stderr)
+        return FAULTY
+
+
+def find_sets(folder: str | Path) -> dict[str, Path]:
+    """The sets that a path means: one, or those in a folder's sub folders, by their names.
+
+    Raises:
+        TripletError: there is none.
+    """
+    from rorem_lib.records import META, resolve_meta
+
+    folder = Path(folder)
+    inner = {path.parent.name: path for path in sorted(folder.glob(f"*/{META}"))}
+    if inner and not (folder / META).exists():
+        return inner
+    meta = resolve_meta(folder)
+    return {meta.parent.name: meta}
+
+
+class _Counter:
+    """A line in a terminal that says how far a command is; nothing where nobody watches."""
+
+    def __init__(self, what: str):
+        self.what, self.began, self.shown = what, time.monotonic(), 0.0
+        self.live = sys.stderr.isatty()
+
+    def __call__(self, done: int) -> None:
+        now = time.monotonic()
+        if self.live and now - self.shown > 0.2:
+            self.shown = now
+            rate = done / max(1e-9, now - self.began)
+            sys.stderr.write(f"\r\x1b[K{self.what}: {done:,} ({rate:.0f} a second)")
+            sys.stderr.flush()
+
+    def end(self) -> None:
+        if self.live and self.shown:
+            sys.stderr.write("\r\x1b[K")
+
+
+def _check(options) -> int:
+    from rorem_lib.records import check_set, read_records
+
+    faults = 0
+    for name, meta in find_sets(options.folder).items():
+        counter = _Counter(name)
+        problems = check_set(meta, workers=options.workers, progress=counter,
+                             allow_absolute=options.allow_absolute,
+                             allow_outside=options.allow_outside)
+        counter.end()
+        for problem in problems:
+            shown = str(problem.file)
+            print(problem.reason if shown in problem.reason else f"{shown}: {problem.reason}")
+        count = sum(1 for _ in read_records(meta))
+        print(f"{meta.parent}: {count:,} triplets, "
+              f"{f'{len(problems):,} faulty' if problems else 'all sound'}")
+        faults += len(problems)
+    return FAULTY if faults else SOUND
+
+
+def _merge(options) -> int:
+    from rorem_lib.records import check_set, read_records
+    from rorem_lib.triplets import merge_sets
+
+    metas = [meta for folder in options.sets for meta in find_sets(folder).values()]
+    meta = merge_sets(metas, options.folder)
+    problems = check_set(meta, workers=options.workers)
+    for problem in problems:
+        print(problem.reason)
+    print(f"{meta.parent}: {sum(1 for _ in read_records(meta)):,} triplets of {len(metas)} sets")
+    return FAULTY if problems else SOUND
+
+
+def _publish(options) -> int:
+    from rorem_lib.assembly import describe_filters
+    from rorem_lib.publishing import publish_sets, upload_dataset
+
+    folder = Path(options.output_dir or Path(options.folder) / "published")
+    sets = {name: meta for name, meta in find_sets(options.folder).items()
+            if meta.parent != folder}
+    publish_sets(sets, folder, repo_id=options.repo_id, license=options.license,
+                 acceptance=options.acceptance, filters=describe_filters(options.folder))
+    print(f"{folder}: shards of {', '.join(sets)}, and README.md")
+    if options.upload:
+        address = upload_dataset(folder, options.repo_id, private=not options.public)
+        print(f"uploaded to {address}")
+    return SOUND

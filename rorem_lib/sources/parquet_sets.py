@@ -1,0 +1,176 @@
+"""Reads sets published as Parquet shards (`rorem_lib.publishing`, or any with the same columns)."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import re
+import tempfile
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rorem_lib.files import hash_file
+from rorem_lib.pictures import AGAIN, TripletError
+from rorem_lib.sources.base import (
+    Item,
+    Picture,
+    Pictures,
+    Rejected,
+    Source,
+    SourceError,
+    make_id,
+    open_picture,
+)
+
+_NEEDED = {"source", "mask"}
+
+
+@dataclass(frozen=True)
+class ParquetSetSource(Source):
+    """A set published as Parquet with its pictures embedded.
+
+    `data/<split>-00000-of-00001.parquet` (or the same without `data/`) with the columns source,
+    mask and, but for a pool, GT, each `{bytes, path}`. The columns id, group, origin, license,
+    score and what else there is stay the records'; a text column `extra` is a JSON object of more.
+    Pictures become files again byte by byte, in a temporary folder that lives as long as the
+    `Pictures` does. One row group is held in memory at a time.
+
+    Args:
+        folder: the dataset's folder, or its `data/`.
+        require_gt: refuse rows without GT, but those of a split named test; false makes a pool.
+    """
+
+    folder: str
+    require_gt: bool = True
+
+    name = "parquet"
+    origin = "a set published as Parquet"
+    license = "unknown"
+    layout = "data/<split>-*.parquet with the columns source, mask and GT"
+
+    def __post_init__(self):
+        if not isinstance(self.require_gt, bool):
+            raise ValueError(f"require_gt must be true or false, not {self.require_gt!r}")
+        if not self.require_gt:
+            object.__setattr__(self, "has_gt", False)  # of this one, not of the class
+
+    @classmethod
+    def recognises(cls, folder: Path) -> bool:
+        shards = _list_shards(Path(folder))
+        try:
+            return bool(shards) and set(pq.read_schema(shards[0]).names) >= _NEEDED
+        except (OSError, pa.ArrowException):
+            return False
+
+    def list_items(self) -> Iterator[Item]:
+        shards = _list_shards(Path(self.folder))
+        if not shards:
+            raise self.refuse_layout()
+        seen: dict[str, int] = {}
+        for shard in shards:
+            place = str(shard.relative_to(self.folder))
+            split = re.sub(r"-\d+(-of-\d+)?$", "", shard.stem)
+            for group, row, values in _read_names(shard):
+                name = values.get("id")
+                name = make_id(f"{shard.stem}-{group}-{row}" if name is None else name)
+                seen[name] = seen.get(name, 0) + 1
+                if seen[name] > 1:  # another split has it too
+                    name = f"{name}~{seen[name]}"
+                scene = values.get("group")
+                yield Item(name, name if scene is None else str(scene), (place, group, row), split)
+
+    def load_item(self, item: Item) -> Pictures:
+        file, group, row = item.place
+        shard = Path(self.folder) / file
+        where = f"{shard}, row {row} of row group {group}"
+        table = _read_group(str(shard), shard.stat().st_mtime_ns, group)
+        record = table.slice(row, 1).to_pylist()[0]
+        cells = {part: record.pop(part, None) for part in ("source", "mask", "GT")}
+        if cells["GT"] is None and self.require_gt and item.split != "test":
+            raise Rejected("no GT", f"{where} has no GT: take it into a pool (require_gt: false)")
+        opened, files = {"GT": None}, {}
+        with contextlib.ExitStack() as stack:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rorem-")))
+            for part, cell in cells.items():
+                if part != "GT" or cell is not None:
+                    files[part] = _write_cell(cell, folder / part, f"{where}, {part}", shard)
+                    opened[part] = _open_cell(files[part], f"{where}, {part}", shard)
+            with contextlib.suppress(KeyError, TypeError, ValueError):  # else it is something else
+                record = {**record, **dict(json.loads(record["extra"])), "extra": None}
+            # known here, for no one may ask for the file when its picture is gone
+            extra = {"sha256": hash_file(files["source"])} | {
+                key: value for key, value in record.items()
+                if key not in ("id", "group") and _is_plain(value)}
+            pictures = Pictures(opened["source"], opened["mask"], opened["GT"], files["source"],
+                                extra)
+            weakref.finalize(pictures, stack.pop_all().close)
+        return pictures
+
+
+def _list_shards(folder: Path) -> list[Path]:
+    return sorted((folder / "data").glob("*.parquet")) or sorted(folder.glob("*.parquet"))
+
+
+@contextlib.contextmanager
+def _open_shard(shard: Path):
+    try:
+        with pq.ParquetFile(shard) as file:
+            yield file
+    except (OSError, pa.ArrowException) as error:
+        raise TripletError(f"{shard} is no Parquet file, truncated or damaged ({error}): {AGAIN}",
+                           file=shard) from None
+
+
+def _read_names(shard: Path) -> Iterator[tuple[int, int, dict]]:
+    """(row group, row in it, {id, group}) of every row; no picture is read."""
+    with _open_shard(shard) as file:
+        names = set(file.schema_arrow.names)
+        if not names >= _NEEDED:
+            raise SourceError(f"{shard} has no columns source and mask, but "
+                              f"{', '.join(sorted(names))}")
+        columns = sorted(names & {"id", "group"})
+        for group in range(file.num_row_groups):
+            cells = file.read_row_group(group, columns).to_pydict()
+            for row in range(file.metadata.row_group(group).num_rows):
+                yield group, row, {key: cells[key][row] for key in columns}
+
+
+@functools.lru_cache(maxsize=1)  # rows come in order: each group is read once, and one is held
+def _read_group(shard: str, changed: int, group: int) -> pa.Table:
+    """A row group of a shard; `changed`, its time, keeps a replaced file from the cache."""
+    with _open_shard(Path(shard)) as file:
+        return file.read_row_group(group, use_threads=False)
+
+
+def _write_cell(cell, folder: Path, where: str, shard: Path) -> Path:
+    """A picture's bytes as a file under the name that it had."""
+    if not isinstance(cell, dict) or not cell.get("bytes"):
+        raise TripletError(f"{where} holds no picture: publish the set again with its pictures "
+                           "embedded", file=shard)
+    data, name = cell["bytes"], Path(cell.get("path") or "picture")
+    suffix = name.suffix if re.fullmatch(r"\.\w{1,5}", name.suffix) else ""
+    suffix = suffix or {b"\x89P": ".png", b"\xff\xd8": ".jpg", b"RI": ".webp"}.get(data[:2], "")
+    path = folder / (make_id(name.stem) + suffix)
+    path.parent.mkdir()
+    path.write_bytes(data)
+    return path
+
+
+def _open_cell(path: Path, where: str, shard: Path) -> Picture:
+    try:
+        return open_picture(path, "L" if path.parent.name == "mask" else "RGB")
+    except TripletError as error:
+        raise TripletError(str(error).replace(str(path), where), file=shard) from None
+
+
+def _is_plain(value) -> bool:
+    try:
+        return value is not None and bool(json.dumps(value))
+    except TypeError:
+        return False
