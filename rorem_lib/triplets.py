@@ -99,9 +99,9 @@ class TripletWriter:
 
     def add_record(self, record: dict) -> None:
         """Add a record that `write_files` returned, perhaps in another process."""
-        done = self.done_ids
         self._journal.append(record)
-        done.add(record["id"])
+        if "done_ids" in self.__dict__:  # else they are read when they are asked for
+            self.done_ids.add(record["id"])
 
     def add_triplet(self, triplet: Triplet, **changes) -> None:
         """Take over a triplet of another set, its files reused, some keys changed or added."""
@@ -113,7 +113,7 @@ class TripletWriter:
         """Fold the journals into `meta.json` and return its path (with `part`: only stop).
 
         Args:
-            drop: ids that do not go into the set; their files are deleted.
+            drop: ids that do not go into the set, if they are there; their files are deleted.
         """
         self._journal.close()
         if self._part:
@@ -127,7 +127,7 @@ class TripletWriter:
                 leftover |= {old[key] for key in FOLDERS.values()
                              if old.get(key) and old[key] != new.get(key)
                              and Path(old[key]).stem == old["id"]}
-            for name in drop:
+            for name in filter(index.__contains__, drop):
                 leftover |= {index[name][key] for key in FOLDERS.values() if key in index[name]}
             write_list(meta, (record for record in index.items() if record["id"] not in drop))
         for journal in (*self._list_journals(), self._aside):

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from rorem_lib import assembly, pictures
+from rorem_lib import conversion, pictures
 from rorem_lib.assembly import assemble_sets
 from rorem_lib.filters import FilterConfig
 from rorem_lib.pictures import TripletError, load_image, save_image
@@ -341,7 +341,7 @@ def test_a_full_disk_is_waited_for_then_named_and_nothing_is_lost(tmp_path, monk
 
     monkeypatch.setattr(pictures.os, "link", link)
     monkeypatch.setattr(pictures.shutil, "copyfile", copy)
-    monkeypatch.setattr(assembly.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(conversion.time, "sleep", lambda seconds: None)
     full[:] = [1] * 1000
     with pytest.raises(OSError, match=r"cannot write .*b\.png: No space left"):
         assemble_sets(source, tmp_path / "out", patience=0)

@@ -1,0 +1,149 @@
+"""One raw item becomes one record of a triplet set; what worker processes do in an assembly."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from rorem_lib.files import hash_file
+from rorem_lib.filters import FilterConfig, check_pictures
+from rorem_lib.masks import binarise_mask
+from rorem_lib.pictures import TripletError
+from rorem_lib.sources.base import Item, Picture, Pictures, Rejected, Source, SourceError
+from rorem_lib.triplets import write_files
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker needs to know; sent with each chunk.
+
+    Attributes:
+        source: the importer.
+        folder: where the sets go.
+        filters: limits.
+        max_side: px, 0 shrinks nothing.
+        patience: seconds to wait for space on a full disk.
+    """
+
+    source: Source
+    folder: Path
+    filters: FilterConfig
+    max_side: int
+    patience: float
+
+
+@dataclass
+class Outcome:
+    """A chunk's records by set, and its rejections."""
+
+    records: list[tuple[str, dict]] = field(default_factory=list)
+    rejected: list[dict] = field(default_factory=list)
+
+
+def convert_chunk(task: tuple[Job, list[tuple[Item, str]]]) -> Outcome:
+    """Open, measure and write some items.
+
+    Args:
+        task: the job, and items with the names of their sets.
+
+    Raises:
+        SourceError: the raw data is gone.
+        OSError: a file cannot be written.
+    """
+    job, items = task
+    outcome = Outcome()
+    for item, name in items:
+        place = job.folder / name
+        try:
+            pictures, measured = _load(item, job)
+            place.mkdir(exist_ok=True)
+            write = functools.partial(_write, item, pictures, measured, place, job.source)
+            outcome.records.append((name, wait_for_space(write, job.patience)))
+        except Rejected as error:
+            outcome.rejected.append({"id": item.id, "group": item.group, "set": name,
+                                     "reason": error.reason, "message": error.message})
+    return outcome
+
+
+def _load(item: Item, job: Job) -> tuple[Pictures, dict]:
+    """Open, shrink and measure an item; one odd file in 200,000 must not end the run."""
+    try:
+        pictures = _shrink(job.source.load_item(item), job.max_side)
+        return pictures, check_pictures(pictures, job.filters)
+    except Exception as error:
+        if not Path(job.source.folder).exists():  # a disk that went away is no fault of its items
+            raise SourceError(f"{job.source.folder} is gone: mount it again; started again, the "
+                              "work goes on") from error
+        if isinstance(error, Rejected):
+            raise
+        file = getattr(error, "file", None) or getattr(error, "filename", None)
+        gone = isinstance(error, FileNotFoundError) or (file and not Path(file).exists())
+        known = isinstance(error, (TripletError, OSError))
+        words = str(error) if known else f"{type(error).__name__}: {error} (at {item.place})"
+        raise Rejected("missing file" if gone else "unreadable" if known else "error",
+                       words) from error
+
+
+def _write(item: Item, pictures: Pictures, measured: dict, folder: Path, source: Source) -> dict:
+    parts = {"source": pictures.source, "mask": pictures.mask, "gt": pictures.gt}
+    values = {part: picture and (picture.array if picture.file is None else picture.file)
+              for part, picture in parts.items()}
+    if isinstance(values["mask"], np.ndarray):
+        values["mask"] = binarise_mask(values["mask"])
+    height, width = pictures.source.array.shape[:2]
+    known = {"group": item.group, "origin": source.origin, "license": source.license,
+             "file": _shorten(pictures.origin_file, source), "width": width, "height": height}
+    if "sha256" not in pictures.extra:
+        known["sha256"] = hash_file(pictures.origin_file)
+    return write_files(folder, id=item.id, **values, **{**known, **pictures.extra, **measured})
+
+
+def _shorten(path: Path, source: Source) -> str:
+    """The raw file relative to the source's folder: records name no machine's folders."""
+    try:
+        return str(Path(path).absolute().relative_to(Path(source.folder).absolute()))
+    except ValueError:
+        return Path(path).name
+
+
+def _shrink(pictures: Pictures, max_side: int) -> Pictures:
+    height, width = pictures.source.array.shape[:2]
+    if not max_side or max(height, width) <= max_side:
+        return pictures
+    scale = max_side / max(height, width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+
+    def shrink(picture, mask=False):
+        if picture is None or picture.array.shape[:2] != (height, width):
+            return picture  # the filters name a size that differs
+        small = cv2.resize(picture.array, size, interpolation=cv2.INTER_AREA)
+        # a mask keeps every pixel that it touched, or thin ones fade away
+        return Picture(np.where(small > 0, 255, 0).astype(np.uint8) if mask else small)
+
+    mask = Picture(binarise_mask(pictures.mask.array))
+    return Pictures(shrink(pictures.source), shrink(mask, True), shrink(pictures.gt),
+                    pictures.origin_file, pictures.extra)
+
+
+def wait_for_space(write: Callable, patience: float):
+    """Run `write`; on a full disk try again until there is space or the patience ends."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return write()
+        except OSError as error:
+            left = deadline - time.monotonic()
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or left <= 0:
+                raise
+            logger.warning("%s: waiting for space, %.0f s more", error, left)
+            time.sleep(min(5, left))

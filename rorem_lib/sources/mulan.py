@@ -1,0 +1,480 @@
+"""MULAN: photographs taken apart into a background and one RGBA layer an object.
+
+Tudosiu et al., "MULAN: A Multi Layer Annotated Dataset for Controllable Text-to-Image Generation",
+CVPR 2024; `mulan-dataset/v1.0` on the Hugging Face Hub. The publisher gives annotations without the
+photographs (COCO 2017 and LAION Aesthetics v2 6.5+) and a script, `dataset_decomposition.py`, that
+makes the layers of both. Either is read:
+
+    <image id>.p.zl             zlib-compressed pickle: {"background": {...}, "instances": {key:
+                                {"blip2", "original_image_mask", "instance_mask" (not always),
+                                "inpainted_delta", "instance_alpha"}}}; needs the photograph
+    <image id>-layer_0.png      the background, RGB
+    <image id>-layer_<N>.png    instance N, RGBA; the captions are in `meta_data.csv`
+
+A layer is `photograph * original_image_mask * instance_mask + inpainted_delta`, with
+`instance_alpha` as its transparency. The publisher states no ranges; what is accepted here: masks
+and alpha from 0 to 1 (bool, integer or float) or, where a value is above 1, from 0 to 255; deltas
+in grey levels, signed or not, added modulo 256 if they are uint8, as arrays of that type add;
+masks, alphas and deltas of one or three channels; an alpha that is a pickled Pillow image.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import cv2
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from rorem_lib.masks import dilate_mask
+from rorem_lib.pictures import TripletError, load_image
+from rorem_lib.records import describe_size
+from rorem_lib.sources.base import Item, Picture, Pictures, Rejected, Source, SourceError, make_id
+from rorem_lib.sources.safe_pickle import load_compressed_pickle
+
+_ANNOTATION = ".p.zl"
+_LAYER = re.compile(r"(?P<id>.+)-layer_(?P<number>0|[1-9]\d*)\.png")
+_CAPTIONS = ("blip2", "llava")
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".JPG", ".JPEG", ".PNG")
+_ID_COLUMNS = ("annotation", "annotation_path", "annotations", "image_id", "file_id", "id")
+_PHOTO_COLUMNS = ("image", "image_path", "images", "path", "file_name", "filename", "url")
+
+
+@dataclass(frozen=True)
+class _Layer:
+    number: int  # 1 is the first instance
+    rgb: np.ndarray  # [H, W, 3] uint8
+    alpha: np.ndarray  # [H, W] uint8
+    captions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class MulanSource(Source):
+    """Triplets from MULAN's layers.
+
+    Source and GT are composites (alpha-over) and differ by one instance, so they are aligned and
+    equal outside of its alpha. `remove="top"` gives one triplet a picture: all layers, and all but
+    the top one. `remove="each"` gives one an instance: the layers up to and with it, and without
+    it. The layers above it are in neither, since they would hide a part of what the mask marks;
+    what they hid is MULAN's inpainting there. To list the instances of annotations, "each" has to
+    read them all; "top" reads none, and layers are counted by their names.
+
+    The dataset's own discussions do not agree on whether the first or the last instance is on top.
+    `composite_error` in `extra` tells: the mean absolute difference, in grey levels, between the
+    composite of all layers and the photograph; compare both orders on some pictures that overlap.
+
+    Attributes:
+        folder: holds annotations or layers, in any folders below.
+        images: folder of photographs (several: joined by `os.pathsep`), by image id, in it or one
+            folder below (`train2017`, or the shards that img2dataset writes); annotations need it
+            or `linking`; for layers it only gives `composite_error`.
+        linking: CSV that says which photograph an annotation belongs to: a column `annotation` or
+            `image_id` (or `file_id`, `id`), and `image` (or `path`, `file_name`, `url`): a file,
+            or a name or URL whose last part is looked for in `images`.
+        order: "ascending" has the last instance on top, "descending" the first.
+        remove: "top" or "each"; a top instance that is filtered out is not replaced by another.
+        threshold: share of opacity above which a pixel is in the mask; at the default, what stays
+            outside changes by one grey level at most.
+        dilate: side in pixels of the square that the mask is then widened by.
+        min_area, max_area: share of the picture that the instance covers, alpha weighted.
+        max_border: largest share of the instance's outline that may lie on the picture's border,
+            where the frame cuts it.
+        words: keep instances with one of these in a caption: whole words, any case. A list, or a
+            text with commas.
+        exclude_words: drop instances with one of these.
+        max_mb: largest size of a decompressed annotation, in MiB.
+    """
+
+    name: ClassVar[str] = "mulan"
+    origin: ClassVar[str] = "MULAN"
+    license: ClassVar[str] = "CC-BY-NC-SA-4.0"
+    layout: ClassVar[str] = ("annotations <image id>.p.zl or layers <image id>-layer_<N>.png, "
+                             "in it or in folders below")
+
+    folder: str
+    images: str = ""
+    linking: str = ""
+    order: str = "ascending"
+    remove: str = "top"
+    threshold: float = 0.004
+    dilate: int = 5
+    min_area: float = 0.0
+    max_area: float = 1.0
+    max_border: float = 1.0
+    words: tuple[str, ...] = ()
+    exclude_words: tuple[str, ...] = ()
+    max_mb: int = 2048
+
+    def __post_init__(self):
+        for key, allowed in (("order", ("ascending", "descending")), ("remove", ("top", "each"))):
+            if getattr(self, key) not in allowed:
+                raise ValueError(f"{key} is {' or '.join(allowed)}, not {getattr(self, key)!r}")
+        for key in ("threshold", "min_area", "max_area", "max_border"):
+            value = getattr(self, key)
+            if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+                raise ValueError(f"{key} is a share from 0 to 1, not {value!r}")
+        if self.min_area > self.max_area:
+            raise ValueError(f"min_area is at most max_area, not {self.min_area} to "
+                             f"{self.max_area}")
+        for key, least in (("dilate", 0), ("max_mb", 1)):
+            value = getattr(self, key)
+            if type(value) is not int or value < least:
+                raise ValueError(f"{key} is a whole number, {least} or more, not {value!r}")
+        for key in ("words", "exclude_words"):
+            value = getattr(self, key)
+            value = value.split(",") if isinstance(value, str) else value
+            if not all(isinstance(word, str) for word in value):
+                raise ValueError(f"{key} is a list of words, not {value!r}")
+            words = tuple(word.strip() for word in value if word.strip())
+            object.__setattr__(self, key, words)
+
+    # ------------------------------------------------------------------------------------ listing
+
+    @classmethod
+    def recognises(cls, folder: Path) -> bool:
+        names = itertools.islice(_peek(folder, 2), 2000)
+        return any(name.endswith(_ANNOTATION) or _LAYER.fullmatch(name) for name in names)
+
+    def list_items(self) -> Iterator[Item]:
+        if not Path(self.folder).is_dir():
+            raise self.refuse_layout()
+        for folder in _split_folders(self.images):
+            if not os.path.isdir(folder):
+                raise SourceError(f"images: {folder} is no folder: give those of COCO 2017 and "
+                                  f"LAION, joined by {os.pathsep!r}")
+        try:
+            self._read_linking()
+        except TripletError as error:
+            raise SourceError(f"linking: {error}") from None
+        seen = set()
+        for where, image_id, numbers in self._find_stacks():
+            if image_id in seen:
+                yield Item(make_id(where, image_id, "again"), image_id,
+                           (where, image_id, numbers, "again"))
+                continue
+            seen.add(image_id)
+            if numbers is None and not (self.images or self.linking):
+                raise SourceError(f"{Path(self.folder, where)} is an annotation without its "
+                                  "photograph: give the folders of COCO 2017 and LAION as images")
+            if self.remove == "top":
+                yield Item(make_id(image_id), image_id, (where, image_id, numbers, None))
+                continue
+            for layer in self._count_instances(where, numbers) or [None]:
+                yield Item(make_id(image_id, layer or 0), image_id,
+                           (where, image_id, numbers, layer))
+        if not seen:
+            raise self.refuse_layout()
+
+    def _find_stacks(self) -> Iterator[tuple[str, str, tuple[int, ...] | None]]:
+        """(annotation, image id, None) or (folder, image id, layers' numbers), relative paths."""
+        for place, folders, names in os.walk(self.folder, onerror=_refuse_folder):
+            folders.sort()
+            stacks: dict[tuple, list[int] | None] = {}
+            for name in names:
+                if name.startswith("."):  # what macOS leaves beside files
+                    continue
+                if name.endswith(_ANNOTATION):
+                    stacks[name.removesuffix(_ANNOTATION), 1] = None
+                elif match := _LAYER.fullmatch(name):
+                    stacks.setdefault((match["id"], 0), []).append(int(match["number"]))
+            where = os.path.relpath(place, self.folder)
+            for image_id, kind in sorted(stacks):
+                numbers = stacks[image_id, kind]
+                if numbers is None:
+                    yield os.path.join(where, image_id + _ANNOTATION), image_id, None
+                else:
+                    yield where, image_id, tuple(sorted(numbers))
+
+    def _count_instances(self, where: str, numbers: tuple[int, ...] | None) -> list[int]:
+        if numbers is not None:
+            return [number for number in numbers if number]
+        path = Path(self.folder, where)
+        try:
+            annotation = load_compressed_pickle(path, self.max_mb << 20)
+            return list(range(1, len(_get_dict(annotation, "instances", path)) + 1))
+        except TripletError:
+            return []  # `load_item` says what is wrong with it
+
+    # ------------------------------------------------------------------------------------ opening
+
+    def load_item(self, item: Item) -> Pictures:
+        where, image_id, numbers, number = item.place
+        path = Path(self.folder, where)
+        if number == "again":
+            raise Rejected("same image", f"{path}: {image_id} was listed before, from another file")
+        photo_file = self._find_photo(image_id)
+        photo = None if photo_file is None else load_image(photo_file)
+        if numbers is not None:
+            background, layers = _read_layers(path, image_id, numbers,
+                                              self._read_captions(where))
+            path = path / f"{image_id}-layer_0.png"
+        elif photo is None:
+            raise TripletError(f"{path}: there is no photograph {image_id} in {self.images or '-'}"
+                               f"{' nor through ' + self.linking if self.linking else ''}: get it, "
+                               "or add its folder to images", file=path)
+        else:
+            background, layers = _read_annotation(path, photo, self.max_mb << 20)
+        if not layers:
+            raise Rejected("no instance", f"{path} has a background and no instance")
+        if self.order == "descending":
+            layers.reverse()
+        number = layers[-1].number if number is None else number
+        index = next(i for i, layer in enumerate(layers) if layer.number == number)
+        layer = layers[index]
+        self._filter(layer, path)
+        gt = _compose(background, layers[:index])
+        source = _compose(gt, [layer])
+        extra = {"layer": number, "n_layers": len(layers) + 1}
+        if layer.captions:
+            extra["caption"] = layer.captions[0]
+        if photo is not None and photo.shape == background.shape:
+            error = float(np.abs(_compose(source, layers[index + 1:]) - photo).mean())
+            extra |= {"photograph": photo_file.name, "composite_error": round(error, 2)}
+        mask = np.where(layer.alpha > 255 * self.threshold, 255, 0).astype(np.uint8)
+        mask = dilate_mask(mask, self.dilate)
+        return Pictures(Picture(_round(source)), Picture(mask), Picture(_round(gt)), path, extra)
+
+    def _filter(self, layer: _Layer, path: Path) -> None:
+        named = f"{path}, layer {layer.number}"
+        area = float(layer.alpha.mean()) / 255
+        if not self.min_area <= area <= self.max_area:
+            raise Rejected("area", f"{named} covers {area:.4f} of the picture, not "
+                                   f"{self.min_area} to {self.max_area}")
+        border = _measure_border(layer.alpha)
+        if border > self.max_border:
+            raise Rejected("border", f"{named} has {border:.3f} of its outline on the picture's "
+                                     f"border, above {self.max_border}")
+        text = " | ".join(layer.captions)
+        if self.words and not _has_word(text, self.words):
+            raise Rejected("class words", f"{named} ({text or 'no caption'}) has none of "
+                                          f"{', '.join(self.words)}")
+        if self.exclude_words and _has_word(text, self.exclude_words):
+            raise Rejected("class words", f"{named} ({text}) has one of "
+                                          f"{', '.join(self.exclude_words)}")
+
+    def _find_photo(self, image_id: str) -> Path | None:
+        names = _spell_id(image_id)
+        rows = self._read_linking()
+        linked = next((value for name in names for value in rows.get(name + _ANNOTATION)
+                       or rows.get(name, ()) if value), None)
+        if linked:
+            file = Path(self.linking).parent / linked
+            if os.path.isfile(file):
+                return file
+            stem = Path(_last_part(linked.split("?")[0])).stem
+            names.insert(len(names) if "://" in linked else 0, stem)
+        for name, folder in itertools.product(names, _list_folders(self.images)):
+            for suffix in _SUFFIXES:
+                if os.path.isfile(file := os.path.join(folder, name + suffix)):
+                    return Path(file)
+        return None
+
+    def _read_linking(self) -> dict[str, tuple[str, ...]]:
+        return _read_table(self.linking, _ID_COLUMNS, _PHOTO_COLUMNS) if self.linking else {}
+
+    def _read_captions(self, where: str) -> dict[str, tuple[str, ...]]:
+        """Captions by layer's name, from the nearest `meta_data.csv`, not above `folder`."""
+        for folder in (Path(where), *Path(where).parents):
+            file = Path(self.folder, folder, "meta_data.csv")
+            if file.is_file():
+                return _read_table(str(file), ("paths",), _CAPTIONS)
+        return {}
+
+
+# ---------------------------------------------------------------------------------- reading layers
+
+
+def _read_annotation(path: Path, photo: np.ndarray,
+                     max_bytes: int) -> tuple[np.ndarray, list[_Layer]]:
+    annotation = load_compressed_pickle(path, max_bytes)
+    background = _paste(photo, _get_dict(annotation, "background", path), f"{path}, background")
+    instances = _get_dict(annotation, "instances", path)
+    keys = list(instances)
+    if all(str(key).isdecimal() for key in keys):
+        keys.sort(key=lambda key: int(str(key)))
+    layers = []
+    for number, key in enumerate(keys, 1):
+        named = f"{path}, instance {key}"
+        entry = _get_dict(instances, key, path)
+        alpha = _read_shares(entry, "instance_alpha", photo, named)[..., 0]
+        layers.append(_Layer(number, _paste(photo, entry, named),
+                             np.rint(255 * alpha).astype(np.uint8),
+                             _clean(entry.get(key) for key in _CAPTIONS)))
+    return background, layers
+
+
+def _paste(photo: np.ndarray, entry: dict, named: str) -> np.ndarray:
+    """A layer's colours: [H, W, 3] uint8."""
+    kept = photo * _read_shares(entry, "original_image_mask", photo, named)
+    if entry.get("instance_mask") is not None:
+        kept = kept * _read_shares(entry, "instance_mask", photo, named)
+    delta = _read_array(entry, "inpainted_delta", photo, named)
+    if delta.dtype == np.uint8:
+        return np.rint(kept).astype(np.uint8) + delta
+    return _round(kept + delta)
+
+
+def _read_shares(entry: dict, key: str, photo: np.ndarray, named: str) -> np.ndarray:
+    """A mask or alpha as [H, W, 1 or 3] float32 from 0 to 1."""
+    array = _read_array(entry, key, photo, named)
+    low, high = array.min(), array.max()
+    if low < 0 or high > 255:
+        raise TripletError(f"{named}: {key} reaches from {low} to {high}, not from 0 to 1 or 255")
+    return array.astype(np.float32) / (255 if high > 1 else 1)
+
+
+def _read_array(entry: dict, key: str, photo: np.ndarray, named: str) -> np.ndarray:
+    """[H, W, 1 or 3] of the photograph's size."""
+    array = entry.get(key)
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
+        raise TripletError(f"{named} has no array {key} (its keys: {', '.join(map(str, entry))})")
+    array = np.asarray(array)
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3 or array.shape[2] not in (1, 3) or array.shape[:2] != photo.shape[:2]:
+        raise TripletError(f"{named}: {key} has {list(array.shape)} values but the photograph is "
+                           f"{describe_size(photo)} px: give the photograph in its first size")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise TripletError(f"{named}: {key} has values that are no numbers")
+    return array
+
+
+def _get_dict(holder, key, path: Path) -> dict:
+    value = holder.get(key) if isinstance(holder, dict) else None
+    if not isinstance(value, dict):
+        raise TripletError(f"{path} is no annotation of MULAN: it has no {key}", file=path)
+    return value
+
+
+def _read_layers(folder: Path, image_id: str, numbers: tuple[int, ...],
+                 captions: dict) -> tuple[np.ndarray, list[_Layer]]:
+    missing = set(range(numbers[-1] + 1)).difference(numbers)
+    if missing:
+        file = folder / f"{image_id}-layer_{min(missing)}.png"
+        raise TripletError(f"{file} is missing: decompose {image_id} again", file=file)
+    background = load_image(folder / f"{image_id}-layer_0.png")
+    layers = []
+    for number in numbers[1:]:
+        file = folder / f"{image_id}-layer_{number}.png"
+        rgb = load_image(file)
+        if rgb.shape != background.shape:
+            raise TripletError(f"{file} is {describe_size(rgb)} px but layer_0 is "
+                               f"{describe_size(background)}: decompose {image_id} again",
+                               file=file)
+        with Image.open(file) as image:
+            if not image.has_transparency_data:
+                raise TripletError(f"{file} has no alpha channel: decompose {image_id} again",
+                                   file=file)
+            alpha = np.array(image.convert("RGBA").getchannel("A"))
+        layers.append(_Layer(number, rgb, alpha, _clean(captions.get(file.name, ()))))
+    return background, layers
+
+
+def _clean(captions: Iterable) -> tuple[str, ...]:
+    return tuple(str(text).strip() for text in captions
+                 if isinstance(text, str) and text.strip() not in ("", "N/A"))
+
+
+# -------------------------------------------------------------------------- composing, measuring
+
+
+def _compose(under: np.ndarray, layers: list[_Layer]) -> np.ndarray:
+    """Lay layers over a picture, the last on top: [H, W, 3] float32, not rounded."""
+    under = under.astype(np.float32)
+    for layer in layers:
+        alpha = layer.alpha[..., None].astype(np.float32) / 255
+        under = layer.rgb * alpha + under * (1 - alpha)
+    return under
+
+
+def _round(picture: np.ndarray) -> np.ndarray:
+    return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
+
+
+def _measure_border(alpha: np.ndarray) -> float:
+    """The share of an object's outline, where it is at least half opaque, on the border."""
+    solid = (alpha >= 128).astype(np.uint8)
+    inner = cv2.erode(solid, np.ones((3, 3), np.uint8), borderType=cv2.BORDER_CONSTANT,
+                      borderValue=0)
+    outline = solid > inner
+    on_border = outline.sum() - outline[1:-1, 1:-1].sum()
+    return float(on_border) / max(1, int(outline.sum()))
+
+
+def _has_word(text: str, words: tuple[str, ...]) -> bool:
+    pattern = "|".join(map(re.escape, words))
+    return re.search(rf"(?<!\w)(?:{pattern})(?!\w)", text, re.IGNORECASE) is not None
+
+
+# ------------------------------------------------------------------------------ folders and tables
+
+
+def _peek(folder: str | Path, depth: int) -> Iterator[str]:
+    """Some files' names of a folder and of those below."""
+    try:
+        with os.scandir(folder) as entries:
+            for entry in itertools.islice(entries, 200):
+                if depth and entry.is_dir():
+                    yield from _peek(entry.path, depth - 1)
+                else:
+                    yield entry.name
+    except OSError:
+        return
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise SourceError(f"{error.filename} cannot be read: {error.strerror}")
+
+
+def _split_folders(images: str) -> list[str]:
+    if os.path.isdir(images):  # also one with the separator in its name
+        return [images]
+    return [folder for folder in images.split(os.pathsep) if folder]
+
+
+@functools.lru_cache(maxsize=8)
+def _list_folders(images: str) -> tuple[str, ...]:
+    """The folders of `images` and those directly in them."""
+    found = []
+    for folder in _split_folders(images):
+        with os.scandir(folder) as entries:
+            found += [folder, *sorted(entry.path for entry in entries if entry.is_dir())]
+    return tuple(found)
+
+
+def _spell_id(image_id: str) -> list[str]:
+    """An image id as files may have it: COCO pads it to 12 digits. LAION's has 9, padded too."""
+    if image_id.isdecimal() and len(image_id) == 12:
+        return [image_id, image_id.lstrip("0") or "0"]
+    if image_id.isdecimal() and not image_id.startswith("0"):
+        return [image_id, image_id.zfill(12)]
+    return [image_id]
+
+
+@functools.lru_cache(maxsize=8)
+def _read_table(file: str, keys: tuple, values: tuple) -> dict[str, tuple[str, ...]]:
+    """A CSV's values by the last part of its key; of `keys` and `values`, those that it has."""
+    try:
+        table = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig",
+                            encoding_errors="replace")
+    except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
+        raise TripletError(f"{file} cannot be read as CSV ({error})", file=Path(file)) from None
+    names = {name.strip().lower(): name for name in table}
+    key = next((names[name] for name in keys if name in names), None)
+    columns = [names[name] for name in values if name in names]
+    if key is None or not columns:
+        raise TripletError(f"{file} has the columns {', '.join(table)}; expected "
+                           f"{' or '.join(keys)}, and {' or '.join(values)}", file=Path(file))
+    return dict(zip(map(_last_part, table[key]), zip(*(table[name] for name in columns))))
+
+
+def _last_part(path: str) -> str:
+    return path.strip().replace("\\", "/").rsplit("/", 1)[-1]
