@@ -140,7 +140,7 @@ class MulanSource(Source):
 
     @classmethod
     def recognises(cls, folder: Path) -> bool:
-        names = itertools.islice(_peek(folder, 2), 2000)
+        names = itertools.islice(_peek(folder, 1), 2000)
         return any(name.endswith(_ANNOTATION) or _LAYER.fullmatch(name) for name in names)
 
     def list_items(self) -> Iterator[Item]:
