@@ -124,7 +124,7 @@ def find_mentions(note: Path) -> set[str]:
     """Names of code in a note: whatever is dotted, in backticks, and no file."""
     text = read_prose(note)
     dotted = re.findall(r"`([a-z_]\w*(?:\.\w+)+)`", text)
-    endings = ("md", "csv", "json", "bib", "safetensors", "py", "yaml", "ipynb")
+    endings = ("md", "csv", "json", "jsonl", "bib", "safetensors", "py", "yaml", "ipynb")
     return {name for name in dotted if name.rsplit(".", 1)[1] not in endings}
 
 

@@ -217,9 +217,9 @@ class MulanSource(Source):
                                               self._read_captions(where))
             path = path / f"{image_id}-layer_0.png"
         elif photo is None:
-            raise TripletError(f"{path}: there is no photograph {image_id} in {self.images or '-'}"
-                               f"{' nor through ' + self.linking if self.linking else ''}: get it, "
-                               "or add its folder to images", file=path)
+            through = f" nor through {self.linking}" if self.linking else ""
+            raise Rejected("no photograph", f"{path}: there is no photograph {image_id} in "
+                           f"{self.images or '-'}{through}: get it, or add its folder to images")
         else:
             background, layers = _read_annotation(path, photo, self.max_mb << 20)
         if not layers:
