@@ -43,6 +43,13 @@ def dilate_mask(mask: np.ndarray, pixels: int) -> np.ndarray:
     return cv2.dilate(mask, np.ones((pixels, pixels), np.uint8)) if pixels else mask.copy()
 
 
+def resize_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A mask [h, w] uint8 at [height, width], nearest neighbours: no new grey level comes in."""
+    if mask.shape == (height, width):
+        return mask
+    return cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
+
+
 def loosen_mask(mask: np.ndarray, rng: np.random.Generator, strength: float = 1.0) -> np.ndarray:
     """Make an exact mask look drawn by hand: wider, wobbly, with the object still all covered.
 

@@ -164,3 +164,17 @@ def open_picture(path: str | Path, mode: str = "RGB") -> Picture:
     path = Path(path)
     array, plain = decode_image(path, mode)
     return Picture(array, path if plain else None)
+
+
+def check_shape(mask: np.ndarray, image: np.ndarray, path: Path) -> None:
+    """Refuse a mask [h, w] that is no scaled view of a picture [H, W, 3]; `path` names the mask.
+
+    Rounded sides pass: the aspects may differ by 2 px on the shortest of the four.
+
+    Raises:
+        Rejected: the aspects differ by more; for one, the picture was turned after it was masked.
+    """
+    (h, w), (height, width) = mask.shape, image.shape[:2]
+    if abs(w * height / (h * width) - 1) > 2 / min(h, w, height, width):
+        raise Rejected("mask of another shape", f"{path} is {w}x{h} px, which is another shape "
+                                                f"than its picture's {width}x{height} px")

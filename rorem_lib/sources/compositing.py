@@ -24,6 +24,7 @@ class Light(NamedTuple):
 
 
 def draw_light(rng) -> Light:
+    """A light from the left or the right, more often from the front than from behind."""
     side = rng.uniform(0.5, 1.4) * rng.choice([-1, 1])
     toward = rng.random() < 0.4  # light from behind: the shadow falls towards the camera
     return Light(side, -rng.uniform(0.2, 0.5) if toward else rng.uniform(0.15, 0.45))
@@ -78,10 +79,12 @@ def relight(colour, alpha, around, light: Light, strength: float):
 
 
 def shift(x, y):
+    """The affine matrix [2, 3] that moves a picture by x, y px."""
     return np.array([[1, 0, x], [0, 1, y]], np.float64)
 
 
 def warp(picture, matrix, size: int):
+    """A picture moved by an affine matrix [2, 3] into a square of `size` px, bilinear."""
     return cv2.warpAffine(np.asarray(picture, np.float32), matrix, (size, size))
 
 

@@ -24,7 +24,7 @@ from typing import ClassVar, NamedTuple
 import cv2
 import numpy as np
 
-from rorem_lib.masks import binarise_mask
+from rorem_lib.masks import binarise_mask, resize_mask
 from rorem_lib.sources.base import (
     Item,
     Picture,
@@ -32,10 +32,10 @@ from rorem_lib.sources.base import (
     Rejected,
     Source,
     SourceError,
+    check_shape,
     make_id,
     open_picture,
 )
-from rorem_lib.sources.open_images import check_shape, resize_mask
 
 _DATASETS = {"DIV2K_train_HR": "DIV2K", "DIV2K_valid_HR": "DIV2K", "Flickr2K_HR": "Flickr2K"}
 _LICENSES = {"DIV2K": "academic research only; the pictures belong to their owners",

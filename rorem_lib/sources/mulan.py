@@ -24,36 +24,33 @@ import functools
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import cv2
 import numpy as np
 import pandas as pd
-from PIL import Image
 
 from rorem_lib.masks import dilate_mask
 from rorem_lib.pictures import TripletError, load_image
-from rorem_lib.records import describe_size
 from rorem_lib.sources.base import Item, Picture, Pictures, Rejected, Source, SourceError, make_id
-from rorem_lib.sources.safe_pickle import load_compressed_pickle
+from rorem_lib.sources.mulan_layers import (
+    CAPTIONS,
+    Layer,
+    compose_layers,
+    count_instances,
+    measure_border,
+    read_annotation,
+    read_layers,
+    round_picture,
+)
 
 _ANNOTATION = ".p.zl"
 _LAYER = re.compile(r"(?P<id>.+)-layer_(?P<number>0|[1-9]\d*)\.png")
-_CAPTIONS = ("blip2", "llava")
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".JPG", ".JPEG", ".PNG")
 _ID_COLUMNS = ("annotation", "annotation_path", "annotations", "image_id", "file_id", "id")
 _PHOTO_COLUMNS = ("image", "image_path", "images", "path", "file_name", "filename", "url")
-
-
-@dataclass(frozen=True)
-class _Layer:
-    number: int  # 1 is the first instance
-    rgb: np.ndarray  # [H, W, 3] uint8
-    alpha: np.ndarray  # [H, W] uint8
-    captions: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -198,8 +195,7 @@ class MulanSource(Source):
             return [number for number in numbers if number]
         path = Path(self.folder, where)
         try:
-            annotation = load_compressed_pickle(path, self.max_mb << 20)
-            return list(range(1, len(_get_dict(annotation, "instances", path)) + 1))
+            return list(range(1, count_instances(path, self.max_mb << 20) + 1))
         except TripletError:
             return []  # `load_item` says what is wrong with it
 
@@ -213,7 +209,7 @@ class MulanSource(Source):
         photo_file = self._find_photo(image_id)
         photo = None if photo_file is None else load_image(photo_file)
         if numbers is not None:
-            background, layers = _read_layers(path, image_id, numbers,
+            background, layers = read_layers(path, image_id, numbers,
                                               self._read_captions(where))
             path = path / f"{image_id}-layer_0.png"
         elif photo is None:
@@ -221,7 +217,7 @@ class MulanSource(Source):
             raise Rejected("no photograph", f"{path}: there is no photograph {image_id} in "
                            f"{self.images or '-'}{through}: get it, or add its folder to images")
         else:
-            background, layers = _read_annotation(path, photo, self.max_mb << 20)
+            background, layers = read_annotation(path, photo, self.max_mb << 20)
         if not layers:
             raise Rejected("no instance", f"{path} has a background and no instance")
         if self.order == "descending":
@@ -230,25 +226,26 @@ class MulanSource(Source):
         index = next(i for i, layer in enumerate(layers) if layer.number == number)
         layer = layers[index]
         self._filter(layer, path)
-        gt = _compose(background, layers[:index])
-        source = _compose(gt, [layer])
+        gt = compose_layers(background, layers[:index])
+        source = compose_layers(gt, [layer])
         extra = {"layer": number, "n_layers": len(layers) + 1}
         if layer.captions:
             extra["caption"] = layer.captions[0]
         if photo is not None and photo.shape == background.shape:
-            error = float(np.abs(_compose(source, layers[index + 1:]) - photo).mean())
+            error = float(np.abs(compose_layers(source, layers[index + 1:]) - photo).mean())
             extra |= {"photograph": photo_file.name, "composite_error": round(error, 2)}
         mask = np.where(layer.alpha > 255 * self.threshold, 255, 0).astype(np.uint8)
         mask = dilate_mask(mask, self.dilate)
-        return Pictures(Picture(_round(source)), Picture(mask), Picture(_round(gt)), path, extra)
+        return Pictures(Picture(round_picture(source)), Picture(mask), Picture(round_picture(gt)),
+                        path, extra)
 
-    def _filter(self, layer: _Layer, path: Path) -> None:
+    def _filter(self, layer: Layer, path: Path) -> None:
         named = f"{path}, layer {layer.number}"
         area = float(layer.alpha.mean()) / 255
         if not self.min_area <= area <= self.max_area:
             raise Rejected("area", f"{named} covers {area:.4f} of the picture, not "
                                    f"{self.min_area} to {self.max_area}")
-        border = _measure_border(layer.alpha)
+        border = measure_border(layer.alpha)
         if border > self.max_border:
             raise Rejected("border", f"{named} has {border:.3f} of its outline on the picture's "
                                      f"border, above {self.max_border}")
@@ -285,136 +282,16 @@ class MulanSource(Source):
         for folder in (Path(where), *Path(where).parents):
             file = Path(self.folder, folder, "meta_data.csv")
             if file.is_file():
-                return _read_table(str(file), ("paths",), _CAPTIONS)
+                return _read_table(str(file), ("paths",), CAPTIONS)
         return {}
 
 
-# ---------------------------------------------------------------------------------- reading layers
-
-
-def _read_annotation(path: Path, photo: np.ndarray,
-                     max_bytes: int) -> tuple[np.ndarray, list[_Layer]]:
-    annotation = load_compressed_pickle(path, max_bytes)
-    background = _paste(photo, _get_dict(annotation, "background", path), f"{path}, background")
-    instances = _get_dict(annotation, "instances", path)
-    keys = list(instances)
-    if all(str(key).isdecimal() for key in keys):
-        keys.sort(key=lambda key: int(str(key)))
-    layers = []
-    for number, key in enumerate(keys, 1):
-        named = f"{path}, instance {key}"
-        entry = _get_dict(instances, key, path)
-        alpha = _read_shares(entry, "instance_alpha", photo, named)[..., 0]
-        layers.append(_Layer(number, _paste(photo, entry, named),
-                             np.rint(255 * alpha).astype(np.uint8),
-                             _clean(entry.get(key) for key in _CAPTIONS)))
-    return background, layers
-
-
-def _paste(photo: np.ndarray, entry: dict, named: str) -> np.ndarray:
-    """A layer's colours: [H, W, 3] uint8."""
-    kept = photo * _read_shares(entry, "original_image_mask", photo, named)
-    if entry.get("instance_mask") is not None:
-        kept = kept * _read_shares(entry, "instance_mask", photo, named)
-    delta = _read_array(entry, "inpainted_delta", photo, named)
-    if delta.dtype == np.uint8:
-        return np.rint(kept).astype(np.uint8) + delta
-    return _round(kept + delta)
-
-
-def _read_shares(entry: dict, key: str, photo: np.ndarray, named: str) -> np.ndarray:
-    """A mask or alpha as [H, W, 1 or 3] float32 from 0 to 1."""
-    array = _read_array(entry, key, photo, named)
-    low, high = array.min(), array.max()
-    if low < 0 or high > 255:
-        raise TripletError(f"{named}: {key} reaches from {low} to {high}, not from 0 to 1 or 255")
-    return array.astype(np.float32) / (255 if high > 1 else 1)
-
-
-def _read_array(entry: dict, key: str, photo: np.ndarray, named: str) -> np.ndarray:
-    """[H, W, 1 or 3] of the photograph's size."""
-    array = entry.get(key)
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
-        raise TripletError(f"{named} has no array {key} (its keys: {', '.join(map(str, entry))})")
-    array = np.asarray(array)
-    if array.ndim == 2:
-        array = array[..., None]
-    if array.ndim != 3 or array.shape[2] not in (1, 3) or array.shape[:2] != photo.shape[:2]:
-        raise TripletError(f"{named}: {key} has {list(array.shape)} values but the photograph is "
-                           f"{describe_size(photo)} px: give the photograph in its first size")
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise TripletError(f"{named}: {key} has values that are no numbers")
-    return array
-
-
-def _get_dict(holder, key, path: Path) -> dict:
-    value = holder.get(key) if isinstance(holder, dict) else None
-    if not isinstance(value, dict):
-        raise TripletError(f"{path} is no annotation of MULAN: it has no {key}", file=path)
-    return value
-
-
-def _read_layers(folder: Path, image_id: str, numbers: tuple[int, ...],
-                 captions: dict) -> tuple[np.ndarray, list[_Layer]]:
-    missing = set(range(numbers[-1] + 1)).difference(numbers)
-    if missing:
-        file = folder / f"{image_id}-layer_{min(missing)}.png"
-        raise TripletError(f"{file} is missing: decompose {image_id} again", file=file)
-    background = load_image(folder / f"{image_id}-layer_0.png")
-    layers = []
-    for number in numbers[1:]:
-        file = folder / f"{image_id}-layer_{number}.png"
-        rgb = load_image(file)
-        if rgb.shape != background.shape:
-            raise TripletError(f"{file} is {describe_size(rgb)} px but layer_0 is "
-                               f"{describe_size(background)}: decompose {image_id} again",
-                               file=file)
-        with Image.open(file) as image:
-            if not image.has_transparency_data:
-                raise TripletError(f"{file} has no alpha channel: decompose {image_id} again",
-                                   file=file)
-            alpha = np.array(image.convert("RGBA").getchannel("A"))
-        layers.append(_Layer(number, rgb, alpha, _clean(captions.get(file.name, ()))))
-    return background, layers
-
-
-def _clean(captions: Iterable) -> tuple[str, ...]:
-    return tuple(str(text).strip() for text in captions
-                 if isinstance(text, str) and text.strip() not in ("", "N/A"))
-
-
-# -------------------------------------------------------------------------- composing, measuring
-
-
-def _compose(under: np.ndarray, layers: list[_Layer]) -> np.ndarray:
-    """Lay layers over a picture, the last on top: [H, W, 3] float32, not rounded."""
-    under = under.astype(np.float32)
-    for layer in layers:
-        alpha = layer.alpha[..., None].astype(np.float32) / 255
-        under = layer.rgb * alpha + under * (1 - alpha)
-    return under
-
-
-def _round(picture: np.ndarray) -> np.ndarray:
-    return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
-
-
-def _measure_border(alpha: np.ndarray) -> float:
-    """The share of an object's outline, where it is at least half opaque, on the border."""
-    solid = (alpha >= 128).astype(np.uint8)
-    inner = cv2.erode(solid, np.ones((3, 3), np.uint8), borderType=cv2.BORDER_CONSTANT,
-                      borderValue=0)
-    outline = solid > inner
-    on_border = outline.sum() - outline[1:-1, 1:-1].sum()
-    return float(on_border) / max(1, int(outline.sum()))
+# ------------------------------------------------------------------------------ folders and tables
 
 
 def _has_word(text: str, words: tuple[str, ...]) -> bool:
     pattern = "|".join(map(re.escape, words))
     return re.search(rf"(?<!\w)(?:{pattern})(?!\w)", text, re.IGNORECASE) is not None
-
-
-# ------------------------------------------------------------------------------ folders and tables
 
 
 def _peek(folder: str | Path, depth: int) -> Iterator[str]:

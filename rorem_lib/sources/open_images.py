@@ -24,7 +24,7 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from rorem_lib.masks import dilate_mask
+from rorem_lib.masks import dilate_mask, resize_mask
 from rorem_lib.pictures import AGAIN
 from rorem_lib.sources.base import (
     Item,
@@ -33,6 +33,7 @@ from rorem_lib.sources.base import (
     Rejected,
     Source,
     SourceError,
+    check_shape,
     make_id,
     open_picture,
 )
@@ -335,27 +336,6 @@ class OpenImagesSource(Source):
         mask = dilate_mask(resize_mask(mask, height, width), self.dilate)
         return Pictures(picture, Picture(mask), None, path,
                         {"class": place.name, "label": place.label, "box": place.box})
-
-
-def check_shape(mask: np.ndarray, image: np.ndarray, path: Path) -> None:
-    """Refuse a mask [h, w] that is no scaled view of a picture [H, W, 3]; `path` names the mask.
-
-    Rounded sides pass: the aspects may differ by 2 px on the shortest of the four.
-
-    Raises:
-        Rejected: the aspects differ by more; for one, the picture was turned after it was masked.
-    """
-    (h, w), (height, width) = mask.shape, image.shape[:2]
-    if abs(w * height / (h * width) - 1) > 2 / min(h, w, height, width):
-        raise Rejected("mask of another shape", f"{path} is {w}x{h} px, which is another shape "
-                                                f"than its picture's {width}x{height} px")
-
-
-def resize_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A mask [h, w] uint8 at [height, width], nearest neighbours: no new grey level comes in."""
-    if mask.shape == (height, width):
-        return mask
-    return cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
 
 
 def _box_area(rows: pd.DataFrame) -> pd.Series:
