@@ -45,7 +45,8 @@ class CompositesSource(Source):
     Attributes:
         folder: cut-outs: PNG, WebP or TIFF with transparency, in it, in its folder `cutouts` if
             there is one, or in folders below, whose names become the record's `class`.
-        backgrounds: folder of pictures without such objects; default `backgrounds` in `folder`.
+        backgrounds: folder of pictures without such objects, relative to `folder` or absolute;
+            default `backgrounds` in `folder`.
         count: triplets; those with a refused file drop out.
         seed: fixes every triplet, together with its number and its two files.
         size: side of the square triplets in px. Backgrounds are cropped and made smaller, never
@@ -177,8 +178,7 @@ class CompositesSource(Source):
     def _folders(self) -> tuple[Path, Path]:
         folder = Path(self.folder).expanduser()
         within = folder / "cutouts"
-        backgrounds = Path(self.backgrounds).expanduser() if self.backgrounds else (
-            folder / "backgrounds")
+        backgrounds = folder / Path(self.backgrounds or "backgrounds").expanduser()
         return within if within.is_dir() else folder, backgrounds
 
     def _crop_background(self, path: Path, rng) -> np.ndarray:

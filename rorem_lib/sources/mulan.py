@@ -70,9 +70,10 @@ class MulanSource(Source):
 
     Attributes:
         folder: holds annotations or layers, in any folders below.
-        images: folder of photographs (several: joined by `os.pathsep`), by image id, in it or one
-            folder below (`train2017`, or the shards that img2dataset writes); annotations need it
-            or `linking`; for layers it only gives `composite_error`.
+        images: folder of photographs (several: joined by `os.pathsep`; relative ones count from
+            `folder`, as in `linking`), by image id, in it or one folder below (`train2017`, or
+            the shards that img2dataset writes); annotations need it or `linking`; for layers it
+            only gives `composite_error`.
         linking: CSV that says which photograph an annotation belongs to: a column `annotation` or
             `image_id` (or `file_id`, `id`), and `image` (or `path`, `file_name`, `url`): a file,
             or a name or URL whose last part is looked for in `images`.
@@ -143,7 +144,7 @@ class MulanSource(Source):
     def list_items(self) -> Iterator[Item]:
         if not Path(self.folder).is_dir():
             raise self.refuse_layout()
-        for folder in _split_folders(self.images):
+        for folder in _split_folders(self._images):
             if not os.path.isdir(folder):
                 raise SourceError(f"images: {folder} is no folder: give those of COCO 2017 and "
                                   f"LAION, joined by {os.pathsep!r}")
@@ -263,19 +264,29 @@ class MulanSource(Source):
         linked = next((value for name in names for value in rows.get(name + _ANNOTATION)
                        or rows.get(name, ()) if value), None)
         if linked:
-            file = Path(self.linking).parent / linked
+            file = Path(self.folder, self.linking).parent / linked
             if os.path.isfile(file):
                 return file
             stem = Path(_last_part(linked.split("?")[0])).stem
             names.insert(len(names) if "://" in linked else 0, stem)
-        for name, folder in itertools.product(names, _list_folders(self.images)):
+        for name, folder in itertools.product(names, _list_folders(self._images)):
             for suffix in _SUFFIXES:
                 if os.path.isfile(file := os.path.join(folder, name + suffix)):
                     return Path(file)
         return None
 
     def _read_linking(self) -> dict[str, tuple[str, ...]]:
-        return _read_table(self.linking, _ID_COLUMNS, _PHOTO_COLUMNS) if self.linking else {}
+        return (_read_table(os.path.join(self.folder, self.linking), _ID_COLUMNS, _PHOTO_COLUMNS)
+                if self.linking else {})
+
+    @property
+    def _images(self) -> str:
+        """`images` with relative folders below `folder`, so that it means the same everywhere."""
+        whole = os.path.join(self.folder, self.images)
+        if not self.images or os.path.isdir(whole):  # also one with the separator in its name
+            return self.images and whole
+        parts = filter(None, self.images.split(os.pathsep))
+        return os.pathsep.join(os.path.join(self.folder, part) for part in parts)
 
     def _read_captions(self, where: str) -> dict[str, tuple[str, ...]]:
         """Captions by layer's name, from the nearest `meta_data.csv`, not above `folder`."""
