@@ -64,9 +64,11 @@ class Progress:
     rate: float
 
     def __str__(self):
+        told = f"{self.done:,} of {self.total:,} items, {self.rejected:,} rejected"
+        if self.done >= self.total:
+            return told
         left = (self.total - self.done) / max(self.rate, 1e-9)
-        return (f"{self.done:,} of {self.total:,} items, {self.rejected:,} rejected, "
-                f"{self.rate:.1f} a second, {left / 60:.0f} min left")
+        return f"{told}, {self.rate:.1f} a second, {left / 60:.0f} min left"
 
 
 @dataclass

@@ -77,6 +77,7 @@ def convert_chunk(task: tuple[Job, list[tuple[Item, str]]]) -> Outcome:
 
 def _load(item: Item, job: Job) -> tuple[Pictures, dict]:
     """Open, shrink and measure an item; one odd file in 200,000 must not end the run."""
+    pictures = None
     try:
         pictures = _shrink(job.source.load_item(item), job.max_side)
         return pictures, check_pictures(pictures, job.filters)
@@ -85,6 +86,8 @@ def _load(item: Item, job: Job) -> tuple[Pictures, dict]:
             raise SourceError(f"{job.source.folder} is gone: mount it again; started again, the "
                               "work goes on") from error
         if isinstance(error, Rejected):
+            if pictures is not None and str(pictures.origin_file) not in error.message:
+                error.message += f" ({pictures.origin_file})"  # the filters know no files
             raise
         file = getattr(error, "file", None) or getattr(error, "filename", None)
         gone = isinstance(error, FileNotFoundError) or (file and not Path(file).exists())

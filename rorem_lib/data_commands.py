@@ -1,7 +1,7 @@
 """`rorem data`: check, merge and publish triplet sets on the command line, as notebook 01 does.
 
 Exit codes: 0 done, or every set is sound; 1 a set has faults, or a file cannot be read or written;
-2 a wrong option.
+2 a wrong option; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-SOUND, FAULTY = 0, 1
+SOUND, FAULTY, INTERRUPTED = 0, 1, 130
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
@@ -57,6 +57,9 @@ def run_command(options) -> int:
     except (TripletError, SourceError, OSError, ValueError) as error:
         print(f"rorem: {error}", file=sys.stderr)
         return FAULTY
+    except KeyboardInterrupt:
+        print("\nrorem: interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 def find_sets(folder: str | Path) -> dict[str, Path]:
@@ -72,7 +75,7 @@ def find_sets(folder: str | Path) -> dict[str, Path]:
     if inner and not (folder / META).exists():
         return inner
     meta = resolve_meta(folder)
-    return {meta.parent.name: meta}
+    return {meta.absolute().parent.name: meta}  # "." has no name
 
 
 class _Counter:
@@ -96,15 +99,22 @@ class _Counter:
 
 
 def _check(options) -> int:
+    from rorem_lib.pictures import TripletError
     from rorem_lib.records import check_set, read_records
 
     faults = 0
     for name, meta in find_sets(options.folder).items():
         counter = _Counter(name)
-        problems = check_set(meta, workers=options.workers, progress=counter,
-                             allow_absolute=options.allow_absolute,
-                             allow_outside=options.allow_outside)
-        counter.end()
+        try:
+            problems = check_set(meta, workers=options.workers, progress=counter,
+                                 allow_absolute=options.allow_absolute,
+                                 allow_outside=options.allow_outside)
+        except TripletError as error:  # no list at all; there may be sets after it
+            print(f"rorem: {error}", file=sys.stderr)
+            faults += 1
+            continue
+        finally:
+            counter.end()
         for problem in problems:
             shown = str(problem.file)
             print(problem.reason if shown in problem.reason else f"{shown}: {problem.reason}")
@@ -132,11 +142,12 @@ def _publish(options) -> int:
     from rorem_lib.assembly import describe_filters
     from rorem_lib.publishing import publish_sets, upload_dataset
 
-    folder = Path(options.output_dir or Path(options.folder) / "published")
-    sets = {name: meta for name, meta in find_sets(options.folder).items()
-            if meta.parent != folder}
+    sets = find_sets(options.folder)
+    given = Path(options.folder)
+    given = given if given.is_dir() else given.parent
+    folder = Path(options.output_dir or given / "published")
     publish_sets(sets, folder, repo_id=options.repo_id, license=options.license,
-                 acceptance=options.acceptance, filters=describe_filters(options.folder))
+                 acceptance=options.acceptance, filters=describe_filters(given))
     print(f"{folder}: shards of {', '.join(sets)}, and README.md")
     if options.upload:
         address = upload_dataset(folder, options.repo_id, private=not options.public)

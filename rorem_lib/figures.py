@@ -81,7 +81,8 @@ def make_axes(width: float, height: float, columns: int = 1, rows: int = 1, **op
 
 def plot_grid(pictures: Sequence[Sequence[np.ndarray | None]], *, column_titles: Sequence[str] = (),
               row_titles: Sequence[str] = (), captions: Sequence[Sequence[str]] = (),
-              frames: Sequence[Sequence[str | bool | None]] = (), cell: int = 128) -> Figure:
+              frames: Sequence[Sequence[str | bool | None]] = (), cell: int = 128,
+              height: int | None = None) -> Figure:
     """Rows of pictures side by side.
 
     Args:
@@ -91,6 +92,7 @@ def plot_grid(pictures: Sequence[Sequence[np.ndarray | None]], *, column_titles:
         frames: around each picture a colour, blue for True (accepted), vermilion for False
             (rejected), None for none.
         cell: side of a cell in pixels; small pictures are enlarged without smoothing.
+        height: of a cell in pixels, where pictures are wider than high; `cell` if None.
     """
     if not pictures or not any(len(row) for row in pictures):
         raise ValueError("there are no pictures to show")
@@ -98,7 +100,8 @@ def plot_grid(pictures: Sequence[Sequence[np.ndarray | None]], *, column_titles:
     gap = max(6, cell // 16)
     lines = max((text.count("\n") + 1 for row in captions for text in row), default=0)
     foot = 8 + 12 * lines if lines else 0
-    step_x, step_y = cell + gap, cell + gap + foot
+    tall = height or cell
+    step_x, step_y = cell + gap, tall + gap + foot
     canvas = np.full((rows * step_y, columns * step_x, 3), 255, np.uint8)
     for r, row in enumerate(pictures):
         for c, picture in enumerate(row):
@@ -108,9 +111,9 @@ def plot_grid(pictures: Sequence[Sequence[np.ndarray | None]], *, column_titles:
             frame = _find_frame(frames[r][c]) if frames else None
             if frame:
                 edge = max(2, gap // 2 - 1)
-                canvas[top - edge:top + cell + edge, left - edge:left + cell + edge] = [
+                canvas[top - edge:top + tall + edge, left - edge:left + cell + edge] = [
                     int(frame[i:i + 2], 16) for i in (1, 3, 5)]
-            canvas[top:top + cell, left:left + cell] = _fit_cell(picture, cell)
+            canvas[top:top + tall, left:left + cell] = _fit_cell(picture, cell, tall)
     dpi, head, side = 100, 22 * bool(column_titles), 78 * bool(row_titles)
     height, width = canvas.shape[0] + head, canvas.shape[1] + side
     figure = Figure(figsize=(width / dpi, height / dpi), dpi=dpi, facecolor="white")
@@ -134,19 +137,19 @@ def _find_frame(mark) -> str | None:
     return mark if isinstance(mark, str) else BLUE if mark else VERMILION
 
 
-def _fit_cell(picture: np.ndarray, cell: int) -> np.ndarray:
-    """Any picture as [cell, cell, 3], its aspect kept on white."""
+def _fit_cell(picture: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Any picture as [height, width, 3], its aspect kept on white."""
     picture = np.asarray(picture)
     if picture.ndim == 2:
         picture = np.repeat(picture[..., None], 3, axis=2)
-    scale = cell / max(picture.shape[:2])
+    scale = min(height / picture.shape[0], width / picture.shape[1])
     size = [max(1, round(side * scale)) for side in picture.shape[1::-1]]
     way = cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST
     small = cv2.resize(np.ascontiguousarray(picture), size, interpolation=way)
-    top, left = (cell - size[1]) // 2, (cell - size[0]) // 2
-    square = np.full((cell, cell, 3), 255, np.uint8)
-    square[top:top + size[1], left:left + size[0]] = small
-    return square
+    top, left = (height - size[1]) // 2, (width - size[0]) // 2
+    fitted = np.full((height, width, 3), 255, np.uint8)
+    fitted[top:top + size[1], left:left + size[0]] = small
+    return fitted
 
 
 # --------------------------------------------------------------------------------- training

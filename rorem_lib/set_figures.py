@@ -5,11 +5,13 @@ The rest of the figures is `rorem_lib.figures`.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
+import cv2
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from rorem_lib.figures import BLUE, ORANGE, SKY, VERMILION, make_axes, plot_grid
 from rorem_lib.masks import outline_mask
@@ -17,20 +19,45 @@ from rorem_lib.records import Triplet, load_images
 from rorem_lib.sources.base import Pictures
 
 
-def plot_sheet(triplets: Sequence[Triplet], *, columns: int = 8, cell: int = 72) -> Figure:
+def plot_sheet(triplets: Sequence[Triplet], *, title: str = "", columns: int = 8) -> Figure:
     """A sheet of triplets: the source with the mask's outline and, where there is one, the GT.
 
     Args:
         triplets: what to show; at least one.
-        columns: triplets in a row.
-        cell: side of a picture in px.
+        title: above the sheet.
+        columns: triplets in a row, fewer where there are few.
     """
+    few = len(triplets) <= 24
+    columns, cell = (4, 140) if few else (columns, 72)
     shown = []
     for triplet in triplets:
         x = load_images(triplet)
-        shown.append([outline_mask(x["source"], x["mask"])] + [x["gt"]] * (triplet.gt is not None))
-    return plot_grid([sum(shown[row:row + columns], []) for row in range(0, len(shown), columns)],
-                     cell=cell)
+        pair = [_outline_small(x["source"], x["mask"], cell)]
+        shown.append(pair + [x["gt"]] * (triplet.gt is not None))
+    columns = min(columns, len(shown))
+    names = ["source", "GT"] if any(len(pair) == 2 for pair in shown) else ["source"]
+    for pair in shown:
+        pair += [None] * (len(names) - len(pair))
+    figure = plot_grid([sum(shown[row:row + columns], []) for row in range(0, len(shown), columns)],
+                       cell=cell, height=_find_height(sum(shown, []), cell),
+                       column_titles=names * columns)
+    if title:
+        height = figure.get_figheight()
+        figure.text(0.5, 1 + 0.12 / height, title, ha="center", va="bottom", fontsize=11)
+    return figure
+
+
+def _outline_small(source: np.ndarray, mask: np.ndarray, cell: int) -> np.ndarray:
+    """The source at the size it is shown with the mask's outline: a line drawn on a large picture
+    is gone when that is shrunk."""
+    if mask.shape != source.shape[:2]:
+        return source
+    scale = cell / max(mask.shape)
+    if scale < 1:
+        size = tuple(max(1, round(side * scale)) for side in mask.shape[::-1])
+        source = cv2.resize(source, size, interpolation=cv2.INTER_AREA)
+        mask = cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST)
+    return outline_mask(source, mask)
 
 
 def plot_items(items: Mapping[str, Pictures], *, cell: int = 150) -> Figure:
@@ -43,15 +70,22 @@ def plot_items(items: Mapping[str, Pictures], *, cell: int = 150) -> Figure:
     rows = []
     for pictures in items.values():
         source, mask = pictures.source.array, pictures.mask.array
-        row = [source, outline_mask(source, mask) if mask.shape == source.shape[:2] else None, mask]
+        row = [source, _outline_small(source, mask, cell), mask]
         gt = pictures.gt and pictures.gt.array
         if gt is not None and gt.shape == source.shape:
             change = np.abs(source.astype(np.int16) - gt).max(axis=2)
             row += [gt, np.clip(change * 3, 0, 255).astype(np.uint8)]
         rows.append(row)
-    titles = ["source", "mask, outlined", "mask", "GT", "change (3 times)"]
-    return plot_grid(rows, row_titles=[name[-14:] for name in items], cell=cell,
+    titles = ["source", "mask, outlined", "mask", "GT", "change x 3, clipped"]
+    names = ["\n".join(textwrap.wrap(name, 13)[:4]) if "\n" not in name else name for name in items]
+    return plot_grid(rows, row_titles=names, cell=cell, height=_find_height(sum(rows, []), cell),
                      column_titles=titles[:max(map(len, rows))])
+
+
+def _find_height(pictures: Sequence[np.ndarray | None], cell: int) -> int:
+    """How high cells have to be for pictures that are `cell` px wide, at most as high."""
+    shapes = [picture.shape for picture in pictures if picture is not None]
+    return round(cell * min(1, max(shape[0] / shape[1] for shape in shapes)))
 
 
 def plot_rejections(reasons: Mapping[str, int], *, kept: int) -> Figure:
@@ -82,10 +116,15 @@ def plot_changes(inside: Sequence[float], outside: Sequence[float], *, min_chang
     for axis, values, limit, side, colour in (
             (axes[0], inside, min_change, "inside", SKY),
             (axes[1], outside, max_change_outside, "outside", ORANGE)):
-        axis.hist(np.asarray(values, dtype=float), 40, color=colour)
-        axis.axvline(limit, color=VERMILION, linewidth=1.4)
+        values = np.asarray(values, dtype=float)
+        # medians are whole grey levels: a bar for each
+        bins = np.arange(-0.5, max(limit, values.max()) + 1.5) if side == "outside" else 40
+        axis.hist(values, bins, color=colour)
+        axis.axvline(limit, color=VERMILION, linewidth=1.4, label="limit")
         axis.set_xlabel(f"change {side} of the mask, grey levels", fontsize=9)
-    axes[0].set_ylabel("triplets", fontsize=9)
+        axis.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[0].set_ylabel("triplets kept", fontsize=9)
+    axes[1].legend(fontsize=8, frameon=False)
     return figure
 
 
@@ -109,4 +148,5 @@ def plot_mask_areas(areas: Mapping[str, Sequence[float]], *, bins: int = 24) -> 
         axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     figure.supxlabel("share of the picture that is masked", fontsize=9)
     axes[0].set_ylabel("pictures", fontsize=9)
+    axes[0].yaxis.set_major_locator(MaxNLocator(integer=True))
     return figure

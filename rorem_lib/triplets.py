@@ -207,8 +207,15 @@ def merge_sets(metas: Iterable[str | Path], folder: str | Path) -> Path:
 
     Returns:
         The new set's `meta.json`.
+
+    Raises:
+        TripletError: `folder` is one of the sets, or one of them is unsound.
     """
-    used = set()
+    metas, used = [resolve_meta(path) for path in metas], set()
+    for meta in metas:  # its files would be replaced while they are read
+        if meta.parent.resolve() == Path(folder).resolve():
+            raise TripletError(f"{folder} is one of the sets to be merged: give the merged set a "
+                               "folder of its own")
     with TripletWriter(folder, restart=True) as writer:
         for path in metas:
             for triplet in iter_triplets(path, require_gt=False, look=False):

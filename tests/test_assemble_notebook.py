@@ -69,7 +69,8 @@ def _check_folder(folder, data, raw, sets):
         for triplet in found:
             _check_record(triplet, data, pool)
     assert json.loads((folder / "metrics.json").read_text())["rejected"] == raw["rejected"]
-    _check_rejections(folder, raw["rejected"], {t.id for found in sets.values() for t in found})
+    _check_rejections(folder, data, raw["rejected"],
+                      {t.id for found in sets.values() for t in found})
     figures = {path.stem: cv2.imread(str(path)) for path in (folder / "figures").iterdir()}
     assert set(figures) == {"source", "rejections", "mask_areas", *(f"sheet_{key}" for key in sets),
                             *(["changes"] * (not pool))}
@@ -92,7 +93,7 @@ def _check_record(triplet, data, pool):
         assert extra["change_inside"] > max(10, 4 * extra["change_outside"])
 
 
-def _check_rejections(folder, reasons, kept):
+def _check_rejections(folder, data, reasons, kept):
     lines = [json.loads(line) for line in (folder / "rejected.jsonl").read_text().splitlines()]
     assert pd.Series([line["reason"] for line in lines]).value_counts().to_dict() == reasons
     for line in lines:
@@ -101,6 +102,8 @@ def _check_rejections(folder, reasons, kept):
     shown = html.unescape(" ".join(output["data"].get("text/html", "")
                                    for output in list_outputs(folder / "notebook.ipynb")
                                    if "data" in output))
+    for line in lines:  # the table shows paths below the raw data's folder
+        line["message"] = line["message"].replace(f"{data}/", "")
     for reason in reasons:
         assert any(line["message"] in shown for line in lines if line["reason"] == reason), reason
 

@@ -159,7 +159,6 @@ def test_a_terminal_is_told_how_far_it_is(monkeypatch, capsys):
     assert capsys.readouterr().err == "\r\x1b[Kset: 1,000 (100 a second)\r\x1b[K"
 
 
-@pytest.mark.xfail(strict=True, reason="an interruption ends in a traceback and not with 130")
 def test_an_interruption_ends_with_130(tmp_path):
     folder = _write_set(tmp_path / "set", ["a"])
     (folder / "source/a.png").unlink()
@@ -173,7 +172,6 @@ def test_an_interruption_ends_with_130(tmp_path):
     assert process.returncode == 130 and "Traceback" not in errors
 
 
-@pytest.mark.xfail(strict=True, reason="the first set that is no JSON hides all after it")
 def test_a_damaged_list_does_not_hide_the_sets_after_it(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a/meta.json").write_text("[")
@@ -224,8 +222,7 @@ def test_faulty_inputs_end_with_1_and_their_files_are_named(tmp_path):
 
 @pytest.mark.parametrize("place", [
     pytest.param(0, id="the first"),
-    pytest.param(1, id="the last", marks=pytest.mark.xfail(
-        strict=True, reason="a file of the target is overwritten before it is read")),
+    pytest.param(1, id="the last"),
 ])
 def test_merging_into_one_of_the_inputs_loses_nothing(tmp_path, place):
     """Whether it is done or refused."""
@@ -338,7 +335,6 @@ def test_uploads_are_private_unless_public_is_said(assembled, tmp_path, public):
     assert not any("publishing" in name for name in files)
 
 
-@pytest.mark.xfail(strict=True, reason="the folder's name is taken from the path as it is given")
 def test_the_current_folder_and_a_meta_file_can_be_published(tmp_path):
     folder = _write_set(tmp_path / "train", ["a"], license="CC0-1.0")
     for number, (name, cwd) in enumerate(((".", folder), ("meta.json", folder),
