@@ -37,10 +37,15 @@ class SafetyChecker:
 
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         revision = revision or (REVISION if model_id == CHECKER else None)
-        with silence_libraries():
-            self._model = StableDiffusionSafetyChecker.from_pretrained(
-                model_id, revision=revision).eval().to(self.device)
-            self._processor = CLIPImageProcessor.from_pretrained(model_id, revision=revision)
+        try:
+            with silence_libraries():
+                self._model = StableDiffusionSafetyChecker.from_pretrained(
+                    model_id, revision=revision).eval().to(self.device)
+                self._processor = CLIPImageProcessor.from_pretrained(model_id, revision=revision)
+        except OSError as error:
+            raise OSError(f"the safety checker {model_id} is no folder, not in the Hub's cache and "
+                          "cannot be reached: run once with a network, give a folder, or go "
+                          f"without it ({str(error).splitlines()[0]})") from error
 
     def find_unsafe(self, pictures: Iterable[np.ndarray], *, batch_size: int = 32
                     ) -> Iterator[bool]:

@@ -1,0 +1,88 @@
+"""The content filter, with a small checker of random weights that flags one of two pictures."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from rorem_lib.assembly import assemble_sets
+from rorem_lib.pictures import save_image
+from rorem_lib.safety import SafetyChecker
+from rorem_lib.sdxl import silence_libraries
+from rorem_lib.sources.upstream import UpstreamSource
+
+
+def _picture(number):
+    rng = np.random.default_rng(number)
+    return np.kron(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8), np.ones((6, 6, 1), np.uint8))
+
+
+@pytest.fixture(scope="module")
+def checker_folder(tmp_path_factory):
+    """A checker whose concepts are the embeddings of pictures 1 and 4."""
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig, CLIPImageProcessor
+
+    folder = tmp_path_factory.mktemp("checker")
+    torch.manual_seed(0)
+    with silence_libraries():
+        model = StableDiffusionSafetyChecker(CLIPConfig(
+            projection_dim=16, text_config={"hidden_size": 32},
+            vision_config={"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+                           "num_attention_heads": 2, "image_size": 32, "patch_size": 8,
+                           "projection_dim": 16}))
+        processor = CLIPImageProcessor(size={"shortest_edge": 32},
+                                       crop_size={"height": 32, "width": 32})
+        inputs = processor([_picture(n) for n in range(6)], return_tensors="pt").pixel_values
+        with torch.no_grad():
+            embeds = model.visual_projection(model.vision_model(inputs)[1])
+        near = torch.nn.functional.cosine_similarity(embeds[:, None], embeds[None], dim=2)
+        nearest = (near - 2 * torch.eye(6)).max()
+        assert nearest < 0.997  # else the pictures could not be told apart
+        model.concept_embeds.data[:] = embeds[1]
+        model.concept_embeds.data[3] = embeds[4]
+        model.concept_embeds_weights.data[:] = (1 + nearest) / 2
+        model.special_care_embeds.data[:] = -embeds.mean(0)
+        model.special_care_embeds_weights.data[:] = 1
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    return folder
+
+
+def test_unsafe_pictures_are_found_in_order_in_batches_of_any_size(checker_folder):
+    checker = SafetyChecker(str(checker_folder), device="cpu")
+    for batch_size in (1, 4, 32):
+        found = list(checker.find_unsafe((_picture(n) for n in range(6)), batch_size=batch_size))
+        assert found == [False, True, False, False, True, False]
+
+
+def test_unsafe_sources_are_rejected_and_no_picture_is_asked_for_twice(checker_folder, tmp_path):
+    raw, records = tmp_path / "raw", []
+    mask = np.zeros((48, 48), np.uint8)
+    mask[8:20, 8:20] = 255
+    for part in ("source", "mask", "GT"):
+        (raw / part).mkdir(parents=True)
+    for n in range(4):
+        gt = _picture(n)
+        gt[mask > 0] = 128
+        for part, picture in (("source", _picture(n)), ("mask", mask), ("GT", gt)):
+            save_image(raw / part / f"{n}.png", picture)
+        records.append({part: f"{part}/{n}.png" for part in ("source", "mask", "GT")})
+    (raw / "meta.json").write_text(json.dumps(records))
+    checker = SafetyChecker(str(checker_folder), device="cpu")
+    result = assemble_sets(UpstreamSource(str(raw)), tmp_path / "out", safety=checker)
+    assert result.reasons == {"unsafe": 1} and result.counts == {"labelled": 3}
+    assert json.loads(result.rejected.read_text())["id"] == "1"
+
+    class Silent:
+        def find_unsafe(self, pictures):
+            return iter([False for _ in pictures if pytest.fail("asked again")])
+
+    again = assemble_sets(UpstreamSource(str(raw)), tmp_path / "out", safety=Silent())
+    assert again.counts == result.counts and again.reasons == result.reasons
+
+
+def test_without_a_network_the_missing_model_is_named():
+    with pytest.raises(OSError, match="stable-diffusion-safety-checker"):
+        SafetyChecker(device="cpu")
