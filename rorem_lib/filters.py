@@ -139,6 +139,9 @@ def measure_shift(source: np.ndarray, gt: np.ndarray, mask: np.ndarray) -> float
         edges[hole] = 0
         planes.append(edges)
     (dx, dy), response = cv2.phaseCorrelate(*planes, cv2.createHanningWindow(size, cv2.CV_32F))
+    # OpenCV counts from size / 2, which for odd transforms lies half a pixel off.
+    dx -= cv2.getOptimalDFTSize(size[0]) % 2 / 2
+    dy -= cv2.getOptimalDFTSize(size[1]) % 2 / 2
     return float(np.hypot(dx, dy) * scale) if response > 0.1 else 0.0
 
 

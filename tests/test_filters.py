@@ -81,6 +81,14 @@ def test_a_moved_camera_is_measured_and_light_is_not(number):
     assert caught.value.reason == "misaligned"
 
 
+@pytest.mark.parametrize("size", [(256, 135), (225, 135), (243, 200), (256, 256)])
+def test_pictures_of_odd_sizes_are_not_half_a_pixel_off(size):
+    photo = cv2.resize(PHOTOS[0], size, interpolation=cv2.INTER_AREA)
+    noise = np.random.default_rng(0).normal(0, 1, photo.shape)
+    again = np.clip(photo + noise, 0, 255).astype(np.uint8)
+    assert filters.measure_shift(photo, again, np.zeros(photo.shape[:2], np.uint8)) < 0.1
+
+
 def test_smooth_pictures_are_not_called_misaligned():
     ramp = np.tile(np.linspace(60, 180, 300, dtype=np.float32), (200, 1))
     source = np.repeat(ramp[..., None], 3, axis=2).astype(np.uint8)
