@@ -62,7 +62,7 @@ def find_duplicates(writers: dict[str, TripletWriter], *, distance: int,
         files.append(triplet.source)
         hashes.append(int(triplet.extra.get("phash")
                           or filters.hash_picture(load_image(triplet.source)), 16))
-        groups.append(-1)
+        groups.append(-len(files))  # each is one of its own
     numbers: dict[str, int] = {}
     with contextlib.ExitStack() as stack:
         ids, starts, indices = [], [], []

@@ -26,6 +26,7 @@ from rorem_lib.records import describe_size
 from rorem_lib.sources.base import Pictures, Rejected
 
 _SMALL = 256  # px: side of the pictures on which a shift is measured
+_EDGE = 16.0  # strength of an edge (Sobel, grey levels) that noise and JPEG do not reach
 _HASH_BITS = 64
 _LOOKS = 8  # pictures of one hash that a candidate is compared with
 
@@ -136,6 +137,7 @@ def measure_shift(source: np.ndarray, gt: np.ndarray, mask: np.ndarray) -> float
         # Edges, not light: exposure and shadows change between two shots, edges stay.
         edges = cv2.magnitude(cv2.Sobel(small, cv2.CV_32F, 1, 0),
                               cv2.Sobel(small, cv2.CV_32F, 0, 1))
+        edges = np.maximum(edges - _EDGE, 0)  # noise and JPEG's blocks are no edges
         edges[hole] = 0
         planes.append(edges)
     (dx, dy), response = cv2.phaseCorrelate(*planes, cv2.createHanningWindow(size, cv2.CV_32F))
@@ -190,12 +192,12 @@ def find_duplicates(hashes: Sequence[int], groups: Sequence[int],
         known = [(early, group) for other in (kind, *near.get(kind, ()))
                  for group, early in itertools.islice(first.get(other, {}).items(), _LOOKS)]
         for early, group in sorted(known) if late >= start else ():
-            if group != groups[late] and early not in dropped and look_alike(locate(early),
-                                                                             locate(late)):
+            if group != groups[late] and look_alike(locate(early), locate(late)):
                 dropped.add(late)
                 yield late, early
                 break
-        first.setdefault(kind, {}).setdefault(groups[late], late)
+        if late not in dropped:
+            first.setdefault(kind, {}).setdefault(groups[late], late)
 
 
 def _find_near(values: np.ndarray, distance: int) -> Iterator[tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import shutil
@@ -137,16 +138,20 @@ def save_image(path: str | Path, image: np.ndarray) -> None:
     _put_file(Path(path), lambda beside: beside.write_bytes(data))
 
 
-def link_file(original: Path, path: Path) -> None:
+def link_file(original: str | Path, path: Path) -> None:
     """Make `path` the same file as `original` without a second copy where that is possible."""
-    _put_file(path, lambda beside: _link(original.resolve(), beside))
+    real = os.path.realpath(original)  # a link to a link would dangle
+    with contextlib.suppress(OSError):
+        os.link(real, path)  # there at once, or not at all
+        return
+    _put_file(path, lambda beside: _link(real, beside))  # something is there, or no links are
 
 
-def _link(original: Path, beside: Path) -> None:
+def _link(real: str, beside: Path) -> None:
     try:
-        os.link(original, beside)
+        os.link(real, beside)
     except OSError:  # another file system, or one without hard links
-        shutil.copyfile(original, beside)
+        shutil.copyfile(real, beside)
 
 
 def _put_file(path: Path, make) -> None:

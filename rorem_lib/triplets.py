@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import os
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
@@ -129,7 +130,8 @@ class TripletWriter:
                              and Path(old[key]).stem == old["id"]}
             for name in filter(index.__contains__, drop):
                 leftover |= {index[name][key] for key in FOLDERS.values() if key in index[name]}
-            write_list(meta, (record for record in index.items() if record["id"] not in drop))
+            write_list(meta, _keep_files(
+                (record for record in index.items() if record["id"] not in drop), leftover))
         for journal in (*self._list_journals(), self._aside):
             journal.unlink(missing_ok=True)
         for path in (*leftover, *self.folder.glob("*/.*.partial")):  # the latter a kill left
@@ -151,12 +153,24 @@ class TripletWriter:
 
     def _read_old(self) -> Iterator[dict]:
         """The records of `meta.json`, each with an id."""
-        meta = self.folder / META
-        for record in read_records(meta) if meta.is_file() else ():
-            yield {**record, "id": str(record.get("id", Path(record.get("source", "")).stem))}
+        meta, seen = self.folder / META, set()
+        for number, record in enumerate(read_records(meta) if meta.is_file() else (), 1):
+            name = record.get("id")
+            if name is None:  # as the reader names it
+                name = Path(record.get("gt" if "inpaint" in record else "source") or "").stem
+                name = f"{name}~{number}" if hash(name) in seen else name
+            seen.add(hash(str(name)))
+            yield {**record, "id": str(name)}
 
     def _list_journals(self) -> list[Path]:
         return sorted(self.folder.glob("meta.*jsonl.partial"))
+
+
+def _keep_files(records: Iterable[dict], leftover: set[str]) -> Iterator[dict]:
+    """Pass records on, and take the files they name out of what is to be deleted."""
+    for record in records:
+        leftover.difference_update(record.get(key) for key in FOLDERS.values())
+        yield record
 
 
 def write_files(folder: str | Path, /, *, id: str, source, mask, gt=None, **extra) -> dict:
@@ -191,14 +205,14 @@ def _write_part(folder: Path, name: str, part: str, value) -> str:
     if isinstance(value, np.ndarray):
         save_image(place / f"{name}.png", value)
         return f"{FOLDERS[part]}/{name}.png"
-    original = Path(value)
-    if "hidden" in original.resolve().parts:
-        raise TripletError(f"{original} lies in a hidden folder: the scenes' truth never "
+    real = os.path.realpath(value)
+    if "hidden" in real.split(os.sep):
+        raise TripletError(f"{value} lies in a hidden folder: the scenes' truth never "
                            "becomes a triplet")
-    if not original.is_file():
-        raise TripletError(f"{original} is missing: {name} cannot be written without it")
-    path = place / f"{name}{original.suffix.lower() or '.png'}"
-    link_file(original, path)
+    if not os.path.isfile(real):
+        raise TripletError(f"{value} is missing: {name} cannot be written without it")
+    path = place / f"{name}{Path(value).suffix.lower() or '.png'}"
+    link_file(real, path)
     return f"{FOLDERS[part]}/{path.name}"
 
 

@@ -1,6 +1,7 @@
 """The filters: limits, shifts, hashes, near-duplicates."""
 
 import io
+import time
 
 import cv2
 import numpy as np
@@ -10,9 +11,12 @@ from skimage import data as photographs
 from sklearn.datasets import load_sample_images
 
 from rorem_lib import filters
+from rorem_lib.assembly import assemble_sets
 from rorem_lib.filters import FilterConfig, check_pictures, find_duplicates, hash_picture
 from rorem_lib.pictures import save_image
 from rorem_lib.sources.base import Picture, Pictures, Rejected
+from rorem_lib.sources.upstream import UpstreamSource
+from rorem_lib.triplets import TripletWriter
 
 PHOTOS = [*load_sample_images().images, photographs.astronaut(), photographs.coffee(),
           photographs.rocket(), photographs.chelsea()]
@@ -45,6 +49,7 @@ def test_each_limit_is_where_it_says():
     assert _reject(source, mask, gt, max_mask_area=0.0399) == "mask area"
     assert _reject(source, mask, gt, min_change=4.1) == "unchanged"
     assert _reject(source, mask, gt, min_side=201) == "small picture"
+    assert _reject(source[:150], mask[:150], gt[:150], min_side=151) == "small picture"
     assert _reject(source, mask[:-1], gt) == "sizes differ"
     assert _reject(source, mask, gt[:, :-1]) == "sizes differ"
     assert _reject(source, mask * 0, gt) == "empty mask"
@@ -54,6 +59,29 @@ def test_each_limit_is_where_it_says():
     assert _reject(source, mask, lighter, max_change_outside=5.9) == "changed outside"
     assert set(check_pictures(_pictures(source, mask, None), FilterConfig())) == {
         "mask_area", "phash"}
+
+
+def test_grey_of_128_is_white_and_a_mask_over_almost_everything_has_no_outside():
+    source = np.full((200, 200, 3), 100, np.uint8)
+    mask, gt = _mask(source.shape, 40) // 255 * 127, source + 9
+    assert _reject(source, mask, gt) == "empty mask"
+    found = check_pictures(_pictures(source, mask + mask // 127, gt), FilterConfig(min_change=9))
+    assert found["mask_area"] == 0.04
+    mask[:] = 255
+    mask[:2] = 0  # its blended edge is wider than that
+    found = check_pictures(_pictures(source, mask, source + 60), FilterConfig(max_mask_area=1))
+    assert found["change_outside"] == 0
+
+
+def test_the_largest_shift_is_a_share_of_the_longer_side():
+    photo = cv2.resize(PHOTOS[0], (1000, 600), interpolation=cv2.INTER_AREA)
+    mask = _mask(photo.shape, 100)
+    gt = np.roll(photo, 8, axis=1)
+    gt[mask > 0] = 90
+    shift = filters.measure_shift(photo, gt, mask)
+    limits = {"max_change_outside": 255, "max_shift": shift / 1000 + 1e-9}
+    check_pictures(_pictures(photo, mask, gt), FilterConfig(**limits))
+    assert _reject(photo, mask, gt, **limits | {"max_shift": shift / 1000 - 1e-6}) == "misaligned"
 
 
 @pytest.mark.parametrize("limits", [{"min_mask_area": 0.5, "max_mask_area": 0.4},
@@ -87,6 +115,47 @@ def test_pictures_of_odd_sizes_are_not_half_a_pixel_off(size):
     noise = np.random.default_rng(0).normal(0, 1, photo.shape)
     again = np.clip(photo + noise, 0, 255).astype(np.uint8)
     assert filters.measure_shift(photo, again, np.zeros(photo.shape[:2], np.uint8)) < 0.1
+
+
+@pytest.mark.parametrize("number", range(len(PHOTOS)))
+def test_a_shift_is_measured_to_half_a_pixel_of_256(number):
+    photo = cv2.resize(PHOTOS[number], (1024, 768), interpolation=cv2.INTER_AREA)
+    mask = _mask(photo.shape, 240)
+    for x, y in ((0.5, 0), (0, 1), (1.5, -1), (-2.5, 0.75), (3, 4)):
+        moved = cv2.warpAffine(photo, np.float32([[1, 0, 4 * x], [0, 1, 4 * y]]), (1024, 768),
+                               borderMode=cv2.BORDER_REFLECT)
+        moved[mask > 0] = 90
+        assert filters.measure_shift(photo, moved, mask) == pytest.approx(4 * np.hypot(x, y),
+                                                                          abs=2)
+
+
+def test_what_lies_in_the_mask_moves_no_camera():
+    photo = cv2.resize(PHOTOS[3], (960, 640), interpolation=cv2.INTER_AREA)
+    mask, other = _mask(photo.shape, 560), cv2.resize(PHOTOS[2], (960, 640))
+    for shift in (0, 8):
+        gt = np.roll(photo, shift, axis=1)
+        source = np.where(mask[..., None] > 0, other, photo)
+        gt[mask > 0] = np.roll(other, 20, axis=1)[mask > 0]
+        assert filters.measure_shift(source, gt, mask) == pytest.approx(shift, abs=2)
+
+
+def test_neither_noise_nor_compression_of_smooth_pictures_is_a_moved_camera():
+    y, x = np.mgrid[:540, :960].astype(np.float32)
+    mask = _mask(x.shape, 200)
+    called = []
+    for number, ramp in enumerate((x * 0 + 120, 60 + x / 16, 60 + x / 16 + y / 9,
+                                   200 - np.hypot(x - 480, y - 270) / 11)):
+        for noise in (0, 1, 3):
+            pair = []
+            for seed, light in enumerate((0, 3)):
+                grain = np.random.default_rng(seed).normal(0, noise, (540, 960, 3))
+                buffer = io.BytesIO()
+                Image.fromarray((ramp[..., None] + light + grain + 0.5).astype(np.uint8)).save(
+                    buffer, "JPEG", quality=60)
+                pair.append(np.array(Image.open(buffer)))
+            if filters.measure_shift(*pair, mask) > FilterConfig().max_shift * 960:
+                called.append((number, noise))
+    assert not called
 
 
 def test_smooth_pictures_are_not_called_misaligned():
@@ -127,6 +196,15 @@ def test_no_near_pair_is_missed(distance, monkeypatch):
     assert set(found) <= near and found == sorted(found)
 
 
+def test_no_near_pair_is_missed_where_half_of_the_bits_are_the_same(monkeypatch):
+    rng = np.random.default_rng(0)
+    hashes = rng.integers(0, 2**32, 300, dtype=np.uint64) << np.uint64(32)
+    hashes[200:] = hashes[:100] ^ (np.uint64(11) << rng.integers(32, 61, 100).astype(np.uint64))
+    monkeypatch.setattr(filters, "look_alike", lambda one, two: True)
+    found = list(find_duplicates(hashes.tolist(), list(range(300)), str, distance=4))
+    assert found == [(200 + n, n) for n in range(100)]
+
+
 def test_groups_the_protected_part_and_chains(monkeypatch):
     monkeypatch.setattr(filters, "look_alike", lambda one, two: True)
     assert list(find_duplicates([7, 7, 7], [1, 1, 2], str, distance=0)) == [(2, 0)]
@@ -143,3 +221,50 @@ def test_like_hashes_of_unlike_pictures_are_no_duplicates(tmp_path):
     assert len(set(hashes)) == 1
     found = list(find_duplicates(hashes, [1, 2, 3], lambda n: tmp_path / f"{n}.png", distance=4))
     assert found == [(2, 0)]
+
+
+def test_no_more_than_eight_pictures_of_a_hash_are_looked_at(monkeypatch):
+    seen = []
+    monkeypatch.setattr(filters, "look_alike", lambda one, two: seen.append((two, one)))
+    assert not list(find_duplicates([5] * 12, list(range(12)), int, distance=4))
+    assert seen == [(late, early) for late in range(12) for early in range(min(8, late))]
+
+
+def test_a_hundred_thousand_hashes_take_seconds_and_lone_pictures_are_not_opened(monkeypatch):
+    rng = np.random.default_rng(1)
+    hashes = rng.integers(0, 2**64, 100_000, dtype=np.uint64)
+    hashes[90_000:90_100] = hashes[:100] ^ (np.uint64(7) << rng.integers(
+        0, 61, 100).astype(np.uint64))
+    opened = []
+    monkeypatch.setattr(filters, "look_alike", lambda one, two: True)
+    began = time.monotonic()
+    found = list(find_duplicates(hashes.tolist(), list(range(100_000)), opened.append, distance=4))
+    assert time.monotonic() - began < 10
+    assert found == [(90_000 + n, n) for n in range(100)] and len(opened) == 200
+
+
+def _write_flat(folder, *levels, gt=True):
+    """Pictures of one colour: their hashes are alike, they are not."""
+    mask = _mask((100, 100), 30)
+    with TripletWriter(folder) as writer:
+        for number, level in enumerate(levels):
+            source = np.full((100, 100, 3), level, np.uint8)
+            writer.add(id=str(number), source=source, mask=mask,
+                       gt=np.where(mask[..., None] > 0, 0, source) if gt else None)
+    return folder
+
+
+@pytest.mark.parametrize("levels", [
+    (200,), (40, 200)])
+def test_every_evaluation_picture_is_compared_with(tmp_path, levels):
+    result = assemble_sets(UpstreamSource(str(_write_flat(tmp_path / "raw", 200, 120))),
+                           tmp_path / "out",
+                           evaluation_sets=[_write_flat(tmp_path / "test", *levels, gt=False)])
+    assert result.reasons == {"near-duplicate": 1} and result.counts == {"labelled": 1}
+
+
+def test_a_dropped_picture_does_not_hide_another_of_its_group(monkeypatch):
+    look = [1, 1, 2, 2]  # the second is like the first, the fourth like the third
+    monkeypatch.setattr(filters, "look_alike", lambda one, two: look[one] == look[two])
+    found = list(find_duplicates([7] * 4, [1, 2, 2, 3], int, distance=0))
+    assert found == [(1, 0), (3, 2)]

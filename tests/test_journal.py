@@ -1,21 +1,18 @@
-"""Journals and the work of processes: nothing lost, nothing left behind."""
+"""Journals, and the sets that are folded from them: nothing is lost, whatever the order."""
 
+import contextlib
+import errno
 import itertools
 import json
-import os
-import signal
-import subprocess
-import sys
-import textwrap
-import time
-from pathlib import Path
+import resource
 
-import psutil
+import numpy as np
 import pytest
 
-from rorem_lib import journal, workers
+from rorem_lib import journal
 from rorem_lib.journal import Journal, JournalIndex, write_lines, write_list
-from rorem_lib.workers import group_chunks, map_processes
+from rorem_lib.pictures import load_image, save_image
+from rorem_lib.triplets import TripletWriter, check_set, read_triplets, write_files
 
 
 def _write(path, *records):
@@ -46,13 +43,70 @@ def test_later_lines_and_later_files_replace_earlier_ones(tmp_path):
         assert len(index) == 2 and "a" in index and "c" not in index
 
 
-def test_positions_beyond_4_gb_fit(tmp_path):
-    _write(tmp_path / "1", {"id": "a"})
-    with JournalIndex([tmp_path / "1"]) as index:
-        place = 3 << journal._SHIFT | 200 * 10**9
-        assert place >> journal._SHIFT == 3
-        assert place & ((1 << journal._SHIFT) - 1) == 200 * 10**9
-        assert index["a"] == {"id": "a"}
+@pytest.mark.parametrize("torn", [b"", b'{"id": "c"', b'{"id": "' + b"c" * 200_000])
+def test_appending_goes_on_behind_the_last_whole_line(tmp_path, torn):
+    path = tmp_path / "a.jsonl"
+    for before in (b"", b'{"id": "a"}\n'):
+        path.write_bytes(before + torn)
+        writer = Journal(path)
+        returned = writer.append({"id": "b", "x": np.float32(0.5), "n": np.int64(3), "t": (1, 2)})
+        assert returned == {"id": "b", "x": 0.5, "n": 3, "t": [1, 2]}
+        assert path.read_bytes() == before + json.dumps(returned).encode() + b"\n"
+        writer.close()
+        writer.append({"id": "c"})
+        writer.close()
+        writer.close()
+        with JournalIndex([path]) as index:
+            assert index.list_ids() == ["a", "b", "c"][not before:]
+            assert index["b"] == returned
+
+
+def test_positions_beyond_4_gb_are_found_in_each_of_several_files(tmp_path, monkeypatch):
+    places = {"1": 5 * 2**30, "2": 2**32, "3": 0}
+    for name, place in places.items():
+        with open(tmp_path / name, "wb") as stream:  # what is not written takes no space
+            stream.seek(place)
+            stream.write(b'{"id": "of %s"}\n' % name.encode())
+    monkeypatch.setattr(journal, "read_lines", lambda path: [
+        (places[path.name], {"id": f"of {path.name}"})])
+    with JournalIndex([tmp_path / name for name in places]) as index:
+        assert list(index.items()) == [{"id": f"of {name}"} for name in places]
+
+
+@contextlib.contextmanager
+def _limit_files(size):
+    """Files cannot grow beyond so many bytes, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_leaves_whole_lines_and_is_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    writer = Journal(path)
+    writer.append({"id": "a"})
+    for size in (20, 12):  # there is space for half a line, and for none
+        with _limit_files(size):
+            with pytest.raises(OSError, match=f"cannot write {path}: ") as caught:
+                writer.append({"id": "a longer one"})
+        assert caught.value.errno in (errno.ENOSPC, errno.EFBIG)
+        assert path.read_bytes() == b'{"id": "a"}\n'
+    writer.append({"id": "b"})
+    assert path.read_bytes() == b'{"id": "a"}\n{"id": "b"}\n'
+
+
+@pytest.mark.parametrize("write", [write_list, write_lines])
+def test_a_list_that_does_not_fit_leaves_the_old_one_and_is_named(tmp_path, write):
+    path = tmp_path / "meta.json"
+    write(path, [{"id": "old"}])
+    old = path.read_bytes()
+    with _limit_files(1000):
+        with pytest.raises(OSError, match=f"cannot write {path}: "):
+            write(path, ({"id": str(n)} for n in range(100_000)))
+    assert path.read_bytes() == old and list(tmp_path.iterdir()) == [path]
 
 
 def test_lists_are_plain_json_and_a_failure_leaves_the_old_one(tmp_path):
@@ -73,76 +127,106 @@ def test_lists_are_plain_json_and_a_failure_leaves_the_old_one(tmp_path):
     assert json.loads(path.read_text()) == []
 
 
-# -------------------------------------------------------------------------------- processes
+# ------------------------------------------------------------------------- sets out of journals
 
 
-def _square(number):
-    if number == 13:
-        raise ValueError("13 brings no luck")
-    return number * number, os.getpid()
+def _picture(seed):
+    return np.random.default_rng(seed).integers(0, 255, (16, 16, 3), np.uint8)
 
 
-def _die(number):
-    os.kill(os.getpid(), signal.SIGKILL)
+def _mask():
+    mask = np.zeros((16, 16), np.uint8)
+    mask[4:9, 4:9] = 255
+    return mask
 
 
-def test_results_come_in_order_from_several_processes_and_little_is_taken_ahead():
-    taken = []
-
-    def count():
-        for number in itertools.count(20):
-            taken.append(number)
-            yield number
-
-    results = map_processes(_square, count(), workers=2)
-    found = [next(results) for _ in range(20)]
-    assert [square for square, _ in found] == [n * n for n in range(20, 40)]
-    assert len(taken) <= 20 + 2 * workers._AHEAD + 1
-    pids = {pid for _, pid in found}
-    assert os.getpid() not in pids and 1 <= len(pids) <= 2
-    results.close()
-    assert not any(map(psutil.pid_exists, pids))
+def _write_set(folder, *names):
+    with TripletWriter(folder) as writer:
+        for number, name in enumerate(names):
+            writer.add(id=name, source=_picture(number), mask=_mask(), gt=_picture(number + 50))
+    return folder
 
 
-@pytest.mark.parametrize("number", [1, 2])
-def test_an_error_goes_through_and_no_process_stays(number):
-    before = set(psutil.Process().children())
-    with pytest.raises(ValueError, match="13 brings no luck"):
-        list(map_processes(_square, range(30), workers=number))
-    after = {p for p in set(psutil.Process().children()) - before
-             if "spawn_main" in " ".join(p.cmdline())}
-    assert not after
-    with pytest.raises(ValueError, match="1 or more"):
-        list(map_processes(_square, [1], workers=0))
+def _list_files(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def test_a_killed_worker_is_told_as_such():
-    with pytest.raises(RuntimeError, match="a worker process died.*take fewer workers"):
-        list(map_processes(_die, range(8), workers=2))
+def _files_of(*names):
+    return sorted([f"{part}/{name}.png" for part in ("source", "mask", "GT") for name in names]
+                  + ["meta.json"])
 
 
-def test_workers_end_with_their_parent(tmp_path):
-    script = tmp_path / "parent.py"
-    script.write_text(textwrap.dedent("""
-        import time
-        from rorem_lib.workers import map_processes
-        if __name__ == "__main__":
-            results = map_processes(abs, iter(range(10**9)), workers=2)
-            print(next(results), flush=True)
-            time.sleep(60)
-    """))
-    root = Path(__file__).resolve().parents[1]
-    parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True,
-                              env={**os.environ, "PYTHONPATH": str(root)})
-    parent.stdout.readline()
-    children = psutil.Process(parent.pid).children(recursive=True)
-    parent.kill()
-    parent.wait()
-    assert children and not psutil.wait_procs(children, timeout=15)[1]
+def test_a_set_is_the_same_whatever_the_order_the_journals_and_the_interruptions(tmp_path):
+    folds = set()
+    for number, order in enumerate(itertools.permutations("abc")):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for place, name in enumerate(order):
+            record = write_files(folder, id=name, source=_picture(ord(name)), mask=_mask(),
+                                 round=ord(name))
+            writer = TripletWriter(folder, part=str(place) if number % 2 else "")
+            assert name not in writer.done_ids  # written, and not in the set yet
+            writer.add_record(record)
+            assert name in writer.done_ids
+            if number % 3 == 0:
+                writer.close()
+        TripletWriter(folder).close()
+        folds.add((folder / "meta.json").read_bytes())
+        assert sorted(path.name for path in folder.iterdir()) == ["mask", "meta.json", "source"]
+    assert len(folds) == 1
+    assert [record["round"] for record in json.loads(folds.pop())] == [97, 98, 99]
 
 
-def test_chunks_cover_everything_once():
-    assert list(group_chunks(range(5), 2)) == [[0, 1], [2, 3], [4]]
-    assert list(group_chunks([], 2)) == []
-    began = time.monotonic()
-    assert next(group_chunks(itertools.count(), 3)) == [0, 1, 2] and time.monotonic() - began < 5
+def test_an_index_holds_what_the_set_and_its_journals_say_the_newest_first(tmp_path):
+    _write_set(tmp_path, "a", "b")
+    writer = TripletWriter(tmp_path)
+    for name in "bc":
+        writer.add(id=name, source=_picture(8), mask=_mask(), round=2)
+    with writer.open_index() as index:
+        assert index.list_ids() == ["a", "b", "c"]
+        assert [record.get("round") for record in index.items()] == [None, 2, 2]
+    writer.close()
+    again = TripletWriter(tmp_path, restart=True)
+    with again.open_index() as index:
+        assert len(index) == 0
+    again.add(id="z", source=_picture(8), mask=_mask())
+    with again.open_index() as index:
+        assert index.list_ids() == ["z"]
+    again.close()
+    assert _list_files(tmp_path) == ["mask/z.png", "meta.json", "source/z.png"]
+
+
+def test_what_is_dropped_is_gone_with_its_files_and_nothing_else(tmp_path):
+    _write_set(tmp_path, "a", "b")
+    writer = TripletWriter(tmp_path)
+    for number, name in enumerate("cd"):
+        writer.add(id=name, source=_picture(9), mask=_mask(), gt=_picture(60 + number))
+    writer.close(drop={"b", "c", "never there"})
+    assert [triplet.id for triplet in read_triplets(tmp_path)] == ["a", "d"]
+    assert _list_files(tmp_path) == _files_of("a", "d")
+    assert check_set(tmp_path) == []
+
+
+def test_a_file_of_two_records_stays_when_one_is_dropped(tmp_path):
+    _write_set(tmp_path, "a", "b")
+    records = json.loads((tmp_path / "meta.json").read_text())
+    records[1]["source"] = "source/a.png"  # two masks over one picture
+    write_list(tmp_path / "meta.json", records)
+    TripletWriter(tmp_path).close(drop={"a"})
+    (triplet,) = read_triplets(tmp_path)
+    assert np.array_equal(load_image(triplet.source), _picture(0))
+
+
+@pytest.mark.parametrize("keys", [("source", "mask", "GT"), ("gt", "mask", "inpaint")])
+def test_records_without_ids_survive_a_writer(tmp_path, keys):
+    _write_set(tmp_path, "a", "b")
+    for number, folder in enumerate("xy"):
+        (tmp_path / folder).mkdir()
+        save_image(tmp_path / folder / "0.png", _picture(number))
+    write_list(tmp_path / "meta.json", [
+        dict(zip(keys, (f"{folder}/0.png", "mask/a.png", "GT/a.png"))) for folder in "xy"])
+    before = [(t.id, t.source) for t in read_triplets(tmp_path)]
+    TripletWriter(tmp_path).close()
+    assert [(t.id, t.source) for t in read_triplets(tmp_path)] == before
+    assert [load_image(source).tolist() for _, source in before] == [
+        _picture(number).tolist() for number in range(2)]

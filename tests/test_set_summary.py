@@ -1,16 +1,15 @@
-"""Summaries and figures of sets, and batches of opened triplets."""
+"""Summaries and figures of sets."""
 
-import threading
+from collections import Counter
 
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from rorem_lib import set_figures
-from rorem_lib.batches import read_batches
 from rorem_lib.set_summary import summarise_set, tabulate_classes, tabulate_origins
 from rorem_lib.sources.base import Picture, Pictures
-from rorem_lib.triplets import TripletError, TripletWriter, load_images, read_triplets
+from rorem_lib.triplets import TripletError, TripletWriter, read_triplets
 
 
 def _write(folder, count, gt=True, height=30, width=40):
@@ -47,6 +46,52 @@ def test_a_summary_counts_what_records_say_and_measures_the_rest(tmp_path):
     assert tabulate_classes({"x": found}, top=1).to_dict() == {"x": {"dog": 20}}
 
 
+def test_every_triplet_is_drawn_as_often_as_any_other_and_another_seed_draws_others(tmp_path):
+    meta = _write(tmp_path, 12)
+    draws = [[t.id for t in summarise_set(meta, sample=4, seed=seed).sample] for seed in range(300)]
+    assert all(len(set(ids)) == 4 for ids in draws)
+    counts = Counter(name for ids in draws for name in ids)  # 100 of each are expected
+    assert len(counts) == 12 and 65 < min(counts.values()) and max(counts.values()) < 135
+    assert len(set(map(tuple, draws))) > 200
+    whole = summarise_set(meta, sample=50).sample
+    assert [t.id for t in whole] == [f"{n:03d}" for n in range(12)]
+
+
+def test_masks_are_opened_only_where_no_record_says_their_area(tmp_path):
+    meta = _write(tmp_path, 4)
+    for number in (1, 3):
+        (tmp_path / f"mask/{number:03d}.png").unlink()
+    assert list(summarise_set(meta).mask_areas)[1::2] == [0.25, 0.25]
+    (tmp_path / "mask/002.png").unlink()
+    with pytest.raises(TripletError, match=r"mask/002\.png does not exist"):
+        summarise_set(meta)
+
+
+def test_bare_records_and_empty_sets_are_summarised(tmp_path):
+    _write(tmp_path / "some", 3)
+    with TripletWriter(tmp_path / "bare") as writer:
+        for number, extra in enumerate(({}, {"kind": "pole"}, {"class": "", "classes": "sign"})):
+            mask = np.full((10, 10), 127, np.uint8)
+            mask[:number + 1] = 128
+            writer.add(id=str(number), source=np.zeros((10, 10, 3), np.uint8), mask=mask, **extra)
+    TripletWriter(tmp_path / "none").close()
+    some, bare, none = (summarise_set(tmp_path / name) for name in ("some", "bare", "none"))
+    assert (bare.count, bare.groups) == (3, 3) and not bare.sizes and not bare.change_inside
+    assert dict(bare.origins) == {("not named", "not named"): 3}
+    assert dict(bare.classes) == {"pole": 1, "sign": 1}
+    assert list(bare.mask_areas) == pytest.approx([0.1, 0.2, 0.3])
+    assert (none.count, none.groups, none.sample) == (0, 0, [])
+    origins = tabulate_origins({"bare": bare, "some": some, "none": none})
+    assert list(origins.columns) == ["bare", "some", "none"]
+    assert origins.loc[("not named", "not named")].tolist() == [3, 0, 0]
+    assert origins.loc[("a", "CC0-1.0")].tolist() == [0, 3, 0]
+    classes = tabulate_classes({"bare": bare, "some": some})
+    assert classes.index[0] == "dog" and set(classes.index) == {"dog", "cat", "pole", "sign"}
+    assert classes.loc["dog"].tolist() == [0, 3] and classes.loc["pole"].tolist() == [1, 0]
+    assert list(tabulate_classes({"bare": bare, "some": some}, top=1).index) == ["dog"]
+    assert len(tabulate_origins({"none": none})) == len(tabulate_classes({"none": none})) == 0
+
+
 def _pixels(figure):
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
@@ -79,22 +124,15 @@ def test_figures_of_a_source_its_rejections_and_changes():
     assert sum(bar.get_height() for bar in axes[1].patches) == 2
 
 
-def test_batches_are_what_opening_one_by_one_gives(tmp_path):
-    _write(tmp_path / "set", 11)
-    triplets = read_triplets(tmp_path / "set")
-    threads = threading.active_count()
-    batches = list(read_batches(triplets, size=24, batch_size=4, threads=2))
-    assert [len(batch["mask"]) for batch in batches] == [4, 4, 3]
-    for part in ("source", "mask", "gt"):
-        stacked = np.concatenate([batch[part] for batch in batches])
-        assert np.array_equal(stacked, [load_images(t, size=24)[part] for t in triplets])
-    assert threading.active_count() == threads
-    _write(tmp_path / "pool", 3, gt=False)
-    pool = read_triplets(tmp_path / "pool", require_gt=False)
-    assert set(next(read_batches(pool, size=24, batch_size=2))) == {"source", "mask"}
-    triplets[6].mask.write_bytes(b"")
-    reader = read_batches(triplets, size=24, batch_size=4)
-    assert len(next(reader)["mask"]) == 4
-    with pytest.raises(TripletError, match=r"006\.png is empty"):
-        next(reader)
-    assert threading.active_count() == threads
+def test_mask_areas_have_a_panel_a_set_on_one_scale():
+    figure = set_figures.plot_mask_areas({"labelled": [0.1, 0.1, 0.3], "test": [0.5, 0.2]}, bins=10)
+    first, second = figure.axes
+    assert [axis.get_title() for axis in figure.axes] == ["labelled: 3, median 10.0%",
+                                                          "test: 2, median 35.0%"]
+    assert [axis.lines[0].get_xdata()[0] for axis in figure.axes] == [0.1, 0.35]
+    for axis, count in ((first, 3), (second, 2)):
+        assert len(axis.patches) == 10 and sum(bar.get_height() for bar in axis.patches) == count
+    ends = [axis.patches[-1].get_x() + axis.patches[-1].get_width() for axis in figure.axes]
+    assert ends == pytest.approx([0.51, 0.51])
+    with pytest.raises(ValueError, match="no masks"):
+        set_figures.plot_mask_areas({})

@@ -1,0 +1,128 @@
+"""Work in processes: in order, lazily, and no process stays behind."""
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import cv2
+import psutil
+import pytest
+
+from rorem_lib import workers
+from rorem_lib.stage import ROOT
+from rorem_lib.workers import group_chunks, map_processes
+
+
+def _square(number):
+    if number == 13:
+        raise ValueError("13 brings no luck")
+    return number * number, os.getpid()
+
+
+def _die(number):
+    if number == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def _wait(seconds):
+    time.sleep(seconds)
+    return seconds
+
+
+def _count_threads(number):
+    return cv2.getNumThreads()
+
+
+def _list_workers():
+    return {child.pid for child in psutil.Process().children()
+            if "spawn_main" in " ".join(child.cmdline())}
+
+
+def test_results_come_in_order_from_several_processes_and_little_is_taken_ahead():
+    taken = []
+
+    def count():
+        for number in itertools.count(20):
+            taken.append(number)
+            yield number
+
+    results = map_processes(_square, count(), workers=2)
+    found = [next(results) for _ in range(20)]
+    assert [square for square, _ in found] == [n * n for n in range(20, 40)]
+    assert len(taken) <= 20 + 2 * workers._AHEAD + 1
+    pids = {pid for _, pid in found}
+    assert os.getpid() not in pids and 1 <= len(pids) <= 2
+    results.close()
+    assert not any(map(psutil.pid_exists, pids))
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_an_error_goes_through_and_no_process_stays(number):
+    with pytest.raises(ValueError, match="13 brings no luck"):
+        list(map_processes(_square, range(30), workers=number))
+    assert not _list_workers()
+    with pytest.raises(ValueError, match="1 or more"):
+        list(map_processes(_square, [1], workers=0))
+
+
+def test_an_error_of_the_arguments_goes_through_and_no_process_stays():
+    def break_off():
+        yield from range(20)
+        raise OSError("the disk went away")
+
+    with pytest.raises(OSError, match="the disk went away"):
+        list(map_processes(abs, break_off(), workers=2))
+    assert not _list_workers()
+
+
+def test_a_killed_worker_is_told_as_such_and_no_process_stays():
+    with pytest.raises(RuntimeError, match="a worker process died.*take fewer workers"):
+        list(map_processes(_die, range(8), workers=2))
+    assert not _list_workers()
+
+
+def test_slow_ones_keep_their_place():
+    seconds = [0.4, 0, 0.1, 0, 0]
+    assert list(map_processes(_wait, seconds, workers=2)) == seconds
+
+
+def test_one_worker_is_this_process_and_takes_nothing_ahead():
+    taken = []
+    results = map_processes(_square, (taken.append(n) or n for n in itertools.count()), workers=1)
+    assert [next(results) for _ in range(3)] == [(n * n, os.getpid()) for n in range(3)]
+    assert taken == [0, 1, 2] and not _list_workers()
+
+
+def test_a_worker_uses_one_core():
+    assert set(map_processes(_count_threads, range(4), workers=2)) == {1}
+
+
+def test_workers_end_with_their_parent(tmp_path):
+    script = tmp_path / "parent.py"
+    script.write_text(textwrap.dedent("""
+        import time
+        from rorem_lib.workers import map_processes
+        if __name__ == "__main__":
+            results = map_processes(abs, iter(range(10**9)), workers=2)
+            print(next(results), flush=True)
+            time.sleep(60)
+    """))
+    parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True,
+                              env={**os.environ, "PYTHONPATH": str(ROOT)})
+    parent.stdout.readline()
+    children = psutil.Process(parent.pid).children(recursive=True)
+    parent.kill()
+    parent.wait()
+    assert children and not psutil.wait_procs(children, timeout=15)[1]
+
+
+def test_chunks_cover_everything_once():
+    assert list(group_chunks(range(5), 2)) == [[0, 1], [2, 3], [4]]
+    assert list(group_chunks([], 2)) == []
+    began = time.monotonic()
+    assert next(group_chunks(itertools.count(), 3)) == [0, 1, 2] and time.monotonic() - began < 5
