@@ -139,23 +139,50 @@ def test_what_lies_in_the_mask_moves_no_camera():
         assert filters.measure_shift(source, gt, mask) == pytest.approx(shift, abs=2)
 
 
-def test_neither_noise_nor_compression_of_smooth_pictures_is_a_moved_camera():
-    y, x = np.mgrid[:540, :960].astype(np.float32)
-    mask = _mask(x.shape, 200)
+def _save_jpeg(picture, quality):
+    buffer = io.BytesIO()
+    Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=quality)
+    return np.array(Image.open(buffer))
+
+
+@pytest.mark.xfail(strict=True, reason="noise and the blocks of JPEG are taken for edges")
+@pytest.mark.parametrize("width, height", [(640, 480), (300, 200)])
+def test_neither_noise_nor_compression_of_smooth_pictures_is_a_moved_camera(width, height):
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    mask = np.zeros((height, width), np.uint8)
+    mask[height // 3:height // 2, width // 3:width // 2] = 255
+    rng = np.random.default_rng(0)
+    blobs = rng.integers(80, 180, (4, 5)).astype(np.float32)
+    ramps = {"flat": x * 0 + 120, "along": 60 + 120 * x / width,
+             "across": 60 + 60 * x / width + 60 * y / height,
+             "vignette": 200 - 100 * np.hypot(x / width - 0.5, y / height - 0.5),
+             "blobs": cv2.resize(blobs, (width, height), interpolation=cv2.INTER_CUBIC)}
     called = []
-    for number, ramp in enumerate((x * 0 + 120, 60 + x / 16, 60 + x / 16 + y / 9,
-                                   200 - np.hypot(x - 480, y - 270) / 11)):
+    for name, ramp in ramps.items():
         for noise in (0, 1, 3):
-            pair = []
-            for seed, light in enumerate((0, 3)):
-                grain = np.random.default_rng(seed).normal(0, noise, (540, 960, 3))
-                buffer = io.BytesIO()
-                Image.fromarray((ramp[..., None] + light + grain + 0.5).astype(np.uint8)).save(
-                    buffer, "JPEG", quality=60)
-                pair.append(np.array(Image.open(buffer)))
-            if filters.measure_shift(*pair, mask) > FilterConfig().max_shift * 960:
-                called.append((number, noise))
+            for quality in (90, 60, 30):
+                pair = [_save_jpeg(ramp[..., None] + light + rng.normal(
+                    0, noise, (height, width, 3)), quality) for light in (0, 3)]
+                pair[1][mask > 0] = 10
+                if filters.measure_shift(*pair, mask) > FilterConfig().max_shift * width:
+                    called.append((name, noise, quality))
     assert not called
+
+
+@pytest.mark.xfail(strict=True, reason="noise and the blocks of JPEG are taken for edges")
+def test_a_blurred_photograph_in_another_light_did_not_move():
+    photo = np.repeat(photographs.clock()[..., None], 3, axis=2)
+    height, width = photo.shape[:2]
+    rng = np.random.default_rng(0)
+    for share in (0.2, 0.5, 0.8):  # of each side
+        low, high = (1 - share) / 2, (1 + share) / 2
+        mask = np.zeros((height, width), np.uint8)
+        mask[int(height * low):int(height * high), int(width * low):int(width * high)] = 255
+        other = photo * 0.85 + rng.normal(0, 2, photo.shape)
+        other[:height // 3, :width // 2] /= 2
+        other = _save_jpeg(other, 80)
+        other[mask > 0] = 90
+        assert filters.measure_shift(photo, other, mask) < FilterConfig().max_shift * width
 
 
 def test_smooth_pictures_are_not_called_misaligned():
@@ -196,10 +223,12 @@ def test_no_near_pair_is_missed(distance, monkeypatch):
     assert set(found) <= near and found == sorted(found)
 
 
-def test_no_near_pair_is_missed_where_half_of_the_bits_are_the_same(monkeypatch):
+def test_no_near_pair_is_missed_where_all_share_a_band_and_pairs_no_other(monkeypatch):
     rng = np.random.default_rng(0)
-    hashes = rng.integers(0, 2**32, 300, dtype=np.uint64) << np.uint64(32)
-    hashes[200:] = hashes[:100] ^ (np.uint64(11) << rng.integers(32, 61, 100).astype(np.uint64))
+    hashes = rng.integers(0, 2**52, 300, dtype=np.uint64) << np.uint64(12)
+    hashes[200:] = hashes[:100]
+    for bit in (12, 25, 38, 51):  # one in each of the other bands
+        hashes[200:] ^= np.uint64(1) << rng.integers(bit, bit + 13, 100).astype(np.uint64)
     monkeypatch.setattr(filters, "look_alike", lambda one, two: True)
     found = list(find_duplicates(hashes.tolist(), list(range(300)), str, distance=4))
     assert found == [(200 + n, n) for n in range(100)]

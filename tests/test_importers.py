@@ -204,7 +204,14 @@ def test_an_unknown_source_or_option_is_answered_with_what_there_is(tmp_path):
         open_source("removal_bench", tmp_path / "bench", mask="object")
 
 
-def test_lists_of_a_recipe_become_tuples(tmp_path):
+def test_lists_of_a_recipe_become_tuples(tmp_path, monkeypatch):
+    @dataclasses.dataclass(frozen=True)
+    class Own(CLASSES["omnieraser"]):
+        words: tuple[str, ...] = ()
+        name = "own"
+
+    monkeypatch.setitem(CLASSES, "own", Own)
+    assert open_source("own", tmp_path, words=["a", "b"]) == Own(str(tmp_path), ("a", "b"))
     _rord_raw(tmp_path)
     source = open_source("rord", tmp_path, classes=["F38", "BO"], size=[480, 270], frames=5)
     assert (source.classes, source.size, source.frames) == (("F38", "BO"), (480, 270), 5)

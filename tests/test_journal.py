@@ -43,7 +43,8 @@ def test_later_lines_and_later_files_replace_earlier_ones(tmp_path):
         assert len(index) == 2 and "a" in index and "c" not in index
 
 
-@pytest.mark.parametrize("torn", [b"", b'{"id": "c"', b'{"id": "' + b"c" * 200_000])
+@pytest.mark.parametrize("torn", [b"", b'{"id": "c"', b'{"id": "' + b"c" * 200_000,
+                                  b"c" * 65535])  # with the newline before it what is read at once
 def test_appending_goes_on_behind_the_last_whole_line(tmp_path, torn):
     path = tmp_path / "a.jsonl"
     for before in (b"", b'{"id": "a"}\n'):
