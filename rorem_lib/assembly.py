@@ -125,7 +125,7 @@ def assemble_sets(source: Source, folder: str | Path, *, filters: FilterConfig |
     job = Job(source, folder, filters or FilterConfig(), max_side, patience)
     settings = {"version": VERSION, "source": source.name, "options": asdict(source),
                 "filters": asdict(job.filters), "max_side": max_side, "test_share": test_share,
-                "seed": seed, "limit": limit, "safety": bool(safety),
+                "seed": seed, "limit": limit, "safety": getattr(safety, "model_id", ""),
                 "evaluation_sets": evaluation_sets}
     _claim_folder(folder, settings)
     writers = {name: TripletWriter(folder / name) for name in _SETS

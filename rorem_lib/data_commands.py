@@ -54,7 +54,7 @@ def run_command(options) -> int:
     run = {"check": _check, "merge": _merge, "publish": _publish}[options.data_command]
     try:
         return run(options)
-    except (TripletError, SourceError, OSError, ValueError) as error:
+    except (TripletError, SourceError, OSError, ValueError, RuntimeError) as error:
         print(f"rorem: {error}", file=sys.stderr)
         return FAULTY
     except KeyboardInterrupt:

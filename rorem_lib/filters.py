@@ -26,7 +26,7 @@ from rorem_lib.records import describe_size
 from rorem_lib.sources.base import Pictures, Rejected
 
 _SMALL = 256  # px: side of the pictures on which a shift is measured
-_EDGE = 16.0  # strength of an edge (Sobel, grey levels) that noise and JPEG do not reach
+_EDGE = 40.0  # strength of an edge (Sobel, grey levels) that noise and JPEG seldom reach
 _HASH_BITS = 64
 _LOOKS = 8  # pictures of one hash that a candidate is compared with
 
@@ -137,8 +137,9 @@ def measure_shift(source: np.ndarray, gt: np.ndarray, mask: np.ndarray) -> float
         # Edges, not light: exposure and shadows change between two shots, edges stay.
         edges = cv2.magnitude(cv2.Sobel(small, cv2.CV_32F, 1, 0),
                               cv2.Sobel(small, cv2.CV_32F, 0, 1))
-        edges = np.maximum(edges - _EDGE, 0)  # noise and JPEG's blocks are no edges
         edges[hole] = 0
+        if np.count_nonzero(edges > _EDGE) < 0.01 * np.count_nonzero(~hole):
+            return 0.0  # smooth: its edges would be noise and JPEG's blocks
         planes.append(edges)
     (dx, dy), response = cv2.phaseCorrelate(*planes, cv2.createHanningWindow(size, cv2.CV_32F))
     # OpenCV counts from size / 2, which for odd transforms lies half a pixel off.

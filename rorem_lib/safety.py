@@ -22,6 +22,9 @@ class SafetyChecker:
         revision: commit, branch or tag of a Hub id; the default checker's is pinned.
         device: "cuda", "cpu", ...; by default a GPU where there is one.
 
+    Attributes:
+        model_id: as given; an assembly with another checker is another one.
+
     Raises:
         OSError: the model is neither in the folder nor in the cache nor to be reached.
     """
@@ -35,6 +38,7 @@ class SafetyChecker:
 
         from rorem_lib.sdxl import silence_libraries
 
+        self.model_id = model_id
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         revision = revision or (REVISION if model_id == CHECKER else None)
         try:
@@ -43,8 +47,8 @@ class SafetyChecker:
                     model_id, revision=revision).eval().to(self.device)
                 self._processor = CLIPImageProcessor.from_pretrained(model_id, revision=revision)
         except OSError as error:
-            raise OSError(f"the safety checker {model_id} is no folder, not in the Hub's cache and "
-                          "cannot be reached: run once with a network, give a folder, or go "
+            raise OSError(f"the safety checker {model_id} is in no folder, not in the Hub's cache "
+                          "and cannot be reached: run once with a network, give a folder, or go "
                           f"without it ({str(error).splitlines()[0]})") from error
 
     def find_unsafe(self, pictures: Iterable[np.ndarray], *, batch_size: int = 32

@@ -27,6 +27,8 @@ def plot_sheet(triplets: Sequence[Triplet], *, title: str = "", columns: int = 8
         title: above the sheet.
         columns: triplets in a row, fewer where there are few.
     """
+    if not triplets:
+        raise ValueError("there are no triplets to show")
     few = len(triplets) <= 24
     columns, cell = (4, 140) if few else (columns, 72)
     shown = []

@@ -230,6 +230,8 @@ def merge_sets(metas: Iterable[str | Path], folder: str | Path) -> Path:
         if meta.parent.resolve() == Path(folder).resolve():
             raise TripletError(f"{folder} is one of the sets to be merged: give the merged set a "
                                "folder of its own")
+    for _ in iter_triplets(metas, require_gt=False):
+        pass  # what can be seen without opening pictures, before a set that is there is touched
     with TripletWriter(folder, restart=True) as writer:
         for path in metas:
             for triplet in iter_triplets(path, require_gt=False, look=False):

@@ -220,6 +220,16 @@ def test_faulty_inputs_end_with_1_and_their_files_are_named(tmp_path):
     assert not (tmp_path / "new/meta.json").exists()
 
 
+def test_a_merge_that_fails_leaves_the_set_that_was_there(tmp_path):
+    target = tmp_path / "all"
+    _run("merge", target, _write_set(tmp_path / "one", ["a"]), "--workers", 1)
+    other, faulty = _write_set(tmp_path / "other", ["a"], seed=7), _write_set(tmp_path / "z", ["z"])
+    (faulty / "GT/z.png").unlink()
+    done = _run("merge", target, other, faulty, "--workers", 1)
+    assert done.returncode == 1 and f"{faulty}/GT/z.png is missing" in done.stderr
+    assert _seeds(target) == {"a": 0} and not list(target.glob("*.partial"))
+
+
 @pytest.mark.parametrize("place", [
     pytest.param(0, id="the first"),
     pytest.param(1, id="the last"),

@@ -94,6 +94,8 @@ def test_unsafe_sources_are_rejected_and_no_picture_is_asked_for_twice(checker_f
     assert json.loads(result.rejected.read_text())["id"] == "1"
 
     class Silent:
+        model_id = checker.model_id
+
         def find_unsafe(self, pictures):
             return iter([False for _ in pictures if pytest.fail("asked again")])
 
