@@ -144,7 +144,7 @@ def test_other_settings_ask_again_and_without_a_checker_nothing_is_unsafe(checke
 
 def test_without_a_network_the_missing_model_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(OSError, match="checker CompVis/stable-diffusion-safety-checker is no "
+    with pytest.raises(OSError, match="checker CompVis/stable-diffusion-safety-checker is in no "
                                       "folder, .*run once with a network"):
         SafetyChecker(device="cpu")
     with pytest.raises(OSError, match=f"the safety checker {tmp_path} "):
