@@ -251,7 +251,7 @@ def _choose_set(item: Item, *, source: Source, share: float, seed: int) -> str:
     else:
         digest = hashlib.sha256(f"{seed}:{item.group}".encode()).digest()
         test = int.from_bytes(digest[:8]) < share * 2**64
-    return "test" if test else "labelled" if source.has_gt else "pool"
+    return "test" if test else "labelled" if source.gives_gt else "pool"
 
 
 # --------------------------------------------------------------------------------------- items

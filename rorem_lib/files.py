@@ -5,23 +5,29 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 
-def write_text(path, text: str) -> Path:
-    """Write `text` atomically: a reader or a killed writer sees the old file or the new one."""
+def write_text(path, text: str | Iterable[str]) -> Path:
+    """Write `text` atomically: a reader or a killed writer sees the old file or the new one.
+
+    Args:
+        text: whole, or in parts that are made as they are written.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(beside, "w", encoding="utf-8") as stream:
-            stream.write(text)
+            stream.writelines([text] if isinstance(text, str) else text)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(beside, path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
+    finally:
+        beside.unlink(missing_ok=True)
     return path
 
 

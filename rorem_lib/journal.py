@@ -10,9 +10,10 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from rorem_lib.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -146,25 +147,10 @@ def write_list(path: str | Path, records: Iterable[dict]) -> Path:
             comma = ","
         yield "\n]\n" if comma else "]\n"
 
-    return _write_parts(Path(path), format_list())
+    return write_text(path, format_list())
 
 
 def write_lines(path: str | Path, records: Iterable[dict]) -> Path:
     """As `write_list`, as JSON lines."""
-    return _write_parts(Path(path), (json.dumps(record, ensure_ascii=False) + "\n"
-                                     for record in records))
-
-
-def _write_parts(path: Path, parts: Iterable[str]) -> Path:
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(beside, "w", encoding="utf-8") as stream:
-            stream.writelines(parts)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(beside, path)
-    except OSError as error:
-        raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
-    finally:
-        beside.unlink(missing_ok=True)
-    return path
+    return write_text(path, (json.dumps(record, ensure_ascii=False) + "\n"
+                             for record in records))

@@ -148,12 +148,12 @@ def test_a_pool_without_gt_only_when_asked_for(released):
     (item,) = source.list_items()
     with pytest.raises(Rejected, match="row 1 of group 0 has no GT.*require_gt") as error:
         source.load_item(item)
-    assert error.value.reason == "no GT" and source.has_gt
+    assert error.value.reason == "no GT" and source.gives_gt
     pool = OberSource(str(released), subset="OBER-Wild", require_gt=False)
     found = pool.load_item(item)
-    assert found.gt is None and not pool.has_gt
+    assert found.gt is None and not pool.gives_gt
     assert np.array_equal(found.source.array, _picture(7))
-    assert not pickle.loads(pickle.dumps(pool)).has_gt
+    assert not pickle.loads(pickle.dumps(pool)).gives_gt
 
 
 def test_an_unknown_subset_is_refused_with_those_there_are(released):

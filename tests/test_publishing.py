@@ -297,7 +297,7 @@ def test_rows_without_gt_are_a_pools(sets, tmp_path):
         source.load_item(next(source.list_items()))
     pool = ParquetSetSource(str(out), require_gt=False)
     assert pool.load_item(next(pool.list_items())).gt is None
-    assert (source.has_gt, pool.has_gt) == (True, False)
+    assert (source.gives_gt, pool.gives_gt) == (True, False)
     with pytest.raises(ValueError, match="require_gt must be true or false, not 'no'"):
         ParquetSetSource(str(out), require_gt="no")
 

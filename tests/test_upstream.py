@@ -222,8 +222,8 @@ def test_a_pool_has_no_gt_and_says_so(tmp_path):
     pool = UpstreamSource(str(tmp_path), require_gt=False)
     first, second = (pool.load_item(item) for item in pool.list_items())
     assert first.gt is None and np.array_equal(second.gt.array, _picture(101))
-    assert UpstreamSource(str(tmp_path)).has_gt
-    assert not pickle.loads(pickle.dumps(pool)).has_gt
+    assert UpstreamSource(str(tmp_path)).gives_gt
+    assert not pickle.loads(pickle.dumps(pool)).gives_gt
 
 
 def test_a_damaged_meta_file_is_named(tmp_path):

@@ -9,6 +9,7 @@ it and keeps it with its reason, and goes on.
 from __future__ import annotations
 
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from rorem_lib.pictures import decode_image
+
+UNKNOWN_LICENSE = "unknown: see the dataset's page"
 
 
 class SourceError(ValueError):
@@ -124,6 +127,11 @@ class Source(ABC):
             Rejected, TripletError: it cannot become a triplet.
         """
 
+    @property
+    def gives_gt(self) -> bool:
+        """Whether its triplets have a GT: not in a pool, nor where an option asks for none."""
+        return self.has_gt and getattr(self, "require_gt", True)
+
     def summarise(self) -> dict[str, int]:
         """What `list_items` left out, by reason: rows of a table that never were items."""
         return {}
@@ -178,3 +186,27 @@ def check_shape(mask: np.ndarray, image: np.ndarray, path: Path) -> None:
     if abs(w * height / (h * width) - 1) > 2 / min(h, w, height, width):
         raise Rejected("mask of another shape", f"{path} is {w}x{h} px, which is another shape "
                                                 f"than its picture's {width}x{height} px")
+
+
+def read_split(name: str) -> str | None:
+    """What the name of a folder, a file or a split says: train, or test for val too."""
+    name = name.lower()
+    if name.startswith("train"):
+        return "train"
+    return "test" if name.startswith(("test", "val")) else None
+
+
+def name_once(name: str, number: int, seen: set[str]) -> str:
+    """`name`, or `name~number` where it was given before; `number` is the item's own."""
+    while name in seen:
+        name = f"{name}~{number}"
+    seen.add(name)
+    return name
+
+
+def list_folders(folder: Path) -> list[Path]:
+    """A folder's sub folders, in order."""
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        return sorted(folder / e.name for e in entries if e.is_dir() and e.name[0] != ".")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from rorem_lib.sources.base import Source, SourceError
+from rorem_lib.sources.base import Source, SourceError, list_folders
 from rorem_lib.sources.composites import CompositesSource
 from rorem_lib.sources.high_resolution import HighResolutionSource
 from rorem_lib.sources.mulan import MulanSource
@@ -17,7 +17,6 @@ from rorem_lib.sources.peers import (
     OmniEraserSource,
     RemovalBenchSource,
     SmartEraserSource,
-    list_folders,
 )
 from rorem_lib.sources.rord import RordSource
 from rorem_lib.sources.upstream import UpstreamSource

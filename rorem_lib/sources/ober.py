@@ -28,18 +28,18 @@ from rorem_lib.sources.base import (
     Rejected,
     Source,
     SourceError,
+    list_folders,
     make_id,
+    name_once,
     open_picture,
+    read_split,
 )
 from rorem_lib.sources.peers import (
     MASKS,
     SUFFIXES,
     check_mask_option,
     find_file,
-    list_folders,
     name_group,
-    name_once,
-    read_split,
 )
 
 logger = logging.getLogger(__name__)
@@ -79,8 +79,6 @@ class OberSource(Source):
             raise ValueError(f"subset must be a subset's name or empty, not {self.subset!r}")
         if not isinstance(self.require_gt, bool):
             raise ValueError(f"require_gt must be true or false, not {self.require_gt!r}")
-        if not self.require_gt:
-            object.__setattr__(self, "has_gt", False)  # of this one, not of the class
 
     @classmethod
     def recognises(cls, folder: Path) -> bool:

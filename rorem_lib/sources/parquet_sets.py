@@ -57,8 +57,6 @@ class ParquetSetSource(Source):
     def __post_init__(self):
         if not isinstance(self.require_gt, bool):
             raise ValueError(f"require_gt must be true or false, not {self.require_gt!r}")
-        if not self.require_gt:
-            object.__setattr__(self, "has_gt", False)  # of this one, not of the class
 
     @classmethod
     def recognises(cls, folder: Path) -> bool:

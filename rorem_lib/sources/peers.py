@@ -24,16 +24,19 @@ import ijson
 
 from rorem_lib.pictures import AGAIN
 from rorem_lib.sources.base import (
+    UNKNOWN_LICENSE,
     Item,
     Pictures,
     Rejected,
     Source,
     SourceError,
+    list_folders,
     make_id,
+    name_once,
     open_picture,
+    read_split,
 )
 
-UNKNOWN_LICENSE = "unknown: see the dataset's page"
 MASKS = {"object": "object", "effect": "with_effect"}  # option: what records call that kind
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 _RORD_SCENE = re.compile(r"I-\d+_[A-Z0-9]+_[TW]\d+(?=_F\d)")
@@ -49,30 +52,6 @@ def name_group(stem: str, default: str) -> str:
     """The RORD scene of a frame that a peer took from RORD, so that no split cuts it."""
     found = _RORD_SCENE.search(stem)
     return found[0] if found else default
-
-
-def read_split(name: str) -> str | None:
-    """What the name of a folder, a file or a split says: train, or test for val too."""
-    name = name.lower()
-    if name.startswith("train"):
-        return "train"
-    return "test" if name.startswith(("test", "val")) else None
-
-
-def name_once(name: str, number: int, seen: set[str]) -> str:
-    """`name`, or `name~number` where it was given before; `number` is the item's own."""
-    while name in seen:
-        name = f"{name}~{number}"
-    seen.add(name)
-    return name
-
-
-def list_folders(folder: Path) -> list[Path]:
-    """A folder's sub folders, in order."""
-    if not folder.is_dir():
-        return []
-    with os.scandir(folder) as entries:
-        return sorted(folder / e.name for e in entries if e.is_dir() and e.name[0] != ".")
 
 
 def find_file(folder: Path, *names: str) -> Path:

@@ -41,6 +41,7 @@ from rorem_lib.sources.base import (
     Rejected,
     Source,
     SourceError,
+    list_folders,
     make_id,
     open_picture,
 )
@@ -197,19 +198,15 @@ class RordSource(Source):
 def _find_parts(folder: Path) -> list[Path]:
     """The folders that hold `jpg` and `M`, or `img` and `mask` or `label`."""
     folder = folder.absolute()  # "." has no name
-    roots = [folder, *(path for path in _list_children(folder) if "rord" in path.name.lower())]
+    roots = [folder, *(path for path in list_folders(folder) if "rord" in path.name.lower())]
     for root in roots:
-        parts = [path for path in (root, *_list_children(root)) if _pictures_of(path) == "jpg" or
+        parts = [path for path in (root, *list_folders(root)) if _pictures_of(path) == "jpg" or
                  _pictures_of(path) == "img" and (path == root or path.name.lower() in _SPLITS)]
         # A part that lacks its labels beside one that has them stays: its frames are refused.
         if any((path / labels).is_dir() for path in parts for labels in
                (("M",) if _pictures_of(path) == "jpg" else ("mask", "label"))):
             return parts
     return []
-
-
-def _list_children(folder: Path) -> list[Path]:
-    return [folder / name for name in _list_folder(folder)[0]] if folder.is_dir() else []
 
 
 def _pictures_of(part: Path) -> str | None:

@@ -18,15 +18,18 @@ from pathlib import Path
 from rorem_lib.pictures import TripletError
 from rorem_lib.records import META, _Locator, _parse_record, read_records
 from rorem_lib.sources.base import (
+    UNKNOWN_LICENSE,
     Item,
     Pictures,
     Rejected,
     Source,
     SourceError,
+    list_folders,
     make_id,
+    name_once,
     open_picture,
+    read_split,
 )
-from rorem_lib.sources.peers import UNKNOWN_LICENSE, list_folders, name_once, read_split
 
 _DEPTH = 2  # levels of sub folders that are searched
 _MEASURED = {"width", "height", "gt"}  # of the picture as it was; `gt` names another part here
@@ -69,8 +72,6 @@ class UpstreamSource(Source):
         for option in ("require_gt", "allow_absolute", "allow_outside"):
             if not isinstance(getattr(self, option), bool):
                 raise ValueError(f"{option} must be true or false, not {getattr(self, option)!r}")
-        if not self.require_gt:
-            object.__setattr__(self, "has_gt", False)  # of this one, not of the class
 
     @classmethod
     def recognises(cls, folder: Path) -> bool:
