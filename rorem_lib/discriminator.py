@@ -24,8 +24,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Dataset
 
-from rorem_lib import latent_cache, loop, sdxl
+from rorem_lib import latent_cache, loop, options, sdxl
 from rorem_lib.files import read_json, write_json
+from rorem_lib.order import Order
 from rorem_lib.triplets import Triplet, load_images, read_triplets
 
 LORA_FILE, HEAD_FILE = "pytorch_lora_weights.safetensors", "head.safetensors"
@@ -189,7 +190,7 @@ class _ScoredLatents(Dataset):
 
     def __init__(self, cache, labels, config):
         self.cache, self.labels, self.config = cache, labels, config
-        self.order = loop.Order(len(labels), config.seed)
+        self.order = Order(len(labels), config.seed)
 
     def __len__(self):
         return sys.maxsize
@@ -275,7 +276,7 @@ def train_discriminator(config: DiscriminatorConfig) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    loop.run_job(train_discriminator, loop.parse_config(DiscriminatorConfig, arguments))
+    options.run_job(train_discriminator, options.parse_config(DiscriminatorConfig, arguments))
 
 
 if __name__ == "__main__":

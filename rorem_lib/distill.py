@@ -16,7 +16,7 @@ import torch
 from diffusers import StableDiffusionXLInpaintPipeline
 from peft import LoraConfig, get_peft_model_state_dict
 
-from rorem_lib import loop, sdxl
+from rorem_lib import loop, options, sdxl
 from rorem_lib.remover import RemoverConfig, RemoverObjective
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -131,7 +131,7 @@ def load_lora(pipe, folder) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    loop.run_job(train_lora, loop.parse_config(DistillConfig, arguments))
+    options.run_job(train_lora, options.parse_config(DistillConfig, arguments))
 
 
 if __name__ == "__main__":

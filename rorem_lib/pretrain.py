@@ -29,7 +29,7 @@ from diffusers import (
 from torch.utils.data import Dataset
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from rorem_lib import loop, sdxl
+from rorem_lib import loop, options, sdxl
 from rorem_lib.files import write_json
 from rorem_lib.sources import scenes
 
@@ -299,11 +299,11 @@ def main(arguments: list[str] | None = None) -> None:
     wish = arguments.pop(0)
     for name, settings in STAGES.items():
         if wish in (name, "all"):
-            given = loop.parse_config(PretrainConfig, [
+            given = options.parse_config(PretrainConfig, [
                 *(w for k, v in settings.items() for w in (f"--{k}", str(v))), *arguments])
             run_stage(name, given)
     if wish in ("export", "all"):
-        root = Path(loop.parse_config(PretrainConfig, arguments).output_dir)
+        root = Path(options.parse_config(PretrainConfig, arguments).output_dir)
         folder = export_model(str(root / "widen" / "vae"), str(root / "anneal" / "unet"),
                               root / "model")
         write_json(folder / "made.json", {"stages": STAGES})

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from rorem_lib import loop, masks, sdxl
+from rorem_lib import loop, masks, options, sdxl
 from rorem_lib.files import hash_file, read_json, write_json
 from rorem_lib.triplets import TripletWriter, load_images, read_triplets, resolve_meta
 
@@ -302,7 +302,7 @@ def _name(triplet, k: int, config: GenerateConfig) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    loop.run_job(generate_candidates, loop.parse_config(GenerateConfig, arguments))
+    options.run_job(generate_candidates, options.parse_config(GenerateConfig, arguments))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 from torch.utils.data import Dataset
 
-from rorem_lib import latent_cache, loop, sdxl
+from rorem_lib import latent_cache, loop, options, sdxl
+from rorem_lib.order import Order
 from rorem_lib.triplets import read_triplets
 
 
@@ -73,7 +74,7 @@ class CachedLatents(Dataset):
         ends = np.cumsum([len(cache) for cache in caches])
         # [N] the timestep below which a sample's hole does not count
         self.least = least or [0] * int(sum(map(len, caches)))
-        self.ends, self.order = ends, loop.Order(int(ends[-1]) if len(ends) else 0, seed)
+        self.ends, self.order = ends, Order(int(ends[-1]) if len(ends) else 0, seed)
 
     def __len__(self):
         return sys.maxsize
@@ -183,7 +184,7 @@ def train_remover(config: RemoverConfig) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    loop.run_job(train_remover, loop.parse_config(RemoverConfig, arguments))
+    options.run_job(train_remover, options.parse_config(RemoverConfig, arguments))
 
 
 if __name__ == "__main__":

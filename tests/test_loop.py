@@ -20,7 +20,8 @@ import yaml
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
 
-from rorem_lib import loop
+from rorem_lib import checkpoints, loop, options
+from rorem_lib.order import Order, Positions
 from rorem_lib.remover import RemoverConfig, train_remover
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,24 +102,24 @@ def read_lines(folder):
 
 
 def test_order_visits_everything_once_an_epoch_and_shuffles_each_anew():
-    order = loop.Order(7, seed=1)
+    order = Order(7, seed=1)
     epochs = [[order.find_index(p) for p in range(e * 7, e * 7 + 7)] for e in range(3)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    assert epochs[1] == [loop.Order(7, seed=1).find_index(p) for p in range(7, 14)]
-    assert epochs[0] != [loop.Order(7, seed=2).find_index(p) for p in range(7)]
+    assert epochs[1] == [Order(7, seed=1).find_index(p) for p in range(7, 14)]
+    assert epochs[0] != [Order(7, seed=2).find_index(p) for p in range(7)]
 
 
 def test_order_of_nothing_is_an_error():
     with pytest.raises(ValueError, match="training set is empty"):
-        loop.Order(0, seed=1)
+        Order(0, seed=1)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_processes_share_a_global_batch_without_gap_or_overlap(world):
     config = loop.LoopConfig(train_batch_size=8 // world, gradient_accumulation_steps=2,
                              max_train_steps=5)
-    ranks = [list(loop._Positions(config, SimpleNamespace(process_index=r, num_processes=world), 2))
+    ranks = [list(Positions(config, SimpleNamespace(process_index=r, num_processes=world), 2))
              for r in range(world)]
     steps = [sum((ranks[r][n] for r in range(world)), []) for n in range(len(ranks[0]))]
     assert steps == [list(range(8 * n, 8 * n + 8)) for n in range(4, 10)]
@@ -170,7 +171,8 @@ def test_a_run_without_resuming_starts_its_record_anew(tmp_path):
 def test_only_the_newest_checkpoints_are_kept_and_none_in_the_end(tmp_path):
     config = make_config(tmp_path, checkpointing_steps=2, checkpoints_total_limit=2)
     stop_toy(config, 9)
-    assert [p.name for p in loop.list_checkpoints(tmp_path)] == ["checkpoint-6", "checkpoint-8"]
+    kept = [p.name for p in checkpoints.list_checkpoints(tmp_path)]
+    assert kept == ["checkpoint-6", "checkpoint-8"]
     assert len(list(tmp_path.glob("checkpoint-*"))) == 2
     metrics = loop.train(Regression(config), config)
     assert not list(tmp_path.glob("checkpoint-*"))
@@ -243,7 +245,7 @@ def test_a_loss_that_is_no_number_stops_before_it_is_kept(tmp_path, logging_step
     config = make_config(tmp_path, logging_steps=logging_steps)
     with pytest.raises(FloatingPointError, match="nan at step .*lower learning_rate"):
         run_toy(config, nan_at=5)
-    checkpoint, = loop.list_checkpoints(tmp_path)
+    checkpoint, = checkpoints.list_checkpoints(tmp_path)
     assert checkpoint.name == "checkpoint-3"
     assert all(w.isfinite().all() for w in load_file(checkpoint / "model.safetensors").values())
 
@@ -264,16 +266,16 @@ def test_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("rank: 8\nlearning_rate: 1e-4\nmax_train_steps: 2.0e+3\nmeta_path: [a, b]\n"
                     "random_flip: false\n")
-    config = loop.parse_config(Options, ["--config", str(path), "--rank", "16"])
+    config = options.parse_config(Options, ["--config", str(path), "--rank", "16"])
     assert config == Options(rank=16, learning_rate=1e-4, max_train_steps=2000,
                              meta_path=["a", "b"], random_flip=False)
     assert isinstance(config.learning_rate, float)  # YAML itself reads 1e-4 as text
     assert isinstance(config.max_train_steps, int)
-    assert loop.parse_config(Options, []) == Options()
+    assert options.parse_config(Options, []) == Options()
 
 
 def test_lists_and_switches_on_the_command_line():
-    config = loop.parse_config(Options, ["--meta_path", "a", "b", "c", "--no-random_flip",
+    config = options.parse_config(Options, ["--meta_path", "a", "b", "c", "--no-random_flip",
                                          "--learning_rate", "1e-3"])
     assert config.meta_path == ["a", "b", "c"]
     assert config.random_flip is False and config.learning_rate == 1e-3
@@ -283,7 +285,7 @@ def test_lists_and_switches_on_the_command_line():
                                    ["--rank", "four"], ["stray"]])
 def test_mistyped_options_are_refused(words, capsys):
     with pytest.raises(SystemExit):
-        loop.parse_config(Options, words)
+        options.parse_config(Options, words)
     assert words[0] in capsys.readouterr().err
 
 
@@ -293,7 +295,7 @@ def test_mistyped_options_are_refused(words, capsys):
 def test_mistyped_files_are_refused(tmp_path, line, complaint):
     (tmp_path / "config.yaml").write_text(line)
     with pytest.raises(ValueError, match=complaint):
-        loop.parse_config(Options, ["--config", str(tmp_path / "config.yaml")])
+        options.parse_config(Options, ["--config", str(tmp_path / "config.yaml")])
 
 
 # --------------------------------------------------------------------- real trainings, killed

@@ -9,7 +9,7 @@ from diffusers import AutoPipelineForInpainting
 from PIL import Image
 from safetensors.torch import load_file
 
-from rorem_lib import loop
+from rorem_lib import options
 from rorem_lib.latent_cache import open_cache
 from rorem_lib.remover import CachedLatents, RemoverConfig, RemoverObjective, train_remover
 from rorem_lib.triplets import TripletWriter, load_images, read_triplets
@@ -236,6 +236,6 @@ def test_min_snr_holds_down_easy_times(config):
 
 
 def test_the_command_line_takes_the_configs_fields():
-    config = loop.parse_config(RemoverConfig, ["--meta_path", "a", "b", "--resolution", "512",
+    config = options.parse_config(RemoverConfig, ["--meta_path", "a", "b", "--resolution", "512",
                                                "--no-random_flip"])
     assert (config.meta_path, config.resolution, config.random_flip) == (["a", "b"], 512, False)
