@@ -1,78 +1,311 @@
-"""Checkpoints of a training: written beside and renamed, checked before they are loaded."""
+"""Checkpoints of a training: written beside and renamed, checked before they are loaded.
+
+`<output_dir>/checkpoint-<step>` holds the weights, everything else that accelerate knows of a
+training (optimizer, scheduler, EMA, gradient scaler, each process's random state) and, written
+last, `step.json`. The weights are `unet/` in diffusers' layout where a UNet is trained, else
+`model.safetensors`; of a model with adapters, the trained parameters alone. Neither depends on the
+number of processes. ZeRO-2 and FSDP2 keep accelerate's own divided files.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import errno
+import json
 import logging
+import os
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
-from rorem_lib.files import read_json, write_json
+from accelerate.utils import set_seed
+from diffusers import UNet2DConditionModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
+
+from rorem_lib import disk, sdxl, sharding
+from rorem_lib.files import read_json, replace_folder, write_json
 
 logger = logging.getLogger(__name__)
 
 # What may differ between a checkpoint and the run that goes on from it.
-FREE_FIELDS = {"output_dir", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit",
-               "resume_from_checkpoint", "logging_steps", "dataloader_num_workers", "report_to",
-               "latent_cache_dir"}
+FREE_FIELDS = {"output_dir", "max_train_steps", "num_train_epochs", "checkpointing_steps",
+               "checkpoints_total_limit", "resume_from_checkpoint", "logging_steps", "logging_dir",
+               "report_to", "comments", "dataloader_num_workers", "latent_cache_dir",
+               "validation_steps", "num_validation_images", "validation_meta_path"}
+# Their product with the number of processes is compared in their place.
+_BATCH_FIELDS = {"train_batch_size", "gradient_accumulation_steps"}
+_UNET = Path("unet", "diffusion_pytorch_model.safetensors")
 
 
 def list_checkpoints(folder) -> list[Path]:
     """The complete checkpoints `checkpoint-<step>` of a run, oldest first."""
-    found = [p for p in Path(folder).glob("checkpoint-*")
-             if re.fullmatch(r"checkpoint-\d+", p.name) and (p / "step.json").is_file()]
-    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+    return [p for p in _list_folders(folder) if (p / "step.json").is_file()]
 
 
-def save_checkpoint(accelerator, config, step):
-    """Written beside and renamed, so that a killed run leaves no torn checkpoint."""
+def _list_folders(folder) -> list[Path]:
+    return sorted((p for p in Path(folder).glob("checkpoint-*")
+                   if re.fullmatch(r"checkpoint-\d+", p.name)), key=_get_step)
+
+
+def _get_step(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
+
+
+# ------------------------------------------------------------------------------------------ write
+
+
+def save_checkpoint(accelerator, config, step: int, *, choices: dict | None = None) -> None:
+    """Write `checkpoint-<step>` and remove those that are too many. For all processes at once.
+
+    A killed run leaves either the whole checkpoint under its name or none.
+
+    Args:
+        choices: what the training chose itself and a resumed one has to choose again
+            (`peek_choices`): plain JSON values.
+
+    Raises:
+        OSError: (ENOSPC) the disk is full; what was written of it is removed, the last good
+            checkpoint is intact. On all processes, whichever of them could not write.
+    """
     folder = Path(config.output_dir)
-    final, beside = folder / f"checkpoint-{step}", folder / f"checkpoint-{step}.partial"
+    beside = folder / f"checkpoint-{step}.partial"
     if accelerator.is_main_process:
-        shutil.rmtree(beside, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(beside))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        sizes = {str(p.relative_to(beside)): p.stat().st_size
-                 for p in sorted(beside.rglob("*")) if p.is_file()}
-        write_json(beside / "step.json", {"step": step, "config": dataclasses.asdict(config),
-                                          "files": sizes})
-        shutil.rmtree(final, ignore_errors=True)
-        beside.rename(final)
+        _clear(folder)
+    attempt = partial(disk.attempt, accelerator, beside=beside,
+                      explain=partial(_describe_full, accelerator, folder, beside))
+    attempt(partial(_check_space, accelerator, folder))
+    attempt(partial(_save_state, accelerator, beside),
+            together=not sharding.is_divided(accelerator))
+    record = {"step": step, "config": dataclasses.asdict(config),
+              "num_processes": accelerator.num_processes,
+              "global_batch": sharding.count_global_batch(accelerator, config),
+              "kind": sharding.find_kind(accelerator), "choices": choices or {}}
+    attempt(partial(_complete, accelerator, folder, beside, record, config))
+
+
+def _clear(folder: Path) -> None:
+    """Remove what killed runs left half written or half removed."""
+    for pattern in ("checkpoint-*.partial", "checkpoint-*.old", ".checkpoint-*.old"):
+        for left in folder.glob(pattern):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _describe_full(accelerator, folder: Path, beside: Path) -> str:
+    done = list_checkpoints(folder)
+    last = f"{done[-1]} is intact, and training goes on from it. " if done else ""
+    needed = _measure_need(accelerator, folder)
+    return (f"no space left for {beside.stem} in {folder}: it needs {needed / 1e9:.1f} GB, "
+            f"{shutil.disk_usage(folder).free / 1e9:.1f} GB are free. {last}Make room and "
+            "start the same command again")
+
+
+def _measure_need(accelerator, folder: Path) -> int:
+    """Bytes of a checkpoint: as many as the last has, or weights and Adam's two moments."""
+    for checkpoint in list_checkpoints(folder)[::-1]:
+        try:
+            return sum(_read_checkpoint(checkpoint)["files"].values())
+        except (OSError, ValueError):
+            continue
+    return sum(3 * 4 * p.numel() for model in accelerator._models for p in model.parameters()
+               if p.requires_grad)
+
+
+def _check_space(accelerator, folder: Path) -> None:
+    """Stop before the disk is filled to the brim, which would harm others too."""
+    usage = shutil.disk_usage(folder)
+    # some network file systems report nothing at all
+    if accelerator.is_main_process and 0 < usage.free < _measure_need(accelerator, folder):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _save_state(accelerator, beside: Path) -> None:
+    handle = accelerator.register_save_state_pre_hook(partial(_save_weights, accelerator))
+    try:
+        accelerator.save_state(str(beside))
+    finally:
+        handle.remove()
+
+
+def _save_weights(accelerator, models, weights, folder) -> None:
+    """A hook of `save_state`: the weights under the names they have without wrappers."""
+    if not weights:  # divided: they are written already
+        return
+    module = accelerator.unwrap_model(models[0])
+    if _has_adapters(module):
+        weights[0] = _select_trained(module)
+    elif isinstance(module, UNet2DConditionModel):
+        weights.clear()
+        if accelerator.is_main_process:
+            with sdxl.silence_libraries():  # one file: SDXL's has 10.3 GB
+                module.save_pretrained(Path(folder, "unet"), max_shard_size="1TB")
+    else:
+        weights[0] = module.state_dict()
+
+
+def _has_adapters(module) -> bool:
+    return any(isinstance(part, BaseTunerLayer) for part in module.modules())
+
+
+def _select_trained(module) -> dict:
+    """The trained parameters and the buffers: what a training with a frozen base changes."""
+    frozen = {name for name, p in module.named_parameters(remove_duplicate=False)
+              if not p.requires_grad}
+    return {name: value for name, value in module.state_dict().items() if name not in frozen}
+
+
+def _complete(accelerator, folder: Path, beside: Path, record: dict, config) -> None:
+    """On the main process: `step.json`, the files to the disk, the name, the old ones away."""
+    if not accelerator.is_main_process:
+        return
+    files = [p for p in sorted(beside.rglob("*")) if p.is_file()]
+    for path in files:
+        disk.flush(path)
+    write_json(beside / "step.json", record | {
+        "files": {str(p.relative_to(beside)): p.stat().st_size for p in files}})
+    for path in [*(p for p in beside.rglob("*") if p.is_dir()), beside]:
+        disk.flush(path)
+    replace_folder(beside, beside.with_suffix(""))
+    disk.flush(folder)
+    for other in _list_folders(folder):
+        if _get_step(other) > record["step"]:
+            logger.warning("removing %s: it is of an earlier run, which this one left at a step "
+                           "before it", other)
+            disk.remove_folder(other)
+    if config.checkpoints_total_limit > 0:
         for old in list_checkpoints(folder)[: -config.checkpoints_total_limit]:
-            shutil.rmtree(old, ignore_errors=True)
-    accelerator.wait_for_everyone()
+            disk.remove_folder(old)
+
+
+def finish_checkpoints(config) -> None:
+    """When the model is saved: of the newest checkpoints keep `unet/`, remove all the rest.
+
+    As many as `checkpoints_total_limit` says stay (0: all), each a folder that opens as a UNet,
+    for evaluation; none is resumed from again. For the main process alone.
+    """
+    folder, limit = Path(config.output_dir), config.checkpoints_total_limit
+    folders = _list_folders(folder)
+    _clear(folder)
+    kept = [p for p in folders if (p / _UNET).is_file()][-limit:]  # [-0:] is all of them
+    for checkpoint in folders:  # oldest first: killed here, one can still resume from the newest
+        if checkpoint not in kept:
+            disk.remove_folder(checkpoint)
+            continue
+        (checkpoint / "step.json").unlink(missing_ok=True)
+        for path in list(checkpoint.iterdir()):
+            if path.is_file():
+                path.unlink()
+            elif path.name != "unet":
+                shutil.rmtree(path, ignore_errors=True)
+
+
+# ------------------------------------------------------------------------------------------- read
+
+
+def find_checkpoint(config, *, quiet: bool = False) -> tuple[Path, dict] | None:
+    """The checkpoint that a run resumes from, and its `step.json`; None where there is none.
+
+    Args:
+        quiet: say nothing of those that are skipped.
+
+    Raises:
+        FileNotFoundError: the named one does not exist or is not complete.
+        ValueError: the named one is torn, or is a UNet without the state of a training.
+    """
+    wish, folder = config.resume_from_checkpoint, Path(config.output_dir)
+    if wish in ("none", "", None):
+        return None
+    if wish != "latest":
+        checkpoint = _find_named(wish, folder)
+        return checkpoint, _read_checkpoint(checkpoint)
+    level = logging.DEBUG if quiet else logging.WARNING
+    complete = list_checkpoints(folder)
+    for other in sorted(set(folder.glob("checkpoint-*")) - set(complete)):
+        if _holds_only_unet(other):
+            logger.log(min(level, logging.INFO), "%s is of a training that came to its end: it is "
+                       "not resumed", other)
+        else:
+            logger.log(level, "skipping %s: it was not finished", other)
+    for checkpoint in complete[::-1]:
+        try:
+            return checkpoint, _read_checkpoint(checkpoint)
+        except (OSError, ValueError) as error:
+            logger.log(level, "skipping %s: %s", checkpoint, error)
+    return None
+
+
+def _find_named(wish: str, folder: Path) -> Path:
+    """A path, or upstream's way: a bare name in the output folder."""
+    checkpoint = Path(wish)
+    if len(checkpoint.parts) == 1 and (folder / wish).is_dir():
+        checkpoint = folder / wish
+    if (checkpoint / "step.json").is_file():
+        return checkpoint
+    if any((checkpoint / name).is_file() for name in ("config.json", "unet/config.json")):
+        raise ValueError(f"{checkpoint} holds a UNet without the state of its training: start "
+                         f"from it by --pretrained_unet {checkpoint} in the place of "
+                         "--resume_from_checkpoint")
+    raise FileNotFoundError(f"{checkpoint} is not a complete checkpoint (no step.json in it)")
+
+
+def _holds_only_unet(checkpoint: Path) -> bool:
+    return checkpoint.is_dir() and [p.name for p in checkpoint.iterdir()] == ["unet"]
+
+
+def peek_choices(config) -> dict:
+    """The `choices` of the checkpoint that `load_checkpoint` will load, before a model exists."""
+    found = find_checkpoint(config, quiet=True)
+    return found[1]["choices"] if found else {}
 
 
 def load_checkpoint(accelerator, config) -> int:
-    """Load the newest checkpoint that can be read; 0 where there is none."""
-    wish = config.resume_from_checkpoint
-    if wish in ("none", "", None):
+    """Load the newest checkpoint that can be read, or the named one; its step, 0 without one.
+
+    Raises:
+        FileNotFoundError, ValueError: see `find_checkpoint`.
+        ValueError: other settings, another global batch (not where it is named), or another kind
+            of sharding.
+    """
+    found = find_checkpoint(config)
+    if found is None:
         return 0
-    if wish == "latest":
-        candidates = list_checkpoints(config.output_dir)[::-1]
-        for torn in sorted(set(Path(config.output_dir).glob("checkpoint-*")) - set(candidates)):
-            logger.warning("skipping %s: it was not finished", torn)
-    else:
-        candidates = [Path(wish)]
-        if not (Path(wish) / "step.json").is_file():
-            raise FileNotFoundError(f"{wish} is not a complete checkpoint (no step.json in it)")
-    for checkpoint in candidates:
-        try:
-            record = _read_checkpoint(checkpoint)
-        except (OSError, ValueError, KeyError) as error:
-            if wish != "latest":
-                raise
-            logger.warning("skipping %s: %s", checkpoint, error)
-            continue
-        if wish == "latest":
-            _compare_settings(checkpoint, record.get("config", {}), dataclasses.asdict(config))
+    checkpoint, record = found
+    if config.resume_from_checkpoint == "latest":
+        _compare_settings(checkpoint, record, dataclasses.asdict(config),
+                          sharding.count_global_batch(accelerator, config))
+    same = record["num_processes"] == accelerator.num_processes
+    _compare_kind(checkpoint, record, sharding.find_kind(accelerator), same)
+    handle = accelerator.register_load_state_pre_hook(partial(_load_weights, accelerator))
+    try:
         accelerator.load_state(str(checkpoint))
-        logger.info("resumed from %s", checkpoint)
-        return record["step"]
-    return 0
+    finally:
+        handle.remove()
+    # counted in micro-batches, of which a step may have another number now
+    accelerator.step = record["step"] * config.gradient_accumulation_steps
+    if not same:
+        logger.warning("%s was made by %d processes, these are %d: torch's random state begins "
+                       "anew on each", checkpoint, record["num_processes"],
+                       accelerator.num_processes)
+        set_seed(config.seed + record["step"], device_specific=True)
+    logger.info("resumed from %s", checkpoint)
+    return record["step"]
+
+
+def _load_weights(accelerator, models, folder) -> None:
+    """A hook of `load_state`, the counterpart of `_save_weights`."""
+    if not models:
+        return
+    module = models[0] = accelerator.unwrap_model(models[0])
+    if _has_adapters(module):
+        models.clear()
+        found, wanted = load_file(Path(folder, "model.safetensors")), _select_trained(module)
+        if found.keys() != wanted.keys():
+            raise ValueError(f"{folder}: its adapters are not those of this training")
+        module.load_state_dict(found, strict=False)
+    elif isinstance(module, UNet2DConditionModel):
+        models.clear()
+        module.load_state_dict(load_file(Path(folder, _UNET)))
 
 
 def _read_checkpoint(checkpoint: Path) -> dict:
@@ -82,18 +315,36 @@ def _read_checkpoint(checkpoint: Path) -> dict:
     than none.
     """
     record = read_json(checkpoint / "step.json")
-    for name, size in record.get("files", {}).items():
+    for name in ("step", "config", "files", "num_processes", "global_batch", "kind", "choices"):
+        if name not in record:
+            raise ValueError(f"{checkpoint / 'step.json'} has no {name!r}")
+    for name, size in record["files"].items():
         found = (checkpoint / name).stat().st_size
         if found != size:
             raise ValueError(f"{checkpoint / name} is truncated ({found} of {size} bytes)")
-    return {**record, "step": int(record["step"])}
+    return record
 
 
-def _compare_settings(checkpoint: Path, before: dict, now: dict) -> None:
+def _compare_settings(checkpoint: Path, record: dict, now: dict, global_batch: int) -> None:
     """Refuse to go on with other settings unawares: the optimizer's would win over the new ones."""
+    before, now = record["config"], json.loads(json.dumps(now))
     changed = [f"{name} was {before[name]!r} and is {now.get(name)!r}" for name in before
-               if name not in FREE_FIELDS and before[name] != now.get(name)]
+               if name not in FREE_FIELDS | _BATCH_FIELDS and before[name] != now.get(name)]
+    if record["global_batch"] != global_batch:
+        changed.append(f"the global batch (train_batch_size x gradient_accumulation_steps x "
+                       f"processes) was {record['global_batch']} and is {global_batch}")
     if changed:
         raise ValueError(f"{checkpoint} was made with other settings ({'; '.join(changed)}): "
                          "delete it to begin anew, choose another output_dir, or name it in "
                          "resume_from_checkpoint to go on from it all the same")
+
+
+def _compare_kind(checkpoint: Path, record: dict, kind: str, same: bool) -> None:
+    """Refuse what accelerate could not load, or would load without a word."""
+    before = record["kind"]
+    if before != kind and not {before, kind} <= {"one", "DDP"}:
+        raise ValueError(f"{checkpoint} was made by {before}, this is {kind}: start it with the "
+                         "hardware file (--config_file) it was made with")
+    if kind.startswith("ZeRO") and not same:
+        raise ValueError(f"{checkpoint} was made by {record['num_processes']} processes: ZeRO "
+                         "goes on with that many only")

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -26,6 +27,7 @@ from torch.utils.data import Dataset
 
 from rorem_lib import latent_cache, loop, options, sdxl
 from rorem_lib.files import read_json, write_json
+from rorem_lib.latents import CacheSpec
 from rorem_lib.order import Order
 from rorem_lib.triplets import Triplet, load_images, read_triplets
 
@@ -33,7 +35,7 @@ LORA_FILE, HEAD_FILE = "pytorch_lora_weights.safetensors", "head.safetensors"
 
 
 @dataclass
-class DiscriminatorConfig(loop.LoopConfig):
+class DiscriminatorConfig(options.LoopConfig):
     """Train the discriminator on labelled removals.
 
     Attributes:
@@ -188,8 +190,8 @@ class Discriminator(nn.Module):
 class _ScoredLatents(Dataset):
     """Labelled removals by global position: removal, mask, source latents and label."""
 
-    def __init__(self, cache, labels, config):
-        self.cache, self.labels, self.config = cache, labels, config
+    def __init__(self, store, labels, config):
+        self.store, self.labels, self.config = store, labels, config
         self.order = Order(len(labels), config.seed)
 
     def __len__(self):
@@ -199,8 +201,8 @@ class _ScoredLatents(Dataset):
         rng = np.random.default_rng([self.config.seed, 3, position])
         index = self.order.find_index(position)
         twin = int(self.config.random_flip and rng.random() < 0.5)
-        sample = {name: np.array(getattr(self.cache, name)[index, twin], dtype=np.float32)
-                  for name in ("gt", "mask", "source")}
+        sample = {name: x.float().numpy()
+                  for name, x in self.store.read(index, twin=twin).items()}
         if self.config.random_shift:
             shift = rng.integers(0, sample["gt"].shape[1:])
             sample = {name: np.roll(x, shift, axis=(1, 2)) for name, x in sample.items()}
@@ -234,9 +236,12 @@ class DiscriminatorObjective(loop.Objective):
         self.positive_weight = ((1 - labels.mean()) / labels.mean() if config.balance_classes
                                 else 1.0)
         self.metrics |= {"train_size": len(labels), "accepted_share": float(labels.mean())}
-        cache = latent_cache.open_cache(triplets, self.vae, size=config.resolution,
-                                        root=config.latent_cache_dir)
-        return _ScoredLatents(cache, labels, config)
+        process = PartialState()
+        store = latent_cache.open_store(
+            triplets, self.vae, sizes=[(config.resolution, config.resolution)] * len(triplets),
+            spec=CacheSpec(parts=("gt", "source"), resize_mode="squash", twins=config.random_flip),
+            root=config.latent_cache_dir, rank=process.process_index, world=process.num_processes)
+        return _ScoredLatents(store, labels, config)
 
     def compute_loss(self, model, batch):
         logits = model(batch["gt"], batch["mask"], batch["source"]).float()

@@ -10,19 +10,15 @@ empty text and no guidance, as RORem is used, and so does this.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
-from diffusers import StableDiffusionXLInpaintPipeline
-from peft import LoraConfig, get_peft_model_state_dict
+from diffusers import LCMScheduler
 
-from rorem_lib import loop, options, sdxl
+from rorem_lib import loop, lora, options, sdxl
 from rorem_lib.remover import RemoverConfig, RemoverObjective
-
-LORA_FILE = "pytorch_lora_weights.safetensors"
-LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj",
-                "ff.net.2", "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv",
-                "upsamplers.0.conv", "time_emb_proj"]
+from rorem_lib.validation import Validation
 
 
 @dataclass
@@ -30,7 +26,8 @@ class DistillConfig(RemoverConfig):
     """Distil a remover into a 4-step LCM-LoRA.
 
     The options of the remover's own loss (`mask_weight`, `snr_gamma`, `removal_min_timestep`) have
-    no effect here: the target is the teacher's, not the GT.
+    no effect here: the target is the teacher's, not the GT. `lora_rank` and `trainable_modules`
+    are refused: the LoRA of `rank` is what is trained.
 
     Attributes:
         rank: LoRA rank (and alpha).
@@ -46,15 +43,19 @@ class DistillConfig(RemoverConfig):
     timestep_scaling: float = 10.0
     huber_c: float = 0.0
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.lora_rank or self.trainable_modules:
+            raise ValueError("distillation trains a LoRA of `rank`: leave lora_rank and "
+                             "trainable_modules as they are")
+
 
 class DistillObjective(RemoverObjective):
     """Consistency between the ends of one teacher step."""
 
     def build_model(self):
-        unet = super().build_model().requires_grad_(False)
-        targets = LORA_TARGETS
-        unet.add_adapter(LoraConfig(r=self.config.rank, lora_alpha=self.config.rank,
-                                    target_modules=targets))
+        unet = super().build_model()
+        lora.add_lora(unet, self.config.rank)
         alphas = self.noise_schedule.alphas_cumprod.to(self.device)
         self.alpha, self.sigma = alphas.sqrt(), (1 - alphas).sqrt()
         total = self.noise_schedule.config.num_train_timesteps
@@ -68,36 +69,35 @@ class DistillObjective(RemoverObjective):
             return a * noisy - s * predicted, a * predicted + s * noisy
         return (noisy - s * predicted) / a.clamp(min=1e-3), predicted
 
-    def _student(self, model, noisy, t, batch, added):
+    def _student(self, model, noisy, t, latents, added):
         """Consistency function: c_skip x + c_out x0, with the boundary x at t = 0."""
-        x0, _ = self._clean(self._call(model, noisy, t, batch, added), noisy, t)
+        x0, _ = self._clean(self._call(model, noisy, t, latents, added), noisy, t)
         time = (t.float() * self.config.timestep_scaling)[:, None, None, None]
         skip = 0.25 / (time**2 + 0.25)
         return skip * noisy + time / (time**2 + 0.25).sqrt() * x0
 
-    def _call(self, model, noisy, t, batch, added):
-        inputs = torch.cat([noisy, batch["mask"], batch["masked"]], dim=1)
+    def _call(self, model, noisy, t, latents, added):
+        inputs = torch.cat([noisy, latents["mask"], latents["masked"]], dim=1)
         return model(inputs, t,
                      self.embeds.expand(len(noisy), -1, -1),
                      added_cond_kwargs=added).sample.float()
 
     def compute_loss(self, model, batch):
-        config, clean = self.config, batch["gt"]
-        side = clean.shape[-1] * self.pipe.vae_scale_factor
-        added = {"text_embeds": self.pooled.expand(len(clean), -1),
-                 "time_ids": sdxl.make_time_ids(side, side, len(clean), device=clean.device)}
+        config, latents = self.config, self.encode_batch(batch)
+        clean = latents["gt"]
+        added = self.make_condition(clean)
         # The uniform timestep is snapped to the grid stride - 1, 2 stride - 1, …, 999.
         t = batch["timestep"] // self.stride * self.stride + self.stride - 1
         earlier = (t - self.stride).clamp(min=0)
         noisy = self.noise_schedule.add_noise(clean, batch["noise"], t)
-        predicted = self._student(model, noisy, t, batch, added)
+        predicted = self._student(model, noisy, t, latents, added)
         unet = getattr(model, "module", model)
         with torch.no_grad():
             unet.disable_adapters()
-            x0, noise = self._clean(self._call(unet, noisy, t, batch, added), noisy, t)
+            x0, noise = self._clean(self._call(unet, noisy, t, latents, added), noisy, t)
             unet.enable_adapters()
             a, s = (v[earlier][:, None, None, None] for v in (self.alpha, self.sigma))
-            target = self._student(unet, a * x0 + s * noise, earlier, batch, added)
+            target = self._student(unet, a * x0 + s * noise, earlier, latents, added)
         error = predicted - target
         if config.huber_c:
             loss = ((error**2 + config.huber_c**2).sqrt() - config.huber_c).mean()
@@ -105,12 +105,16 @@ class DistillObjective(RemoverObjective):
             loss = error.square().mean()
         return loss, {}
 
+    def make_validation(self):
+        """The student's removals as it is used: in 4 steps."""
+        if not self.config.validation_steps:
+            return None
+        pipe = copy.copy(self.pipe)
+        pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+        return Validation(pipe, self.config, self.accelerator, num_inference_steps=4)
+
     def save_model(self, model, folder):
-        # In peft's own names. diffusers' older names exist for the attention layers alone, and its
-        # loader silently drops one kind from a file that mixes both.
-        layers = get_peft_model_state_dict(model)
-        StableDiffusionXLInpaintPipeline.save_lora_weights(folder / "lora",
-                                                           unet_lora_layers=layers)
+        lora.save_lora(model, folder / "lora")
 
 
 def train_lora(config: DistillConfig) -> dict:
@@ -120,11 +124,9 @@ def train_lora(config: DistillConfig) -> dict:
 
 def load_lora(pipe, folder) -> None:
     """Merge a 4-step LoRA into a pipeline of `sdxl.load_pipeline` and give it the LCM scheduler."""
-    from diffusers import LCMScheduler
-
     # Named, since diffusers refuses to look for the file itself where the network is switched off.
     with sdxl.silence_libraries():
-        pipe.load_lora_weights(str(folder), weight_name=LORA_FILE)
+        pipe.load_lora_weights(str(folder), weight_name=lora.LORA_FILE)
         pipe.fuse_lora(components=["unet"])  # merged into the weights, it costs no time
         pipe.unload_lora_weights()
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)

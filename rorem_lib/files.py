@@ -1,10 +1,11 @@
-"""Small files that must never be half-written: JSON and text, written beside and renamed."""
+"""Files and folders that must never be half-written: written beside and renamed."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -34,6 +35,21 @@ def write_text(path, text: str | Iterable[str]) -> Path:
 def write_json(path, value) -> Path:
     """Write `value` as indented JSON, atomically (see `write_text`)."""
     return write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def replace_folder(beside, path) -> Path:
+    """Put a file or folder that was written `beside` in the place of `path`, atomically.
+
+    An old folder is renamed before it is removed: no half of it is ever found.
+    """
+    beside, path = Path(beside), Path(path)
+    aside = path.with_name(f".{path.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    if path.is_dir():
+        os.rename(path, aside)
+    os.replace(beside, path)
+    shutil.rmtree(aside, ignore_errors=True)
+    return path
 
 
 def read_json(path):

@@ -1,31 +1,51 @@
 """VAE latents computed once, read many times.
 
 A training step needs the latents of GT and of the masked source; the VAE is frozen, so they never
-change. Each triplet set has one cache folder, named by a hash of the VAE's weights, the size, the
-preprocessing and the content of every file: a stale cache cannot be read, since its name differs.
+change. They lie in shards whose names are hashes of all they depend on: the VAE's weights, the
+preprocessing, the size and the content of every file. A shard is missing or whole, and nothing that
+is stale can be read, since its name differs. Any number of processes make them together.
+
+    <root>/index/             which file has which content, see `file_index`
+    <root>/<kind>/kind.json   what the kind of latents is: VAE and preprocessing
+    <root>/<kind>/<ab>/<content>.safetensors   up to 256 triplets of one size
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
 import hashlib
+import json
 import logging
 import os
-import shutil
+import socket
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
+import safetensors
 import torch
+from safetensors.torch import save
 
-from rorem_lib import sdxl
 from rorem_lib.batches import read_batches
-from rorem_lib.files import hash_file, write_json
-from rorem_lib.triplets import Triplet
+from rorem_lib.file_index import describe_stat, hash_files
+from rorem_lib.files import write_json
+from rorem_lib.latents import DTYPES, CacheSpec, encode_pictures, prepare_pictures, vary_mask
+from rorem_lib.pictures import TripletError, read_size
+from rorem_lib.records import Triplet
+from rorem_lib.workers import Heartbeat, Progress, group_chunks, wait_for
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1  # raise it when preprocessing changes
-NAMES = ("gt", "masked", "source")
+VERSION = 2  # raise it when preprocessing changes
+_OPEN_SHARDS = 1024  # of a store at once
+_open_shard = functools.partial(safetensors.safe_open, framework="pt")
 
 
 def cache_root() -> Path:
@@ -33,91 +53,297 @@ def cache_root() -> Path:
     return Path(os.environ.get("ROREM_CACHE", "~/.cache/rorem")).expanduser() / "latents"
 
 
-def _fingerprint(triplets: list[Triplet], vae, size: int) -> str:
-    kind = f"{type(vae).__name__} {vae.config.scaling_factor}"
-    digest = hashlib.sha256(f"{VERSION} {size} {kind}".encode())
-    for name, weight in sorted(vae.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(weight.detach().float().cpu().numpy().tobytes())
+def read_sizes(triplets: Sequence[Triplet]) -> list[tuple[int, int]]:
+    """(height, width) in px of each triplet's source, from the files' headers.
+
+    Raises:
+        TripletError: a file is missing or no picture.
+    """
     with ThreadPoolExecutor(8) as pool:
-        files = [path for t in triplets for path in (t.source, t.mask, t.gt)]
-        for value in pool.map(hash_file, files):
-            digest.update(value.encode())
-    return digest.hexdigest()[:24]
+        return [size for chunk in group_chunks(triplets, 4096)
+                for size in pool.map(lambda triplet: read_size(triplet.source), chunk)]
 
 
-class LatentCache:
-    """Latents of one triplet set, each with its mirrored twin, memory-mapped.
+class LatentStore:
+    """Latents of triplets in the order they were given, memory-mapped.
+
+    It can be sent to other processes and used after a fork.
 
     Attributes:
-        gt, masked, source: [N, 2, 4, h, w] float16 scaled latents of GT, of the source with its
-            hole blanked, and of the whole source; axis 1 is (as it is, mirrored).
-        mask: [N, 2, 1, h, w] uint8 0/1, the hole at the latents' size.
+        spec: how they were made.
+        paths: the shards' files.
+        shard, row: [N] in which of them a triplet's latents lie, and where.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        for name in (*NAMES, "mask"):
-            setattr(self, name, np.load(folder / f"{name}.npy", mmap_mode="r"))
+    def __init__(self, paths: list[Path], shard: np.ndarray, row: np.ndarray, spec: CacheSpec):
+        self.paths, self.shard, self.row, self.spec = paths, shard, row, spec
+        self._open = functools.lru_cache(_OPEN_SHARDS)(_open_shard)
 
     def __len__(self):
-        return len(self.mask)
+        return len(self.row)
+
+    def __getstate__(self):
+        return {name: x for name, x in vars(self).items() if name != "_open"}
+
+    def __setstate__(self, state):
+        self.__init__(**state)
+
+    def read(self, index: int, *, twin: int = 0, variant: int = 0) -> dict[str, torch.Tensor]:
+        """What was cached of one triplet.
+
+        Args:
+            index: its place, from 0.
+            twin: 1 is mirrored.
+            variant: which mask; 0 is the triplet's own.
+
+        Returns:
+            The parts [4, h, w] in the cache's type and `mask` [1, h, w] uint8 0 or 1.
+
+        Raises:
+            IndexError: there is no such triplet, twin or variant.
+        """
+        if not (0 <= index < len(self) and 0 <= twin <= self.spec.twins
+                and 0 <= variant <= self.spec.mask_variants):
+            raise IndexError(f"no triplet {index}, twin {twin}, variant {variant} in this cache of "
+                             f"{len(self)}")
+        file, row = self._open(self.paths[self.shard[index]]), int(self.row[index])
+        # clone: a slice holds on to the whole file
+        return {part: (file.get_slice(part)[row, variant, twin] if part in ("masked", "mask")
+                       else file.get_slice(part)[row, twin]).clone()
+                for part in (*self.spec.parts, "mask")}
 
 
-@torch.no_grad()
-def open_cache(triplets: list[Triplet], vae, *, size: int, root: Path | str = "",
-               batch_size: int = 32) -> LatentCache:
-    """Open the cache of `triplets`, computing it first where it does not exist.
+@dataclass
+class _Shard:
+    """Triplets of one size, to be in one file; process `number % world` makes it."""
+
+    number: int
+    path: Path
+    size: tuple[int, int]
+    members: list[Triplet]
+    stats: dict[Path, str]  # the state in which the members' files were hashed
+
+    def check_files(self) -> None:
+        """What was encoded must be what the file's name says."""
+        for path, stat in self.stats.items():
+            if describe_stat(path) != stat:
+                raise TripletError(f"{path} was changed while its latents were made: start again",
+                                   file=path)
+
+    def is_whole(self, *, warn: bool = False) -> bool:
+        try:
+            _open_shard(self.path)
+        except FileNotFoundError:
+            return False
+        except safetensors.SafetensorError as error:
+            if warn:
+                logger.warning("%s is damaged (%s): it is made again", self.path, error)
+            return False
+        return True
+
+
+def open_store(triplets: Sequence[Triplet], vae, *, sizes: Sequence[tuple[int, int]],
+               spec: CacheSpec | None = None, root: Path | str = "", rank: int = 0,
+               world: int = 1, batch_size: int = 32, shard_size: int = 256) -> LatentStore:
+    """Open the latents of `triplets`, computing what is missing first.
+
+    Killed, it loses the shard in work; started again, it goes on. All processes of a job call it
+    with the same arguments, each makes its share, and all return when everything is there.
 
     Args:
-        triplets: with GT; pictures of another size are resized to `size` x `size`.
-        vae: the frozen autoencoder, on the device that shall compute.
-        size: side in px, divisible by the VAE's factor.
-        root: the folder of all caches; `cache_root()` by default.
-        batch_size: pictures an encoding.
+        triplets: with GT.
+        vae: the frozen autoencoder in float32, on the device that shall compute.
+        sizes: (height, width) in px of each triplet, which its pictures are fitted to.
+        spec: what to make; by default `CacheSpec()`.
+        root: the folder of all caches, one that all processes see; `cache_root()` by default.
+        rank, world: number of this process, and how many there are.
+        batch_size: pictures an encoding at up to 512 x 512 px, fewer of larger ones.
+        shard_size: triplets a file.
 
     Raises:
         TripletError: a file is missing, truncated or of another size than its triplet.
+        ValueError: latents are not finite, or the VAE's factor does not divide a size.
+        OSError: the disk is full, or cannot be written to; what is there stays.
+        TimeoutError: another process is gone, or `root` is not its folder too.
     """
-    root = Path(root) if root else cache_root()
-    folder = root / _fingerprint(triplets, vae, size)
-    if (folder / "done.json").is_file():
-        return LatentCache(folder)
-    beside = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    arrays = {}
-    device = next(vae.parameters()).device
-    for number, stack in enumerate(read_batches(triplets, size=size, batch_size=batch_size)):
-        begin = number * batch_size
-        for twin in (0, 1):
-            turned = {k: v[:, :, ::-1].copy() if twin else v for k, v in stack.items()}
-            source = sdxl.to_tensor(turned["source"]).to(device)
-            mask = torch.as_tensor(turned["mask"] >= 128).float()[:, None].to(device)
-            wanted = {"gt": sdxl.to_tensor(turned["gt"]).to(device), "source": source,
-                      "masked": sdxl.mask_source(source, mask)}
-            for name, batch in wanted.items():
-                latents = sdxl.encode_images(vae, batch.to(vae.dtype)).float()
-                _store(arrays, beside, name, len(triplets), begin, twin,
-                       latents.cpu().numpy().astype(np.float16))
-            small = sdxl.shrink_mask(mask, latents).cpu().numpy().astype(np.uint8)
-            _store(arrays, beside, "mask", len(triplets), begin, twin, small)
-    for array in arrays.values():
-        array.flush()
-    write_json(beside / "done.json", {"triplets": len(triplets), "size": size})
+    spec = spec or CacheSpec()
+    triplets, sizes = list(triplets), [(int(h), int(w)) for h, w in sizes]
+    if len(triplets) != len(sizes):
+        raise ValueError(f"{len(triplets)} triplets but {len(sizes)} sizes")
+    root = Path(root).expanduser() if root else cache_root()
+    folder = root / _name_kind(root, vae, spec, write=rank == 0)
+    _remove_leftovers(root, folder)
+    # Processes of this job find each other by what they were asked for.
+    files = [path for t in triplets for path in (t.source, t.mask, t.gt)]
+    asked = hashlib.sha256(f"{folder.name} {world} {shard_size} {sizes}".encode())
+    asked.update("\n".join(map(str, files)).encode(errors="surrogateescape"))
+    alive = root / "alive" / asked.hexdigest()[:24]
+    with _explain_silence(root):
+        with Heartbeat(alive / "index", active=world > 1 and rank == 0):
+            known = hash_files(files, root / "index", heartbeat=alive / "index" if rank else None)
+        content = dict(zip(files, known))
+        plan, store = _plan_shards(triplets, sizes, content, folder, shard_size, spec)
+        with Heartbeat(alive / str(rank), active=world > 1):
+            missing = [x for x in plan if not x.is_whole(warn=x.number % world == rank)]
+            own = [shard for shard in missing if shard.number % world == rank]
+            _write_shards(own, vae, spec, batch_size, plan=plan, root=root, verbose=rank == 0)
+
+            def list_waited():
+                missing[:] = [shard for shard in missing if not shard.is_whole()]
+                return {alive / str(shard.number % world) for shard in missing}
+
+            wait_for(list_waited)
+    with contextlib.suppress(OSError):  # the last one to go
+        alive.rmdir()
+    return store
+
+
+@contextlib.contextmanager
+def _explain_silence(root: Path):
     try:
-        beside.rename(folder)
-    except OSError:  # another process was faster
-        shutil.rmtree(beside, ignore_errors=True)
-        if not (folder / "done.json").is_file():
-            raise
-    logger.info("latents of %d triplets cached in %s", len(triplets), folder)
-    return LatentCache(folder)
+        yield
+    except TimeoutError as error:
+        raise TimeoutError(
+            error.errno, f"process {Path(error.filename).name} made no sign of life in {root}: "
+            "latent_cache_dir and the pictures must lie in folders that all nodes share; or it has "
+            f"ended ({error.strerror})") from error
 
 
-def _store(arrays, folder, name, count, begin, twin, values):
-    if name not in arrays:
-        shape = (count, 2, *values.shape[1:])
-        arrays[name] = np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+",
-                                                 dtype=values.dtype, shape=shape)
-    arrays[name][begin:begin + len(values), twin] = values
+def _name_kind(root: Path, vae, spec: CacheSpec, *, write: bool) -> str:
+    """Sixteen hex digits for a VAE and a preprocessing; `kind.json` says what they stand for."""
+    weights = hashlib.sha256()
+    for name, weight in sorted(vae.state_dict().items()):
+        weights.update(name.encode())
+        weights.update(weight.detach().float().cpu().numpy().tobytes())
+    chosen = dataclasses.asdict(spec)
+    if not spec.mask_variants:
+        del chosen["mask_dilate_max"], chosen["mask_loosen"]
+    if spec.resize_mode == "squash":
+        del chosen["center_crop"]
+    kind = {"version": VERSION, "vae": type(vae).__name__, "weights": weights.hexdigest(),
+            "scaling_factor": vae.config.scaling_factor, **chosen}
+    name = hashlib.sha256(json.dumps(kind, sort_keys=True).encode()).hexdigest()[:16]
+    if write and not (root / name / "kind.json").is_file():
+        write_json(root / name / "kind.json", kind)
+    return name
+
+
+def _remove_leftovers(root: Path, folder: Path) -> None:
+    """Delete what killed processes of this machine, or a day ago any, were writing."""
+    for path in [*folder.glob("*/.*.partial"), *root.glob("index/.*.partial"),
+                 *root.glob("alive/*/*")]:
+        with contextlib.suppress(OSError):
+            parts = path.name.split(".", 3)  # .<content>.<pid>.<host>.partial
+            gone = (parts[-1] == f"{socket.gethostname()}.partial"
+                    and not psutil.pid_exists(int(parts[2])))
+            if gone or time.time() - path.stat().st_mtime > 86400:
+                path.unlink()
+
+
+def _plan_shards(triplets, sizes, content, folder, shard_size, spec):
+    """The shards, each once, and the store that will read them."""
+    by_size = defaultdict(list)
+    for index, size in enumerate(sizes):
+        by_size[size].append(index)
+    plan: dict[Path, _Shard] = {}
+    shard, row = np.zeros((2, len(triplets)), np.int32)
+    for size, indices in by_size.items():
+        for chunk in group_chunks(indices, shard_size):
+            members = [triplets[i] for i in chunk]
+            files = [path for t in members for path in (t.source, t.mask, t.gt)]
+            text = f"{size} {[content[file][1] for file in files]}"
+            name = hashlib.sha256(text.encode()).hexdigest()[:24]
+            path = folder / name[:2] / f"{name}.safetensors"
+            if path not in plan:  # equal triplets may come twice
+                plan[path] = _Shard(len(plan), path, size, members,
+                                    {file: content[file][0] for file in files})
+            shard[chunk], row[chunk] = plan[path].number, range(len(chunk))
+    return list(plan.values()), LatentStore(list(plan), shard, row, spec)
+
+
+def _load_variants(item: tuple[Triplet, tuple[int, int]], spec: CacheSpec) -> dict:
+    """`prepare_pictures` with all masks [V, h, w]."""
+    pictures = prepare_pictures(*item, spec)
+    masks = [vary_mask(pictures["mask"], v, spec) for v in range(1 + spec.mask_variants)]
+    return pictures | {"mask": np.stack(masks)}
+
+
+def _list_chunks(shards: list[_Shard], batch_size: int) -> Iterator[list]:
+    """The batches of every shard."""
+    for shard in shards:
+        area = shard.size[0] * shard.size[1]
+        count = max(1, int(batch_size * min(1, 512 * 512 / area)))
+        yield from group_chunks([(triplet, shard.size) for triplet in shard.members], count)
+
+
+def _write_shards(shards: list[_Shard], vae, spec: CacheSpec, batch_size: int, *,
+                  plan: list[_Shard], root: Path, verbose: bool) -> None:
+    if not shards:
+        return
+    progress = Progress("latents of triplets (this process's)",
+                        sum(len(shard.members) for shard in shards), active=verbose)
+    reader = read_batches(functools.partial(_load_variants, spec=spec),
+                          _list_chunks(shards, batch_size))
+    with contextlib.closing(reader):
+        for shard in shards:
+            batches, count = [], 0
+            while count < len(shard.members):
+                batch = next(reader)
+                batches.append(_encode_variants(vae, batch, spec))
+                count += len(batch["gt"])
+                progress.add(len(batch["gt"]))
+            shard.check_files()
+            tensors = {name: torch.cat([b[name] for b in batches]) for name in batches[0]}
+            if not all(latents.isfinite().all() for latents in tensors.values()):
+                raise ValueError(f"latents of {shard.members[0].source} or the next "
+                                 f"{len(shard.members) - 1} triplets are not finite in "
+                                 f"{spec.dtype}: check the VAE or take latent_dtype bf16")
+            _save_shard(shard, save(tensors), plan, root)
+    if verbose:
+        logger.info("latents of %d triplets cached in %s", progress.done, root)
+
+
+def _encode_variants(vae, batch: dict, spec: CacheSpec) -> dict[str, torch.Tensor]:
+    """All of a batch: `gt`, `source` [B, T, ...], `masked`, `mask` [B, V, T, ...], on the CPU.
+
+    Axis T is (as it is, mirrored), axis V the masks.
+    """
+    device = next(vae.parameters()).device
+    pictures = {part: torch.as_tensor(x).to(device) for part, x in batch.items()}
+    # the width is the last axis of masks but not of pictures
+    views = [pictures] + [{part: x.flip(-1 if part == "mask" else -2)
+                           for part, x in pictures.items()}] * spec.twins
+    only_masked = dataclasses.replace(spec, parts=("masked",), mask_variants=0)
+    found = defaultdict(list)
+    for view in views:
+        each = [encode_pictures(vae, view | {"mask": mask}, spec if variant == 0 else only_masked)
+                for variant, mask in enumerate(view["mask"].unbind(1))]
+        for part in (*spec.parts, "mask"):
+            whole = part in ("masked", "mask")
+            found[part].append(torch.stack([e[part] for e in each], 1) if whole
+                               else each[0][part])
+    return {part: torch.stack(twins, 2 if part in ("masked", "mask") else 1).to(
+        torch.uint8 if part == "mask" else DTYPES[spec.dtype]).cpu()
+        for part, twins in found.items()}
+
+
+def _save_shard(shard: _Shard, data: bytes, plan: list[_Shard], root: Path) -> None:
+    path = shard.path
+    beside = path.with_name(f".{path.stem}.{os.getpid()}.{socket.gethostname()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(beside, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        missing = [other for other in plan if not other.is_whole()]
+        area = sum(len(x.members) * x.size[0] * x.size[1] for x in missing)
+        left = area * len(data) / (len(shard.members) * shard.size[0] * shard.size[1])
+        raise OSError(
+            error.errno, f"cannot write latents to {root}: {error.strerror}; "
+            f"{len(plan) - len(missing)} of {len(plan)} shards are there and stay, about "
+            f"{left / 1e9:.3g} GB are still to be written: free so much or set latent_cache_dir to "
+            "a folder with more room, then start again") from error

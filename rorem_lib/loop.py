@@ -8,104 +8,83 @@ the killed one stopped, and the same global batch gives the same training on 1 o
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import os
+import logging
+import math
 import shutil
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader, Dataset
 
-from rorem_lib import checkpoints, sdxl, tracking
-from rorem_lib.files import write_json
+from rorem_lib import checkpoints, sdxl, sharding, tracking
+from rorem_lib.files import replace_folder, write_json
+from rorem_lib.options import LoopConfig
 from rorem_lib.order import Positions
 
-
-@dataclass
-class LoopConfig:
-    """What every training run has. Names follow upstream's and diffusers' command lines.
-
-    Attributes:
-        output_dir: folder for the model, checkpoints and `metrics.jsonl`.
-        max_train_steps: optimizer steps in all.
-        train_batch_size: samples a process and micro-batch.
-        gradient_accumulation_steps: micro-batches an optimizer step.
-        learning_rate: AdamW's peak rate.
-        lr_scheduler: a name that `diffusers.optimization.get_scheduler` knows.
-        lr_warmup_steps: steps of linear warm-up (schedulers that have one).
-        adam_weight_decay: AdamW's decoupled weight decay.
-        max_grad_norm: gradients are clipped to this norm.
-        mixed_precision: "no", "bf16", "fp16", or "auto": bf16 where the hardware has it.
-        ema_decay: decay of the weights' moving average; 0 keeps none.
-        checkpointing_steps: steps between checkpoints.
-        checkpoints_total_limit: how many checkpoints are kept.
-        resume_from_checkpoint: "latest", "none" or a checkpoint folder.
-        logging_steps: steps between lines of `metrics.jsonl`.
-        dataloader_num_workers: processes that read samples; 0 reads in the training process.
-        report_to: "none", or a tracker accelerate knows ("tensorboard", "wandb", "trackio").
-        seed: fixes initialisation, order, noise and flips.
-    """
-
-    output_dir: str = "runs/alone/training"
-    max_train_steps: int = 1000
-    train_batch_size: int = 16
-    gradient_accumulation_steps: int = 1
-    learning_rate: float = 5e-5
-    lr_scheduler: str = "constant"
-    lr_warmup_steps: int = 0
-    adam_weight_decay: float = 1e-2
-    max_grad_norm: float = 1.0
-    mixed_precision: str = "auto"
-    ema_decay: float = 0.0
-    checkpointing_steps: int = 500
-    checkpoints_total_limit: int = 2
-    resume_from_checkpoint: str = "latest"
-    logging_steps: int = 25
-    dataloader_num_workers: int = 0
-    report_to: str = "none"
-    seed: int = 4
+logger = logging.getLogger(__name__)
 
 
 class Objective:
-    """What a stage trains. Subclasses override all four methods.
+    """What a stage trains. Subclasses override `build_model`, `make_dataset`, `compute_loss` and
+    `save_model`.
 
-    `config` is the run's `LoopConfig`; `make_dataset` may use `self.device` and anything that
-    `build_model` has set up. What the subclass puts into `metrics` joins the run's metrics.
+    `config` is the run's `LoopConfig`. Before `build_model` the loop sets `accelerator` and
+    `choices` (what an automatic choice was before a resume; what the subclass puts in is kept with
+    each checkpoint). What it puts into `metrics` joins the run's metrics.
     """
 
     def __init__(self, config: LoopConfig):
         self.config = config
-        self.device = torch.device("cpu")
+        self.accelerator: Accelerator
+        self.choices: dict = {}
         self.metrics: dict = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the training runs."""
+        return self.accelerator.device
+
+    @property
+    def global_batch(self) -> int:
+        """Samples an optimizer step, over all processes and micro-batches."""
+        return sharding.count_global_batch(self.accelerator, self.config)
 
     def build_model(self) -> torch.nn.Module:
         """The module whose `requires_grad` parameters are trained, in float32."""
         raise NotImplementedError
 
     def make_dataset(self) -> Dataset:
-        """A dataset indexed by the global position `p` >= 0, without end."""
+        """A dataset indexed by the global position `p` >= 0, without end. `metrics["train_size"]`
+        tells how many samples an epoch has."""
         raise NotImplementedError
 
+    def tune_model(self, model) -> float | None:
+        """Choose what costs memory or speed, once model and samples are there; returns the
+        floating point operations of training on one image, where they are known."""
+
+    def split_batch(self, batch: dict) -> list[dict]:
+        """Chunks of a micro-batch that go through the model one after the other."""
+        return [batch]
+
     def compute_loss(self, model, batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The scalar loss of one micro-batch and what else should be logged."""
+        """The scalar loss of one chunk and what else should be logged: scalars, or [B] values in
+        which NaN is left out of the mean."""
         raise NotImplementedError
+
+    def make_validation(self):
+        """A function (model, step) -> values to log that shows how far the training is; None
+        where the stage has none. It is called on every process at once."""
 
     def save_model(self, model, folder: Path) -> None:
         """Write the trained model (EMA weights already in place) below `folder`."""
         raise NotImplementedError
-
-
-def find_device() -> str:
-    """The kind of device accelerate will take, known before an `Accelerator` exists."""
-    use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    return "cuda" if torch.cuda.is_available() and not use_cpu else "cpu"
 
 
 def train(objective: Objective, config: LoopConfig) -> dict:
@@ -118,90 +97,210 @@ def train(objective: Objective, config: LoopConfig) -> dict:
     Raises:
         FileNotFoundError: a checkpoint was named that does not exist.
         FloatingPointError: the loss is no longer finite.
+        MemoryError: the memory does not suffice; says what to lower.
+        OSError: the disk is full; says which checkpoint is intact.
+        ValueError: options that do not go together, or a tracker that is not installed.
     """
+    tracking.check_report_to(config.report_to)
     AcceleratorState._reset_state()  # an earlier training here may have had another precision
     accelerator = Accelerator(
-        mixed_precision=sdxl.choose_precision(config.mixed_precision, find_device()),
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        mixed_precision=sdxl.choose_precision(config.mixed_precision, sharding.find_device()),
+        # as a plugin: else a number in the hardware file wins over the option
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=config.gradient_accumulation_steps),
+        kwargs_handlers=sharding.make_handlers(sharding.find_device()),
         log_with=None if config.report_to == "none" else config.report_to,
-        project_dir=config.output_dir,
-    )
-    folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    set_seed(config.seed)
-    objective.device = accelerator.device
-    model = objective.build_model()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate,
-                                  weight_decay=config.adam_weight_decay, fused=True)
-    scheduler = get_scheduler(config.lr_scheduler, optimizer,
-                              num_warmup_steps=config.lr_warmup_steps,
-                              num_training_steps=config.max_train_steps)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    accelerator.register_for_checkpointing(scheduler)
-    ema = None
-    if config.ema_decay:
-        ema = EMAModel(trained, decay=config.ema_decay, use_ema_warmup=True, power=0.75)
-        accelerator.register_for_checkpointing(ema)
-    dataset = objective.make_dataset()
-    first = checkpoints.load_checkpoint(accelerator, config)
-    if ema is not None:
-        ema.to(accelerator.device)
-    if config.report_to != "none":
-        accelerator.init_trackers("rorem", config=dataclasses.asdict(config))
-    loader = DataLoader(dataset, batch_sampler=Positions(config, accelerator, first),
-                        num_workers=config.dataloader_num_workers,
-                        # of its own: else it draws from the noise that a checkpoint restores
-                        generator=torch.Generator().manual_seed(config.seed),
-                        persistent_workers=config.dataloader_num_workers > 0)
-    batch_total = (config.train_batch_size * accelerator.num_processes
-                   * config.gradient_accumulation_steps)
-    if accelerator.is_main_process:
-        tracking.trim_lines(folder / "metrics.jsonl", first)
-    step, started, logged, window = first, time.time(), time.time(), []
-    last = {}
-    for batch in loader:
-        batch = {k: v.to(accelerator.device) for k, v in batch.items()}
+        project_config=ProjectConfiguration(
+            project_dir=config.output_dir,
+            logging_dir=str(Path(config.output_dir) / config.logging_dir)))
+    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+    try:
+        return _Training(objective, config, accelerator).run()
+    except (RuntimeError, MemoryError) as error:
+        if text := tracking.describe_out_of_memory(error, config):
+            raise MemoryError(text) from error
+        raise
+
+
+def make_optimizer(config: LoopConfig, parameters, batch: int = 1) -> torch.optim.Optimizer:
+    """AdamW as the options say; `batch` is the global batch that `scale_lr` multiplies by.
+
+    Raises:
+        ValueError: `use_8bit_adam` without bitsandbytes.
+    """
+    options = {"lr": config.learning_rate * (batch if config.scale_lr else 1),
+               "betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon,
+               "weight_decay": config.adam_weight_decay}
+    if not config.use_8bit_adam:
+        return torch.optim.AdamW(parameters, **options, fused=True)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise ValueError('use_8bit_adam needs bitsandbytes: pip install -e ".[eightbit]"') from None
+    return AdamW8bit(parameters, **options)
+
+
+class _Training:
+    """One run: what `train` builds, steps through and saves."""
+
+    def __init__(self, objective, config, accelerator):
+        self.objective, self.accelerator = objective, accelerator
+        set_seed(config.seed)
+        objective.accelerator = accelerator
+        objective.choices = checkpoints.peek_choices(config)
+        model = objective.build_model()
+        self.dataset = objective.make_dataset()
+        if not config.max_train_steps:
+            config = objective.config = _count_steps(config, objective)
+        self.config, self.folder = config, Path(config.output_dir)
+        flops = objective.tune_model(model)
+        optimizer = make_optimizer(config, [p for p in model.parameters() if p.requires_grad],
+                                   objective.global_batch)
+        self.structure = sharding.copy_structure(accelerator, model)
+        self.model, self.optimizer = sharding.prepare(accelerator, model, optimizer, config)
+        self.scheduler = get_scheduler(config.lr_scheduler, self.optimizer,
+                                       num_warmup_steps=config.lr_warmup_steps,
+                                       num_training_steps=config.max_train_steps)
+        accelerator.register_for_checkpointing(self.scheduler)
+        # after `prepare`: a sharded model has other parameters than the one that was built
+        self.trained = sharding.list_trained(self.model)
+        self.count = sum(p.numel() for p in self.trained)
+        self.ema = None
+        if config.ema_decay:
+            self.ema = sharding.Average(self.trained, decay=config.ema_decay,
+                                        foreach=accelerator.device.type == "cuda")
+            accelerator.register_for_checkpointing(self.ema)
+        self.first = self.step = checkpoints.load_checkpoint(accelerator, config)
+        if self.ema is not None:
+            self.ema.to(accelerator.device)
+        self.validate = objective.make_validation()
+        if self.validate is not None and sharding.find_kind(accelerator) == "FSDP2":
+            logger.warning("validation_steps has no effect under FSDP2, whose weights are whole "
+                           "on no process: validate the checkpoints instead")
+            self.validate = None
+        tracking.start_trackers(accelerator, config)
+        self.tracker = tracking.Tracker(accelerator, config, self.folder, objective.global_batch,
+                                        flops_per_image=flops)
+        if accelerator.is_main_process:
+            tracking.trim_lines(self.folder / "metrics.jsonl", self.first)
+            logger.info("%s", sharding.describe(accelerator, config))
+
+    def run(self) -> dict:
+        config, accelerator, started = self.config, self.accelerator, time.time()
+        on_gpu = accelerator.device.type == "cuda"
+        loader = DataLoader(
+            self.dataset, batch_sampler=Positions(config, accelerator, self.first),
+            num_workers=config.dataloader_num_workers, pin_memory=on_gpu,
+            # of its own: else it draws from the noise that a checkpoint restores
+            generator=torch.Generator().manual_seed(config.seed),
+            persistent_workers=config.dataloader_num_workers > 0)
+        line: dict = {}
+        if self.first == 0:
+            with self.tracker.excluded():
+                self._look()
+        for batch in loader:
+            batch = {k: v.to(accelerator.device, non_blocking=on_gpu) for k, v in batch.items()}
+            norm = self._learn(batch)
+            if not accelerator.sync_gradients:
+                continue
+            self.step += 1
+            if self.step % config.logging_steps == 0 or self.step == config.max_train_steps:
+                line = self.tracker.write(self.step, norm, self.scheduler.get_last_lr()[0])
+            self._pause_at(norm)
+        accelerator.wait_for_everyone()
+        metrics = self._finish(line, time.time() - started)
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
+        return metrics
+
+    def _learn(self, batch):
+        """One micro-batch; returns the gradient's norm before clipping where a step was taken."""
+        accelerator, model, norm = self.accelerator, self.model, None
         with accelerator.accumulate(model):
-            with accelerator.autocast():
-                loss, extra = objective.compute_loss(model, batch)
-            accelerator.backward(loss)
-            norm = None
+            chunks, shown = self.objective.split_batch(batch), []
+            sizes = [len(next(iter(chunk.values()))) for chunk in chunks]
+            for number, (chunk, size) in enumerate(zip(chunks, sizes), 1):
+                share = size / sum(sizes)
+                # gradients travel once, with the last chunk
+                last = number == len(chunks)
+                with contextlib.nullcontext() if last else accelerator.no_sync(model):
+                    with accelerator.autocast():
+                        loss, extra = self.objective.compute_loss(model, chunk)
+                    sharding.backward(accelerator, loss * share, last=last)
+                shown.append((share, {"loss": loss.detach(), **extra}))
+            self.tracker.add(tracking.merge_chunks(shown))
             if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(trained, config.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-        window.append({"loss": loss.detach(), **{k: v.detach() for k, v in extra.items()}})
-        if not accelerator.sync_gradients:
-            continue
-        scheduler.step()
-        if ema is not None:
-            ema.step(trained)
-        step += 1
-        if step % config.logging_steps == 0 or step == config.max_train_steps:
-            last = tracking.write_line(accelerator, folder, config, step, window, norm, scheduler,
-                        logged, batch_total)
-            logged, window = time.time(), []
-        if step % config.checkpointing_steps == 0 and step < config.max_train_steps:
-            if config.mixed_precision != "fp16":  # there, infinite norms are skipped steps
-                tracking.check_finite(norm, "gradient's norm", step)
-            checkpoints.save_checkpoint(accelerator, config, step)
-    accelerator.wait_for_everyone()
-    if ema is not None:
-        ema.copy_to(trained)
-    seconds = max(time.time() - started, 1e-9)
-    images = (step - first) * batch_total
-    metrics = {"steps": step, "images": step * batch_total, "resumed_at": first,
-               "seconds": round(seconds, 2), "images_per_second": round(images / seconds, 2),
-               "num_processes": accelerator.num_processes,
-               "trainable_parameters": sum(p.numel() for p in trained),
-               **{k: v for k, v in last.items() if k.startswith("loss")}}
-    if accelerator.is_main_process:
-        objective.save_model(accelerator.unwrap_model(model), folder)
-        metrics |= objective.metrics
-        write_json(folder / "train_metrics.json", metrics)
-        for checkpoint in folder.glob("checkpoint-*"):  # the model is saved: no need to go back
-            shutil.rmtree(checkpoint, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    return metrics
+                norm = sharding.clip(accelerator, self.trained, self.config.max_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        if accelerator.sync_gradients:
+            self.scheduler.step()
+            if self.ema is not None:
+                self.ema.step(self.trained)
+        return norm
+
+    def _pause_at(self, norm) -> None:
+        """What a step may end with: a look at the pictures, a checkpoint."""
+        config, step = self.config, self.step
+        save = step % config.checkpointing_steps == 0 and step < config.max_train_steps
+        if not (save or self._is_look_due()):
+            return
+        with self.tracker.excluded():  # waits for the GPU: not at every step
+            self._look()
+            if save:
+                # with a scaler, infinite norms are skipped steps
+                if norm is not None and self.accelerator.scaler is None:
+                    tracking.check_finite(norm, "gradient's norm", step)
+                checkpoints.save_checkpoint(self.accelerator, config, step,
+                                            choices=self.objective.choices)
+
+    def _is_look_due(self) -> bool:
+        every = getattr(self.config, "validation_steps", 0)
+        return bool(every) and self.validate is not None and (
+            self.step % every == 0 or self.step == self.config.max_train_steps)
+
+    def _look(self) -> None:
+        """Validation at the start, every `validation_steps` and at the end, of averaged weights
+        where they are kept."""
+        if not self._is_look_due():
+            return
+        if self.ema is not None:
+            self.ema.store(self.trained)
+            self.ema.copy_to(self.trained)
+        values = self.validate(self.accelerator.unwrap_model(self.model), self.step)
+        if self.ema is not None:
+            self.ema.restore(self.trained)
+        self.accelerator.log(values, step=self.step)
+
+    def _finish(self, line: dict, seconds: float) -> dict:
+        """Save the model and the run's metrics; both are there whole or not at all."""
+        accelerator, objective, step = self.accelerator, self.objective, self.step
+        images, batch = (step - self.first) * objective.global_batch, objective.global_batch
+        metrics = {"steps": step, "images": step * batch, "resumed_at": self.first,
+                   "seconds": round(seconds, 2),
+                   "images_per_second": round(images / max(seconds, 1e-9), 2),
+                   "num_processes": accelerator.num_processes,
+                   "trainable_parameters": self.count,
+                   **{k: v for k, v in line.items() if k.startswith("loss")}}
+        model = sharding.gather_model(accelerator, self.model, self.structure, self.ema)
+        if accelerator.is_main_process:
+            beside = self.folder / ".model.partial"
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir()
+            objective.save_model(model, beside)
+            for part in beside.iterdir():
+                replace_folder(part, self.folder / part.name)
+            beside.rmdir()
+            metrics |= objective.metrics
+            write_json(self.folder / "train_metrics.json", metrics)
+            checkpoints.finish_checkpoints(self.config)
+        return metrics
+
+
+def _count_steps(config, objective):
+    """The config with `max_train_steps` for its epochs."""
+    if not config.num_train_epochs:
+        raise ValueError("max_train_steps and num_train_epochs are both 0: set one of them")
+    size = objective.metrics["train_size"]
+    steps = math.ceil(config.num_train_epochs * size / objective.global_batch)
+    return dataclasses.replace(config, max_train_steps=steps)

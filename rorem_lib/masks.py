@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import cv2
 import numpy as np
 
@@ -74,6 +76,35 @@ def loosen_mask(mask: np.ndarray, rng: np.random.Generator, strength: float = 1.
     drawn = cv2.GaussianBlur(grown, (0, 0), max(0.5, reach / 2)) + 40 * wobble
     near = cv2.dilate(grown, _disc(reach / 2)) > 0  # the wobble draws no islands elsewhere
     return np.maximum(np.where((drawn > 110) & near, 255, 0).astype(np.uint8), exact)
+
+
+def perturb_mask(mask: np.ndarray, rng: np.random.Generator, *, dilate_max: float = 0.04,
+                 loosen: float = 1.0) -> np.ndarray:
+    """Another mask that people might have given for the same object: wider, or drawn by hand.
+
+    One of the two by a coin: `dilate_mask` by a uniformly drawn width, or `loosen_mask`.
+
+    Args:
+        mask: [H, W] uint8, white is >= 128.
+        rng: fixes what is drawn.
+        dilate_max: the most that an object's width grows, as a share of the short side (0.04 of
+            512 px is 20 px); it grows by 1 px at least. 0 never dilates.
+        loosen: strength of `loosen_mask`; 0 never loosens.
+
+    Returns:
+        [H, W] uint8, 0 or 255, white wherever `mask` is; `mask` itself where the other one would
+        leave nothing of the picture.
+    """
+    if dilate_max < 0:
+        raise ValueError(f"dilate_max must be 0 or more, not {dilate_max}")
+    exact = binarise_mask(mask)
+    coin = rng.random() < 0.5
+    if dilate_max and (coin or not loosen):
+        growth = math.ceil(rng.uniform(0, dilate_max) * min(exact.shape))
+        changed = dilate_mask(exact, 1 + growth)
+    else:
+        changed = loosen_mask(exact, rng, loosen)
+    return exact if changed.min() >= 128 else changed
 
 
 def _disc(radius: float) -> np.ndarray:

@@ -21,8 +21,8 @@ import torch
 from diffusers import LCMScheduler
 
 from rorem_lib import sdxl
-from rorem_lib.distill import LORA_FILE
 from rorem_lib.files import read_json, write_json
+from rorem_lib.lora import LORA_FILE
 from rorem_lib.pictures import save_image
 from rorem_lib.removal import inpaint_classical, remove_objects
 from rorem_lib.triplets import Triplet, load_images

@@ -7,6 +7,7 @@ YAML reads as a string, to the notebook as a string. Here both are settled befor
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import math
 import re
@@ -134,3 +135,29 @@ def _fit_subscript(value, node, lenient: bool) -> tuple[bool, Any]:
                    for k, v in value.items()]
         return (all(k[0] and v[0] for k, v in results), {k[1]: v[1] for k, v in results})
     return False, None
+
+
+def fill_config(cls, parameters: dict, more: dict):
+    """A config of a notebook's parameters, by name, and of `more` options that have none there.
+
+    Args:
+        cls: the config's dataclass.
+        parameters: the notebook's `globals()`; names that are no field of `cls` are left alone.
+        more: further fields, such as a `more_options` parameter holds.
+
+    Raises:
+        ValueError: a name in `more` is no field of `cls`, has a parameter of its own, or its value
+            is of another type.
+    """
+    kinds = {field.name: field.type for field in dataclasses.fields(cls)}
+    if unknown := sorted(set(more) - set(kinds)):
+        raise ValueError(f"more_options: {cls.__name__} has no option {', '.join(unknown)}")
+    if twice := sorted(set(more) & set(parameters)):
+        raise ValueError(f"more_options: {', '.join(twice)} has a parameter of its own")
+    given = {}
+    for name, value in more.items():
+        try:
+            given[name] = coerce_value(value, kinds[name])
+        except TypeError as error:
+            raise ValueError(f"more_options: {name}: {error}") from None
+    return cls(**{name: parameters[name] for name in kinds if name in parameters}, **given)

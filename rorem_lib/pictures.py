@@ -6,11 +6,14 @@ import contextlib
 import io
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import cv2
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from rorem_lib.masks import binarise_mask
 
 AGAIN = "delete it or download it again"
 
@@ -58,7 +61,7 @@ def decode_image(path: str | Path, mode: str = "RGB", *,
         raise ValueError(f"unknown mode {mode!r}: take RGB or L")
     path = Path(path)
     file = path if data is None else None  # a place in a container is no file
-    try:
+    with _name_faults(path, file):
         data = path.read_bytes() if data is None else data
         if not data:
             raise TripletError(f"{path} is empty (0 bytes): {AGAIN}", file=file)
@@ -67,6 +70,32 @@ def decode_image(path: str | Path, mode: str = "RGB", *,
         if array is not None:
             return array, True
         image.load()
+    plain = (image.mode in ("RGB", "L") and image.format in ("PNG", "JPEG", "WEBP", "BMP")
+             and not image.has_transparency_data
+             and image.getexif().get(ExifTags.Base.Orientation, 1) == 1)
+    return _to_array(ImageOps.exif_transpose(image), mode, path), plain
+
+
+def read_size(path: str | Path) -> tuple[int, int]:
+    """(height, width) in px of a picture as `load_image` gives it, from the file's header alone.
+
+    A PNG whose orientation stands behind its pixels is taken as upright.
+
+    Raises:
+        TripletError: missing, or no picture.
+    """
+    path = Path(path)
+    with _name_faults(path, path), Image.open(path) as image:
+        exif = Image.Image.getexif(image)  # a PNG's own method decodes the picture first
+        turned = exif.get(ExifTags.Base.Orientation, 1) >= 5
+        return image.size if turned else image.size[::-1]
+
+
+@contextlib.contextmanager
+def _name_faults(path: Path, file: Path | None):
+    """A block that opens a picture: what goes wrong becomes a TripletError that names it."""
+    try:
+        yield
     except TripletError:
         raise
     except UnidentifiedImageError:
@@ -79,10 +108,6 @@ def decode_image(path: str | Path, mode: str = "RGB", *,
             raise TripletError(f"{path} cannot be read: {error.strerror}", file=file) from None
         raise TripletError(f"{path} is truncated or damaged ({error}): {AGAIN}",
                            file=file) from None
-    plain = (image.mode in ("RGB", "L") and image.format in ("PNG", "JPEG", "WEBP", "BMP")
-             and not image.has_transparency_data
-             and image.getexif().get(ExifTags.Base.Orientation, 1) == 1)
-    return _to_array(ImageOps.exif_transpose(image), mode, path), plain
 
 
 def _decode_plain(image: Image.Image, data: bytes, mode: str) -> np.ndarray | None:
@@ -121,6 +146,65 @@ def _to_array(image: Image.Image, mode: str, path: Path) -> np.ndarray:
         alpha = np.asarray(image.getchannel("A"), np.float32) / 255
         return (np.asarray(image.convert("RGB").convert("L")) * alpha + 0.5).astype(np.uint8)
     return np.array(image.convert(mode))
+
+
+def fit_triplet(pictures: Mapping[str, np.ndarray | None], size: tuple[int, int], *,
+                mode: str = "crop", center: bool = False) -> dict[str, np.ndarray | None]:
+    """Bring the pictures of a triplet to one size, all of them in the same way.
+
+    Args:
+        pictures: `source`, `gt` [H, W, 3] and `mask` [H, W] uint8; a part may be None.
+        size: (height, width) in px.
+        mode: "crop" keeps the aspect and cuts off what is too much, where it costs the fewest mask
+            pixels (of equal places the one next to the centre; a window that would be white all
+            over is avoided); "squash" resizes straight, as the authors' trainer does.
+        center: crop the centre, wherever the mask is.
+
+    Returns:
+        The same parts, [h, w, 3] and [h, w]; the mask is 0 or 255 and never loses its last pixel.
+    """
+    if mode not in ("crop", "squash"):
+        raise ValueError(f"unknown resize_mode {mode!r}: take crop or squash")
+    mask = pictures["mask"]
+    (height, width), (high, wide) = mask.shape, size
+    if (height, width) == (high, wide):
+        return {**pictures, "mask": binarise_mask(mask)}
+    top = left = 0
+    if mode == "crop":  # the window that will fill the new size, in px of the old one
+        window_high = min(height, high * width / wide)
+        window_wide = min(width, wide * height / high)
+        white = mask >= 128
+        top = _place_window(white.mean(axis=1), window_high, center)
+        left = _place_window(white.mean(axis=0), window_wide, center)
+        box = (left, top, left + window_wide, top + window_high)
+    else:
+        box = (0, 0, width, height)
+    fitted = {part: None if x is None else np.array(Image.fromarray(x).resize(
+        (wide, high), Image.Resampling.BICUBIC, box)) for part, x in pictures.items()}
+    small = fitted["mask"]
+    if small.max() < 128:  # a thin mask that faded away is still one
+        small = np.where(small > 0, 255, 0).astype(np.uint8)
+        if not small.any():
+            rows, columns = np.nonzero(mask >= 128)
+            rows = np.int64((rows + 0.5 - top) * high / (box[3] - box[1]))
+            columns = np.int64((columns + 0.5 - left) * wide / (box[2] - box[0]))
+            inside = (0 <= rows) & (rows < high) & (0 <= columns) & (columns < wide)
+            small[rows[inside], columns[inside]] = 255
+    return fitted | {"mask": binarise_mask(small)}
+
+
+def _place_window(shares: np.ndarray, length: float, center: bool) -> int:
+    """Where a window of `length` px begins; `shares` [n] is how white each row or column is."""
+    room = len(shares) - length
+    if center or room < 1:
+        return int(room / 2 + 0.5)
+    inner = int(length)
+    total = np.concatenate([[0], np.cumsum(shares)])
+    held = total[inner:] - total[:len(total) - inner]  # [n - inner + 1], by the first px
+    held = held[:int(room) + 1]
+    held = np.where(held > inner - 1e-6, -1, held)
+    best = np.flatnonzero(held > held.max() - 1e-9)
+    return int(best[np.argmin(np.abs(best - room / 2))])
 
 
 def save_image(path: str | Path, image: np.ndarray) -> None:

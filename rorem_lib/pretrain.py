@@ -29,7 +29,7 @@ from diffusers import (
 from torch.utils.data import Dataset
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from rorem_lib import loop, options, sdxl
+from rorem_lib import loop, options, sdxl, speed
 from rorem_lib.files import write_json
 from rorem_lib.sources import scenes
 
@@ -52,7 +52,7 @@ SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_
 
 
 @dataclass
-class PretrainConfig(loop.LoopConfig):
+class PretrainConfig(options.LoopConfig):
     """Pre-training of the built-in model's autoencoder or base UNet.
 
     Attributes:
@@ -188,7 +188,7 @@ class BaseObjective(loop.Objective):
         self.pipe.text_encoder.to(self.device)
         self.pipe.text_encoder_2.to(self.device)
         self.embeds, self.pooled = (t.to(self.device) for t in sdxl.encode_prompt(self.pipe))
-        return sdxl.prepare_training(self.pipe.unet.to(self.device))
+        return speed.prepare_training(self.pipe.unet.to(self.device))
 
     def make_dataset(self):
         return _SceneStream(self.config, masks=True)

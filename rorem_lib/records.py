@@ -15,10 +15,8 @@ from pathlib import Path
 
 import ijson
 import numpy as np
-from PIL import Image
 
-from rorem_lib.masks import binarise_mask
-from rorem_lib.pictures import AGAIN, TripletError, load_image
+from rorem_lib.pictures import AGAIN, TripletError, fit_triplet, load_image
 from rorem_lib.workers import map_processes
 
 META = "meta.json"
@@ -244,12 +242,15 @@ def _name_once(triplet: Triplet, record: dict, number: int, seen: set[int],
     return triplet
 
 
-def load_images(triplet: Triplet, *, size: int | None = None) -> dict[str, np.ndarray | None]:
+def load_images(triplet: Triplet, *, size: int | tuple[int, int] | None = None,
+                mode: str = "squash", center: bool = False) -> dict[str, np.ndarray | None]:
     """Open a triplet's pictures.
 
     Args:
         triplet: what to open.
-        size: resize straight to `size` x `size`, aspect not kept, as the authors' trainer does.
+        size: the side of a square, or (height, width) in px, that they are brought to.
+        mode: how: "squash" resizes straight, aspect not kept, as the authors' trainer does; "crop"
+            keeps it (see `pictures.fit_triplet`, also for `center`).
 
     Returns:
         `source` [H, W, 3] uint8, `mask` [H, W] uint8 0 or 255, `gt` [H, W, 3] uint8 or None.
@@ -265,12 +266,10 @@ def load_images(triplet: Triplet, *, size: int | None = None) -> dict[str, np.nd
                                f"{describe_size(source)}: resize one, or remove the record",
                                file=path)
     check_mask(mask, triplet.mask)
-    if size and source.shape[:2] != (size, size):
-        source, mask, gt = (None if x is None else np.array(Image.fromarray(x).resize(
-            (size, size), Image.Resampling.BICUBIC)) for x in (source, mask, gt))
-        if mask.max() < 128:  # a thin mask that faded away is still one
-            mask = np.where(mask > 0, 255, 0)
-    return {"source": source, "mask": binarise_mask(mask.astype(np.uint8)), "gt": gt}
+    if isinstance(size, int):
+        size = (size, size)
+    return fit_triplet({"source": source, "mask": mask, "gt": gt}, size or mask.shape, mode=mode,
+                       center=center)
 
 
 def describe_size(image: np.ndarray) -> str:

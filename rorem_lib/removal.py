@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from rorem_lib import loop, masks, options, sdxl
+from rorem_lib import masks, options, sdxl, sharding
 from rorem_lib.files import hash_file, read_json, write_json
 from rorem_lib.triplets import TripletWriter, load_images, read_triplets, resolve_meta
 
@@ -202,7 +202,7 @@ def generate_candidates(config: GenerateConfig) -> dict:
 
     # Unlike `Accelerator`, it does not ask the environment whether it shall stay on the CPU, and
     # would take each of several CPU processes for the only one.
-    state = PartialState(cpu=loop.find_device() == "cpu")
+    state = PartialState(cpu=sharding.find_device() == "cpu")
     triplets = read_triplets(config.meta_path, require_gt=False)[config.start:]
     triplets = triplets[:config.count] if config.count else triplets
     if not triplets:

@@ -10,103 +10,135 @@ object, its shadow gone. The prompt is always empty.
 
 from __future__ import annotations
 
-import sys
+import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 import torch
+from accelerate import DistributedType
+from accelerate.utils import broadcast_object_list
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
-from torch.utils.data import Dataset
 
-from rorem_lib import latent_cache, loop, options, sdxl
-from rorem_lib.order import Order
+from rorem_lib import loop, lora, options, sdxl, speed
+from rorem_lib.latent_cache import open_store
+from rorem_lib.latents import CacheSpec, encode_pictures
+from rorem_lib.order import BucketOrder, split_chunks
+from rorem_lib.samples import PictureReader, Share, TripletSamples, weigh_buckets
 from rorem_lib.triplets import read_triplets
+from rorem_lib.validation import Validation
+
+_HALVES = ("bf16", "fp16")
 
 
 @dataclass
-class RemoverConfig(loop.LoopConfig):
+class RemoverConfig(options.LoopConfig):
     """Train the remover on triplet sets.
 
     Attributes:
         meta_path: the triplet sets' `meta.json` files; `score` below 0.5 is left out.
-        high_resolution_meta_path: sets that are trained at `high_resolution` (RORem-mixed).
+        max_train_samples: take the first so many triplets of `meta_path`; 0 takes all.
         pretrained_model_name_or_path: what is fine-tuned: `builtin`, a folder or a Hub id.
-        revision: the Hub revision.
+        pretrained_unet: a UNet to put in its place (a folder or Hub id with or without `unet/`).
+        pretrained_vae_model_name_or_path: a VAE in the place of the model's own.
+        revision, variant: the Hub revision, and the variant of the weight files (`fp16`).
         resolution: side of the square training pictures, px.
+        resize_mode: "crop" keeps the aspect and cuts where the mask is, "squash" resizes straight
+            to the training size, as upstream does.
+        center_crop: cut in the middle of the picture instead.
+        crops_coords_top_left_h, crops_coords_top_left_w: SDXL's crop conditioning, px.
+        aspect_buckets: train wide and tall pictures in shapes of about the same area instead of
+            cutting all to squares.
+        bucket_step: what the buckets' sides are multiples of, px; 0 takes an eighth of the side.
+        high_resolution_meta_path: sets that are trained at `high_resolution` (RORem-mixed).
         high_resolution: side for `high_resolution_meta_path`, px.
-        high_resolution_share: share of the batches that are of high resolution.
+        high_resolution_share: share of the optimizer steps that are of high resolution.
         random_flip: mirror each sample with probability one half.
+        mask_variants: perturbed copies of each mask (widened, or drawn loosely).
+        mask_variant_share: how often one of them is taken instead of the exact mask.
+        mask_dilate_max: the widest a variant is dilated, of the picture's short side.
+        mask_loosen: strength of the loose strokes, see `masks.loosen_mask`.
         mask_weight: how much more an error in the hole counts; 0 is upstream's plain MSE.
         removal_min_timestep: below this timestep the holes of triplets whose GT is a removal
             (`accepted_by` says so) do not count. What is painted is decided above it; how sharp it
             gets is then learnt from true GT alone, or each round is blurrier than the last.
         snr_gamma: min-SNR loss weighting (arXiv 2303.09556); 0 is off.
-        latent_cache_dir: where latents are cached; empty is `$ROREM_CACHE/latents`.
+        cache_latents: encode everything once before training; False encodes each batch anew.
+        latent_cache_dir: where latents are cached; empty is `$ROREM_CACHE/latents`. On several
+            nodes it must be a folder that all of them see.
+        latent_dtype: "fp16" or "bf16".
+        vae_precision: "fp32", "bf16" or "fp16". SDXL's own VAE overflows in fp16: such batches
+            are encoded again in float32.
+        lora_rank: train a LoRA of this rank in the place of all weights; 0 trains all.
+        trainable_modules: train only modules whose names end so; empty trains all.
+        gradient_checkpointing: recompute activations in the backward pass; null does so only
+            where the memory would not do without.
+        enable_xformers_memory_efficient_attention: xformers' attention in the place of PyTorch's.
+        torch_compile: compile the UNet's repeated blocks.
+        channels_last: the weights' memory layout; null takes it on GPUs.
+        validation_steps: steps between removals of fixed scenes to look at; 0 makes none.
+        num_validation_images: how many scenes.
+        validation_meta_path: the set they come from; empty takes the test set beside the first
+            training set, or the training set itself.
+        comments: a note that is kept with the run.
     """
+
+    upstream_options: ClassVar[bool] = True  # see `options.parse_config`
 
     output_dir: str = "runs/alone/02_train_remover"
     meta_path: list[str] = field(default_factory=lambda: ["builtin:labelled"])
-    high_resolution_meta_path: list[str] = field(default_factory=list)
+    max_train_samples: int = 0
     pretrained_model_name_or_path: str = "builtin"
+    pretrained_unet: str = ""
+    pretrained_vae_model_name_or_path: str = ""
     revision: str = ""
+    variant: str = ""
     resolution: int = 64
+    resize_mode: str = "crop"
+    center_crop: bool = False
+    crops_coords_top_left_h: int = 0
+    crops_coords_top_left_w: int = 0
+    aspect_buckets: bool = False
+    bucket_step: int = 0
+    high_resolution_meta_path: list[str] = field(default_factory=list)
     high_resolution: int = 96
     high_resolution_share: float = 0.3
     random_flip: bool = True
+    mask_variants: int = 0
+    mask_variant_share: float = 0.5
+    mask_dilate_max: float = 0.04
+    mask_loosen: float = 1.0
     mask_weight: float = 0.0
     removal_min_timestep: int = 0
     snr_gamma: float = 0.0
+    cache_latents: bool = True
     latent_cache_dir: str = ""
+    latent_dtype: str = "fp16"
+    vae_precision: str = "fp32"
+    lora_rank: int = 0
+    trainable_modules: list[str] = field(default_factory=list)
+    gradient_checkpointing: bool | None = None
+    enable_xformers_memory_efficient_attention: bool = False
+    torch_compile: bool = False
+    channels_last: bool | None = None
+    validation_steps: int = 0
+    num_validation_images: int = 4
+    validation_meta_path: str = ""
+    comments: str = ""
     max_train_steps: int = 200
-    ema_decay: float = 0.99
 
-
-class CachedLatents(Dataset):
-    """Samples of one or several caches by global position; see `loop` for what that buys.
-
-    Each item: `gt`, `masked`, `source` [4, h, w], `mask` [1, h, w], `noise` [4, h, w] float32,
-    `timestep`, `least`, `index` int64.
-    """
-
-    def __init__(self, caches, *, seed: int, flip: bool, timesteps: int = 1000, least=None):
-        self.caches, self.seed, self.flip, self.timesteps = caches, seed, flip, timesteps
-        ends = np.cumsum([len(cache) for cache in caches])
-        # [N] the timestep below which a sample's hole does not count
-        self.least = least or [0] * int(sum(map(len, caches)))
-        self.ends, self.order = ends, Order(int(ends[-1]) if len(ends) else 0, seed)
-
-    def __len__(self):
-        return sys.maxsize
-
-    def __getitem__(self, position):
-        rng = np.random.default_rng([self.seed, 1, position])
-        index = self.order.find_index(position)
-        twin = int(self.flip and rng.random() < 0.5)
-        which = int(np.searchsorted(self.ends, index, side="right"))
-        place = index - (self.ends[which - 1] if which else 0)
-        cache = self.caches[which]
-        sample = {name: np.array(getattr(cache, name)[place, twin], dtype=np.float32)
-                  for name in (*latent_cache.NAMES, "mask")}
-        sample["noise"] = rng.standard_normal(sample["gt"].shape, dtype=np.float32)
-        sample["timestep"] = np.int64(rng.integers(0, self.timesteps))
-        sample["least"] = np.int64(self.least[index])
-        sample["index"] = np.int64(index)
-        return sample
-
-
-class _TwoSizes(Dataset):
-    """Whole batches of the normal or of the high resolution, chosen by the batch's number."""
-
-    def __init__(self, normal, high, *, share: float, batch: int, seed: int):
-        self.parts, self.share, self.batch, self.seed = (normal, high), share, batch, seed
-
-    def __len__(self):
-        return sys.maxsize
-
-    def __getitem__(self, position):
-        rng = np.random.default_rng([self.seed, 2, position // self.batch])
-        return self.parts[int(rng.random() < self.share)][position]
+    def __post_init__(self):
+        for name, allowed in (("resize_mode", ("crop", "squash")), ("latent_dtype", _HALVES),
+                              ("vae_precision", ("fp32", *_HALVES))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: take {' or '.join(allowed)}")
+        if self.lora_rank and self.trainable_modules:
+            raise ValueError("lora_rank trains a LoRA and trainable_modules whole modules: "
+                             "take one of them")
+        for name in ("high_resolution_share", "mask_variant_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: take a share from 0 to 1")
 
 
 class RemoverObjective(loop.Objective):
@@ -114,64 +146,208 @@ class RemoverObjective(loop.Objective):
 
     def build_model(self):
         config = self.config
-        self.pipe = sdxl.load_pipeline(config.pretrained_model_name_or_path,
-                                       revision=config.revision or None, device=self.device)
+        self.pipe = sdxl.load_pipeline(
+            config.pretrained_model_name_or_path, unet=config.pretrained_unet,
+            vae=config.pretrained_vae_model_name_or_path, revision=config.revision or None,
+            variant=config.variant or None, device=self.device)
         # Not the pipeline's own scheduler: an Euler one adds noise in another scaling.
         self.noise_schedule = DDPMScheduler.from_config(self.pipe.scheduler.config)
-        self.embeds, self.pooled = sdxl.encode_prompt(self.pipe)
-        return sdxl.prepare_training(self.pipe.unet)
+        self.embeds, self.pooled = sdxl.encode_prompt(self.pipe)  # once: the prompt is constant
+        sdxl.drop_text_encoders(self.pipe)
+        unet = speed.prepare_training(
+            self.pipe.unet, channels_last=config.channels_last,
+            xformers=config.enable_xformers_memory_efficient_attention)
+        if config.lora_rank:
+            lora.add_lora(unet, config.lora_rank)
+        elif config.trainable_modules:
+            self._train_only(unet, tuple(config.trainable_modules))
+        return unet
 
-    def _open(self, meta_paths, size, seed):
-        """The samples of some sets at one size; their number is added to `train_size`."""
-        config, caches, least = self.config, [], []
-        for path in meta_paths:
-            triplets = [t for t in read_triplets(path)
-                        if t.extra.get("score") is None or t.extra["score"] >= 0.5]
-            if triplets:
-                caches.append(latent_cache.open_cache(
-                    triplets, self.pipe.vae, size=size, root=config.latent_cache_dir))
-                least += [config.removal_min_timestep if t.extra.get("accepted_by") else 0
-                          for t in triplets]
-        self.metrics["train_size"] = self.metrics.get("train_size", 0) + len(least)
-        return CachedLatents(caches, seed=seed, flip=config.random_flip, least=least,
-                             timesteps=self.noise_schedule.config.num_train_timesteps)
+    @staticmethod
+    def _train_only(unet, endings: tuple[str, ...]) -> None:
+        unet.requires_grad_(False)
+        chosen = [module for name, module in unet.named_modules() if name.endswith(endings)]
+        for module in chosen:
+            module.requires_grad_(True)
+        if not any(p.requires_grad for p in unet.parameters()):
+            raise ValueError(f"trainable_modules {list(endings)}: no module's name ends so")
+
+    def list_shares(self) -> list[Share]:
+        """The triplets of each resolution; those scored below 0.5 and empty sets left out."""
+        config = self.config
+        given = [(config.meta_path, config.resolution, 1.0)]
+        if config.high_resolution_meta_path:
+            high = config.high_resolution_share
+            given = [(config.meta_path, config.resolution, 1 - high),
+                     (config.high_resolution_meta_path, config.high_resolution, high)]
+        shares = []
+        for paths, resolution, share in given:
+            sets = [[t for t in read_triplets(path)
+                     if t.extra.get("score") is None or t.extra["score"] >= 0.5] for path in paths]
+            if config.max_train_samples and not shares:
+                sets = _take(sets, config.max_train_samples)
+            if sets := [part for part in sets if part]:
+                shares.append(Share(sets, resolution, share))
+        if not shares:
+            raise ValueError(f"there is nothing to train on: the training set is empty "
+                             f"({', '.join(config.meta_path)})")
+        return shares
+
+    def make_spec(self) -> CacheSpec:
+        """How pictures become latents."""
+        config = self.config
+        return CacheSpec(
+            dtype=config.latent_dtype, resize_mode=config.resize_mode,
+            center_crop=config.center_crop, twins=config.random_flip,
+            mask_variants=config.mask_variants, mask_dilate_max=config.mask_dilate_max,
+            mask_loosen=config.mask_loosen, vae_precision=config.vae_precision)
 
     def make_dataset(self):
-        config = self.config
-        normal = self._open(config.meta_path, config.resolution, config.seed)
-        if not config.high_resolution_meta_path:
-            return normal
-        high = self._open(config.high_resolution_meta_path, config.high_resolution,
-                          config.seed + 1)
-        return _TwoSizes(normal, high, share=config.high_resolution_share,
-                         batch=config.train_batch_size, seed=config.seed)
+        config, spec = self.config, self.make_spec()
+        shares, readers, shapes, least = self.list_shares(), [], [], []
+        for share in shares:
+            sizes = share.assign_shapes(
+                unit=sdxl.find_unit(self.pipe), buckets=config.aspect_buckets,
+                step=config.bucket_step, least=max(1, self.global_batch // 4))
+            for part, of_part in zip(share.sets, sizes):
+                readers.append(self._read(part, of_part, spec))
+                least += [config.removal_min_timestep if t.extra.get("accepted_by") else 0
+                          for t in part]
+            shapes.append([size for of_part in sizes for size in of_part])
+        found, members, weights = weigh_buckets(shares, shapes)
+        self.shapes = dict.fromkeys(found, 0.0)  # (h, w) in px -> share of the steps
+        for shape, weight in zip(found, weights):
+            self.shapes[shape] += weight / sum(weights)
+        self.metrics["train_size"] = len(least)
+        return TripletSamples(
+            readers, members=members, least=np.array(least), seed=config.seed,
+            order=BucketOrder([len(m) for m in members], weights, seed=config.seed,
+                              global_batch=self.global_batch),
+            flip=config.random_flip, variants=config.mask_variants,
+            variant_share=config.mask_variant_share,
+            timesteps=self.noise_schedule.config.num_train_timesteps,
+            picture_shape=None if config.cache_latents else (
+                self.pipe.vae.config.latent_channels, self.pipe.vae_scale_factor))
+
+    def _read(self, triplets, sizes, spec):
+        if not self.config.cache_latents:
+            return PictureReader(triplets, sizes, spec)
+        return open_store(
+            triplets, self.pipe.vae, sizes=sizes, spec=spec, root=self.config.latent_cache_dir,
+            rank=self.accelerator.process_index, world=self.accelerator.num_processes)
+
+    def tune_model(self, model):
+        """Checkpointing and compilation, as the options or the memory say."""
+        config, device = self.config, self.device
+        factor, precision = self.pipe.vae_scale_factor, self.accelerator.mixed_precision
+        sizes = {(height // factor, width // factor) for height, width in self.shapes}
+        wish = config.gradient_checkpointing
+        if wish is None:
+            wish = self.choices.get("gradient_checkpointing")
+        if wish is None and device.type == "cuda":
+            memory = {"bytes_free": torch.cuda.mem_get_info(device)[0],
+                      "states_bytes": _count_states(model, config, self.accelerator)}
+            wish = any(speed.choose_checkpointing(  # large pictures go in chunks
+                model, [size], max(1, self._count_at_once() // (size[0] * size[1] * factor**2)),
+                precision=precision, **memory) for size in sizes)
+            wish = bool(broadcast_object_list([wish])[0])  # one choice for all processes
+        self.choices["gradient_checkpointing"] = bool(wish)
+        if wish:
+            model.enable_gradient_checkpointing()
+        self.choices["torch_compile"] = config.torch_compile
+        if config.torch_compile:
+            speed.compile_unet(model)
+        # Backward computes gradients of activations and of weights; frozen weights need none.
+        passes = 3 if all(p.requires_grad for p in model.parameters()) else 2
+        return passes * sum(share * speed.count_flops(model, height // factor, width // factor)
+                            for (height, width), share in self.shapes.items())
+
+    def make_validation(self):
+        if not self.config.validation_steps:
+            return None
+        return Validation(self.pipe, self.config, self.accelerator)
+
+    def split_batch(self, batch):
+        """Chunks of a micro-batch of high resolution that need no more memory than one of normal
+        resolution."""
+        height, width = batch["noise"].shape[-2:]
+        factor = self.pipe.vae_scale_factor
+        return split_chunks(batch, self._count_at_once(), height * width * factor**2)
+
+    def _count_at_once(self) -> int:
+        """Pixels that go through the UNet at once."""
+        return self.config.train_batch_size * self.config.resolution**2
+
+    def encode_batch(self, batch) -> dict:
+        """`gt`, `masked` [B, 4, h, w] and `mask` [B, 1, h, w] float32, encoded here where the
+        batch has pictures."""
+        if self.config.cache_latents:
+            return {name: batch[name].float() for name in ("gt", "masked", "mask")}
+        pictures = {name: batch[name] for name in ("gt", "source", "mask")}
+        return encode_pictures(self.pipe.vae, pictures, self.make_spec())
+
+    def make_condition(self, latents) -> dict:
+        """SDXL's text and size conditioning for latents [B, 4, h, w]; the prompt is shared."""
+        config, factor = self.config, self.pipe.vae_scale_factor
+        height, width = (side * factor for side in latents.shape[-2:])
+        return {"text_embeds": self.pooled.expand(len(latents), -1),
+                "time_ids": sdxl.make_time_ids(
+                    height, width, len(latents), top=config.crops_coords_top_left_h,
+                    left=config.crops_coords_top_left_w, device=latents.device)}
 
     def compute_loss(self, model, batch):
         scheduler, config = self.noise_schedule, self.config
-        clean, noise, t = batch["gt"], batch["noise"], batch["timestep"]
+        latents = self.encode_batch(batch)
+        clean, mask, noise, t = latents["gt"], latents["mask"], batch["noise"], batch["timestep"]
         noisy = scheduler.add_noise(clean, noise, t)
         velocity = scheduler.config.prediction_type == "v_prediction"
         target = scheduler.get_velocity(clean, noise, t) if velocity else noise
-        inputs = torch.cat([noisy, batch["mask"], batch["masked"]], dim=1)
-        side = clean.shape[-1] * self.pipe.vae_scale_factor
-        added = {"text_embeds": self.pooled.expand(len(clean), -1),
-                 "time_ids": sdxl.make_time_ids(side, side, len(clean), device=clean.device)}
-        predicted = model(inputs, t,
-                          self.embeds.expand(len(clean), -1, -1),
-                          added_cond_kwargs=added).sample.float()
+        inputs = torch.cat([noisy, mask, latents["masked"]], dim=1)
+        predicted = model(inputs, t, self.embeds.expand(len(clean), -1, -1),
+                          added_cond_kwargs=self.make_condition(clean)).sample.float()
         error = (predicted - target).square()
         counts = (t >= batch["least"])[:, None, None, None]
-        weight = torch.where(counts, 1 + config.mask_weight * batch["mask"], 1 - batch["mask"])
+        weight = torch.where(counts, 1 + config.mask_weight * mask, 1 - mask)
         error = (weight * error).mean(dim=(1, 2, 3)) / weight.mean(dim=(1, 2, 3)).clamp(min=1e-3)
         if config.snr_gamma:
             snr = compute_snr(scheduler, t).clamp(min=1e-4)
             error = error * snr.clamp(max=config.snr_gamma) / (snr + 1 if velocity else snr)
-        return error.mean(), {}
+        return error.mean(), split_by_time(error.detach(), t, scheduler.config.num_train_timesteps)
 
     def save_model(self, model, folder):
+        if self.config.lora_rank:
+            lora.save_lora(model, folder / "lora")
+            lora.merge_lora(model)
         self.pipe.unet = model.eval()
         with sdxl.silence_libraries():
             self.pipe.save_pretrained(folder / "remover")
+
+
+def _count_states(model, config, accelerator) -> int:
+    """Bytes of gradients, optimizer states and averages on one device, ZeRO's and FSDP's shares
+    counted as they are divided."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    states = (2 if config.use_8bit_adam else 8) * trained + (4 * trained if config.ema_decay else 0)
+    gradients = 4 * trained
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        return (states + gradients) // accelerator.num_processes
+    return states + gradients
+
+
+def split_by_time(losses: torch.Tensor, timesteps: torch.Tensor, total: int) -> dict:
+    """Losses [B] by quartile of their timesteps [B], `loss_t1` (least noise) to `loss_t4`; NaN
+    where a sample belongs to another quartile."""
+    quartile = timesteps * 4 // total
+    return {f"loss_t{n + 1}": losses.masked_fill(quartile != n, math.nan) for n in range(4)}
+
+
+def _take(sets: list[list], count: int) -> list[list]:
+    """The first `count` triplets of several sets."""
+    taken = []
+    for part in sets:
+        taken.append(part[:count])
+        count -= len(taken[-1])
+    return taken
 
 
 def train_remover(config: RemoverConfig) -> dict:

@@ -7,14 +7,17 @@ through the same code as `diffusers/stable-diffusion-xl-1.0-inpainting-0.1`.
 from __future__ import annotations
 
 import contextlib
+import logging
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import AttnProcessor
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
+from rorem_lib.model_hub import explain_hub, has_file, lacks_file
+
+logger = logging.getLogger(__name__)
 BUILTIN_FOLDER = Path(__file__).parent / "builtin"
 BASE_MODEL = "diffusers/stable-diffusion-xl-1.0-inpainting-0.1"  # upstream's starting point
 MODEL_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "scheduler")
@@ -38,6 +41,9 @@ def silence_libraries():
 
 with silence_libraries():  # they remark that torchvision is missing, which is as it should be
     from diffusers import (
+        AutoencoderKL,
+        AutoencoderTiny,
+        AutoModel,
         AutoPipelineForInpainting,
         StableDiffusionXLInpaintPipeline,
         UNet2DConditionModel,
@@ -65,17 +71,63 @@ def resolve_model(model_id: str) -> str:
     return str(model_id)
 
 
-def load_pipeline(model_id: str = "builtin", *, revision: str | None = None,
-                  variant: str | None = None, dtype: torch.dtype = torch.float32,
-                  device: str | torch.device = "cpu", base_model: str = BASE_MODEL,
+def _open(cls, model_id: str, *, variant: str | None, **options):
+    """`cls.from_pretrained`; where no files have the variant's name, those without one."""
+    if not variant:
+        return cls.from_pretrained(model_id, **options)
+    level = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)  # it logs what it then raises
+    try:
+        # A pipeline mixes both kinds of files; one model's must be of the variant, in safetensors:
+        # else a transfer that broke would be taken for a file that is not there.
+        strict = {"use_safetensors": True} if cls is AutoModel else {}
+        return cls.from_pretrained(model_id, variant=variant, **strict, **options)
+    except (OSError, ValueError) as error:
+        if not Path(model_id).is_dir() and not lacks_file(error, **options):
+            raise
+        opened = cls.from_pretrained(model_id, **options)
+    finally:
+        diffusers_logging.set_verbosity(level)
+    logger.warning("%s has no files of the variant %s: those without a variant are taken",
+                   model_id, variant)
+    return opened
+
+
+def _open_part(model_id: str, part: str, *, revision: str | None = None, **options):
+    """A UNet or VAE from a folder or Hub id that holds it in `<part>/` or alone."""
+    name, kinds = {"unet": ("UNet", UNet2DConditionModel),
+                   "vae": ("VAE", (AutoencoderKL, AutoencoderTiny))}[part]
+    folder = resolve_model(model_id)
+    where = {"revision": revision, "local_files_only": options["local_files_only"]}
+    with explain_hub(folder, revision):
+        for inner in (part, ""):
+            if has_file(folder, f"{inner}/config.json".strip("/"), **where):
+                break
+        else:
+            raise FileNotFoundError(f"{folder} holds neither a pipeline (model_index.json) nor a "
+                                    f"{name} ({part}/config.json or config.json)")
+        opened = _open(AutoModel, folder, subfolder=inner or None, revision=revision, **options)
+    if not isinstance(opened, kinds):
+        raise ValueError(f"{model_id} is no {name}, it is a {type(opened).__name__}")
+    return opened
+
+
+def load_pipeline(model_id: str = "builtin", *, unet: str = "", vae: str = "",
+                  revision: str | None = None, variant: str | None = None,
+                  dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu",
+                  base_model: str = BASE_MODEL,
                   local_files_only: bool = False) -> StableDiffusionXLInpaintPipeline:
     """Open an SDXL-inpainting pipeline.
 
     Args:
-        model_id: `builtin`, a pipeline folder, a Hub id, or a folder that holds a UNet alone (as
-            upstream's trainer writes it), which is opened over `base_model`.
-        revision: the Hub commit, tag or branch; pin it.
-        variant: weight files' variant, for example `fp16`.
+        model_id: `builtin`, a pipeline folder, a Hub id, or a folder or Hub id that holds a UNet
+            alone (as upstream's trainer writes it), which is opened over `base_model`.
+        unet: a folder or Hub id whose UNet, in `unet/` or alone, takes the place of the model's
+            own (upstream's `pretrained_unet`).
+        vae: likewise the VAE's, in `vae/` or alone.
+        revision: the Hub commit, tag or branch of `model_id`; pin it.
+        variant: the weight files' variant, for example `fp16`. Where files have no such name,
+            those without a variant are taken, with a warning.
         dtype: the type of all weights in memory.
         device: where the weights go.
         base_model: what the rest of the pipeline comes from when `model_id` is a UNet alone.
@@ -85,26 +137,37 @@ def load_pipeline(model_id: str = "builtin", *, revision: str | None = None,
         The pipeline, its progress bar off, its modules frozen and in evaluation mode.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: the UNet does not take 9 channels, so it is not an inpainting model.
+        FileNotFoundError: there is no such folder or repository, it holds no model, or it is not
+            in the cache and the Hub cannot be asked.
+        PermissionError: the repository is gated.
+        ValueError: the UNet does not take 9 channels, so it is not an inpainting model; the VAE
+            does not make 4; or `model_id` is a UNet alone and `unet` names another.
     """
     folder = resolve_model(model_id)
-    common = {"revision": revision, "variant": variant, "local_files_only": local_files_only}
+    options = {"variant": variant or None, "dtype": dtype, "local_files_only": local_files_only}
+    parts = {}
     with silence_libraries():
-        if Path(folder).is_dir() and not (Path(folder) / "model_index.json").is_file():
-            inner = Path(folder) / "unet" if (Path(folder) / "unet").is_dir() else Path(folder)
-            if not (inner / "config.json").is_file():
-                raise FileNotFoundError(f"{folder} holds neither a pipeline (model_index.json) "
-                                        "nor a UNet (config.json)")
-            unet = UNet2DConditionModel.from_pretrained(inner, dtype=dtype, variant=variant)
-            pipe = AutoPipelineForInpainting.from_pretrained(
-                resolve_model(base_model), unet=unet, dtype=dtype,
-                local_files_only=local_files_only)
-        else:
-            pipe = AutoPipelineForInpainting.from_pretrained(folder, dtype=dtype, **common)
+        with explain_hub(folder, revision):
+            whole = has_file(folder, "model_index.json", revision=revision,
+                             local_files_only=local_files_only)
+        if not whole and unet:
+            raise ValueError(f"{model_id} is no whole pipeline: with another UNet ({unet}) it has "
+                             "nothing to give; name the pipeline that the UNet goes into")
+        if not whole:
+            parts["unet"] = _open_part(model_id, "unet", revision=revision, **options)
+            folder, revision = resolve_model(base_model), None
+        elif unet:
+            parts["unet"] = _open_part(unet, "unet", **options)
+        if vae:
+            parts["vae"] = _open_part(vae, "vae", **options)
+        with explain_hub(folder, revision):
+            pipe = _open(AutoPipelineForInpainting, folder, revision=revision, **parts, **options)
     if pipe.unet.config.in_channels != 9:
-        raise ValueError(f"{model_id} is no inpainting model: its UNet takes "
+        raise ValueError(f"{unet or model_id} is no inpainting model: its UNet takes "
                          f"{pipe.unet.config.in_channels} channels instead of 9")
+    if (channels := pipe.vae.config.get("latent_channels", 4)) != 4:
+        raise ValueError(f"the VAE {vae or model_id} makes {channels} "
+                         "latent channels, the UNet takes 4")
     for name in MODEL_PARTS[:-1]:
         getattr(pipe, name).requires_grad_(False).eval()
     pipe.set_progress_bar_config(disable=True)
@@ -127,17 +190,9 @@ def choose_precision(wish: str, device="cpu") -> str:
     return "bf16" if fast else "no"
 
 
-def prepare_training(unet):
-    """Unfreeze a UNet and lay it out for training on its device.
-
-    On a CPU plain attention trains 1.25 times as fast as the fused one, whose backward pass is slow
-    at the few tokens of small latents, and channels_last gains nothing.
-    """
-    unet.requires_grad_(True).train()
-    if unet.device.type == "cpu":
-        unet.set_attn_processor(AttnProcessor())
-        return unet
-    return unet.to(memory_format=torch.channels_last)
+def find_unit(pipe) -> int:
+    """What sides of pictures must be multiples of, px: the VAE's factor, halved by the UNet."""
+    return pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
 
 
 def autocast(precision: str, device="cpu"):
@@ -154,13 +209,32 @@ def encode_prompt(pipe, prompt: str = "") -> tuple[torch.Tensor, torch.Tensor]:
     """
     with torch.no_grad():
         embeds, _, pooled, _ = pipe.encode_prompt(prompt, do_classifier_free_guidance=False,
-                                                  device=pipe.unet.device)
-    return embeds, pooled
+                                                  device=pipe.text_encoder.device)
+    return embeds.to(pipe.unet.device), pooled.to(pipe.unet.device)
 
 
-def make_time_ids(height: int, width: int, batch: int = 1, *, device="cpu") -> torch.Tensor:
-    """SDXL's micro-conditioning [batch, 6]: original size, crop corner (0, 0), target size (px)."""
-    return torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32,
+def drop_text_encoders(pipe) -> None:
+    """Move both text encoders to the CPU: once the prompt is encoded their GPU memory is free.
+
+    `encode_prompt` still works then, on the CPU, and so does `pipe.save_pretrained`. SDXL's take
+    3.3 GB in float32.
+    """
+    pipe.text_encoder.to("cpu")
+    pipe.text_encoder_2.to("cpu")
+    torch.cuda.empty_cache()  # does nothing where CUDA was never used
+
+
+def make_time_ids(height: int, width: int, batch: int = 1, *, top: int = 0, left: int = 0,
+                  device="cpu") -> torch.Tensor:
+    """SDXL's micro-conditioning [batch, 6]: original size, crop corner, target size (px).
+
+    Args:
+        height, width: of the pictures.
+        batch: rows of the result, all equal.
+        top, left: the corner at which a larger picture was cut.
+        device: where the result goes.
+    """
+    return torch.tensor([[height, width, top, left, height, width]], dtype=torch.float32,
                         device=device).repeat(batch, 1)
 
 

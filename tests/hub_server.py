@@ -412,12 +412,13 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 _REPO, _REVISION = r"(?P<repo>[\w.-]+/[\w.-]+)", r"(?P<revision>[\w.-]+)"
+_KIND = "(datasets|models)"
 ROUTES = [
-    ("GET", rf"/api/datasets/{_REPO}(/revision/{_REVISION})?", _Handler.get_info),
-    ("GET", rf"/api/datasets/{_REPO}/tree/{_REVISION}(/(?P<folder>.+))?", _Handler.get_tree),
+    ("GET", rf"/api/{_KIND}/{_REPO}(/revision/{_REVISION})?", _Handler.get_info),
+    ("GET", rf"/api/{_KIND}/{_REPO}/tree/{_REVISION}(/(?P<folder>.+))?", _Handler.get_tree),
     ("POST", rf"/api/datasets/{_REPO}/paths-info/{_REVISION}", _Handler.get_paths),
-    ("GET", rf"/datasets/{_REPO}/resolve/{_REVISION}/(?P<path>.+)", _Handler.get_file),
-    ("HEAD", rf"/datasets/{_REPO}/resolve/{_REVISION}/(?P<path>.+)", _Handler.get_file),
+    ("GET", rf"(/datasets)?/{_REPO}/resolve/{_REVISION}/(?P<path>.+)", _Handler.get_file),
+    ("HEAD", rf"(/datasets)?/{_REPO}/resolve/{_REVISION}/(?P<path>.+)", _Handler.get_file),
     ("POST", r"/api/repos/create", _Handler.create_repo),
     ("POST", rf"/api/datasets/{_REPO}/branch/(?P<branch>[\w.-]+)", _Handler.create_branch),
     ("POST", r"/api/validate-yaml", _Handler.validate_card),

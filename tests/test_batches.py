@@ -2,15 +2,18 @@
 
 import threading
 import time
+from functools import partial
 
 import numpy as np
 import pytest
 
-from rorem_lib import batches
 from rorem_lib.batches import read_batches
 from rorem_lib.pictures import TripletError, save_image
 from rorem_lib.records import load_images, read_triplets
 from rorem_lib.triplets import TripletWriter
+from rorem_lib.workers import group_chunks
+
+load = partial(load_images, size=24)
 
 
 def _write(folder, count, gt=True):
@@ -35,7 +38,7 @@ def no_thread_stays():
 @pytest.mark.parametrize("batch_size, threads", [(4, 2), (1, 1), (11, None), (40, 3)])
 def test_batches_are_what_opening_one_by_one_gives(tmp_path, batch_size, threads):
     triplets = _write(tmp_path, 11)
-    found = list(read_batches(triplets, size=24, batch_size=batch_size, threads=threads))
+    found = list(read_batches(load, group_chunks(triplets, batch_size), threads=threads))
     sizes = [min(batch_size, 11 - first) for first in range(0, 11, batch_size)]
     assert [len(batch["mask"]) for batch in found] == sizes
     for part, shape in (("source", (24, 24, 3)), ("mask", (24, 24)), ("gt", (24, 24, 3))):
@@ -46,27 +49,32 @@ def test_batches_are_what_opening_one_by_one_gives(tmp_path, batch_size, threads
 
 def test_a_pool_has_no_gt_and_nothing_gives_no_batch(tmp_path):
     pool = _write(tmp_path, 3, gt=False)
-    assert [set(batch) for batch in read_batches(pool, size=24, batch_size=2)] == [
+    assert [set(batch) for batch in read_batches(load, [pool[:2], pool[2:]])] == [
         {"source", "mask"}] * 2
-    assert list(read_batches([], size=24, batch_size=2)) == []
+    assert list(read_batches(load, [])) == []
 
 
-def test_slow_pictures_keep_their_place(monkeypatch):
-    def load(number, size):
+def test_batches_may_differ_in_size_and_number(tmp_path):
+    triplets = _write(tmp_path, 5)
+    chunks = [[(t, (24, 32)) for t in triplets[:4]], [(triplets[4], (16, 40))]]
+    found = list(read_batches(lambda item: load_images(item[0], size=item[1], mode="crop"), chunks))
+    assert [batch["gt"].shape for batch in found] == [(4, 24, 32, 3), (1, 16, 40, 3)]
+
+
+def test_slow_pictures_keep_their_place():
+    def load_slowly(number):
         time.sleep(0.05 * (number % 3 == 0))
-        return {"source": np.full((size, size, 3), number, np.uint8), "gt": None,
-                "mask": np.full((size, size), number, np.uint8)}
+        return {"mask": np.full((2, 2), number, np.uint8), "gt": None}
 
-    monkeypatch.setattr(batches, "load_images", load)
     found = np.concatenate([batch["mask"][:, 0, 0] for batch in read_batches(
-        range(12), size=2, batch_size=5, threads=4)])
+        load_slowly, group_chunks(range(12), 5), threads=4)])
     assert found.tolist() == list(range(12))
 
 
 def test_two_batches_are_decoded_ahead_and_no_more(tmp_path):
     triplets = _write(tmp_path, 12)
     taken = []
-    reader = read_batches((taken.append(t) or t for t in triplets), size=24, batch_size=2)
+    reader = read_batches(load, group_chunks((taken.append(t) or t for t in triplets), 2))
     for number in range(1, 4):
         next(reader)
         assert len(taken) == 2 * (number + 2)
@@ -82,7 +90,7 @@ def test_two_batches_are_decoded_ahead_and_no_more(tmp_path):
 def test_what_cannot_be_read_is_named_in_its_turn(tmp_path, damage, words):
     triplets = _write(tmp_path, 11)
     damage(triplets[6])
-    reader = read_batches(triplets, size=24, batch_size=4)
+    reader = read_batches(load, group_chunks(triplets, 4))
     assert len(next(reader)["mask"]) == 4
     with pytest.raises(TripletError, match=words):
         next(reader)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from rorem_lib import discriminator as module
@@ -153,6 +154,7 @@ def test_unlabelled_triplets_are_no_rejected_ones(config, scored, tiny_set, tmp_
 def test_untouched_sources_are_shown_as_failures(config):
     config.untouched_share = 0.3
     objective = DiscriminatorObjective(config)
+    objective.accelerator = Accelerator()
     objective.build_model()
     dataset = objective.make_dataset()
     samples = [dataset[p] for p in range(200)]
@@ -164,14 +166,15 @@ def test_untouched_sources_are_shown_as_failures(config):
 def test_shifts_move_everything_at_once(config):
     config.untouched_share, config.random_flip = 0.0, False
     objective = DiscriminatorObjective(config)
+    objective.accelerator = Accelerator()
     objective.build_model()
     dataset = objective.make_dataset()
     shifts = set()
     for position in range(30):
         sample = dataset[position]
         index = dataset.order.find_index(position)
-        still = {n: np.float32(getattr(dataset.cache, n)[index, 0])
-                 for n in ("gt", "mask", "source")}
+        still = {n: x.float().numpy() for n, x in dataset.store.read(index).items()}
+        assert set(still) == {"gt", "mask", "source"}
         side = still["gt"].shape[-1]
         found = [(y, x) for y in range(side) for x in range(side)
                  if all(np.array_equal(sample[n], np.roll(still[n], (y, x), axis=(1, 2)))
@@ -180,8 +183,8 @@ def test_shifts_move_everything_at_once(config):
         shifts.add(found[0])
     assert len(shifts) > 15
     config.random_shift = False
-    assert np.array_equal(dataset[0]["gt"], np.float32(
-        dataset.cache.gt[dataset.order.find_index(0), 0]))
+    assert np.array_equal(dataset[0]["gt"], dataset.store.read(
+        dataset.order.find_index(0))["gt"].float().numpy())
 
 
 def test_classes_can_be_balanced(config, scored, tmp_path):
@@ -191,6 +194,7 @@ def test_classes_can_be_balanced(config, scored, tmp_path):
                 writer.add_triplet(triplet)
     config.meta_path, config.balance_classes = [str(tmp_path / "few")], True
     objective = DiscriminatorObjective(config)
+    objective.accelerator = Accelerator()
     objective.build_model()
     objective.make_dataset()
     assert objective.positive_weight == pytest.approx(3)

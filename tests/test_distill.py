@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import LCMScheduler
 from safetensors.torch import load_file
 
@@ -27,6 +28,7 @@ def config(tiny_model, tiny_set, tmp_path):
 @pytest.fixture
 def objective(config):
     objective = DistillObjective(config)
+    objective.accelerator = Accelerator()
     objective.model = objective.build_model()
     return objective
 

@@ -1,15 +1,30 @@
-"""The latent cache: the same as encoding at once, read again, never stale, never torn."""
+"""The latent cache: the same as encoding at once, made once, by all together, never stale."""
 
+import json
+import multiprocessing
+import os
+import pickle
+import resource
 import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from rorem_lib import latent_cache, sdxl
-from rorem_lib.latent_cache import open_cache
+from rorem_lib import file_index, latents, sdxl, workers
+from rorem_lib.latent_cache import open_store, read_sizes
+from rorem_lib.latents import CacheSpec, encode_pictures, prepare_pictures
 from rorem_lib.pictures import load_image, save_image
-from rorem_lib.triplets import TripletError, load_images, read_triplets
+from rorem_lib.triplets import TripletError, TripletWriter, load_images, read_triplets
+
+ALL = CacheSpec(parts=("gt", "masked", "source"))
 
 
 @pytest.fixture
@@ -24,96 +39,604 @@ def triplets(tiny_set, tmp_path):
     return read_triplets(tmp_path / "set")[:5]
 
 
-class Refuses(torch.nn.Module):
-    """Stands for a VAE whose encoder must not be called (again)."""
+class Counting(torch.nn.Module):
+    """A VAE that counts its encodings, and is interrupted after some of them."""
 
-    def __init__(self, vae, after=0):
+    def __init__(self, vae, after=-1):
         super().__init__()
         self.vae, self.config, self.dtype, self.left = vae, vae.config, vae.dtype, after
+        self.batches = []
 
     def state_dict(self, *args, **kwargs):
         return self.vae.state_dict(*args, **kwargs)
 
     def encode(self, images):
-        if self.left == 0:
+        if self.left == len(self.batches):
             raise KeyboardInterrupt
-        self.left -= 1
+        self.batches.append(len(images))
         return self.vae.encode(images)
 
 
-Refuses.__name__ = "AutoencoderTiny"  # the kind of VAE is a part of the fingerprint
+Counting.__name__ = "AutoencoderTiny"  # the kind of VAE is a part of the shards' names
+
+
+def open_small(triplets, vae, folder, **options):
+    """A store of 32 px squares in shards of two, one picture an encoding."""
+    given = {"sizes": [(32, 32)] * len(triplets), "shard_size": 2, "batch_size": 1, "root": folder}
+    return open_store(triplets, vae, **(given | options))
+
+
+def read_all(store):
+    """Every value of a store by what it belongs to."""
+    return {(index, twin, variant, name): value.float().numpy()
+            for index in range(len(store)) for twin in range(1 + store.spec.twins)
+            for variant in range(1 + store.spec.mask_variants)
+            for name, value in store.read(index, twin=twin, variant=variant).items()}
+
+
+def assert_equal(first, second):
+    first, second = read_all(first), read_all(second)
+    assert first.keys() == second.keys() and first
+    assert all(np.array_equal(first[key], second[key]) for key in first)
+
+
+# --------------------------------------------------------------------------- what it holds
 
 
 @torch.no_grad()
-def test_it_holds_what_direct_encoding_gives(vae, triplets, tmp_path):
-    cache = open_cache(triplets, vae, size=32, root=tmp_path / "cache", batch_size=2)
-    assert len(cache) == 5 and cache.gt.shape == (5, 2, 4, 8, 8) and cache.gt.dtype == np.float16
+@pytest.mark.parametrize("dtype, exact", [("fp16", 2**-11), ("bf16", 2**-8)])
+def test_it_holds_what_direct_encoding_gives(vae, triplets, tmp_path, dtype, exact):
+    store = open_store(triplets, vae, sizes=[(32, 32)] * 5, root=tmp_path / "cache", batch_size=2,
+                       shard_size=3, spec=replace(ALL, dtype=dtype))
+    assert len(store) == 5 and len(store.paths) == 2
     for number, triplet in enumerate(triplets):
         pictures = load_images(triplet)
         for twin in (0, 1):
+            found = store.read(number, twin=twin)
+            assert set(found) == {"gt", "masked", "source", "mask"}
             turned = {k: v[:, ::-1].copy() if twin else v for k, v in pictures.items()}
             source, gt = (sdxl.to_tensor(turned[k][None]) for k in ("source", "gt"))
             mask = torch.as_tensor(turned["mask"] >= 128).float()[None, None]
             wanted = {"source": source, "gt": gt, "masked": sdxl.mask_source(source, mask)}
             for name, image in wanted.items():
-                latents = sdxl.encode_images(vae, image)[0].numpy()
-                assert np.allclose(getattr(cache, name)[number, twin], latents, rtol=2e-3,
-                                   atol=2e-3), (name, number, twin)
-            small = sdxl.shrink_mask(mask, torch.zeros(1, 4, 8, 8))[0].numpy()
-            assert np.array_equal(cache.mask[number, twin], small)
+                latents = sdxl.encode_images(vae, image)[0]
+                assert found[name].dtype == {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
+                assert torch.allclose(found[name].float(), latents, rtol=exact, atol=1e-4), name
+            small = sdxl.shrink_mask(mask, torch.zeros(1, 4, 8, 8))[0]
+            assert found["mask"].dtype == torch.uint8
+            assert torch.equal(found["mask"].float(), small)
+
+
+def test_it_holds_what_training_without_a_cache_encodes(vae, tmp_path):
+    """Wide pictures, perturbed masks, both twins: the same pictures go into the VAE."""
+    rng = np.random.default_rng(1)
+    with TripletWriter(tmp_path / "wide") as writer:
+        for number in range(3):
+            source = rng.integers(0, 256, (40, 70 + 9 * number, 3), dtype=np.uint8)
+            mask = np.zeros(source.shape[:2], np.uint8)
+            mask[10:30, 20:30 + 9 * number] = 255
+            writer.add(id=str(number), source=source, mask=mask, gt=255 - source)
+    triplets = read_triplets(tmp_path / "wide")
+    spec = CacheSpec(mask_variants=2, mask_dilate_max=0.3)
+    sizes = [(32, 64), (64, 32), (32, 64)]
+    store = open_store(triplets, vae, sizes=sizes, spec=spec, root=tmp_path / "cache")
+    masks = set()
+    for number, size in enumerate(sizes):
+        for twin in (0, 1):
+            for variant in range(3):
+                pictures = prepare_pictures(triplets[number], size, spec, twin=twin,
+                                            variant=variant)
+                assert pictures["gt"].shape == (*size, 3) and pictures["mask"].shape == size
+                wanted = encode_pictures(vae, {k: x[None] for k, x in pictures.items()}, spec)
+                found = store.read(number, twin=twin, variant=variant)
+                assert set(found) == set(wanted) == {"gt", "masked", "mask"}
+                for name in ("gt", "masked"):
+                    assert found[name].shape == (4, size[0] // 4, size[1] // 4)
+                    assert torch.allclose(found[name].float(), wanted[name][0], rtol=2e-3,
+                                          atol=2e-3)
+                assert torch.equal(found["mask"].float(), wanted["mask"][0])
+                masks.add(pictures["mask"].tobytes())
+    assert len(masks) == 18, "variants or twins are equal"
+
+
+def test_variants_depend_on_the_masks_content_alone(triplets):
+    spec = CacheSpec(mask_variants=3, mask_dilate_max=0.3, mask_loosen=2)
+    exact = prepare_pictures(triplets[0], (32, 32), spec)["mask"]
+    assert np.array_equal(exact, load_images(triplets[0])["mask"])
+    variants = [prepare_pictures(triplets[0], (32, 32), spec, variant=v)["mask"] for v in (1, 2, 3)]
+    assert len({v.tobytes() for v in variants}) > 1
+    assert all((v[exact > 0] == 255).all() and v.sum() > exact.sum() for v in variants)
+    mirrored = prepare_pictures(triplets[0], (32, 32), spec, variant=2, twin=1)["mask"]
+    assert np.array_equal(mirrored[:, ::-1], variants[1])
+    shutil.copy(triplets[0].mask, triplets[1].mask)  # another triplet, the same mask
+    other = prepare_pictures(triplets[1], (32, 32), spec, variant=2)["mask"]
+    assert np.array_equal(other, variants[1])
+
+
+def test_only_what_is_asked_for_is_made_and_read(vae, triplets, tmp_path):
+    counting = Counting(vae)
+    store = open_small(triplets, counting, tmp_path, spec=CacheSpec(parts=("gt",), twins=False))
+    assert len(counting.batches) == 5 and set(store.read(4)) == {"gt", "mask"}
+    for index, options in ((5, {}), (-1, {}), (0, {"twin": 1}), (0, {"variant": 1})):
+        with pytest.raises(IndexError, match="no triplet"):
+            store.read(index, **options)
+
+
+def test_what_is_read_does_not_hold_on_to_the_shard(vae, triplets, tmp_path):
+    for value in open_small(triplets, vae, tmp_path).read(1, twin=1).values():
+        assert value.untyped_storage().nbytes() == value.nbytes and value.is_contiguous()
+
+
+def test_a_triplet_that_comes_twice_is_made_once(vae, triplets, tmp_path):
+    counting = Counting(vae)
+    store = open_small([*triplets[:2], *triplets[:2]], counting, tmp_path)
+    assert len(counting.batches) == 8 and len(store) == 4 and len(store.paths) == 1
+    assert torch.equal(store.read(1)["gt"], store.read(3)["gt"])
+
+
+class Reads(torch.utils.data.Dataset):
+    def __init__(self, store):
+        self.store = store
+
+    def __len__(self):
+        return len(self.store)
+
+    def __getitem__(self, index):
+        return self.store.read(index, twin=1)
+
+
+def test_workers_read_it(vae, triplets, tmp_path):
+    store = open_small(triplets, vae, tmp_path)
+    here = [store.read(index, twin=1) for index in range(5)]  # its files are open before a fork
+    loader = torch.utils.data.DataLoader(Reads(store), batch_size=None, num_workers=1,
+                                         multiprocessing_context="fork")
+    for wanted, found in zip(here, loader, strict=True):
+        assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+    assert_equal(pickle.loads(pickle.dumps(store)), store)
+
+
+# --------------------------------------------------------------------------- made once, never stale
 
 
 def test_a_second_opening_calls_no_vae(vae, triplets, tmp_path):
-    first = open_cache(triplets, vae, size=32, root=tmp_path / "cache")
-    again = open_cache(triplets, Refuses(vae), size=32, root=tmp_path / "cache")
-    assert again.folder == first.folder
-    assert np.array_equal(first.gt, again.gt)
+    first = open_small(triplets, vae, tmp_path)
+    again = open_small(triplets, Counting(vae, after=0), tmp_path)
+    assert again.paths == first.paths
+    assert_equal(first, again)
 
 
-def test_whatever_latents_depend_on_names_another_folder(vae, triplets, tmp_path):
-    def find_folder(**changes):
-        given = {"triplets": triplets, "vae": vae, "size": 32} | changes
-        return open_cache(given.pop("triplets"), given.pop("vae"), root=tmp_path / "cache",
-                          **given).folder
+def test_whatever_latents_depend_on_names_other_files(vae, triplets, tmp_path):
+    def list_files(of=triplets, size=(32, 32), **changes):
+        return frozenset(open_small(of, vae, tmp_path / "cache", sizes=[size] * len(of),
+                                    spec=CacheSpec(mask_variants=1, **changes)).paths)
 
-    folders = [find_folder(), find_folder(size=48), find_folder(triplets=triplets[:4]),
-               find_folder(triplets=triplets[::-1])]
-    picture = load_image(triplets[2].gt)
-    picture[5, 5] ^= 1
-    save_image(triplets[2].gt, picture)
-    folders.append(find_folder())
+    files = [list_files(), list_files(size=(48, 48)), list_files(size=(32, 48)),
+             list_files(of=triplets[::-1]), list_files(dtype="bf16"), list_files(twins=False),
+             list_files(resize_mode="squash"), list_files(center_crop=True),
+             list_files(vae_precision="bf16"), list_files(mask_dilate_max=0.3),
+             list_files(mask_loosen=2.0), list_files(parts=("masked",))]
+    files.append(frozenset(open_small(triplets, vae, tmp_path / "cache").paths))
     with torch.no_grad():
         next(vae.encoder.parameters()).view(-1)[0] += 1e-3
-    folders.append(find_folder())
+    files.append(list_files())
     vae.register_to_config(scaling_factor=0.5)
-    folders.append(find_folder())
-    assert len(set(folders)) == len(folders)
+    files.append(list_files())
+    assert sum(map(len, files)) == len(frozenset().union(*files)), "two kinds share a file"
+    (kind,) = {path.parent.parent for path in files[-1]}
+    assert json.loads((kind / "kind.json").read_text())["scaling_factor"] == 0.5
 
 
-def test_killed_half_way_it_leaves_nothing_that_could_be_read(vae, triplets, tmp_path):
-    root = tmp_path / "cache"
+def test_what_has_no_effect_shares_files(vae, triplets, tmp_path):
+    first = open_small(triplets, vae, tmp_path)
+    refuses = Counting(vae, after=0)
+    for spec in (CacheSpec(mask_dilate_max=0.5), CacheSpec(mask_loosen=3)):  # without variants
+        assert open_small(triplets, refuses, tmp_path, spec=spec).paths == first.paths
+
+
+def test_an_added_triplet_makes_one_shard_anew(vae, tiny_set, tmp_path):
+    triplets = read_triplets(tiny_set)
+    open_small(triplets[:5], vae, tmp_path)
+    counting = Counting(vae)
+    store = open_small(triplets[:6], counting, tmp_path)
+    assert len(counting.batches) == 2 * 4  # two triplets, two parts, two twins
+    assert_equal(store, open_small(triplets[:6], vae, tmp_path / "other"))
+
+
+def test_touched_files_are_hashed_again_and_changed_ones_encoded(vae, triplets, tmp_path,
+                                                                 monkeypatch):
+    hashed, hash_file = [], file_index.hash_file
+    monkeypatch.setattr(file_index, "hash_file",
+                        lambda path: hashed.append(Path(path)) or hash_file(path))
+    open_small(triplets, vae, tmp_path / "cache")
+    assert len(hashed) == 15 and not hashed.clear()
+    open_small(triplets, Counting(vae, after=0), tmp_path / "cache")
+    assert hashed == []
+    os.utime(triplets[1].mask)
+    open_small(triplets, Counting(vae, after=0), tmp_path / "cache")
+    assert hashed == [triplets[1].mask] and not hashed.clear()
+
+    path, before = triplets[2].gt, triplets[2].gt.stat()
+    data = path.read_bytes()
+    picture = load_image(path)
+    for value in range(1, 256):  # until another pixel is stored in as many bytes
+        changed = picture.copy()
+        changed[5, 5] ^= value
+        save_image(path, changed)
+        if path.stat().st_size == len(data) and path.read_bytes() != data:
+            break
+    else:
+        pytest.fail("no picture of the same length was found")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as a copying tool does
+    counting = Counting(vae)
+    store = open_small(triplets, counting, tmp_path / "cache")
+    assert hashed == [path] and len(counting.batches) == 8
+    assert_equal(store, open_small(triplets, vae, tmp_path / "other"))
+
+
+def test_a_file_that_changes_while_it_is_encoded_is_not_cached(vae, triplets, tmp_path):
+    counting, encode = Counting(vae), vae.encode
+
+    def change(images):
+        counting.batches.append(len(images))
+        if len(counting.batches) == 8:  # the end of the first shard
+            save_image(triplets[0].gt, load_image(triplets[0].gt) // 2)
+        return encode(images)
+
+    counting.encode = change
+    with pytest.raises(TripletError, match=f"{triplets[0].gt} was changed while"):
+        open_small(triplets, counting, tmp_path / "cache")
+    assert not list(tmp_path.glob("cache/*/*/*.safetensors"))
+    assert_equal(open_small(triplets, vae, tmp_path / "cache"),
+                 open_small(triplets, vae, tmp_path / "other"))
+
+
+def test_a_damaged_index_is_made_again(vae, triplets, tmp_path, caplog):
+    open_small(triplets, vae, tmp_path / "cache")
+    for path in (tmp_path / "cache" / "index").iterdir():
+        path.write_text(path.read_text()[:-9])
+    open_small(triplets, Counting(vae, after=0), tmp_path / "cache")
+    assert "is damaged: the files it knew are read again" in caplog.text
+    caplog.clear()
+    open_small(triplets, Counting(vae, after=0), tmp_path / "cache")
+    assert not caplog.text
+
+
+def test_hashes_of_another_set_in_the_same_folder_are_kept(triplets, tmp_path, monkeypatch):
+    first, second = ([t.source for t in triplets[i:i + 2]] for i in (0, 2))
+    file_index.hash_files(first, tmp_path / "index")
+    file_index.hash_files(second, tmp_path / "index")
+    monkeypatch.setattr(file_index, "hash_file", lambda path: pytest.fail(f"{path} is read again"))
+    assert len(set(file_index.hash_files([*first, *second], tmp_path / "index"))) == 4
+
+
+def test_interrupted_hashing_keeps_what_it_has(triplets, tmp_path, monkeypatch):
+    files, hash_file = [t.source for t in triplets], file_index.hash_file
+
+    def stop_at_the_last(path):
+        if Path(path) == files[-1]:
+            raise KeyboardInterrupt
+        return hash_file(path)
+
+    monkeypatch.setattr(file_index, "hash_file", stop_at_the_last)
     with pytest.raises(KeyboardInterrupt):
-        open_cache(triplets, Refuses(vae, after=8), size=32, root=root, batch_size=1)
-    left = list(root.iterdir())
-    assert left and all(p.name.endswith(".partial") for p in left)
-    assert not list(root.rglob("done.json"))
-    whole = open_cache(triplets, vae, size=32, root=root, batch_size=1)
-    other = open_cache(triplets, vae, size=32, root=tmp_path / "other", batch_size=1)
-    for name in (*latent_cache.NAMES, "mask"):
-        assert np.array_equal(getattr(whole, name), getattr(other, name))
+        file_index.hash_files(files, tmp_path / "index", threads=1)
+    hashed = []
+    monkeypatch.setattr(file_index, "hash_file",
+                        lambda path: hashed.append(Path(path)) or hash_file(path))
+    file_index.hash_files(files, tmp_path / "index")
+    assert hashed == files[-1:]
 
 
-def test_pictures_of_another_size_are_resized(vae, triplets, tmp_path):
-    cache = open_cache(triplets, vae, size=48, root=tmp_path / "cache")
-    assert cache.gt.shape == (5, 2, 4, 12, 12)
+# --------------------------------------------------------------------------- kills, damage, no room
+
+
+def test_stopped_half_way_it_goes_on_with_the_missing_shards(vae, triplets, tmp_path):
+    with pytest.raises(KeyboardInterrupt):  # in the second shard
+        open_small(triplets, Counting(vae, after=10), tmp_path / "cache")
+    assert len(list(tmp_path.glob("cache/*/*/*.safetensors"))) == 1
+    counting = Counting(vae)
+    whole = open_small(triplets, counting, tmp_path / "cache")
+    assert len(counting.batches) == 3 * 4
+    assert_equal(whole, open_small(triplets, vae, tmp_path / "other"))
+
+
+def _die_while_renaming(vae, triplets, root):
+    replace_file, renamed = os.replace, []
+
+    def replace_or_die(beside, path):
+        if str(path).endswith(".safetensors"):
+            renamed.append(path)
+            if len(renamed) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+        replace_file(beside, path)
+
+    os.replace = replace_or_die
+    open_small(triplets, vae, root)
+
+
+def test_killed_it_loses_the_shard_in_work_and_leaves_no_half_file(vae, triplets, tmp_path):
+    process = multiprocessing.get_context("fork").Process(
+        target=_die_while_renaming, args=(vae, triplets, tmp_path / "cache"))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert len(list(tmp_path.glob("cache/*/*/.*.partial"))) == 1
+    counting = Counting(vae)
+    open_small(triplets, counting, tmp_path / "cache")
+    assert len(counting.batches) == 3 * 4
+    assert not list(tmp_path.glob("cache/*/*/.*.partial"))
+
+
+def test_a_truncated_shard_is_made_again_with_a_warning(vae, triplets, tmp_path, caplog):
+    store = open_small(triplets, vae, tmp_path / "cache")
+    whole = read_all(store)
+    for cut, path in ((100, store.paths[1]), (0, store.paths[2])):
+        with open(path, "r+b") as stream:
+            stream.truncate(cut)
+    counting = Counting(vae)
+    again = read_all(open_small(triplets, counting, tmp_path / "cache"))
+    assert len(counting.batches) == 3 * 4
+    assert all(np.array_equal(whole[key], again[key]) for key in whole)
+    for path in store.paths[1:]:
+        assert f"{path} is damaged" in caplog.text
+    assert str(store.paths[0]) not in caplog.text
+
+
+def test_what_dead_processes_left_is_removed(vae, triplets, tmp_path):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    folder = open_small(triplets, vae, tmp_path).paths[0].parent
+    host, day = socket.gethostname(), 86400
+    dead = folder / f".a.{ended.pid}.{host}.partial"
+    live = folder / f".b.{os.getppid()}.{host}.partial"
+    elsewhere = folder / f".c.{ended.pid}.another.host.partial"
+    old = folder / f".d.{ended.pid}.another.host.partial"
+    for path in (dead, live, elsewhere, old):
+        path.write_bytes(b"half")
+    os.utime(old, (time.time() - 2 * day,) * 2)
+    open_small(triplets, vae, tmp_path)
+    assert [path.exists() for path in (dead, live, elsewhere, old)] == [False, True, True, False]
+
+
+def test_a_full_disk_says_what_is_there_and_what_is_left(vae, triplets, tmp_path):
+    sizes = [(32, 32)] * 2 + [(64, 64)] * 3
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8000, before[1]))  # as if there was no more room
+    try:
+        with pytest.raises(OSError, match="1 of 3 shards are there and stay, about ") as caught:
+            open_small(triplets, vae, tmp_path / "cache", sizes=sizes)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    left = float(str(caught.value).split("about ")[1].split(" GB")[0])
+    assert not list(tmp_path.rglob("*.partial"))
+    counting = Counting(vae)
+    store = open_small(triplets, counting, tmp_path / "cache", sizes=sizes)
+    assert len(counting.batches) == 3 * 4
+    assert left == pytest.approx(sum(p.stat().st_size for p in store.paths[1:]) / 1e9, rel=0.2)
 
 
 def test_a_truncated_picture_is_named(vae, triplets, tmp_path):
     with open(triplets[3].gt, "r+b") as stream:
         stream.truncate(100)
     with pytest.raises(TripletError, match=triplets[3].gt.name):
-        open_cache(triplets, vae, size=32, root=tmp_path / "cache")
+        open_small(triplets, vae, tmp_path / "cache")
+    triplets[3].gt.unlink()
+    with pytest.raises(TripletError, match=f"{triplets[3].gt} does not exist"):
+        open_small(triplets, vae, tmp_path / "cache")
+
+
+# --------------------------------------------------------------------------- many processes
+
+
+def _open_in_process(rank, vae, triplets, root, queue):
+    hashed, hash_file = [], file_index.hash_file
+    file_index.hash_file = lambda path: hashed.append(path) or hash_file(path)
+    if rank == 0:
+        time.sleep(1)  # the other one waits for the hashes
+    vae = Counting(vae)
+    store = open_small(triplets, vae, root, rank=rank, world=2)
+    queue.put((rank, len(vae.batches), len(hashed), len(read_all(store))))
+
+
+def test_two_processes_share_the_work(vae, tiny_set, tmp_path):
+    context = multiprocessing.get_context("fork")
+    queue, triplets = context.Queue(), read_triplets(tiny_set)
+    started = [context.Process(target=_open_in_process,
+                               args=(rank, vae, triplets, tmp_path / "cache", queue))
+               for rank in (0, 1)]
+    for process in started:
+        process.start()
+    results = sorted(queue.get(timeout=100) for _ in started)
+    for process in started:
+        process.join(30)
+        assert process.exitcode == 0
+    # ten triplets in five shards, four encodings each: three shards and two
+    assert [(rank, encoded, hashed) for rank, encoded, hashed, _ in results] == [
+        (0, 24, 30), (1, 16, 0)]
+    assert {count for *_, count in results} == {10 * 2 * 3}
+    assert_equal(open_small(triplets, Counting(vae, after=0), tmp_path / "cache"),
+                 open_small(triplets, vae, tmp_path / "other"))
+    assert not [path for path in (tmp_path / "cache" / "alive").rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("rank, other", [(1, "index"), (0, "1")])
+def test_a_folder_that_is_not_shared_is_a_clear_error(vae, triplets, tmp_path, monkeypatch, rank,
+                                                      other):
+    monkeypatch.setattr(workers, "PATIENCE", 0.3)
+    with pytest.raises(TimeoutError, match=f"process {other} made no sign of life in {tmp_path}.*"
+                                           "latent_cache_dir and the pictures must lie in folders"):
+        open_small(triplets, vae, tmp_path / "cache", rank=rank, world=2)
+    # what this process made stays
+    made = list(tmp_path.glob("cache/*/*/*.safetensors"))
+    assert len(made) == (0 if rank else 2)
+
+
+def test_a_process_that_lives_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "PATIENCE", 0.3)
+    until = time.monotonic() + 1.2
+    with workers.Heartbeat(tmp_path / "alive" / "0"):
+        workers.wait_for(lambda: [tmp_path / "alive" / "0"] * (time.monotonic() < until))
+    assert time.monotonic() >= until and not (tmp_path / "alive" / "0").exists()
+
+
+def test_a_killed_one_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "PATIENCE", 0.4)
+    code = ("import sys, time, pathlib; from rorem_lib import workers\n"
+            "with workers.Heartbeat(pathlib.Path(sys.argv[1])): time.sleep(60)")
+    path = tmp_path / "beat"
+    process = subprocess.Popen([sys.executable, "-c", code, str(path)])
+    while not path.is_file():
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    with pytest.raises(TimeoutError) as caught:
+        workers.wait_for(lambda: [path])
+    assert caught.value.filename == str(path)
+
+
+def test_long_work_says_how_long_still(caplog, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(workers.time, "monotonic", lambda: now[0])
+    progress = workers.Progress("latents", 2000)
+    silent = workers.Progress("latents", 2000, active=False)
+    with caplog.at_level("INFO"):
+        for _ in range(4):
+            now[0] += 6
+            progress.add(60)
+            silent.add(60)
+    assert [r.message for r in caplog.records] == [
+        "latents: 120 of 2,000, 10 a second, 3 min left",
+        "latents: 240 of 2,000, 10 a second, 3 min left"]
+
+
+# --------------------------------------------------------------------------- sizes and precision
+
+
+def test_every_triplet_has_a_size_of_its_own(vae, triplets, tmp_path):
+    sizes = [(32, 48), (32, 32), (32, 48), (64, 32), (32, 48)]
+    store = open_small(triplets, vae, tmp_path, sizes=sizes)
+    assert [tuple(store.read(i)["gt"].shape) for i in range(5)] == [
+        (4, height // 4, width // 4) for height, width in sizes]
+    assert len(store.paths) == 4  # two of the first size, one of each other
+    for index, size in enumerate(sizes):
+        alone = open_store([triplets[index]], vae, sizes=[size], root=tmp_path / "other")
+        assert torch.allclose(store.read(index)["masked"].float(),
+                              alone.read(0)["masked"].float(), atol=2e-3)
+
+
+def test_sizes_that_do_not_suit_are_refused(vae, triplets, tmp_path):
+    with pytest.raises(ValueError, match="pictures of 34x32 px do not suit this VAE"):
+        open_small(triplets, vae, tmp_path, sizes=[(34, 32)] * 5)
+    with pytest.raises(ValueError, match="5 triplets but 4 sizes"):
+        open_small(triplets, vae, tmp_path, sizes=[(32, 32)] * 4)
+
+
+def test_large_pictures_are_encoded_few_at_a_time(vae, triplets, tmp_path):
+    counting = Counting(vae)
+    counting.encode = lambda images: counting.batches.append(len(images)) or _pool(images)
+    for size, batches in (((512, 512), [4, 1]), ((1024, 512), [2, 2, 1]), ((1024, 2048), [1] * 5),
+                          ((256, 256), [4, 1])):
+        counting.batches.clear()
+        open_store(triplets, counting, sizes=[size] * 5, root=tmp_path, batch_size=4,
+                   spec=CacheSpec(parts=("gt",), twins=False))
+        assert counting.batches == batches, size
+
+
+def _pool(images):
+    pooled = torch.nn.functional.avg_pool2d(images, 8)
+    return type("Encoded", (), {"latents": pooled.mean(1, keepdim=True).repeat(1, 4, 1, 1)})
+
+
+def test_where_memory_does_not_do_a_batch_is_halved(vae, triplets, tmp_path):
+    counting, encode = Counting(vae), vae.encode
+
+    def refuse_three(images):
+        if len(images) > 2:
+            raise torch.OutOfMemoryError
+        counting.batches.append(len(images))
+        return encode(images)
+
+    counting.encode = refuse_three
+    spec = CacheSpec(parts=("gt",), twins=False)
+    store = open_small(triplets, counting, tmp_path / "cache", spec=spec, batch_size=5,
+                       shard_size=5)
+    assert counting.batches == [2, 1, 2]
+    for number, triplet in enumerate(triplets):
+        whole = sdxl.to_tensor(load_images(triplet)["gt"][None])
+        with torch.no_grad():
+            wanted = sdxl.encode_images(vae, whole)[0]
+        assert torch.allclose(store.read(number)["gt"].float(), wanted, atol=2e-3)
+
+
+def test_latents_that_overflow_in_half_precision_are_encoded_in_float32(
+        vae, triplets, tmp_path, caplog):
+    latents._warn_overflow.cache_clear()
+    wanted = open_small(triplets, vae, tmp_path / "cache")
+    counting, encode = Counting(vae), vae.encode
+
+    def overflow(images):
+        counting.batches.append(torch.is_autocast_enabled("cpu"))
+        encoded = encode(images)
+        if counting.batches[-1] and len(counting.batches) in (1, 4):
+            encoded.latents[0, 1, 2, 3] = torch.inf
+        return encoded
+
+    counting.encode = overflow
+    half = open_small(triplets, counting, tmp_path / "cache",
+                      spec=CacheSpec(vae_precision="bf16"))
+    assert counting.batches == [True, False, True, True, False] + [True] * 17
+    assert torch.equal(half.read(0)["gt"], wanted.read(0)["gt"])
+    assert not torch.equal(half.read(1)["gt"], wanted.read(1)["gt"])
+    assert torch.allclose(half.read(1)["gt"], wanted.read(1)["gt"], atol=0.05)
+    assert caplog.text.count("the VAE overflows in bf16") == 1
+
+
+@pytest.mark.parametrize("value, words", [(np.nan, "are not finite in fp16"),
+                                          (1e6, "are not finite in fp16")])
+def test_latents_that_cannot_be_kept_are_named(vae, triplets, tmp_path, value, words):
+    counting, encode = Counting(vae), vae.encode
+
+    def spoil(images):
+        encoded = encode(images)
+        encoded.latents[0, 0, 0, 0] = value
+        return encoded
+
+    counting.encode = spoil
+    with pytest.raises(ValueError, match=f"{triplets[0].source.name}.*{words}"):
+        open_small(triplets, counting, tmp_path / "cache")
+    assert not list(tmp_path.glob("cache/*/*/*.safetensors"))
+
+
+@pytest.mark.parametrize("wrong, words", [
+    ({"dtype": "fp32"}, "dtype is 'fp32': take fp16 or bf16"),
+    ({"resize_mode": "stretch"}, "take crop or squash"),
+    ({"vae_precision": "int8"}, "take fp32 or fp16 or bf16"),
+    ({"parts": ("GT",)}, "take some of gt, masked, source"),
+    ({"mask_loosen": -1}, "mask_loosen is -1"),
+    ({"mask_variants": 2, "parts": ("gt",)}, "needs masked"),
+])
+def test_a_spec_that_makes_no_sense_is_refused(wrong, words):
+    with pytest.raises(ValueError, match=words):
+        CacheSpec(**wrong)
+
+
+def test_encoding_is_not_lowered_by_the_trainings_autocast(vae, triplets):
+    pictures = {k: x[None] for k, x in prepare_pictures(triplets[0], (32, 32), ALL).items()}
+    plain = encode_pictures(vae, pictures, ALL)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = encode_pictures(vae, {k: torch.from_numpy(x) for k, x in pictures.items()}, ALL)
+    assert all(torch.equal(plain[name], inside[name]) for name in plain)
+    assert {x.dtype for x in plain.values()} == {torch.float32}
+
+
+def test_sizes_are_read_from_headers(triplets, tmp_path):
+    save_image(triplets[1].source, np.zeros((20, 50, 3), np.uint8))
+    assert read_sizes(triplets) == [(32, 32), (20, 50)] + [(32, 32)] * 3
+    triplets[2].source.write_bytes(b"no picture")
+    with pytest.raises(TripletError, match=triplets[2].source.name):
+        read_sizes(triplets)
 
 
 def test_it_lives_below_the_kits_cache(vae, triplets, rorem_cache):
-    assert open_cache(triplets, vae, size=32).folder.is_relative_to(rorem_cache / "latents")
+    store = open_store(triplets, vae, sizes=[(32, 32)] * 5)
+    assert all(path.is_relative_to(rorem_cache / "latents") for path in store.paths)

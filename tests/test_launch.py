@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -182,3 +183,96 @@ def test_hardware_files_say_what_they_start():
         "cpu": ("one", 1, 1), "cpu_two_processes": ("ddp", 2, 1), "one_gpu": ("one", 1, 1),
         "many_gpus": ("ddp", 8, 1), "deepspeed_zero2": ("deepspeed", 8, 1),
         "fsdp2": ("fsdp", 8, 1), "several_nodes": ("ddp", 16, 2)}
+
+
+SLURM = HARDWARE / "slurm.sbatch"
+# Each node's shell starts with its own SLURM_NODEID, as under the real one.
+FAKE_SRUN = """#!/bin/bash
+printf '%s\\n' "$@" > srun.txt
+while [[ $1 == --* ]]; do shift; done
+for id in 0 1; do SLURM_NODEID=$id "$@" || exit; done
+"""
+FAKE_ACCELERATE = """#!/bin/bash
+printf '%s\\n' "$@" > "words-$SLURM_NODEID.txt"
+exit ${FAIL:-0}
+"""
+FAKE_SCONTROL = """#!/bin/bash
+[[ "$*" == "show hostnames gpu[07-08]" ]] && printf 'gpu07\\ngpu08\\n'
+"""
+
+
+def submit(folder, *words, **more):
+    """Run the Slurm script as on the first of two nodes with 4 GPUs each."""
+    tools = folder / "tools"
+    tools.mkdir()
+    for name, text in (("srun", FAKE_SRUN), ("accelerate", FAKE_ACCELERATE),
+                       ("scontrol", FAKE_SCONTROL)):
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    environment = os.environ | {
+        "PATH": f"{tools}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(folder),
+        "SLURM_JOB_NODELIST": "gpu[07-08]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4",
+        "SLURM_JOB_ID": "1234567", "SLURM_CPUS_PER_TASK": "32"} | more
+    return subprocess.run(["bash", str(SLURM), *words], env=environment, cwd="/",
+                          capture_output=True, text=True)
+
+
+def test_slurm_starts_one_launcher_a_node(tmp_path):
+    (tmp_path / "notebooks").symlink_to(HARDWARE.parents[1])
+    words = ["-m", "rorem_lib.remover", "--output_dir", "a folder/with spaces"]
+    done = submit(tmp_path, *words)
+    assert done.returncode == 0, done.stderr
+    assert {"--ntasks-per-node=1", "--kill-on-bad-exit=1"} <= set(
+        (tmp_path / "srun.txt").read_text().splitlines())
+    for node in range(2):
+        assert (tmp_path / f"words-{node}.txt").read_text().splitlines() == [
+            "launch", "--config_file", "notebooks/recipes/accelerate/several_nodes.yaml",
+            "--num_machines", "2", "--num_processes", "8", "--machine_rank", str(node),
+            "--main_process_ip", "gpu07", "--main_process_port", "34567",
+            "--rdzv_backend", "c10d", *words]
+
+
+def test_slurm_words_are_what_accelerate_takes(tmp_path):
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+    for number, name in enumerate(("several_nodes", "fsdp2")):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "notebooks").symlink_to(HARDWARE.parents[1])
+        submit(folder, "-m", "rorem_lib.remover", "--seed", "4", HARDWARE=name)
+        words = (folder / "words-1.txt").read_text().splitlines()[1:]
+        words[1] = str(HARDWARE / f"{name}.yaml")
+        options, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+        assert (options.num_processes, options.num_machines, options.machine_rank) == (8, 2, 1)
+        assert options.main_process_ip == "gpu07" and options.main_process_port == 34567
+        assert options.rdzv_backend == "c10d" and not options.same_network
+        assert options.use_fsdp == (name == "fsdp2")
+        assert options.training_script == "rorem_lib.remover" and options.module
+        assert options.training_script_args == ["--seed", "4"]
+
+
+def test_slurm_says_what_is_wrong(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    elsewhere = submit(tmp_path / "elsewhere", "-m", "rorem_lib.remover")
+    assert elsewhere.returncode == 2 and "run sbatch in the repository's folder" in elsewhere.stderr
+    for name, words, more in (("empty", [], {}), ("failing", ["-m", "x"], {"FAIL": "3"})):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "notebooks").symlink_to(HARDWARE.parents[1])
+        done = submit(folder, *words, **more)
+        assert done.returncode == (2 if name == "empty" else 3)
+        assert ("nothing to train" in done.stderr) == (name == "empty")
+    plain = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
+    alone = subprocess.run(["bash", str(SLURM), "x"], env=plain, capture_output=True, text=True)
+    assert alone.returncode and "start this with sbatch" in alone.stderr
+
+
+def test_slurm_script_is_sound():
+    subprocess.run(["bash", "-n", str(SLURM)], check=True)
+    head = SLURM.read_text().split("set -euo")[0].splitlines()
+    asked = dict(line.removeprefix("#SBATCH --").partition("=")[::2] for line in head
+                 if line.startswith("#SBATCH"))
+    file = yaml.safe_load((HARDWARE / "several_nodes.yaml").read_text())
+    assert int(asked["nodes"]) == file["num_machines"]
+    assert int(asked["nodes"]) * int(asked["gpus-per-node"]) == file["num_processes"]
+    assert asked["ntasks-per-node"] == "1" and "requeue" in asked

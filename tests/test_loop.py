@@ -1,30 +1,20 @@
-"""The training loop: positions, checkpoints, resume, EMA, one or two processes, command lines."""
+"""The training loop: batches, clipping, stopped and resumed runs, EMA. See also `test_resume`."""
 
 import json
 import logging
-import os
-import random
-import signal
-import subprocess
 import sys
-import time
-from dataclasses import dataclass, field, replace
+from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
-import psutil
 import pytest
 import torch
-import yaml
+from resume_job import train
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
 
-from rorem_lib import checkpoints, loop, options
-from rorem_lib.order import Order, Positions
-from rorem_lib.remover import RemoverConfig, train_remover
-
-ROOT = Path(__file__).resolve().parents[1]
+from rorem_lib import checkpoints, loop
+from rorem_lib.remover import RemoverConfig
 
 
 class Stop(RuntimeError):
@@ -94,35 +84,8 @@ def assert_same(a, b):
         assert torch.equal(a[name], b[name]), f"{name} differs"
 
 
-def read_lines(folder):
-    return [json.loads(x) for x in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-
-
-# ------------------------------------------------------------------------------------- positions
-
-
-def test_order_visits_everything_once_an_epoch_and_shuffles_each_anew():
-    order = Order(7, seed=1)
-    epochs = [[order.find_index(p) for p in range(e * 7, e * 7 + 7)] for e in range(3)]
-    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2]
-    assert epochs[1] == [Order(7, seed=1).find_index(p) for p in range(7, 14)]
-    assert epochs[0] != [Order(7, seed=2).find_index(p) for p in range(7)]
-
-
-def test_order_of_nothing_is_an_error():
-    with pytest.raises(ValueError, match="training set is empty"):
-        Order(0, seed=1)
-
-
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_processes_share_a_global_batch_without_gap_or_overlap(world):
-    config = loop.LoopConfig(train_batch_size=8 // world, gradient_accumulation_steps=2,
-                             max_train_steps=5)
-    ranks = [list(Positions(config, SimpleNamespace(process_index=r, num_processes=world), 2))
-             for r in range(world)]
-    steps = [sum((ranks[r][n] for r in range(world)), []) for n in range(len(ranks[0]))]
-    assert steps == [list(range(8 * n, 8 * n + 8)) for n in range(4, 10)]
+def read_lines(folder, file="metrics.jsonl"):
+    return [json.loads(x) for x in (Path(folder) / file).read_text().splitlines()]
 
 
 def test_accumulated_small_batches_train_like_a_large_one(tmp_path):
@@ -131,6 +94,47 @@ def test_accumulated_small_batches_train_like_a_large_one(tmp_path):
                                    gradient_accumulation_steps=2), noise=0)
     for name in whole:
         torch.testing.assert_close(whole[name], parts[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_gradients_are_clipped_and_their_norm_before_is_what_is_logged(tmp_path, monkeypatch,
+                                                                       accumulate):
+    seen, make_optimizer = [], loop.make_optimizer
+
+    def make_watched(*given):
+        optimizer = make_optimizer(*given)
+        optimizer.register_step_pre_hook(lambda *_: seen.append(torch.stack(
+            [p.grad.norm() for group in optimizer.param_groups for p in group["params"]]
+        ).norm().item()))
+        return optimizer
+
+    monkeypatch.setattr(loop, "make_optimizer", make_watched)
+    logged = {}
+    for limit in (0, 1e-3, 1e6):
+        seen.clear()
+        run_toy(make_config(tmp_path / str(limit), max_grad_norm=limit, max_train_steps=3,
+                            gradient_accumulation_steps=accumulate))
+        norms = logged[limit] = [line["grad_norm"] for line in read_lines(tmp_path / str(limit))]
+        assert len(seen) == 3, "the optimizer steps once a global batch"
+        assert seen == pytest.approx([1e-3] * 3 if limit == 1e-3 else norms, rel=1e-3)
+        assert min(norms) > 0.1
+    assert logged[1e-3][0] == logged[0][0] and logged[0] == logged[1e6]
+
+
+@pytest.mark.parametrize(("size", "steps", "times"), [(10, 5, 2), (3, 3, 4)],
+                         ids=["not divided by the batch", "smaller than a batch"])
+def test_every_batch_is_whole_and_every_sample_is_seen_as_often(tmp_path, tiny_model, tiny_set,
+                                                                size, steps, times):
+    metrics = train(RemoverConfig(
+        output_dir=str(tmp_path), meta_path=[str(tiny_set)], max_train_samples=size, resolution=32,
+        pretrained_model_name_or_path=str(tiny_model), train_batch_size=4, max_train_steps=steps,
+        mixed_precision="no"))
+    batches = [x["index"] for x in read_lines(tmp_path, "seen-0.jsonl")]
+    assert [len(batch) for batch in batches] == [4] * steps
+    seen = sum(batches, [])
+    assert Counter(seen) == dict.fromkeys(range(size), times)
+    assert all(len(set(seen[n:n + size])) == size for n in range(0, len(seen), size))
+    assert metrics["train_size"] == size and metrics["images"] == size * times
 
 
 # ---------------------------------------------------------------------------------------- resume
@@ -248,167 +252,3 @@ def test_a_loss_that_is_no_number_stops_before_it_is_kept(tmp_path, logging_step
     checkpoint, = checkpoints.list_checkpoints(tmp_path)
     assert checkpoint.name == "checkpoint-3"
     assert all(w.isfinite().all() for w in load_file(checkpoint / "model.safetensors").values())
-
-
-# ------------------------------------------------------------------------------ the command line
-
-
-@dataclass
-class Options(loop.LoopConfig):
-    """Options of a test."""
-
-    meta_path: list[str] = field(default_factory=lambda: ["builtin:labelled"])
-    random_flip: bool = True
-    rank: int = 4
-
-
-def test_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path):
-    path = tmp_path / "config.yaml"
-    path.write_text("rank: 8\nlearning_rate: 1e-4\nmax_train_steps: 2.0e+3\nmeta_path: [a, b]\n"
-                    "random_flip: false\n")
-    config = options.parse_config(Options, ["--config", str(path), "--rank", "16"])
-    assert config == Options(rank=16, learning_rate=1e-4, max_train_steps=2000,
-                             meta_path=["a", "b"], random_flip=False)
-    assert isinstance(config.learning_rate, float)  # YAML itself reads 1e-4 as text
-    assert isinstance(config.max_train_steps, int)
-    assert options.parse_config(Options, []) == Options()
-
-
-def test_lists_and_switches_on_the_command_line():
-    config = options.parse_config(Options, ["--meta_path", "a", "b", "c", "--no-random_flip",
-                                         "--learning_rate", "1e-3"])
-    assert config.meta_path == ["a", "b", "c"]
-    assert config.random_flip is False and config.learning_rate == 1e-3
-
-
-@pytest.mark.parametrize("words", [["--learning_rte", "1"], ["--learning", "1"],
-                                   ["--rank", "four"], ["stray"]])
-def test_mistyped_options_are_refused(words, capsys):
-    with pytest.raises(SystemExit):
-        options.parse_config(Options, words)
-    assert words[0] in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("line, complaint", [
-    ("learning_rte: 1", "unknown option learning_rte"), ("rank: four", "rank: expected int"),
-    ("random_flip: 'yes'", "random_flip: expected bool"), ("meta_path: a", "meta_path: expected")])
-def test_mistyped_files_are_refused(tmp_path, line, complaint):
-    (tmp_path / "config.yaml").write_text(line)
-    with pytest.raises(ValueError, match=complaint):
-        options.parse_config(Options, ["--config", str(tmp_path / "config.yaml")])
-
-
-# --------------------------------------------------------------------- real trainings, killed
-
-
-STEPS = 8
-
-
-def make_remover_config(folder, model, meta, cache, **changes):
-    given = {"output_dir": str(folder), "meta_path": [str(meta)], "resolution": 32,
-             "pretrained_model_name_or_path": str(model), "max_train_steps": STEPS,
-             "train_batch_size": 4, "learning_rate": 1e-3, "ema_decay": 0.9, "logging_steps": 1,
-             "checkpointing_steps": 2, "mixed_precision": "no", "latent_cache_dir": str(cache)}
-    return RemoverConfig(**given | changes)
-
-
-def start_job(config, processes):
-    """`rorem_lib.remover` as a user starts it, alone or with two processes."""
-    folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(vars(config)))
-    command = [sys.executable, "-m"]
-    if processes > 1:
-        command += ["accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes),
-                    "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-                    "--main_process_port", "0", "-m"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo",
-                                "OMP_NUM_THREADS": "1"}
-    with open(folder / "job.log", "a") as log:
-        return subprocess.Popen(
-            [*command, "rorem_lib.remover", "--config", str(folder / "config.yaml")], cwd=ROOT,
-            env=environment, stdout=log, stderr=subprocess.STDOUT)
-
-
-def finish_job(config, processes):
-    job = start_job(config, processes)
-    folder = Path(config.output_dir)
-    assert job.wait(timeout=300) == 0, (folder / "job.log").read_text()[-3000:]
-    return json.loads((folder / "train_metrics.json").read_text())
-
-
-def kill_job(config, processes):
-    """Start it and kill it, with all that it started, after a step of chance."""
-    step = random.randint(3, STEPS - 2)
-    job = start_job(config, processes)
-    lines = Path(config.output_dir) / "metrics.jsonl"
-    try:
-        deadline = time.monotonic() + 300
-        while not lines.exists() or lines.read_text().count("\n") < step:
-            assert job.poll() is None, (lines.parent / "job.log").read_text()[-3000:]
-            assert time.monotonic() < deadline, "the job does not come on"
-            time.sleep(0.005)
-    finally:
-        parent = psutil.Process(job.pid)
-        for process in [parent, *parent.children(recursive=True)]:
-            process.send_signal(signal.SIGKILL)
-        job.wait()
-    assert not (lines.parent / "train_metrics.json").exists(), "it ended before it was killed"
-    assert not (lines.parent / "remover").exists()
-    return step
-
-
-def read_weights(config):
-    return load_file(Path(config.output_dir) / "remover" / "unet"
-                     / "diffusion_pytorch_model.safetensors")
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("latents")
-
-
-def check_resumed(whole, killed, metrics, step):
-    assert 2 <= metrics["resumed_at"] <= STEPS - 2, f"killed after step {step}"
-    assert_same(read_weights(whole), read_weights(killed))
-    first, second = (read_lines(config.output_dir) for config in (whole, killed))
-    assert [line["step"] for line in second] == list(range(1, STEPS + 1))
-    assert [line["loss"] for line in first] == [line["loss"] for line in second]
-
-
-def test_a_killed_remover_training_goes_on_bit_for_bit(tmp_path, tiny_model, tiny_set, cache):
-    whole, killed = (make_remover_config(tmp_path / name, tiny_model, tiny_set, cache,
-                                         mixed_precision="auto") for name in ("whole", "killed"))
-    train_remover(whole)
-    step = kill_job(killed, 1)
-    check_resumed(whole, killed, train_remover(killed), step)
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory, tiny_model, tiny_set, cache):
-    """A finished training on two processes."""
-    config = make_remover_config(tmp_path_factory.mktemp("pair"), tiny_model, tiny_set, cache)
-    metrics = finish_job(config, 2)
-    assert metrics["num_processes"] == 2
-    return config
-
-
-def test_killed_on_two_processes_it_goes_on_bit_for_bit(tmp_path, pair):
-    killed = replace(pair, output_dir=str(tmp_path))
-    step = kill_job(killed, 2)
-    metrics = finish_job(killed, 2)
-    assert metrics["num_processes"] == 2
-    check_resumed(pair, killed, metrics, step)
-
-
-def test_two_processes_train_what_one_trains_on_the_same_global_batch(tmp_path, pair, tiny_model):
-    alone = replace(pair, output_dir=str(tmp_path), train_batch_size=8)
-    metrics = train_remover(alone)
-    assert metrics["num_processes"] == 1 and metrics["images"] == 8 * STEPS
-    one, two, start = read_weights(alone), read_weights(pair), load_file(
-        tiny_model / "unet" / "diffusion_pytorch_model.safetensors")
-    moved = sum((one[n] - start[n]).square().sum() for n in one).sqrt()
-    apart = sum((one[n] - two[n]).square().sum() for n in one).sqrt()
-    assert apart < 0.02 * moved, f"moved {moved:.4f}, apart {apart:.4f}"
-    losses = [[line["loss"] for line in read_lines(c.output_dir)] for c in (alone, pair)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)

@@ -7,6 +7,7 @@ from rorem_lib.masks import (
     draw_box_mask,
     loosen_mask,
     outline_mask,
+    perturb_mask,
 )
 
 
@@ -100,3 +101,42 @@ def test_outline_lies_just_outside_the_mask_on_a_copy(size):
 def test_outline_refuses_a_mask_of_another_size():
     with pytest.raises(ValueError, match="mask"):
         outline_mask(np.zeros((8, 8, 3), np.uint8), _square())
+
+
+def test_perturbed_masks_cover_the_object_and_differ():
+    mask = _square()
+    masks = [perturb_mask(mask, np.random.default_rng(i), dilate_max=0.2) for i in range(40)]
+    assert all((x[mask > 0] == 255).all() and set(np.unique(x)) == {0, 255} for x in masks)
+    assert not any(np.array_equal(x, mask) for x in masks)
+    squares = [x for x in masks if _is_box(x)]
+    assert 10 < len(squares) < 30, "a coin chooses between dilating and loosening"
+    widths = {int(np.ptp(np.argwhere(x)[:, 0])) + 1 for x in squares}
+    assert min(widths) >= 17 and max(widths) <= 16 + 13 and len(widths) > 5  # 0.2 of 64 px
+    assert all((x[dilate_mask(mask, 27) == 0] == 0).all() for x in masks)
+
+
+def _is_box(mask):
+    rows, columns = np.nonzero(mask)
+    return (mask[rows.min():rows.max() + 1, columns.min():columns.max() + 1] > 0).all()
+
+
+def test_perturbing_repeats_by_its_generator_and_its_kinds_can_be_switched_off():
+    mask = _square()
+    first, second = (perturb_mask(mask, np.random.default_rng(3)) for _ in range(2))
+    assert np.array_equal(first, second)
+    for seed in range(10):
+        def draw(seed=seed, **options):
+            return perturb_mask(mask, np.random.default_rng(seed), **options)
+
+        assert _is_box(draw(loosen=0)) and not np.array_equal(draw(loosen=0), mask)
+        assert not _is_box(draw(dilate_max=0, loosen=2))
+        assert np.array_equal(draw(dilate_max=0, loosen=0), mask)
+    with pytest.raises(ValueError, match="dilate_max must be 0 or more"):
+        perturb_mask(mask, np.random.default_rng(0), dilate_max=-1)
+
+
+def test_perturbing_leaves_something_of_the_picture():
+    mask = np.full((32, 32), 255, np.uint8)
+    mask[0, 0] = 0
+    for seed in range(10):
+        assert np.array_equal(perturb_mask(mask, np.random.default_rng(seed)), mask)

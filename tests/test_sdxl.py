@@ -1,13 +1,24 @@
 """The SDXL-inpainting stack: what opens, what does not, conditioning, latents."""
 
+import logging
 import shutil
 
+import httpx
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from hub_server import HubServer
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors.torch import load_file, save_file
 
 from rorem_lib import sdxl
+from rorem_lib.model_hub import explain_hub
 from rorem_lib.pretrain import UNET
 
 
@@ -37,6 +48,101 @@ def test_folders_that_are_not_there_or_hold_no_model_are_named(tmp_path):
         sdxl.load_pipeline(str(tmp_path / "missing"))
     with pytest.raises(FileNotFoundError, match="neither a pipeline .* nor a UNet"):
         sdxl.load_pipeline(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="neither a pipeline .* nor a VAE"):
+        sdxl.load_pipeline("builtin", vae=str(tmp_path))
+
+
+def make_fp16(folder):
+    """A UNet folder's weights as upstream's releases have them: halves, no variant in the name."""
+    weights = load_file(folder / "diffusion_pytorch_model.safetensors")
+    weights = {name: (2 * tensor).half() for name, tensor in weights.items()}
+    save_file(weights, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    return weights
+
+
+def assert_weights(module, expected):
+    found = module.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor.float()) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("inner", ["unet", ""])
+def test_a_released_unet_takes_the_place_of_the_models_own(tiny_model, pipe, tmp_path, inner,
+                                                           caplog, capfd):
+    folder = tmp_path / "released" / inner
+    shutil.copytree(tiny_model / "unet", folder)
+    weights = make_fp16(folder)
+    opened = sdxl.load_pipeline(str(tiny_model), unet=str(tmp_path / "released"))
+    assert_weights(opened.unet, weights)
+    assert opened.unet.dtype == torch.float32 and not opened.unet.training
+    assert not any(p.requires_grad for p in opened.unet.parameters())
+    assert_weights(opened.vae, pipe.vae.state_dict())
+    assert caplog.messages == []
+    # of the base model's parts some have the variant, the UNet has not
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    for part in ("vae", "text_encoder", "text_encoder_2"):
+        (path,) = (base / part).glob("*.safetensors")
+        path.rename(path.with_suffix(".fp16.safetensors"))
+    again = sdxl.load_pipeline(str(tmp_path / "released"), base_model=str(base), variant="fp16")
+    assert_weights(again.unet, weights)
+    assert caplog.messages == [f"{tmp_path / 'released'} has no files of the variant fp16: those "
+                               "without a variant are taken"]
+    assert "fp16" not in capfd.readouterr().err  # not diffusers' own error lines
+
+
+def test_a_pipeline_without_the_variant_opens_with_one_warning(tiny_model, pipe, caplog):
+    opened = sdxl.load_pipeline(str(tiny_model), variant="fp16")
+    assert_weights(opened.unet, pipe.unet.state_dict())
+    assert [(r.levelno, r.getMessage().startswith(f"{tiny_model} has no files of the variant fp16"))
+            for r in caplog.records] == [(logging.WARNING, True)]
+
+
+def test_files_of_the_variant_win_over_those_without(tiny_model, pipe, tmp_path, caplog):
+    folder = tmp_path / "unet"
+    shutil.copytree(tiny_model / "unet", folder)
+    plain = folder / "diffusion_pytorch_model.safetensors"
+    shutil.copy(plain, folder / "kept")
+    weights = make_fp16(folder)
+    plain.rename(folder / "diffusion_pytorch_model.fp16.safetensors")
+    (folder / "kept").rename(plain)
+    whole = tmp_path / "whole"
+    shutil.copytree(tiny_model, whole)
+    (whole / "vae" / "diffusion_pytorch_model.safetensors").rename(
+        whole / "vae" / "diffusion_pytorch_model.fp16.safetensors")
+    opened = sdxl.load_pipeline(str(whole), unet=str(folder), variant="fp16")
+    assert_weights(opened.unet, weights)
+    assert caplog.messages == []
+    assert_weights(sdxl.load_pipeline(str(tiny_model), unet=str(folder)).unet,
+                   pipe.unet.state_dict())
+
+
+@pytest.mark.parametrize("inner", ["vae", ""])
+def test_another_vae_takes_the_place_of_the_models_own(tiny_model, pipe, tmp_path, inner):
+    torch.manual_seed(5)
+    other = AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * 3, norm_num_groups=4,
+                          block_out_channels=[8, 8, 8], latent_channels=4,
+                          up_block_types=["UpDecoderBlock2D"] * 3)
+    other.save_pretrained(tmp_path / "other" / inner)
+    opened = sdxl.load_pipeline(str(tiny_model), vae=str(tmp_path / "other"))
+    assert isinstance(opened.vae, AutoencoderKL) and isinstance(pipe.vae, AutoencoderTiny)
+    assert_weights(opened.vae, other.state_dict())
+    assert opened.vae_scale_factor == 4 and not opened.vae.training
+    assert_weights(opened.unet, pipe.unet.state_dict())
+
+
+def test_parts_of_the_wrong_kind_are_refused(tiny_model, tmp_path):
+    unet, vae = str(tiny_model / "unet"), str(tiny_model / "vae")
+    with pytest.raises(ValueError, match="vae is no UNet, it is a AutoencoderTiny"):
+        sdxl.load_pipeline(str(tiny_model), unet=vae)
+    with pytest.raises(ValueError, match="unet is no VAE, it is a UNet2DConditionModel"):
+        sdxl.load_pipeline(str(tiny_model), vae=unet)
+    with pytest.raises(ValueError, match="is no whole pipeline: with another UNet"):
+        sdxl.load_pipeline(unet, unet=unet)
+    AutoencoderKL(latent_channels=16, norm_num_groups=4, block_out_channels=[8]).save_pretrained(
+        tmp_path)
+    with pytest.raises(ValueError, match="makes 16 latent channels, the UNet takes 4"):
+        sdxl.load_pipeline(str(tiny_model), vae=str(tmp_path))
 
 
 def test_a_text_to_image_unet_is_refused(pipe, tmp_path):
@@ -57,8 +163,28 @@ def test_prompts_have_sdxls_shapes_and_the_empty_one_is_no_zero(pipe):
     assert not torch.equal(embeds, sdxl.encode_prompt(pipe, "a red ball")[0])
 
 
+def test_text_encoders_leave_the_gpu_and_still_work(tiny_model, monkeypatch):
+    opened = sdxl.load_pipeline(str(tiny_model))
+    before = sdxl.encode_prompt(opened)
+    moved = []
+    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        part = getattr(opened, name)
+        monkeypatch.setattr(part, "to", lambda device, name=name: moved.append((name, device)))
+    sdxl.drop_text_encoders(opened)
+    assert moved == [("text_encoder", "cpu"), ("text_encoder_2", "cpu")]
+    monkeypatch.undo()
+    opened.unet.to("meta")  # stands for a GPU: the text encoders are elsewhere
+    after = sdxl.encode_prompt(opened)
+    assert [t.device.type for t in after] == ["meta", "meta"]
+    assert [t.shape for t in after] == [t.shape for t in before]
+    opened.unet.to_empty(device="cpu")
+    for a, b in zip(sdxl.encode_prompt(opened), before):
+        assert torch.equal(a, b)
+
+
 def test_time_ids_are_size_crop_and_target():
     assert sdxl.make_time_ids(96, 64, 2).tolist() == [[96, 64, 0, 0, 96, 64]] * 2
+    assert sdxl.make_time_ids(96, 64, top=8, left=16).tolist() == [[96, 64, 8, 16, 96, 64]]
 
 
 def test_bytes_survive_the_way_to_tensors_and_back():
@@ -114,3 +240,118 @@ def test_precision_is_what_was_asked_for_or_what_the_machine_has():
         assert (a @ a).dtype == torch.float32
     with sdxl.autocast("bf16"):
         assert (a @ a).dtype == torch.bfloat16
+
+
+# ------------------------------------------------------------------------------ models on the Hub
+
+
+def read_files(folder, prefix=""):
+    return {f"{prefix}{path.relative_to(folder)}": path.read_bytes()
+            for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def hub(tiny_model, tmp_path_factory):
+    """Repositories: `o/whole` and `o/base`, `o/inner` (`unet/` alone), `o/root` (its files)."""
+    released = tmp_path_factory.mktemp("released") / "unet"
+    shutil.copytree(tiny_model / "unet", released)
+    make_fp16(released)
+    with HubServer().run() as server:
+        server.add("o/whole", read_files(tiny_model))
+        server.add("o/base", read_files(tiny_model))
+        server.add("o/inner", read_files(released, "unet/") | {"README.md": b"x"})
+        server.add("o/root", read_files(released))
+        server.add("o/gated", read_files(released), gated=True)
+        yield server
+
+
+# Each call's model as the sum of its first weights, and what was warned of; or the error.
+OPEN = """
+    import logging
+    from rorem_lib import sdxl
+    said = []
+    class Note(logging.Handler):
+        def emit(self, record):
+            said.append(record.getMessage())
+    logging.getLogger("rorem_lib").addHandler(Note())
+    for model, options in {!r}:
+        said.clear()
+        try:
+            pipe = sdxl.load_pipeline(model, **options)
+            show([pipe.unet.conv_in.weight.abs().sum().item(),
+                  pipe.vae.encoder.layers[0].weight.abs().sum().item(), *said])
+        except Exception as error:
+            show(type(error).__name__ + ": " + str(error))
+"""
+
+
+def test_models_open_from_the_hub_and_then_without_it(hub, tiny_model, pipe, tmp_path):
+    base = {"base_model": str(tiny_model)}
+    calls = [("o/whole", {}), ("o/inner", base), ("o/root", base),
+             (str(tiny_model), {"unet": "o/inner", "vae": "o/whole"}),
+             ("o/base", {"unet": "o/root"}), ("o/inner", {"base_model": "o/base"}),
+             ("o/root", {"base_model": "o/whole", "variant": "fp16"}),
+             ("o/whole", {"variant": "fp16"})]
+    wrong = [("o/none", {}), ("builtin", {"unet": "o/none"}), ("a/b/c", {}),
+             ("o/whole", {"revision": "gone"}), ("o/gated", {}), ("builtin", {"vae": "o/root"})]
+    online = hub.run_client(tmp_path, OPEN.format(calls + wrong))
+    opened, (none, unet, name, revision, gated, vae) = online[:len(calls)], online[len(calls):]
+    first = pipe.unet.conv_in.weight.abs().sum().item()
+    assert [row[0] / first for row in opened] == pytest.approx([1, 2, 2, 2, 2, 2, 2, 1], rel=1e-3)
+    assert {row[1] for row in opened} == {pipe.vae.encoder.layers[0].weight.abs().sum().item()}
+    warning = "{} has no files of the variant fp16: those without a variant are taken"
+    assert [row[2:] for row in opened] == [[]] * 6 + [
+        [warning.format("o/root"), warning.format("o/whole")], [warning.format("o/whole")]]
+    # a UNet that another takes the place of is not downloaded
+    assert hub.select("GET", "o/base") and hub.select("GET", "/vae/diffusion_pytorch_model")
+    assert not [r for r in hub.select("GET", "/unet/diffusion_pytorch_model")
+                if "o/base" in r.path]
+
+    missing = ("FileNotFoundError: there is no model {}, neither a folder nor on the Hub, or it is "
+               "private: check the name; for a private one run `hf auth login` or set HF_TOKEN")
+    assert [none, unet, name] == [missing.format(i) for i in ("o/none", "o/none", "a/b/c")]
+    assert revision == ("FileNotFoundError: o/whole has no revision 'gone': take a branch, a tag "
+                        "or a commit of it")
+    assert gated.startswith("PermissionError: o/gated is gated: accept its conditions")
+    assert vae == "ValueError: o/root is no VAE, it is a UNet2DConditionModel"
+
+    requests = len(hub.log)
+    absent = [("o/base", {}), ("o/never", {}), ("builtin", {"unet": "o/never"}),
+              ("builtin", {"vae": "o/never"})]
+    offline = hub.run_client(tmp_path, OPEN.format(calls + absent), HF_HUB_OFFLINE="1")
+    assert offline[:len(calls)] == opened and len(hub.log) == requests
+    for text, id_ in zip(offline[len(calls):], ["o/base", "o/never", "o/never", "o/never"],
+                         strict=True):
+        assert text == (f"FileNotFoundError: {id_} is no folder and not, or not all, in the cache "
+                        f"{tmp_path}/hub, and HF_HUB_OFFLINE is set: unset it and run once with a "
+                        "network")
+
+
+@pytest.mark.parametrize("status, kind, text", [
+    (401, PermissionError, r"the Hub refuses o/x@v1 \(401: .*hf auth login"),
+    (403, PermissionError, r"the Hub refuses o/x@v1 \(403: .*a token that may read it"),
+    (502, ConnectionError, r"the transfer of o/x@v1 broke \(bad luck.*run again")])
+def test_what_the_hub_answers_is_told_with_the_mend(status, kind, text):
+    answer = httpx.Response(status, request=httpx.Request("GET", "http://127.0.0.1/o/x"))
+    with pytest.raises(kind, match=text), explain_hub("o/x", "v1"):
+        raise HfHubHTTPError("bad luck", response=answer)
+
+
+def test_local_files_only_asks_nobody(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(FileNotFoundError, match="o/never is no folder and not, or not all, in the "
+                                                "cache .* the Hub cannot be reached or was not"):
+        sdxl.load_pipeline("o/never", local_files_only=True)
+
+
+def test_a_broken_transfer_is_no_missing_variant(tiny_model, tmp_path):
+    weights = (tiny_model / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    with HubServer().run() as hub:
+        hub.add("o/both", read_files(tiny_model / "unet")
+                | {"diffusion_pytorch_model.fp16.safetensors": weights})
+        hub.break_connection("GET", "fp16.safetensors", 100_000, times=20)
+        code = OPEN.format([("builtin", {"unet": "o/both", "variant": "fp16"})])
+        (text,) = hub.run_client(tmp_path, code)
+        assert text.startswith("ConnectionError: the transfer of o/both broke")
+        assert text.endswith("run again, finished files are kept")
+        assert not hub.select("GET", "/diffusion_pytorch_model.safetensors")

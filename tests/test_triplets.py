@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rorem_lib.pictures import decode_image
+from rorem_lib.pictures import decode_image, fit_triplet, read_size
 from rorem_lib.triplets import (
     TripletError,
     TripletWriter,
@@ -268,6 +268,109 @@ def test_resizing_keeps_masks_binary_and_thin_masks_alive(tmp_path):
     found = load_images(read_triplets(tmp_path)[0], size=16)
     assert found["source"].shape == found["gt"].shape == (16, 16, 3)
     assert set(np.unique(found["mask"])) == {0, 255}
+
+
+def _pictures(height, width, box=None, mask=None):
+    """A triplet with a white box (top, left, bottom, right) in its mask."""
+    if mask is None:
+        mask = np.zeros((height, width), np.uint8)
+        mask[box[0]:box[2], box[1]:box[3]] = 255
+    source = np.random.default_rng(5).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return {"source": source, "mask": mask, "gt": source // 2}
+
+
+def test_squashing_gives_pillows_bytes_and_no_size_changes_nothing(tmp_path):
+    grey = np.random.default_rng(1).integers(0, 256, (30, 41), dtype=np.uint8)
+    grey[:10] = 0
+    pictures = _pictures(30, 41, mask=grey)
+    for size in ((24, 24), (16, 48)):
+        found = fit_triplet(pictures, size, mode="squash")
+        for part, value in pictures.items():
+            wanted = np.array(Image.fromarray(value).resize(size[::-1], Image.Resampling.BICUBIC))
+            if part == "mask":
+                wanted = np.where(wanted >= 128, 255, 0)
+            assert np.array_equal(found[part], wanted) and found[part].dtype == np.uint8, part
+    with TripletWriter(tmp_path) as writer:
+        writer.add(id="a", **pictures)
+    triplet, squashed = read_triplets(tmp_path)[0], fit_triplet(pictures, (24, 24), mode="squash")
+    for part, value in load_images(triplet, size=24).items():
+        assert np.array_equal(value, squashed[part])
+    for mode in ("crop", "squash"):
+        same = load_images(triplet, size=(30, 41), mode=mode)
+        assert np.array_equal(same["gt"], pictures["gt"])
+        assert np.array_equal(same["mask"], np.where(grey >= 128, 255, 0))
+
+
+@pytest.mark.parametrize("box, left", [
+    ((10, 80, 20, 96), 32),   # at the right edge
+    ((10, 0, 20, 8), 0),      # at the left one
+    ((10, 46, 20, 50), 16),   # in the middle
+    ((10, 10, 20, 14), 10),   # no further from the centre than needed
+    ((10, 5, 20, 91), 16),    # wider than the window: every window from 5 to 27 holds as much
+])
+def test_cropping_keeps_the_aspect_and_the_mask(box, left):
+    pictures = _pictures(64, 96, box)
+    found = fit_triplet(pictures, (64, 64))
+    for part, value in pictures.items():
+        assert np.array_equal(found[part], value[:, left:left + 64]), part
+    turned = {part: x.swapaxes(0, 1) for part, x in pictures.items()}
+    tall = fit_triplet({part: np.ascontiguousarray(x) for part, x in turned.items()}, (64, 64))
+    assert all(np.array_equal(tall[part], found[part].swapaxes(0, 1)) for part in found)
+
+
+def test_the_plain_centre_can_be_cropped():
+    pictures = _pictures(64, 96, (10, 80, 20, 96))
+    found = fit_triplet(pictures, (64, 64), center=True)
+    assert np.array_equal(found["source"], pictures["source"][:, 16:80])
+    assert not found["mask"].any()
+
+
+def test_a_circle_stays_a_circle_at_any_size():
+    rows, columns = np.mgrid[:150, :400]
+    disc = (((rows - 70) ** 2 + (columns - 300) ** 2) < 50**2).astype(np.uint8) * 255
+    pictures = {"source": np.repeat(disc[..., None], 3, axis=2), "mask": disc, "gt": None}
+    for size in ((64, 64), (48, 96), (96, 64), (300, 300)):
+        found = fit_triplet(pictures, size)
+        assert found["gt"] is None and found["source"].shape == (*size, 3)
+        assert found["mask"].shape == size
+        y, x = np.nonzero(found["mask"])
+        scale = max(size[0] / 150, size[1] / 400)
+        assert np.ptp(y) + 1 == pytest.approx(100 * scale, abs=2)
+        assert np.ptp(x) + 1 == pytest.approx(100 * scale, abs=2)
+        assert np.abs(found["source"][..., 0].astype(int) - found["mask"]).mean() < 3
+    squashed = fit_triplet(pictures, (64, 64), mode="squash")["mask"]
+    y, x = np.nonzero(squashed)
+    assert np.ptp(y) > 2 * np.ptp(x)
+
+
+def test_a_crop_is_neither_all_hole_nor_without_one():
+    found = fit_triplet(_pictures(64, 128, (0, 0, 64, 70)), (64, 64))
+    assert 0.9 < (found["mask"] > 0).mean() < 1
+    for box in ((100, 700, 101, 701), (0, 0, 1, 1), (399, 1199, 400, 1200)):  # one px
+        for mode in ("crop", "squash"):
+            mask = fit_triplet(_pictures(400, 1200, box), (16, 16), mode=mode)["mask"]
+            assert (mask > 0).sum() == 1, (box, mode)
+    with pytest.raises(ValueError, match="take crop or squash"):
+        fit_triplet(_pictures(8, 8, (1, 1, 2, 2)), (4, 4), mode="stretch")
+
+
+def test_sizes_are_read_from_the_header_as_pictures_open(tmp_path):
+    image = Image.fromarray(np.zeros((20, 30, 3), np.uint8))
+    exif = Image.Exif()
+    for turn in (1, 3, 6, 8):
+        exif[0x0112] = turn
+        for name in ("x.jpg", "x.png", "x.webp"):
+            image.save(tmp_path / name, exif=exif)
+            assert read_size(tmp_path / name) == load_image(tmp_path / name).shape[:2], (name, turn)
+    whole = (tmp_path / "x.png").read_bytes()
+    (tmp_path / "x.png").write_bytes(whole[:-30])  # the pixels are not read
+    assert read_size(tmp_path / "x.png") == (30, 20)
+    for content in (b"", b"no picture"):
+        (tmp_path / "x.png").write_bytes(content)
+        with pytest.raises(TripletError, match=r"x\.png is no picture"):
+            read_size(tmp_path / "x.png")
+    with pytest.raises(TripletError, match="does not exist"):
+        read_size(tmp_path / "y.png")
 
 
 def _truncate(path, share=0.6):

@@ -14,6 +14,7 @@ import os
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,8 @@ from measuring import save_result
 from rorem_lib import sdxl
 from rorem_lib.batches import read_batches
 from rorem_lib.pictures import load_image
-from rorem_lib.triplets import read_triplets
+from rorem_lib.triplets import load_images, read_triplets
+from rorem_lib.workers import group_chunks
 
 SIZE, BATCH = 512, 16
 
@@ -70,7 +72,8 @@ def read_as_upstream(triplets):
 
 def read_as_here(triplets):
     """Batches of (source and GT [B, 3, S, S] -1..1, mask [B, 1, S, S] 0..1), float32."""
-    for batch in read_batches(triplets, size=SIZE, batch_size=BATCH):
+    load = partial(load_images, size=SIZE)
+    for batch in read_batches(load, group_chunks(triplets, BATCH)):
         pictures = [sdxl.to_tensor(batch[part]) for part in ("source", "gt")]
         yield pictures, torch.from_numpy(batch["mask"])[:, None].float().div_(255)
 

@@ -1,0 +1,41 @@
+"""LoRA on the UNet: add it to a model for training, write it, merge it into the weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from diffusers import StableDiffusionXLInpaintPipeline
+from peft import LoraConfig, get_peft_model_state_dict
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj",
+                "ff.net.2", "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv",
+                "upsamplers.0.conv", "time_emb_proj"]
+
+
+def add_lora(unet, rank: int, targets=LORA_TARGETS) -> None:
+    """Freeze a UNet and add LoRA layers of `rank` (and alpha) to it, which start without effect.
+
+    Raises:
+        ValueError: the rank is below 1.
+    """
+    if rank < 1:
+        raise ValueError(f"a LoRA rank of {rank} has no weights: take 1 or more")
+    unet.requires_grad_(False)
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)))
+
+
+def save_lora(unet, folder: Path) -> None:
+    """Write a UNet's LoRA as `load_lora_weights` of stock diffusers reads it.
+
+    In peft's own names. diffusers' older names exist for the attention layers alone, and its loader
+    silently drops one kind from a file that mixes both.
+    """
+    StableDiffusionXLInpaintPipeline.save_lora_weights(
+        folder, unet_lora_layers=get_peft_model_state_dict(unet))
+
+
+def merge_lora(unet) -> None:
+    """Add a UNet's LoRA to its weights and take the layers away: it is a plain UNet again."""
+    unet.fuse_lora()
+    unet.unload_lora()

@@ -1,0 +1,308 @@
+"""What makes training fast, and what it costs: attention, compilation, FLOPs, activations.
+
+Costs are counted on copies without data (the meta device), so that a model can be measured before
+a byte of it is computed, and on any machine.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import shutil
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.utils import is_xformers_available
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+# What a GPU multiplies at most in bf16 without sparsity and with float32 sums, TFLOP a second, by
+# words of its name; the first row that fits counts. From the makers' data sheets.
+PEAK_TFLOPS = (
+    ("H100 PCIe", 756), ("H100 NVL", 835), ("H100", 989), ("H200", 989), ("GH200", 989),
+    ("H800", 989), ("H20", 148), ("B200", 2250), ("A100", 312), ("A800", 312), ("A40", 149.7),
+    ("A30", 165), ("A10", 125), ("L40S", 362), ("L40", 181), ("L4", 121),
+    ("RTX 6000 Ada", 364), ("RTX A6000", 154.8), ("RTX 5090", 209.5), ("RTX 4090", 165.2),
+    ("RTX 3090", 71), ("MI300X", 1307))
+# Gradients of activations, work space and fragments, as a factor on what is kept for backward.
+ACTIVATION_MARGIN = 1.2
+# One graph a block, size and mode; more sizes than this many are not compiled but refused.
+COMPILED_GRAPHS = 64
+
+
+class SharedPromptAttention:
+    """Cross-attention whose prompt is the same for the whole batch, as in RORem's training.
+
+    Keys and values are projected once instead of once a sample (3 % of SDXL's FLOPs at 512 px);
+    their gradients are the sums over the batch, as they would be otherwise. The prompt counts as
+    shared when its states have one row, [1, L, C], or are a view of one, `states.expand(B, -1,
+    -1)`. Anything else is projected row by row, so guidance with two prompts stays right. The
+    processor has no parameters and no state.
+
+    Args:
+        fused: PyTorch's fused attention on keys and values expanded to the batch; else plain
+            attention of all queries of the batch in one product, which is faster on CPUs.
+    """
+
+    def __init__(self, *, fused: bool):
+        self.fused = fused
+        self.stock = AttnProcessor2_0() if fused else AttnProcessor()
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, temb=None):
+        """[B, N, C] and [1 or B, L, D] -> [B, N, C]; see `Attention.forward`."""
+        states, batch = encoder_hidden_states, hidden_states.shape[0]
+        shared = attention_mask is None and (states.shape[0] == 1 or states.stride(0) == 0)
+        if not shared:
+            return self.stock(attn, hidden_states, states, attention_mask, temb)
+        states = states[:1]
+        if not self.fused:  # B samples with N queries each are one sample with B x N of them
+            flat = hidden_states.flatten(0, 1)[None]
+            return self.stock(attn, flat, states).view_as(hidden_states)
+        query, key, value = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (
+            attn.to_q(hidden_states), attn.to_k(states), attn.to_v(states)))
+        key, value = (x.expand(batch, -1, -1, -1) for x in (key, value))
+        result = F.scaled_dot_product_attention(query, key, value)
+        result = attn.to_out[0](result.transpose(1, 2).flatten(2))
+        return attn.to_out[1](result)
+
+
+def set_attention(unet, *, xformers: bool = False) -> None:
+    """Give every attention layer the processor that trains fastest on the UNet's device.
+
+    Self-attention stays diffusers' own: fused on GPUs, plain on CPUs, where the fused one's
+    backward pass is slow at the few tokens of small latents. Cross-attention becomes
+    `SharedPromptAttention`. Names of weights do not change.
+
+    Args:
+        unet: a `UNet2DConditionModel`, with or without LoRA layers, on its device.
+        xformers: xformers' kernels for all layers instead; the prompt's states must then be given
+            for each sample, [B, L, C], expanded or not.
+
+    Raises:
+        ValueError: xformers is asked for and is not installed, or there is no GPU.
+    """
+    if xformers:
+        wish = "enable_xformers_memory_efficient_attention"
+        if not is_xformers_available():
+            raise ValueError(
+                f"{wish}: xformers is not installed: run `pip install -c requirements/"
+                'constraints.txt -e ".[xformers]"`, or leave the option off (attention is fused '
+                "without it)")
+        if unet.device.type != "cuda":
+            raise ValueError(f"{wish} needs an NVIDIA GPU and the model is on "
+                             f"{unet.device.type}: leave the option off")
+        unet.enable_xformers_memory_efficient_attention()
+        return
+    fused = unet.device.type != "cpu"
+    stock = AttnProcessor2_0() if fused else AttnProcessor()
+    shared = SharedPromptAttention(fused=fused)
+    unet.set_attn_processor({
+        f"{name}.processor": shared if _is_plain_cross_attention(module) else stock
+        for name, module in unet.named_modules() if isinstance(module, Attention)})
+
+
+def _is_plain_cross_attention(attn: Attention) -> bool:
+    """Whether a layer is as SDXL's are: no norms or residuals of its own."""
+    extras = (attn.group_norm, attn.spatial_norm, attn.norm_cross, attn.norm_q, attn.norm_k)
+    return (attn.is_cross_attention and not any(extras) and not attn.residual_connection
+            and attn.rescale_output_factor == 1 and attn.scale_qk)
+
+
+def prepare_training(unet, *, xformers: bool = False, channels_last: bool | None = None):
+    """Unfreeze a UNet and lay it out for training on its device; see `set_attention`.
+
+    Args:
+        unet: on the device that trains it.
+        xformers: see `set_attention`.
+        channels_last: the weights' memory layout; None takes it on GPUs. On a CPU it gains nothing.
+    """
+    unet.requires_grad_(True).train()
+    set_attention(unet, xformers=xformers)
+    if channels_last or (channels_last is None and unet.device.type != "cpu"):
+        unet.to(memory_format=torch.channels_last)
+    return unet
+
+
+def compile_unet(unet, *, backend: str = "inductor") -> None:
+    """Compile the repeated transformer blocks in place; names of weights do not change.
+
+    Each size of latents gets graphs of its own at its first step, which then takes longer.
+
+    Args:
+        unet: the model, its attention and LoRA layers already set.
+        backend: `torch.compile`'s.
+
+    Raises:
+        ValueError: there is no compiler that could build the generated code.
+    """
+    gpu = unet.device.type == "cuda"
+    variable, names = ("CC", ("gcc", "clang", "cc")) if gpu else ("CXX", ("g++", "clang++", "c++"))
+    wish = os.environ.get(variable, "").split()[:1]
+    if backend == "inductor" and not any(map(shutil.which, wish or names)):
+        raise ValueError(f"torch_compile needs a {'C' if gpu else 'C++'} compiler and there is "
+                         f"no {' or '.join(wish or names)} here: install one (for example "
+                         f"`apt-get install g++`), name it in {variable}, or set torch_compile "
+                         "to false")
+    # All blocks share one line of code, so the limit counts the graphs of all of them together.
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, COMPILED_GRAPHS)
+    unet.compile_repeated_blocks(backend=backend, fullgraph=True, dynamic=False)
+
+
+def count_flops(unet, height: int, width: int, *, encoder_tokens: int = 77) -> float:
+    """FLOPs of one image through a UNet, forward, 2 a multiply-add, all matrix products.
+
+    Training takes 3 times as many: backward costs two forwards. Work that is saved (keys and
+    values of a shared prompt) or done twice (gradient checkpointing) does not change the number,
+    as MFU wants it. SDXL-inpainting at 512 px: 1.589e12.
+
+    Args:
+        unet: a `UNet2DConditionModel` of the SDXL kind on any device; it is not run.
+        height: of the latents.
+        width: of the latents.
+        encoder_tokens: length of the prompt.
+    """
+    model = _copy_to_meta(unet)
+    model.set_attn_processor(AttnProcessor())
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        _run_once(model, height, width, encoder_tokens)
+    return float(counter.get_total_flops())
+
+
+def find_peak_flops(device) -> float | None:
+    """FLOPs a second a GPU can do at most in dense bf16; None where that is not known.
+
+    `ROREM_PEAK_TFLOPS` (in 10^12 a second) goes before the table, on CPUs too.
+
+    Raises:
+        ValueError: the variable is not a number above 0.
+    """
+    if given := os.environ.get("ROREM_PEAK_TFLOPS"):
+        try:
+            peak = float(given)
+        except ValueError:
+            peak = math.nan
+        if not 0 < peak < math.inf:
+            raise ValueError(f"ROREM_PEAK_TFLOPS is {given!r}: give the device's peak in TFLOP a "
+                             "second, for example 989, or unset it")
+        return peak * 1e12
+    device = torch.device(device)
+    if device.type != "cuda":
+        return None
+    words = torch.cuda.get_device_name(device).replace("-", " ").split()
+    if {"D", "Laptop", "MIG"} & set(words):  # less than the name promises
+        return None
+    return next((peak * 1e12 for name, peak in PEAK_TFLOPS if set(name.split()) <= set(words)),
+                None)
+
+
+def count_activation_bytes(unet, height: int, width: int, *, precision: str = "no",
+                           encoder_tokens: int = 77) -> int:
+    """Bytes of activations that one image keeps for the backward pass without checkpointing.
+
+    Every storage counts once; weights do not count. Frozen layers keep less, so LoRA's need is
+    counted as it is. Attention counts as fused, on CPUs as plain (see `set_attention`).
+
+    Args:
+        unet: a `UNet2DConditionModel` of the SDXL kind on the device that trains it; not run.
+        height: of the latents.
+        width: of the latents.
+        precision: "no", "bf16" or "fp16": what autocast keeps in which type is imitated.
+        encoder_tokens: length of the prompt.
+    """
+    on_cpu = unet.device.type == "cpu"
+    model = _copy_to_meta(unet)
+    model.disable_gradient_checkpointing()
+    model.set_attn_processor(AttnProcessor() if on_cpu else AttnProcessor2_0())
+    model.train()
+    if precision != "no":
+        _imitate_autocast(model, norms=not on_cpu)
+    weights = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage  # held, or its address could be given out again
+        return tensor
+
+    with _FusedAttention(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        _run_once(model, height, width, encoder_tokens)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def choose_checkpointing(unet, sizes: Sequence[tuple[int, int]], batch_size: int, *,
+                         bytes_free: int, states_bytes: int, precision: str) -> bool:
+    """Whether gradient checkpointing is needed for a micro-batch to fit in memory.
+
+    Checkpointing computes the forward pass twice (a third more work), so it is for those who must.
+    It is needed when states, the copies of the weights that autocast keeps (2 bytes a weight) and
+    `ACTIVATION_MARGIN` times the activations of the largest size are more than what is free.
+
+    Args:
+        unet: the model as it will be trained, on its device, before it is wrapped or compiled.
+        sizes: (height, width) of all latents that occur.
+        batch_size: samples of one forward pass.
+        bytes_free: memory that is free now on the device (of the fullest one).
+        states_bytes: what of it gradients, optimizer and averages will take on one device, and
+            the weights, where they are not there yet.
+        precision: "no", "bf16" or "fp16".
+    """
+    need = states_bytes
+    if precision != "no":
+        need += 2 * sum(p.numel() for p in unet.parameters())
+    need += ACTIVATION_MARGIN * batch_size * max(
+        count_activation_bytes(unet, height, width, precision=precision)
+        for height, width in set(sizes))
+    return need > bytes_free
+
+
+def _copy_to_meta(unet):
+    """A copy without data: same layers, LoRA included, same `requires_grad`."""
+    memo = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+            for p in unet.parameters()}
+    memo |= {id(b): torch.empty_like(b, device="meta") for b in unet.buffers()}
+    return copy.deepcopy(unet, memo)
+
+
+def _imitate_autocast(model, *, norms: bool) -> None:
+    """Give each layer the types autocast gives it; there is no autocast for the meta device.
+
+    Matrix products take half precision. Norms take float32 on GPUs (`norms`), not on CPUs.
+    """
+    def cast(dtype):
+        return lambda module, inputs: (inputs[0].to(dtype), *inputs[1:])
+
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            module.to(torch.bfloat16).register_forward_pre_hook(cast(torch.bfloat16))
+        elif isinstance(module, (nn.GroupNorm, nn.LayerNorm)) and norms:
+            module.register_forward_pre_hook(cast(torch.float32))
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Fused attention on the meta device, where PyTorch takes the plain one and keeps N x N scores.
+
+    Flash and memory-efficient kernels keep the same: their inputs, the output, a number a query.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            return torch.ops.aten._scaled_dot_product_flash_attention(*args[:3])[0]
+        return func(*args, **(kwargs or {}))
+
+
+def _run_once(model, height: int, width: int, tokens: int) -> None:
+    """One image through a UNet on the meta device."""
+    config = model.config
+    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    with torch.device("meta"):
+        model(torch.empty(1, config.in_channels, height, width),
+              torch.empty(1, dtype=torch.int64),
+              torch.empty(1, tokens, config.cross_attention_dim),
+              added_cond_kwargs={"text_embeds": torch.empty(1, pooled),
+                                 "time_ids": torch.empty(1, 6)})

@@ -1,0 +1,323 @@
+"""Attention, compilation, FLOPs, activations: what makes training fast, and what it costs."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from peft import LoraConfig
+
+from rorem_lib import sdxl, speed
+
+BATCH = 3
+CONFIG = UNet2DConditionModel.load_config(sdxl.BUILTIN_FOLDER / "unet")
+SDXL = {**CONFIG, "block_out_channels": (320, 640, 1280), "layers_per_block": 2,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": [5, 10, 20], "transformer_layers_per_block": [1, 2, 10],
+        "cross_attention_dim": 2048, "addition_time_embed_dim": 256, "norm_num_groups": 32,
+        "projection_class_embeddings_input_dim": 2816, "sample_size": 128}
+
+
+@pytest.fixture
+def unet():
+    torch.manual_seed(0)
+    return speed.prepare_training(UNet2DConditionModel.from_config(CONFIG))
+
+
+@pytest.fixture(scope="module")
+def full_size():
+    """SDXL-inpainting's UNet without data."""
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config(SDXL).train()
+
+
+def make_inputs(height=8, width=8, *, states=None):
+    torch.manual_seed(1)
+    inputs = {"sample": torch.randn(BATCH, 9, height, width), "timestep": torch.arange(BATCH) * 300,
+              "encoder_hidden_states": torch.randn(1, 77, 32).expand(BATCH, -1, -1),
+              "added_cond_kwargs": {"text_embeds": torch.randn(1, 16).expand(BATCH, -1),
+                                    "time_ids": torch.full((BATCH, 6), 64.0)}}
+    return inputs if states is None else inputs | {"encoder_hidden_states": states}
+
+
+def differentiate(unet, **inputs):
+    """The output and the gradients of all trained weights."""
+    unet.zero_grad()
+    output = unet(**(inputs or make_inputs())).sample
+    (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
+    return output.detach(), {n: p.grad.clone() for n, p in unet.named_parameters()
+                             if p.requires_grad}
+
+
+def assert_same(one, other):
+    torch.testing.assert_close(one[0], other[0], rtol=1e-5, atol=1e-5)
+    assert one[1].keys() == other[1].keys() and one[1]
+    for name, gradient in one[1].items():
+        scale = gradient.abs().max().item()
+        assert scale > 0, name
+        torch.testing.assert_close(gradient, other[1][name], rtol=1e-4, atol=1e-5 * scale,
+                                   msg=lambda text, name=name: f"{name}: {text}")
+
+
+def share_prompt(unet, *, fused):
+    stock = AttnProcessor2_0() if fused else AttnProcessor()
+    shared = speed.SharedPromptAttention(fused=fused)
+    unet.set_attn_processor({n: shared if "attn2" in n else stock for n in unet.attn_processors})
+
+
+def count_projected_rows(unet, inputs):
+    rows = []
+    layers = [m for n, m in unet.named_modules() if n.endswith(("attn2.to_k", "attn2.to_v"))]
+    hooks = [layer.register_forward_hook(lambda _, given, __: rows.append(len(given[0])))
+             for layer in layers]
+    result = differentiate(unet, **inputs)
+    for hook in hooks:
+        hook.remove()
+    assert len(rows) == len(layers) > 0
+    return set(rows), result
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
+def test_a_shared_prompt_gives_the_stock_output_and_gradients(unet, fused, lora):
+    if lora:
+        unet.requires_grad_(False)
+        unet.add_adapter(LoraConfig(r=4, init_lora_weights=False,
+                                    target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    unet.set_attn_processor(AttnProcessor2_0() if fused else AttnProcessor())
+    rows, stock = count_projected_rows(unet, make_inputs())
+    assert rows == {BATCH}
+    share_prompt(unet, fused=fused)
+    rows, shared = count_projected_rows(unet, make_inputs())
+    assert rows == {1}
+    assert_same(stock, shared)
+    assert any("lora_A" in name and "attn2.to_k" in name for name in shared[1]) == lora
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_the_prompt_may_come_as_one_row(unet, fused):
+    share_prompt(unet, fused=fused)
+    inputs = make_inputs()
+    expanded = differentiate(unet, **inputs)
+    rows, alone = count_projected_rows(
+        unet, make_inputs(states=inputs["encoder_hidden_states"][:1]))
+    assert rows == {1}
+    assert_same(expanded, alone)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_prompts_that_differ_are_not_shared(unet, fused):
+    torch.manual_seed(2)
+    inputs = make_inputs(states=torch.randn(BATCH, 77, 32))
+    unet.set_attn_processor(AttnProcessor2_0() if fused else AttnProcessor())
+    stock = differentiate(unet, **inputs)
+    share_prompt(unet, fused=fused)
+    rows, result = count_projected_rows(unet, inputs)
+    assert rows == {BATCH}
+    assert_same(stock, result)
+
+
+def test_set_attention_shares_cross_attention_and_keeps_names(unet):
+    kinds = {name: type(processor) for name, processor in unet.attn_processors.items()}
+    assert {name: kind for name, kind in kinds.items() if "attn2" in name} == {
+        name: speed.SharedPromptAttention for name in kinds if "attn2" in name}
+    assert {kind for name, kind in kinds.items() if "attn1" in name} == {AttnProcessor}
+    assert {processor.fused for name, processor in unet.attn_processors.items()
+            if "attn2" in name} == {False}
+    assert set(unet.state_dict()) == set(UNet2DConditionModel.from_config(CONFIG).state_dict())
+
+
+def test_away_from_the_cpu_attention_is_fused(full_size):
+    unet = copy.deepcopy(full_size)
+    speed.set_attention(unet)
+    for name, processor in unet.attn_processors.items():
+        if "attn2" in name:
+            assert isinstance(processor, speed.SharedPromptAttention) and processor.fused
+        else:
+            assert type(processor) is AttnProcessor2_0
+
+
+def test_a_layer_unlike_sdxls_keeps_the_stock_processor(unet):
+    odd = unet.mid_block.attentions[0].transformer_blocks[0].attn2
+    odd.residual_connection = True
+    speed.set_attention(unet)
+    assert type(odd.processor) is AttnProcessor
+    inputs = make_inputs()
+    shared = differentiate(unet, **inputs)
+    unet.set_attn_processor(AttnProcessor())
+    assert_same(shared, differentiate(unet, **inputs))
+
+
+@pytest.mark.parametrize("installed, text", [(False, r"pip install .*\[xformers\]"),
+                                             (True, "needs an NVIDIA GPU")])
+def test_xformers_that_cannot_run_is_refused_with_the_mend(unet, monkeypatch, installed, text):
+    monkeypatch.setattr(speed, "is_xformers_available", lambda: installed)
+    with pytest.raises(ValueError, match=text):
+        speed.set_attention(unet, xformers=True)
+
+
+def test_compiled_blocks_train_the_same_at_more_sizes_than_dynamo_allows(unet, monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    compiled = copy.deepcopy(unet)
+    speed.compile_unet(compiled, backend="eager")
+    assert list(compiled.state_dict()) == list(unet.state_dict())
+    for side in (4, 6, 8, 10):
+        inputs = make_inputs(side, 8)
+        assert_same(differentiate(unet, **inputs), differentiate(compiled, **inputs))
+
+
+def test_compilation_without_a_compiler_names_the_mend(unet, monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match=r"C\+\+ compiler .* no g\+\+ .*torch_compile"):
+        speed.compile_unet(unet)
+
+
+def test_a_compiler_that_cxx_names_but_is_not_there_is_refused(unet, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler -O3")
+    with pytest.raises(ValueError, match="no no-such-compiler here"):
+        speed.compile_unet(unet)
+
+
+def test_flops_are_those_of_the_products_counted_layer_by_layer(unet):
+    total = []
+
+    def note(module, inputs, output):
+        if isinstance(module, torch.nn.Conv2d):
+            total.append(2 * output.numel() * module.weight[0].numel())
+        elif isinstance(module, torch.nn.Linear):
+            total.append(2 * output.numel() * module.in_features)
+
+    class Counting(AttnProcessor):
+        def __call__(self, attn, hidden_states, encoder_hidden_states=None, **kwargs):
+            keys = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+            width = attn.to_q.out_features  # scores and their products with the values
+            total.append(2 * 2 * hidden_states.shape[1] * keys.shape[1] * width)
+            return super().__call__(attn, hidden_states, encoder_hidden_states, **kwargs)
+
+    counted = speed.count_flops(unet, 8, 12, encoder_tokens=20)
+    unet.set_attn_processor(Counting())
+    for module in unet.modules():
+        module.register_forward_hook(note)
+    with torch.no_grad():
+        unet(torch.randn(1, 9, 8, 12), 5, torch.randn(1, 20, 32), added_cond_kwargs={
+            "text_embeds": torch.randn(1, 16), "time_ids": torch.zeros(1, 6)})
+    assert counted == sum(total)
+
+
+def test_flops_of_sdxl_inpainting_are_the_known_ones(full_size):
+    assert sum(p.numel() for p in full_size.parameters()) == 2_567_478_084
+    assert speed.count_flops(full_size, 64, 64) == pytest.approx(1.589e12, rel=1e-3)
+    assert speed.count_flops(full_size, 128, 128) == pytest.approx(6.762e12, rel=1e-3)
+
+
+def test_counting_leaves_the_model_as_it_is(unet):
+    unet.enable_gradient_checkpointing()
+    before = {name: (p.data_ptr(), p.requires_grad) for name, p in unet.named_parameters()}
+    processors = dict(unet.attn_processors)
+    speed.count_flops(unet, 8, 8)
+    speed.count_activation_bytes(unet, 8, 8, precision="bf16")
+    assert {n: (p.data_ptr(), p.requires_grad) for n, p in unet.named_parameters()} == before
+    assert unet.attn_processors == processors and unet.is_gradient_checkpointing
+    assert all(p.dtype == torch.float32 and p.grad is None for p in unet.parameters())
+    assert not any(module._forward_pre_hooks for module in unet.modules())
+
+
+@pytest.mark.parametrize("name, tflops", [
+    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835),
+    ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA H200", 989), ("NVIDIA L40S", 362), ("NVIDIA L4", 121),
+    ("NVIDIA GeForce RTX 4090", 165.2), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+    ("NVIDIA GeForce RTX 4090 D", None), ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None),
+    ("NVIDIA A10G", None), ("Something New", None)])
+def test_peaks_are_found_by_the_name_of_the_gpu(monkeypatch, name, tflops):
+    monkeypatch.delenv("ROREM_PEAK_TFLOPS", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    expected = None if tflops is None else pytest.approx(tflops * 1e12)
+    assert speed.find_peak_flops("cuda:0") == expected
+
+
+def test_a_peak_that_is_given_goes_before_the_table(monkeypatch):
+    monkeypatch.delenv("ROREM_PEAK_TFLOPS", raising=False)
+    assert speed.find_peak_flops("cpu") is None
+    monkeypatch.setenv("ROREM_PEAK_TFLOPS", "0.25")
+    assert speed.find_peak_flops("cpu") == 0.25e12
+
+
+@pytest.mark.parametrize("value", ["fast", "0", "-3", "nan", "inf"])
+def test_a_peak_that_is_no_number_is_refused(monkeypatch, value):
+    monkeypatch.setenv("ROREM_PEAK_TFLOPS", value)
+    with pytest.raises(ValueError, match="ROREM_PEAK_TFLOPS"):
+        speed.find_peak_flops("cpu")
+
+
+def measure_kept_bytes(unet, precision):
+    """Bytes that a forward pass of one image really keeps, weights and their copies left out."""
+    weights = {p.untyped_storage().data_ptr() for p in unet.parameters()}
+    kept = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    inputs = make_inputs(16, 16)
+    inputs = {name: value[:1] for name, value in inputs.items() if name != "added_cond_kwargs"} | {
+        "added_cond_kwargs": {n: v[:1] for n, v in inputs["added_cond_kwargs"].items()}}
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        with sdxl.autocast(precision):
+            output = unet(**inputs).sample
+    output.sum().backward()  # what is kept was alive until here: no address came twice
+    copies = sum(2 * m.weight.numel() for m in unet.modules()
+                 if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d)))
+    return sum(kept.values()) - (copies if precision != "no" else 0)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_activations_are_counted_as_they_are_kept(unet, precision):
+    real = measure_kept_bytes(unet, precision)
+    counted = speed.count_activation_bytes(unet, 16, 16, precision=precision)
+    assert counted == pytest.approx(real, rel=0.1)
+
+
+def test_frozen_layers_keep_less(unet):
+    whole = speed.count_activation_bytes(unet, 16, 16)
+    unet.requires_grad_(False)
+    unet.add_adapter(LoraConfig(r=4, target_modules=["to_k"]))
+    assert speed.count_activation_bytes(unet, 16, 16) < 0.9 * whole
+
+
+def test_fused_attention_keeps_no_scores_and_half_precision_less(full_size):
+    half = speed.count_activation_bytes(full_size, 64, 64, precision="bf16")
+    # 3.24 GiB in float32; norms stay so
+    assert half == pytest.approx(2.07 * 2**30, rel=0.02)
+    # four times the pixels, four times the bytes: nothing grows with their square
+    large = speed.count_activation_bytes(full_size, 128, 128, precision="bf16")
+    assert large == pytest.approx(4 * half, rel=0.05)
+
+
+@pytest.mark.parametrize("precision, copies", [("no", 0), ("bf16", 2)])
+def test_checkpointing_is_chosen_where_the_largest_size_does_not_fit(unet, precision, copies):
+    largest = speed.count_activation_bytes(unet, 16, 24, precision=precision)
+    need = 1000 + 4 * 1.2 * largest + copies * sum(p.numel() for p in unet.parameters())
+    chosen = [speed.choose_checkpointing(
+        unet, [(8, 8), (16, 24)], 4, bytes_free=int(free), states_bytes=1000,
+        precision=precision) for free in (need - 2, need + 2)]
+    assert chosen == [True, False]
+
+
+def test_sdxl_at_batch_16_needs_checkpointing_on_80_gb_and_batch_8_does_not(full_size):
+    states = 12 * 2_567_478_084  # gradients and two moments in float32
+    memory = {"bytes_free": int(79.6e9) - 4 * 2_567_478_084, "states_bytes": states}
+    chosen = [speed.choose_checkpointing(full_size, [(64, 64)], batch, precision="bf16", **memory)
+              for batch in (16, 8)]
+    assert chosen == [True, False]
+
+
+def test_checkpointing_changes_no_gradient(unet):
+    without = differentiate(unet)
+    unet.enable_gradient_checkpointing()
+    assert_same(without, differentiate(unet))
