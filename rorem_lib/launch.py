@@ -35,12 +35,6 @@ _OUT_OF_MEMORY = ("out of memory", "MemoryError", "can't allocate memory", "bad_
                   "exitcode: -9", "exitcode  : -9", "Signals.SIGKILL")
 
 
-# glibc: keep freed memory instead of giving every large tensor's pages back to the system and
-# asking for them again; worth about a tenth of a training step on a CPU.
-_KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184",
-                "MALLOC_TOP_PAD_": "268435456"}
-
-
 class JobError(RuntimeError):
     """A job that failed; the message ends with the last 40 lines of its log."""
 
@@ -132,8 +126,6 @@ def build_environment(hardware: str | None, output_dir: Path) -> dict[str, str]:
     if file is None or file.stem.startswith("cpu"):
         environment["ACCELERATE_USE_CPU"] = "true"
         environment["GLOO_SOCKET_IFNAME"] = "lo"
-        for name, value in _KEEP_MEMORY.items():
-            environment.setdefault(name, value)
     return environment
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import yaml
 
+from rorem_lib import sharding, speed
 from rorem_lib.parameters import coerce_value
 
 logger = logging.getLogger(__name__)
@@ -224,4 +225,6 @@ def run_job(function, config) -> None:
     """A stage module's `main`: log lines to standard output, then the work."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     logging.getLogger("accelerate").setLevel(logging.WARNING)
+    if sharding.find_device() == "cpu":
+        speed.tune_cpu()
     function(config)

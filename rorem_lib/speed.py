@@ -6,7 +6,9 @@ a byte of it is computed, and on any machine.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import ctypes
 import math
 import os
 import shutil
@@ -28,10 +30,37 @@ PEAK_TFLOPS = (
     ("A30", 165), ("A10", 125), ("L40S", 362), ("L40", 181), ("L4", 121),
     ("RTX 6000 Ada", 364), ("RTX A6000", 154.8), ("RTX 5090", 209.5), ("RTX 4090", 165.2),
     ("RTX 3090", 71), ("MI300X", 1307))
+# mallopt's M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+_KEEP_MEMORY = ((-4, 0), (-1, 2**31 - 1), (-2, 2**28))
 # Gradients of activations, work space and fragments, as a factor on what is kept for backward.
 ACTIVATION_MARGIN = 1.2
 # One graph a block, size and mode; more sizes than this many are not compiled but refused.
 COMPILED_GRAPHS = 64
+
+
+def tune_cpu() -> None:
+    """Make this process's training on a CPU faster, with the same numbers; for a job's start.
+
+    Two settings, together worth a quarter of a float32 step (`tests/benchmarks/bench_training.py`):
+
+    - Freed memory is kept (glibc) instead of giving every large tensor's pages back to the system
+      and asking for them again.
+    - float32 matrix products go to oneDNN, on AMD's processors twice as fast as MKL. PyTorch does
+      so only where products may be rounded to bf16; without AMX units oneDNN does not round them,
+      which is tried here, and taken back where it does.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another system, another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        for parameter, value in _KEEP_MEMORY:
+            mallopt(parameter, value)
+    if torch.cpu._is_amx_tile_supported():
+        return
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(256, 512, generator=generator) for _ in range(2))
+    exact = F.linear(a.double(), b.double())
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    if (F.linear(a, b) - exact).abs().max() > 1e-5 * exact.abs().max():
+        torch.backends.mkldnn.matmul.fp32_precision = "none"
 
 
 class SharedPromptAttention:

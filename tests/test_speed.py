@@ -2,6 +2,9 @@
 
 import copy
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -321,3 +324,18 @@ def test_checkpointing_changes_no_gradient(unet):
     without = differentiate(unet)
     unet.enable_gradient_checkpointing()
     assert_same(without, differentiate(unet))
+
+
+def test_the_cpu_is_tuned_without_another_rounding():
+    """In a process of its own: the settings are the process's."""
+    code = """
+import torch
+from rorem_lib import speed
+a, b = torch.randn(300, 700), torch.randn(200, 700)
+exact = torch.nn.functional.linear(a.double(), b.double())
+speed.tune_cpu()
+error = (torch.nn.functional.linear(a, b) - exact).abs().max() / exact.abs().max()
+assert error < 1e-5, error
+assert torch.backends.mkldnn.matmul.fp32_precision in ("none", "bf16")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
