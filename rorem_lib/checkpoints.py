@@ -33,7 +33,10 @@ logger = logging.getLogger(__name__)
 FREE_FIELDS = {"output_dir", "max_train_steps", "num_train_epochs", "checkpointing_steps",
                "checkpoints_total_limit", "resume_from_checkpoint", "logging_steps", "logging_dir",
                "report_to", "comments", "dataloader_num_workers", "latent_cache_dir",
-               "validation_steps", "num_validation_images", "validation_meta_path"}
+               "validation_steps", "num_validation_images", "validation_meta_path",
+               # speed and memory alone
+               "gradient_checkpointing", "torch_compile", "channels_last", "allow_tf32",
+               "enable_xformers_memory_efficient_attention"}
 # Their product with the number of processes is compared in their place.
 _BATCH_FIELDS = {"train_batch_size", "gradient_accumulation_steps"}
 _UNET = Path("unet", "diffusion_pytorch_model.safetensors")
@@ -87,7 +90,8 @@ def save_checkpoint(accelerator, config, step: int, *, choices: dict | None = No
 
 def _clear(folder: Path) -> None:
     """Remove what killed runs left half written or half removed."""
-    for pattern in ("checkpoint-*.partial", "checkpoint-*.old", ".checkpoint-*.old"):
+    for pattern in ("checkpoint-*.partial", "checkpoint-*.old", ".checkpoint-*.old",
+                    ".model.partial"):
         for left in folder.glob(pattern):
             shutil.rmtree(left, ignore_errors=True)
 
@@ -159,13 +163,11 @@ def _complete(accelerator, folder: Path, beside: Path, record: dict, config) -> 
     """On the main process: `step.json`, the files to the disk, the name, the old ones away."""
     if not accelerator.is_main_process:
         return
+    disk.flush_folder(beside)
     files = [p for p in sorted(beside.rglob("*")) if p.is_file()]
-    for path in files:
-        disk.flush(path)
     write_json(beside / "step.json", record | {
         "files": {str(p.relative_to(beside)): p.stat().st_size for p in files}})
-    for path in [*(p for p in beside.rglob("*") if p.is_dir()), beside]:
-        disk.flush(path)
+    disk.flush(beside)
     replace_folder(beside, beside.with_suffix(""))
     disk.flush(folder)
     for other in _list_folders(folder):

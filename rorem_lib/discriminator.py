@@ -19,13 +19,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Dataset
 
-from rorem_lib import latent_cache, loop, options, sdxl
+from rorem_lib import latent_cache, loop, options, sdxl, sharding
 from rorem_lib.files import read_json, write_json
 from rorem_lib.latents import CacheSpec
 from rorem_lib.order import Order
@@ -161,9 +160,12 @@ class Discriminator(nn.Module):
         write_json(folder / "config.json", self.settings)
 
     @classmethod
-    def from_pretrained(cls, model_id: str, *, device="cpu",
+    def from_pretrained(cls, model_id: str, *, device=None,
                         revision: str | None = None) -> Discriminator:
         """Open a discriminator that `save_pretrained` wrote (a folder or a Hub id).
+
+        Args:
+            device: by default the GPU where there is one.
 
         Raises:
             FileNotFoundError: the folder is not a discriminator's.
@@ -183,6 +185,7 @@ class Discriminator(nn.Module):
                     origin={k: settings.get(k) for k in ("base_model", "revision", "resolution")})
         set_peft_model_state_dict(model.unet, load_file(folder / LORA_FILE))
         model.head.load_state_dict(load_file(folder / HEAD_FILE))
+        device = device or sharding.find_device()
         model.pipe[0].vae.to(device)
         return model.to(device).eval()
 
@@ -222,8 +225,10 @@ class DiscriminatorObjective(loop.Objective):
         origin = {"base_model": config.pretrained_model_name_or_path,
                   "revision": config.revision, "resolution": config.resolution}
         self.vae = pipe.vae
-        return Discriminator(pipe, rank=config.rank, lora_targets=config.lora_targets,
-                             head_channels=config.head_channels, origin=origin).train()
+        model = Discriminator(pipe, rank=config.rank, lora_targets=config.lora_targets,
+                             head_channels=config.head_channels, origin=origin)
+        sdxl.drop_text_encoders(pipe)
+        return model.train()
 
     def make_dataset(self):
         config = self.config
@@ -233,10 +238,10 @@ class DiscriminatorObjective(loop.Objective):
             raise ValueError(f"{config.meta_path}: a discriminator learns from accepted and "
                              f"rejected removals; of {len(labels)} labelled ones "
                              f"{int(labels.sum())} are accepted")
-        self.positive_weight = ((1 - labels.mean()) / labels.mean() if config.balance_classes
-                                else 1.0)
+        rejected = (1 - labels.mean()) / labels.mean() if config.balance_classes else 1.0
+        self.positive_weight = torch.tensor(rejected, dtype=torch.float32, device=self.device)
         self.metrics |= {"train_size": len(labels), "accepted_share": float(labels.mean())}
-        process = PartialState()
+        process = self.accelerator
         store = latent_cache.open_store(
             triplets, self.vae, sizes=[(config.resolution, config.resolution)] * len(triplets),
             spec=CacheSpec(parts=("gt", "source"), resize_mode="squash", twins=config.random_flip),
@@ -245,8 +250,8 @@ class DiscriminatorObjective(loop.Objective):
 
     def compute_loss(self, model, batch):
         logits = model(batch["gt"], batch["mask"], batch["source"]).float()
-        weight = torch.as_tensor(self.positive_weight, dtype=torch.float32, device=logits.device)
-        loss = F.binary_cross_entropy_with_logits(logits, batch["label"], pos_weight=weight)
+        loss = F.binary_cross_entropy_with_logits(logits, batch["label"],
+                                                  pos_weight=self.positive_weight)
         hits = ((logits > 0) == (batch["label"] > 0.5)).float().mean()
         return loss, {"accuracy": hits}
 

@@ -68,6 +68,13 @@ def flush(path: Path) -> None:
         os.close(number)
 
 
+def flush_folder(folder: Path) -> None:
+    """`flush` of everything below a folder, and of the folder."""
+    below = sorted(folder.rglob("*"))
+    for path in [p for p in below if p.is_file()] + [p for p in below if p.is_dir()] + [folder]:
+        flush(path)
+
+
 def remove_folder(folder: Path) -> None:
     """Rename it to `<name>.old`, then remove it: what is half removed must not look whole."""
     old = folder.with_name(f"{folder.name}.old")

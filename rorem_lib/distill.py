@@ -105,6 +105,10 @@ class DistillObjective(RemoverObjective):
             loss = error.square().mean()
         return loss, {}
 
+    def tune_model(self, model):
+        """Twice the work of a remover's LoRA: teacher and target are a forward pass each."""
+        return 2 * super().tune_model(model)
+
     def make_validation(self):
         """The student's removals as it is used: in 4 steps."""
         if not self.config.validation_steps:

@@ -16,14 +16,15 @@ import shutil
 import time
 from pathlib import Path
 
+import cv2
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
 from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader, Dataset
 
-from rorem_lib import checkpoints, sdxl, sharding, tracking
+from rorem_lib import checkpoints, disk, sdxl, sharding, tracking
 from rorem_lib.files import replace_folder, write_json
 from rorem_lib.options import LoopConfig
 from rorem_lib.order import Positions
@@ -114,9 +115,13 @@ def train(objective: Objective, config: LoopConfig) -> dict:
             project_dir=config.output_dir,
             logging_dir=str(Path(config.output_dir) / config.logging_dir)))
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+    if accelerator.device.type == "cuda":
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if config.allow_tf32 else "ieee"
     try:
         return _Training(objective, config, accelerator).run()
     except (RuntimeError, MemoryError) as error:
+        if objective.choices.get("gradient_checkpointing"):  # chosen already: no advice
+            config = dataclasses.replace(config, gradient_checkpointing=True)
         if text := tracking.describe_out_of_memory(error, config):
             raise MemoryError(text) from error
         raise
@@ -149,6 +154,7 @@ class _Training:
         objective.accelerator = accelerator
         objective.choices = checkpoints.peek_choices(config)
         model = objective.build_model()
+        accelerator.wait_for_everyone()  # one node may load for minutes longer than another
         self.dataset = objective.make_dataset()
         if not config.max_train_steps:
             config = objective.config = _count_steps(config, objective)
@@ -176,7 +182,7 @@ class _Training:
         self.validate = objective.make_validation()
         if self.validate is not None and sharding.find_kind(accelerator) == "FSDP2":
             logger.warning("validation_steps has no effect under FSDP2, whose weights are whole "
-                           "on no process: validate the checkpoints instead")
+                           "on no process: only the finished model can be looked at")
             self.validate = None
         tracking.start_trackers(accelerator, config)
         self.tracker = tracking.Tracker(accelerator, config, self.folder, objective.global_batch,
@@ -193,6 +199,7 @@ class _Training:
             num_workers=config.dataloader_num_workers, pin_memory=on_gpu,
             # of its own: else it draws from the noise that a checkpoint restores
             generator=torch.Generator().manual_seed(config.seed),
+            worker_init_fn=_calm_worker,
             persistent_workers=config.dataloader_num_workers > 0)
         line: dict = {}
         if self.first == 0:
@@ -204,7 +211,7 @@ class _Training:
             if not accelerator.sync_gradients:
                 continue
             self.step += 1
-            if self.step % config.logging_steps == 0 or self.step == config.max_train_steps:
+            if self._is_due(config.logging_steps) or self.step == config.max_train_steps:
                 line = self.tracker.write(self.step, norm, self.scheduler.get_last_lr()[0])
             self._pause_at(norm)
         accelerator.wait_for_everyone()
@@ -230,7 +237,7 @@ class _Training:
                 shown.append((share, {"loss": loss.detach(), **extra}))
             self.tracker.add(tracking.merge_chunks(shown))
             if accelerator.sync_gradients:
-                norm = sharding.clip(accelerator, self.trained, self.config.max_grad_norm)
+                norm = sharding.clip(accelerator, model, self.config.max_grad_norm)
             self.optimizer.step()
             self.optimizer.zero_grad()
         if accelerator.sync_gradients:
@@ -242,7 +249,7 @@ class _Training:
     def _pause_at(self, norm) -> None:
         """What a step may end with: a look at the pictures, a checkpoint."""
         config, step = self.config, self.step
-        save = step % config.checkpointing_steps == 0 and step < config.max_train_steps
+        save = self._is_due(config.checkpointing_steps) and step < config.max_train_steps
         if not (save or self._is_look_due()):
             return
         with self.tracker.excluded():  # waits for the GPU: not at every step
@@ -254,22 +261,23 @@ class _Training:
                 checkpoints.save_checkpoint(self.accelerator, config, step,
                                             choices=self.objective.choices)
 
+    def _is_due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
     def _is_look_due(self) -> bool:
         every = getattr(self.config, "validation_steps", 0)
-        return bool(every) and self.validate is not None and (
-            self.step % every == 0 or self.step == self.config.max_train_steps)
+        return every > 0 and self.validate is not None and (
+            self._is_due(every) or self.step == self.config.max_train_steps)
 
     def _look(self) -> None:
         """Validation at the start, every `validation_steps` and at the end, of averaged weights
         where they are kept."""
         if not self._is_look_due():
             return
-        if self.ema is not None:
-            self.ema.store(self.trained)
-            self.ema.copy_to(self.trained)
-        values = self.validate(self.accelerator.unwrap_model(self.model), self.step)
-        if self.ema is not None:
-            self.ema.restore(self.trained)
+        rounded = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        with (self.ema.in_place(self.trained, rounded=rounded) if self.ema is not None
+              else contextlib.nullcontext()):
+            values = self.validate(self.accelerator.unwrap_model(self.model), self.step)
         self.accelerator.log(values, step=self.step)
 
     def _finish(self, line: dict, seconds: float) -> dict:
@@ -283,18 +291,34 @@ class _Training:
                    "trainable_parameters": self.count,
                    **{k: v for k, v in line.items() if k.startswith("loss")}}
         model = sharding.gather_model(accelerator, self.model, self.structure, self.ema)
+        beside = self.folder / ".model.partial"
+
+        def write():
+            if accelerator.is_main_process:
+                shutil.rmtree(beside, ignore_errors=True)
+                beside.mkdir()
+                objective.save_model(model, beside)
+                disk.flush_folder(beside)
+
+        disk.attempt(accelerator, write, beside=beside, explain=lambda: (
+            f"no space left for the model in {self.folder}: its checkpoints are intact. Make room "
+            "and start the same command again"))
         if accelerator.is_main_process:
-            beside = self.folder / ".model.partial"
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir()
-            objective.save_model(model, beside)
             for part in beside.iterdir():
                 replace_folder(part, self.folder / part.name)
             beside.rmdir()
+            disk.flush(self.folder)
             metrics |= objective.metrics
+            if note := getattr(self.config, "comments", ""):
+                metrics["comments"] = note
             write_json(self.folder / "train_metrics.json", metrics)
             checkpoints.finish_checkpoints(self.config)
         return metrics
+
+
+def _calm_worker(_) -> None:
+    """One thread a reading process: there are many of them."""
+    cv2.setNumThreads(1)
 
 
 def _count_steps(config, objective):

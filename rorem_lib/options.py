@@ -58,13 +58,13 @@ class LoopConfig:
         mixed_precision: "no", "bf16", "fp16", or "auto": bf16 where the hardware has it.
         allow_tf32: float32 matrix products on NVIDIA's TF32 units.
         ema_decay: decay of the weights' moving average; 0 keeps none.
-        checkpointing_steps: steps between checkpoints.
+        checkpointing_steps: steps between checkpoints; 0 writes none.
         checkpoints_total_limit: how many checkpoints are kept; 0 keeps all.
         resume_from_checkpoint: "latest", "none", a checkpoint folder or its name in `output_dir`.
-        logging_steps: steps between lines of `metrics.jsonl`.
+        logging_steps: steps between lines of `metrics.jsonl`; 0 writes the last step's alone.
         dataloader_num_workers: processes that read samples; 0 reads in the training process.
         report_to: "none", or a tracker accelerate knows ("tensorboard", "wandb", "trackio").
-        logging_dir: the tracker's folder below `output_dir`.
+        logging_dir: the tracker's folder below `output_dir` (trackio has one of its own).
         seed: fixes initialisation, order, noise and flips.
     """
 
@@ -161,6 +161,8 @@ def parse_config(cls, arguments: list[str] | None = None):
             del values[name]
         if os.environ.get("RANK", "0") == "0":  # once, not from every process
             logger.warning("%s: no effect, as in upstream's trainer", ", ".join(unused))
+    if values.get("num_train_epochs"):  # as upstream: steps win where they are given too
+        values.setdefault("max_train_steps", 0)
     return cls(**values)
 
 

@@ -6,6 +6,7 @@ own, so a removal does not depend on the batch it was in, nor on how many proces
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from accelerate.utils import convert_outputs_to_fp32
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -141,7 +143,7 @@ def remove_objects(pipe, images: list[np.ndarray], object_masks: list[np.ndarray
         raise ValueError(f"{len(images)} images but {len(object_masks)} masks")
     numbers = list(range(len(images))) if numbers is None else list(numbers)
     native = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    multiple = pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
+    multiple = sdxl.find_unit(pipe)
     fitted = []
     for number, (image, mask) in enumerate(zip(images, object_masks)):
         if image.shape[:2] != mask.shape[:2]:
@@ -159,7 +161,7 @@ def remove_objects(pipe, images: list[np.ndarray], object_masks: list[np.ndarray
     for shape, places in groups.items():
         for begin in range(0, len(places), batch_size):
             batch = places[begin:begin + batch_size]
-            with sdxl.autocast(precision, pipe.device):
+            with _compute_in(pipe, precision):
                 removed = pipe(
                     prompt_embeds=embeds.expand(len(batch), -1, -1),
                     pooled_prompt_embeds=pooled.expand(len(batch), -1),
@@ -176,6 +178,33 @@ def remove_objects(pipe, images: list[np.ndarray], object_masks: list[np.ndarray
             bar.update(len(batch))
     bar.close()
     return results
+
+
+@contextlib.contextmanager
+def _compute_in(pipe, precision: str):
+    """The pipeline's work in a lower precision. What the UNet gives stays float32, else some
+    schedulers round the latents between steps; so does the VAE in fp16, where SDXL's overflows."""
+    if precision == "no":
+        yield
+        return
+
+    def lower(method, used):
+        def call(x, *args, **options):
+            with sdxl.autocast(used, x.device):
+                return method(x, *args, **options)
+        return call
+
+    unet, vae = pipe.unet, pipe.vae
+    own = unet.__dict__.get("forward")
+    unet.forward = convert_outputs_to_fp32(lower(unet.forward, precision))
+    for name in ("encode", "decode"):
+        setattr(vae, name, lower(getattr(vae, name), "no" if precision == "fp16" else precision))
+    try:
+        yield
+    finally:
+        del unet.forward, vae.encode, vae.decode
+        if own is not None:
+            unet.forward = own
 
 
 def inpaint_classical(image: np.ndarray, mask: np.ndarray, *, method: str = "telea",

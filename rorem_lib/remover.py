@@ -10,26 +10,21 @@ object, its shadow gone. The prompt is always empty.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
 import torch
-from accelerate import DistributedType
-from accelerate.utils import broadcast_object_list
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
-from rorem_lib import loop, lora, options, sdxl, speed
+from rorem_lib import loop, lora, options, sdxl, sharding, speed, tracking
 from rorem_lib.latent_cache import open_store
 from rorem_lib.latents import CacheSpec, encode_pictures
 from rorem_lib.order import BucketOrder, split_chunks
 from rorem_lib.samples import PictureReader, Share, TripletSamples, weigh_buckets
 from rorem_lib.triplets import read_triplets
 from rorem_lib.validation import Validation
-
-_HALVES = ("bf16", "fp16")
 
 
 @dataclass
@@ -76,7 +71,7 @@ class RemoverConfig(options.LoopConfig):
             where the memory would not do without.
         enable_xformers_memory_efficient_attention: xformers' attention in the place of PyTorch's.
         torch_compile: compile the UNet's repeated blocks.
-        channels_last: the weights' memory layout; null takes it on GPUs.
+        channels_last: the weights' memory layout; null takes it on GPUs. FSDP2 takes none.
         validation_steps: steps between removals of fixed scenes to look at; 0 makes none.
         num_validation_images: how many scenes.
         validation_meta_path: the set they come from; empty takes the test set beside the first
@@ -128,11 +123,16 @@ class RemoverConfig(options.LoopConfig):
     comments: str = ""
     max_train_steps: int = 200
 
+    def make_spec(self) -> CacheSpec:
+        """How pictures become latents."""
+        return CacheSpec(
+            dtype=self.latent_dtype, resize_mode=self.resize_mode, center_crop=self.center_crop,
+            twins=self.random_flip, mask_variants=self.mask_variants,
+            mask_dilate_max=self.mask_dilate_max, mask_loosen=self.mask_loosen,
+            vae_precision=self.vae_precision)
+
     def __post_init__(self):
-        for name, allowed in (("resize_mode", ("crop", "squash")), ("latent_dtype", _HALVES),
-                              ("vae_precision", ("fp32", *_HALVES))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: take {' or '.join(allowed)}")
+        self.make_spec()  # which refuses what it cannot be
         if self.lora_rank and self.trainable_modules:
             raise ValueError("lora_rank trains a LoRA and trainable_modules whole modules: "
                              "take one of them")
@@ -154,6 +154,10 @@ class RemoverObjective(loop.Objective):
         self.noise_schedule = DDPMScheduler.from_config(self.pipe.scheduler.config)
         self.embeds, self.pooled = sdxl.encode_prompt(self.pipe)  # once: the prompt is constant
         sdxl.drop_text_encoders(self.pipe)
+        self.time_ids: dict[tuple[int, ...], torch.Tensor] = {}
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+        if half and self.device.type == "cuda":  # a later cast would make a copy for each sample
+            self.embeds = self.embeds.to(half)
         unet = speed.prepare_training(
             self.pipe.unet, channels_last=config.channels_last,
             xformers=config.enable_xformers_memory_efficient_attention)
@@ -193,17 +197,8 @@ class RemoverObjective(loop.Objective):
                              f"({', '.join(config.meta_path)})")
         return shares
 
-    def make_spec(self) -> CacheSpec:
-        """How pictures become latents."""
-        config = self.config
-        return CacheSpec(
-            dtype=config.latent_dtype, resize_mode=config.resize_mode,
-            center_crop=config.center_crop, twins=config.random_flip,
-            mask_variants=config.mask_variants, mask_dilate_max=config.mask_dilate_max,
-            mask_loosen=config.mask_loosen, vae_precision=config.vae_precision)
-
     def make_dataset(self):
-        config, spec = self.config, self.make_spec()
+        config, spec = self.config, self.config.make_spec()
         shares, readers, shapes, least = self.list_shares(), [], [], []
         for share in shares:
             sizes = share.assign_shapes(
@@ -239,22 +234,24 @@ class RemoverObjective(loop.Objective):
     def tune_model(self, model):
         """Checkpointing and compilation, as the options or the memory say."""
         config, device = self.config, self.device
-        factor, precision = self.pipe.vae_scale_factor, self.accelerator.mixed_precision
+        factor, precision = self.pipe.vae_scale_factor, sharding.find_precision(self.accelerator)
         sizes = {(height // factor, width // factor) for height, width in self.shapes}
         wish = config.gradient_checkpointing
         if wish is None:
             wish = self.choices.get("gradient_checkpointing")
         if wish is None and device.type == "cuda":
+            torch.cuda.empty_cache()  # what encoding left reserved is free
             memory = {"bytes_free": torch.cuda.mem_get_info(device)[0],
-                      "states_bytes": _count_states(model, config, self.accelerator)}
+                      "states_bytes": sharding.count_states(self.accelerator, model, config)}
             wish = any(speed.choose_checkpointing(  # large pictures go in chunks
                 model, [size], max(1, self._count_at_once() // (size[0] * size[1] * factor**2)),
                 precision=precision, **memory) for size in sizes)
-            wish = bool(broadcast_object_list([wish])[0])  # one choice for all processes
+            # one choice for all processes: the fullest GPU decides
+            votes = torch.tensor(float(wish), device=device)
+            wish = bool(self.accelerator.reduce(votes, "sum") > 0)
         self.choices["gradient_checkpointing"] = bool(wish)
         if wish:
             model.enable_gradient_checkpointing()
-        self.choices["torch_compile"] = config.torch_compile
         if config.torch_compile:
             speed.compile_unet(model)
         # Backward computes gradients of activations and of weights; frozen weights need none.
@@ -269,7 +266,7 @@ class RemoverObjective(loop.Objective):
 
     def split_batch(self, batch):
         """Chunks of a micro-batch of high resolution that need no more memory than one of normal
-        resolution."""
+        resolution, or single pictures where even one is larger."""
         height, width = batch["noise"].shape[-2:]
         factor = self.pipe.vae_scale_factor
         return split_chunks(batch, self._count_at_once(), height * width * factor**2)
@@ -284,16 +281,18 @@ class RemoverObjective(loop.Objective):
         if self.config.cache_latents:
             return {name: batch[name].float() for name in ("gt", "masked", "mask")}
         pictures = {name: batch[name] for name in ("gt", "source", "mask")}
-        return encode_pictures(self.pipe.vae, pictures, self.make_spec())
+        return encode_pictures(self.pipe.vae, pictures, self.config.make_spec())
 
     def make_condition(self, latents) -> dict:
         """SDXL's text and size conditioning for latents [B, 4, h, w]; the prompt is shared."""
         config, factor = self.config, self.pipe.vae_scale_factor
-        height, width = (side * factor for side in latents.shape[-2:])
+        height, width = size = tuple(side * factor for side in latents.shape[-2:])
+        if size not in self.time_ids:  # made once a size: the host would wait for the GPU
+            self.time_ids[size] = sdxl.make_time_ids(
+                height, width, top=config.crops_coords_top_left_h,
+                left=config.crops_coords_top_left_w, device=latents.device)
         return {"text_embeds": self.pooled.expand(len(latents), -1),
-                "time_ids": sdxl.make_time_ids(
-                    height, width, len(latents), top=config.crops_coords_top_left_h,
-                    left=config.crops_coords_top_left_w, device=latents.device)}
+                "time_ids": self.time_ids[size].expand(len(latents), -1)}
 
     def compute_loss(self, model, batch):
         scheduler, config = self.noise_schedule, self.config
@@ -312,7 +311,8 @@ class RemoverObjective(loop.Objective):
         if config.snr_gamma:
             snr = compute_snr(scheduler, t).clamp(min=1e-4)
             error = error * snr.clamp(max=config.snr_gamma) / (snr + 1 if velocity else snr)
-        return error.mean(), split_by_time(error.detach(), t, scheduler.config.num_train_timesteps)
+        return error.mean(), tracking.split_by_time(error.detach(), t,
+                                                    scheduler.config.num_train_timesteps)
 
     def save_model(self, model, folder):
         if self.config.lora_rank:
@@ -321,24 +321,6 @@ class RemoverObjective(loop.Objective):
         self.pipe.unet = model.eval()
         with sdxl.silence_libraries():
             self.pipe.save_pretrained(folder / "remover")
-
-
-def _count_states(model, config, accelerator) -> int:
-    """Bytes of gradients, optimizer states and averages on one device, ZeRO's and FSDP's shares
-    counted as they are divided."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    states = (2 if config.use_8bit_adam else 8) * trained + (4 * trained if config.ema_decay else 0)
-    gradients = 4 * trained
-    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
-        return (states + gradients) // accelerator.num_processes
-    return states + gradients
-
-
-def split_by_time(losses: torch.Tensor, timesteps: torch.Tensor, total: int) -> dict:
-    """Losses [B] by quartile of their timesteps [B], `loss_t1` (least noise) to `loss_t4`; NaN
-    where a sample belongs to another quartile."""
-    quartile = timesteps * 4 // total
-    return {f"loss_t{n + 1}": losses.masked_fill(quartile != n, math.nan) for n in range(4)}
 
 
 def _take(sets: list[list], count: int) -> list[list]:

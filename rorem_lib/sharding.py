@@ -8,11 +8,13 @@ process computes with a whole copy in the mixed precision. FSDP2 divides the wei
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import logging
 import math
 import os
+from collections.abc import Iterator
 from datetime import timedelta
 
 import torch
@@ -44,16 +46,16 @@ def make_handlers(device: str) -> list:
         device: "cpu" or "cuda", see `find_device`.
     """
     limits = {"timeout": timedelta(hours=2)}
-    if device == "cpu" and _is_asked_for("DEEPSPEED"):
+    if device == "cpu" and is_asked_for("DEEPSPEED"):
         limits["backend"] = "gloo"
     # one copy of the gradients instead of two: 10 GB of an SDXL's
     return [InitProcessGroupKwargs(**limits),
             DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
 
 
-def _is_asked_for(name: str) -> bool:
-    """Whether the launcher asked for DEEPSPEED or FSDP."""
-    return os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true"
+def is_asked_for(name: str) -> bool:
+    """Whether the launcher asked for "DEEPSPEED" or "FSDP"."""
+    return os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true", "yes")
 
 
 def find_kind(accelerator) -> str:
@@ -71,6 +73,11 @@ def is_divided(accelerator) -> bool:
     return accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
 
 
+def find_precision(accelerator) -> str:
+    """What is really computed in: "no" (float32), "bf16" or "fp16"."""
+    return "no" if _is_half_on_cpu(accelerator) else accelerator.mixed_precision
+
+
 def count_global_batch(accelerator, config) -> int:
     """Samples an optimizer step, on all processes together."""
     return (config.train_batch_size * config.gradient_accumulation_steps
@@ -80,7 +87,7 @@ def count_global_batch(accelerator, config) -> int:
 def describe(accelerator, config) -> str:
     """The line a training starts with, such as "8 processes, ZeRO-2, bf16, global batch 128"."""
     count, kind = accelerator.num_processes, find_kind(accelerator)
-    precision = "fp32" if _is_half_on_cpu(accelerator) else accelerator.mixed_precision
+    precision = find_precision(accelerator)
     words = [f"{count} process{'es' if count > 1 else ''}", *([kind] if kind != "one" else []),
              "fp32" if precision == "no" else precision,
              f"global batch {count_global_batch(accelerator, config)}"]
@@ -108,7 +115,7 @@ def prepare(accelerator, model, optimizer, config):
     if _is_half_on_cpu(accelerator):
         logger.warning("mixed_precision fp16 needs a GPU: this trains in float32")
     for name in ("FSDP", "DEEPSPEED"):
-        if _is_asked_for(name) and not is_divided(accelerator):
+        if is_asked_for(name) and not is_divided(accelerator):
             logger.warning("the hardware file asks for %s, which needs several GPUs: this trains "
                            "with a whole copy of the model on each process", name)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -122,6 +129,7 @@ def prepare(accelerator, model, optimizer, config):
         # Autocast is off under DeepSpeed, which turns the weights alone into bf16.
         model.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
     elif accelerator.distributed_type == DistributedType.FSDP:
+        model.to(memory_format=torch.contiguous_format)  # it takes no other
         plugin = accelerator.state.fsdp_plugin
         if plugin.mixed_precision_policy is not None:  # sum gradients as DDP does, in float32
             plugin.mixed_precision_policy = dataclasses.replace(
@@ -148,23 +156,37 @@ def backward(accelerator, loss: torch.Tensor, *, last: bool = True) -> None:
         accelerator.deepspeed_engine_wrapped.backward(loss, sync_gradients=False)
 
 
+def count_states(accelerator, model, config) -> int:
+    """Bytes of gradients, optimizer states and averages on one device, ZeRO's and FSDP's shares
+    counted as they are divided."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    states = (4 + (2 if config.use_8bit_adam else 8)) * trained
+    average = 4 * trained if config.ema_decay else 0
+    parts = accelerator.num_processes if is_divided(accelerator) else 1
+    # ZeRO-2's average is of the whole weights, on each process
+    whole = accelerator.distributed_type == DistributedType.DEEPSPEED
+    return states // parts + (average if whole else average // parts)
+
+
 def list_trained(model) -> list[torch.nn.Parameter]:
     """The parameters that are trained, in the model's order; to be asked after `prepare`."""
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def clip(accelerator, trained, max_norm: float):
+def clip(accelerator, model, max_norm: float):
     """Clip the gradients to a total norm and return the norm they had.
 
     Args:
-        trained: `list_trained` of the prepared model.
+        model: the prepared model; all its parameters are looked at, since accelerate's FSDP would
+            not know a part of them as its own. Those without a gradient do not count.
         max_norm: the limit; 0 clips nothing.
 
     Returns:
         The norm (a scalar tensor or a number), or None where DeepSpeed has none yet. DeepSpeed
         has stepped already when this is called, and has clipped by the value `prepare` gave it.
     """
-    norm = accelerator.clip_grad_norm_(trained, max_norm if max_norm > 0 else math.inf)
+    limit = max_norm if max_norm > 0 else math.inf
+    norm = accelerator.clip_grad_norm_(list(model.parameters()), limit)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
@@ -182,6 +204,32 @@ class Average(EMAModel):
     def __init__(self, trained, *, decay: float, foreach: bool = False):
         super().__init__(trained, decay=decay, use_ema_warmup=True, power=0.75, foreach=foreach)
         self.to(dtype=torch.float32)  # of weights in bf16 too: small steps would be rounded off
+
+    @contextlib.contextmanager
+    def in_place(self, trained, *, rounded: bool = False) -> Iterator[None]:
+        """A block in which the weights are the averaged ones; afterwards all is as before.
+
+        Args:
+            trained: the parameters.
+            rounded: they are in lower precision than the average (ZeRO-2): a copy is kept on the
+                CPU. Else both change places, which takes no memory.
+        """
+        if rounded:
+            self.store(trained)
+            self.copy_to(trained)
+        else:
+            self._swap(trained)
+        try:
+            yield
+        finally:
+            self.restore(trained) if rounded else self._swap(trained)
+
+    @torch.no_grad()
+    def _swap(self, trained) -> None:
+        for parameter, shadow in zip(trained, self.shadow_params, strict=True):
+            kept = parameter.detach().clone()
+            parameter.copy_(shadow)
+            shadow.copy_(kept)
 
     def state_dict(self) -> dict:
         return {**super().state_dict(), "shadow_params": [_gather(p) for p in self.shadow_params]}

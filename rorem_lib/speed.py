@@ -25,8 +25,9 @@ from torch.utils.flop_counter import FlopCounterMode
 # What a GPU multiplies at most in bf16 without sparsity and with float32 sums, TFLOP a second, by
 # words of its name; the first row that fits counts. From the makers' data sheets.
 PEAK_TFLOPS = (
-    ("H100 PCIe", 756), ("H100 NVL", 835), ("H100", 989), ("H200", 989), ("GH200", 989),
-    ("H800", 989), ("H20", 148), ("B200", 2250), ("A100", 312), ("A800", 312), ("A40", 149.7),
+    ("H100 PCIe", 756), ("H100 NVL", 835), ("H100", 989), ("H200 NVL", 835),
+    ("H200", 989), ("GH200", 989), ("H800 PCIe", 756), ("H800", 989),
+    ("H20", 148), ("B200", 2250), ("A100", 312), ("A800", 312), ("A40", 149.7),
     ("A30", 165), ("A10", 125), ("L40S", 362), ("L40", 181), ("L4", 121),
     ("RTX 6000 Ada", 364), ("RTX A6000", 154.8), ("RTX 5090", 209.5), ("RTX 4090", 165.2),
     ("RTX 3090", 71), ("MI300X", 1307))
@@ -34,8 +35,9 @@ PEAK_TFLOPS = (
 _KEEP_MEMORY = ((-4, 0), (-1, 2**31 - 1), (-2, 2**28))
 # Gradients of activations, work space and fragments, as a factor on what is kept for backward.
 ACTIVATION_MARGIN = 1.2
-# One graph a block, size and mode; more sizes than this many are not compiled but refused.
-COMPILED_GRAPHS = 64
+# All blocks share one line of code: two widths x shapes x lengths of chunks x modes of graphs.
+# More than this many would end the training.
+COMPILED_GRAPHS = 1024
 
 
 def tune_cpu() -> None:
@@ -47,7 +49,8 @@ def tune_cpu() -> None:
       and asking for them again.
     - float32 matrix products go to oneDNN, on AMD's processors twice as fast as MKL. PyTorch does
       so only where products may be rounded to bf16; without AMX units oneDNN does not round them,
-      which is tried here, and taken back where it does.
+      which is tried here, and taken back where it does. (`torch.get_float32_matmul_precision`
+      then raises an error, which inductor's max-autotune meets.)
     """
     with contextlib.suppress(OSError, AttributeError):  # another system, another C library
         mallopt = ctypes.CDLL(None).mallopt
@@ -178,7 +181,8 @@ def compile_unet(unet, *, backend: str = "inductor") -> None:
                          "to false")
     # All blocks share one line of code, so the limit counts the graphs of all of them together.
     dynamo = torch._dynamo.config
-    dynamo.recompile_limit = max(dynamo.recompile_limit, COMPILED_GRAPHS)
+    for limit in ("recompile_limit", "accumulated_recompile_limit"):
+        setattr(dynamo, limit, max(getattr(dynamo, limit), COMPILED_GRAPHS))
     unet.compile_repeated_blocks(backend=backend, fullgraph=True, dynamic=False)
 
 

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import resource
 import sys
 import time
@@ -18,7 +17,7 @@ import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import LoggerType
 
-from rorem_lib import speed
+from rorem_lib import sharding, speed
 from rorem_lib.files import write_text
 
 logger = logging.getLogger(__name__)
@@ -48,9 +47,9 @@ def check_finite(value, name: str, step: int) -> None:
     Raises:
         FloatingPointError: the value is infinite or not a number.
     """
-    if value is not None and not math.isfinite(_to_float(value)):
+    if value is not None and not math.isfinite(float(value)):
         raise FloatingPointError(
-            f"the {name} is {_to_float(value)} at step {step}: lower learning_rate, or use bf16 or "
+            f"the {name} is {float(value)} at step {step}: lower learning_rate, or use bf16 or "
             "float32 in the place of fp16; the last checkpoint is intact")
 
 
@@ -143,9 +142,9 @@ class Tracker:
         means, memory = self._gather()
         seconds = max(time.monotonic() - self.since - self.excluded_seconds, 1e-9)
         steps = self.micro_batches / self.config.gradient_accumulation_steps
-        check_finite(means["loss"], "loss", step)
+        check_finite(means.get("loss", math.nan), "loss", step)
         line = {"step": step, **{name: round(mean, 6) for name, mean in means.items()}, "lr": lr}
-        norm = None if norm is None else _to_float(norm)
+        norm = None if norm is None else float(norm)
         if norm is not None and math.isfinite(norm):
             line["grad_norm"] = round(norm, 4)
         line |= {"images_per_second": round(steps * self.batch_total / seconds, 2),
@@ -174,6 +173,8 @@ class Tracker:
                       for value in values]
             flat = torch.cat([value.flatten().float() for value in values])
             here = ~torch.cat([mask.flatten() for mask in absent])
+            if self.accelerator.scaler is not None:  # it skips a step that overflows
+                here &= flat.isfinite()
             rows.append(torch.stack([flat.where(here, 0).sum(), here.sum()]))
         memory = torch.tensor([[_read_peak_memory(self.device), 0.0]])
         table = torch.cat([torch.stack(rows).to(self.device), memory.to(self.device)])
@@ -193,11 +194,6 @@ def _read_peak_memory(device: torch.device) -> float:
                 return float(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return float(peak if sys.platform == "darwin" else peak * 1024)
-
-
-def _to_float(value) -> float:
-    """A number, also one that is spread over processes (FSDP)."""
-    return float(value.full_tensor() if hasattr(value, "full_tensor") else value)
 
 
 def check_report_to(name: str) -> None:
@@ -234,7 +230,9 @@ def start_trackers(accelerator, config) -> None:
         if isinstance(value, (list, tuple)):
             value = ", ".join(map(str, value))
         settings[name] = value if isinstance(value, (bool, int, float, str)) else str(value)
-    accelerator.init_trackers("rorem", config=settings)
+    Path(accelerator.logging_dir).mkdir(parents=True, exist_ok=True)
+    accelerator.init_trackers("rorem", config=settings,
+                              init_kwargs={"wandb": {"dir": accelerator.logging_dir}})
 
 
 def describe_out_of_memory(error: BaseException, config,
@@ -265,9 +263,9 @@ def describe_out_of_memory(error: BaseException, config,
         ways.append("gradient_checkpointing")
     if on_gpu and not getattr(config, "use_8bit_adam", True):
         ways.append("use_8bit_adam")
-    if not getattr(config, "lora_rank", 1):
+    if not getattr(config, "lora_rank", 1) and not hasattr(config, "rank"):
         ways.append("lora_rank 64 (in the place of all weights)")
-    if on_gpu and not _is_sharded():
+    if on_gpu and not any(map(sharding.is_asked_for, ("DEEPSPEED", "FSDP"))):
         ways.append("several GPUs with `accelerate launch --config_file notebooks/recipes/"
                     "accelerate/deepspeed_zero2.yaml`")
     if not sizes:
@@ -285,12 +283,6 @@ def describe_out_of_memory(error: BaseException, config,
     return f"out of memory{where} with train_batch_size {batch}: {advice}"
 
 
-def _is_sharded() -> bool:
-    """Whether accelerate was started with DeepSpeed or FSDP."""
-    return any(os.environ.get(name, "").lower() in ("1", "true", "yes")
-               for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"))
-
-
 def merge_chunks(parts: list[tuple[float, dict]]) -> dict:
     """What the chunks of one micro-batch showed, as if it had been one: means weighted by their
     share, [B] values joined."""
@@ -302,3 +294,10 @@ def merge_chunks(parts: list[tuple[float, dict]]) -> dict:
         merged[name] = torch.cat(values) if value.ndim else sum(
             share * v for (share, _), v in zip(parts, values))
     return merged
+
+
+def split_by_time(losses: torch.Tensor, timesteps: torch.Tensor, total: int) -> dict:
+    """Losses [B] by quartile of their timesteps [B], `loss_t1` (least noise) to `loss_t4`; NaN
+    where a sample belongs to another quartile."""
+    quartile = timesteps * 4 // total
+    return {f"loss_t{n + 1}": losses.masked_fill(quartile != n, math.nan) for n in range(4)}

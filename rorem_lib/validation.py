@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from accelerate.utils import convert_outputs_to_fp32, extract_model_from_parallel
 
-from rorem_lib import masks, metrics, sdxl, tracking
+from rorem_lib import masks, metrics, sdxl, sharding, tracking
 from rorem_lib.files import write_text
 from rorem_lib.pictures import TripletError, save_image
 from rorem_lib.records import Triplet, iter_triplets, load_images, resolve_meta
@@ -89,7 +89,7 @@ class Validation:
         removals = remove_scenes(
             self.pipe, unet, self.scenes, side=self.side, seed=self.config.seed,
             num_inference_steps=self.num_inference_steps,
-            precision=self.accelerator.mixed_precision)
+            precision=sharding.find_precision(self.accelerator))
         scores = {scene.name: round(metrics.psnr_hole(removal, scene.gt, scene.mask), 4)
                   for scene, removal in zip(self.scenes, removals) if scene.gt is not None}
         mean = round(float(np.mean(list(scores.values()))), 4) if scores else None

@@ -161,7 +161,7 @@ def run(options: dict) -> dict:
                     sharding.backward(accelerator, loss / chunks, last=number == chunks)
                 losses.append(loss.detach())
             if accelerator.sync_gradients:
-                norm = sharding.clip(accelerator, trained, config.max_grad_norm)
+                norm = sharding.clip(accelerator, model, config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
         result["losses"].append(accelerator.gather(torch.stack(losses)).mean().item())

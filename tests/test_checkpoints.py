@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from sharded_job import run
 from test_sharding import launch
 
-from rorem_lib import checkpoints, disk, loop
+from rorem_lib import checkpoints, disk
+from rorem_lib.options import LoopConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,7 +35,7 @@ def make_run(folder, **changes):
 
 
 def make_config(folder, **changes):
-    return loop.LoopConfig(**{k: v for k, v in make_run(folder, **changes).items() if k != "kind"})
+    return LoopConfig(**{k: v for k, v in make_run(folder, **changes).items() if k != "kind"})
 
 
 def list_names(folder):
@@ -348,4 +349,5 @@ def test_step_json_is_written_when_all_else_is_on_the_disk(tmp_path, monkeypatch
     run(make_run(tmp_path, max_train_steps=2, model="plain"))
     files = set(list_files(tmp_path / "checkpoint-2")) - {"step.json"}
     assert set(order[:len(files)]) == files
-    assert order[len(files):] == ["step.json", "checkpoint-2.partial", tmp_path.name]
+    assert order[len(files):] == ["checkpoint-2.partial", "step.json", "checkpoint-2.partial",
+                                  tmp_path.name]

@@ -1,5 +1,6 @@
 """The training loop: batches, clipping, stopped and resumed runs, EMA. See also `test_resume`."""
 
+import errno
 import json
 import logging
 import sys
@@ -13,7 +14,7 @@ from resume_job import train
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
 
-from rorem_lib import checkpoints, loop
+from rorem_lib import checkpoints, loop, options
 from rorem_lib.remover import RemoverConfig
 
 
@@ -64,7 +65,7 @@ def make_config(folder, **changes):
     given = {"max_train_steps": 10, "train_batch_size": 4, "learning_rate": 1e-2, "ema_decay": 0.9,
              "lr_scheduler": "cosine", "checkpointing_steps": 3, "logging_steps": 1,
              "mixed_precision": "no", "output_dir": str(folder)}
-    return loop.LoopConfig(**given | changes)
+    return options.LoopConfig(**given | changes)
 
 
 def run_toy(config, **options):
@@ -86,6 +87,36 @@ def assert_same(a, b):
 
 def read_lines(folder, file="metrics.jsonl"):
     return [json.loads(x) for x in (Path(folder) / file).read_text().splitlines()]
+
+
+def test_epochs_are_counted_where_no_steps_are_given(tmp_path):
+    config = make_config(tmp_path / "a", max_train_steps=0, num_train_epochs=3)
+    objective = Regression(config)
+    objective.metrics["train_size"] = 10
+    assert loop.train(objective, config)["steps"] == 8  # 30 samples in batches of 4
+    with pytest.raises(ValueError, match="both 0: set one of them"):
+        run_toy(make_config(tmp_path / "b", max_train_steps=0))
+
+
+def test_no_checkpoints_and_lines_where_their_steps_are_0(tmp_path):
+    run_toy(make_config(tmp_path, checkpointing_steps=0, logging_steps=0))
+    assert not list(tmp_path.glob("checkpoint-*"))
+    assert [line["step"] for line in read_lines(tmp_path)] == [10]
+
+
+def test_a_full_disk_at_the_end_leaves_the_checkpoints(tmp_path):
+    class Full(Regression):
+        def save_model(self, model, folder):
+            (folder / "model.pt").write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    config = make_config(tmp_path)
+    with pytest.raises(OSError, match="no space left for the model in .* checkpoints are intact"):
+        loop.train(Full(config), config)
+    assert not (tmp_path / ".model.partial").exists() and not (tmp_path / "model.pt").exists()
+    resumed, objective = run_toy(config)
+    assert len(objective.seen) == 1  # from checkpoint-9
+    assert_same(resumed, run_toy(make_config(tmp_path.with_name("whole")))[0])
 
 
 def test_accumulated_small_batches_train_like_a_large_one(tmp_path):

@@ -1,6 +1,7 @@
 """Command lines and files of options: ours, upstream's words, and what accelerate passes on."""
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -11,10 +12,12 @@ from accelerate.commands.launch import launch_command_parser
 
 from rorem_lib import options
 from rorem_lib.discriminator import DiscriminatorConfig
-from rorem_lib.loop import LoopConfig
+from rorem_lib.distill import DistillConfig
+from rorem_lib.options import LoopConfig
 from rorem_lib.remover import RemoverConfig
 
-RECIPES = Path(__file__).resolve().parents[1] / "notebooks" / "recipes"
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = ROOT / "notebooks" / "recipes"
 
 
 @dataclass
@@ -171,6 +174,8 @@ def test_each_of_upstreams_options_means_the_same_or_says_why_not(name, caplog, 
         assert f"--{name}: {options.REFUSED[name]}" in error and "hf_secret" not in error
         return
     changed = {} if value == "ignored" else {name: value}
+    if name == "num_train_epochs":  # steps win where they are given
+        changed["max_train_steps"] = 0
     assert value in (True, "ignored") or getattr(RemoverConfig(), name) != value
     assert options.parse_config(RemoverConfig, line) == RemoverConfig(snr_gamma=5.0, **changed)
     expected = [f"{name}: no effect, as in upstream's trainer"] if value == "ignored" else []
@@ -268,3 +273,13 @@ def test_the_remover_recipe_is_upstreams_run_script():
     for line in (RECIPES / "jobs" / "remover.yaml").read_text().splitlines():
         if "--config_file" in line:
             assert (RECIPES.parents[1] / line.split()[4]).is_file()
+
+
+@pytest.mark.parametrize("cls", [RemoverConfig, DistillConfig, DiscriminatorConfig])
+def test_every_option_is_read_somewhere(cls):
+    """One that is only declared would silently do nothing."""
+    code = "".join(path.read_text() for path in (ROOT / "rorem_lib").glob("*.py")
+                   if path.name != "options.py")
+    read = set(re.findall(r"(?:(?<=config\.)|(?<=self\.))\w+", code))
+    read |= set(re.findall(r'getattr\(\S*config, "(\w+)"', code))
+    assert {field.name for field in dataclasses.fields(cls)} - read == set()

@@ -9,6 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from rorem_lib import removal, sdxl
@@ -46,6 +47,32 @@ def test_any_size_comes_back_as_it_went_in(pipe, height, width):
     result, = remove_objects(pipe, [image], [mask], **QUICK | {"num_inference_steps": 1})
     assert result.shape == image.shape and result.dtype == np.uint8
     assert np.array_equal(image, before[0]) and np.array_equal(mask, before[1])
+
+
+@pytest.mark.parametrize("precision, vae", [("fp16", torch.float32), ("bf16", torch.bfloat16)])
+def test_lower_precision_is_the_unets_and_in_fp16_not_the_vaes(pipe, monkeypatch, precision, vae):
+    """SDXL's VAE overflows in fp16; latents stay float32 between the steps."""
+    seen = {"unet": set(), "vae": set(), "steps": set()}
+
+    def note(name):
+        return lambda module, inputs, output: seen[name].add(output.dtype)
+
+    hooks = [pipe.unet.conv_in.register_forward_hook(note("unet"))]
+    hooks += [module.register_forward_hook(note("vae")) for module in pipe.vae.modules()
+              if isinstance(module, torch.nn.Conv2d)]
+    step = pipe.scheduler.step
+    monkeypatch.setattr(pipe.scheduler, "step", lambda output, t, sample, **options: (
+        seen["steps"].update({output.dtype, sample.dtype}), step(output, t, sample, **options))[1])
+    before = dict(pipe.unet.__dict__), dict(pipe.vae.__dict__)
+    try:
+        remove_objects(pipe, *map(list, zip(draw_picture(64, 64))), num_inference_steps=2,
+                       mixed_precision=precision)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    half = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    assert seen == {"unet": {half}, "vae": {vae}, "steps": {torch.float32}}
+    assert (pipe.unet.__dict__.keys(), pipe.vae.__dict__.keys()) == tuple(x.keys() for x in before)
 
 
 def test_a_removal_depends_on_its_number_not_on_its_batch(pipe):

@@ -339,3 +339,17 @@ assert error < 1e-5, error
 assert torch.backends.mkldnn.matmul.fp32_precision in ("none", "bf16")
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_the_cpu_is_left_alone_where_products_would_be_rounded():
+    code = """
+import torch
+from rorem_lib import speed
+plain = speed.F.linear
+speed.F.linear = lambda a, b: (plain(a, b) if a.dtype == torch.float64 else
+                               plain(a.bfloat16(), b.bfloat16()).float())
+torch.cpu._is_amx_tile_supported = lambda: False
+speed.tune_cpu()
+assert torch.backends.mkldnn.matmul.fp32_precision == "none"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])

@@ -265,10 +265,12 @@ def main(arguments: list[str] | None = None) -> None:
     if "error" in gpu or (not gpu and options.device == "cuda"):
         parser.error(gpu.get("error", "there is no NVIDIA GPU here: see --tiny --device cpu"))
     result = run_all(options, gpu)
-    if options.tiny:
+    if options.tiny or options.rows:  # some rows are no result to keep
         print(json.dumps(result, indent=1))
     else:
-        save_result("gpu", result, "torch", "diffusers", "accelerate")
+        extras = [name for name in ("xformers", "bitsandbytes")
+                  if importlib.util.find_spec(name)]
+        save_result("gpu", result, "torch", "diffusers", "accelerate", *extras)
 
 
 if __name__ == "__main__":
