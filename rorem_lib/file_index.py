@@ -1,8 +1,9 @@
 """What files hold, without reading them again: SHA-256 by path, kept as long as they are unchanged.
 
-A file is read again where its size, its times of modification and change or its inode are others.
-No program can set the time of change back, so changed content is not missed. One process writes
-the index; others wait for it by looking at its files.
+A file is read again where its size or its times of modification and change are others. No program
+can set the time of change back, so changed content is not missed; inodes tell nothing, since FUSE
+invents them at every mount. One process of a job writes the index; the others wait for it by
+looking at its files. Several jobs may write it at once.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class FileIndex:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._rows: dict[str, Sequence[str]] = {}
+        self._rows: dict[Path, dict[str, dict[str, Sequence[str]]]] = {}  # what each shelf holds
         self._seen: dict[Path, tuple | None] = {}  # the state in which a file was read
 
     def _find_shelf(self, path: str) -> Path:
@@ -52,32 +53,40 @@ class FileIndex:
                 state = None
             if state is not None and state != self._seen.get(shelf):
                 changed = True
-                self._rows |= _flatten(_read_shelf(shelf))
+                _merge(self._rows.setdefault(shelf, {}), _read_shelf(shelf))
             self._seen[shelf] = state
         return changed
 
     def find(self, path: str, stat: str) -> str | None:
         """The hash of a file that has that `describe_stat`, or None."""
-        known, value = self._rows.get(path, ("", None))
+        parent, name = os.path.split(path)
+        names = self._rows.get(_shelve(self.folder, parent), {}).get(parent, {})
+        known, value = names.get(name, ("", None))
         return value if known == stat else None
 
-    def save(self, rows: dict[str, tuple[str, str]]) -> None:
+    def save(self, rows: dict[str, tuple[str, str]], *, prune: bool = False) -> None:
         """Keep path -> (stat, hash), beside what others have kept in the meantime.
+
+        Two processes that save at once may each miss the other's rows. So all that is known of a
+        shelf is written, not `rows` alone: what was lost comes back with the next save.
+
+        Args:
+            prune: forget the folders that are gone.
 
         Raises:
             OSError: the index cannot be written; names the file.
         """
-        self._rows |= rows
         shelves = defaultdict(lambda: defaultdict(dict))
         for path, row in rows.items():
             parent, name = os.path.split(path)
             shelves[self._find_shelf(path)][parent][name] = row
         for shelf, folders in shelves.items():
-            content = _read_shelf(shelf)
-            for parent, names in folders.items():
-                content.setdefault(parent, {}).update(names)
-            content = {p: names for p, names in content.items() if os.path.isdir(p)}
-            write_text(shelf, json.dumps(content))
+            known = self._rows.setdefault(shelf, {})
+            _merge(known, _read_shelf(shelf))
+            _merge(known, folders)
+            if prune:
+                known = {p: names for p, names in known.items() if os.path.isdir(p)}
+            write_text(shelf, json.dumps(known))
 
 
 @functools.lru_cache(4096)
@@ -95,18 +104,22 @@ def _read_shelf(shelf: Path) -> dict:
         return {}
 
 
-def _flatten(content: dict) -> dict[str, list[str]]:
-    return {os.path.join(parent, name): row for parent, names in content.items()
-            for name, row in names.items()}
+def _merge(known: dict[str, dict], newer: dict[str, dict]) -> None:
+    for parent, names in newer.items():
+        known.setdefault(parent, {}).update(names)
 
 
 def describe_stat(path: str | Path) -> str:
-    """Size, times and inode of a file: what changes when its content does."""
+    """Size and times of a file: what changes when its content does."""
     try:
         state = os.stat(path)
     except FileNotFoundError:
         raise TripletError(f"{path} does not exist", file=Path(path)) from None
-    return f"{state.st_size} {state.st_mtime_ns} {state.st_ctime_ns} {state.st_ino}"
+    return f"{state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}"
+
+
+def _describe_all(paths: list[str]) -> list[str]:
+    return [describe_stat(path) for path in paths]
 
 
 def _hash(path: str) -> tuple[str, str]:
@@ -123,15 +136,16 @@ def hash_files(paths: Sequence[Path], folder: Path, *, heartbeat: Path | None = 
     Args:
         paths: the files.
         folder: where the index lies.
-        heartbeat: None hashes; else this process only waits until the one with this
-            `workers.Heartbeat` has done so.
+        heartbeat: None hashes; else this process waits until the one with this
+            `workers.Heartbeat` has done so, and hashes what is missing once that one is gone.
 
     Returns:
         (`describe_stat`, hash in hex) of each.
 
     Raises:
         TripletError: a file does not exist.
-        TimeoutError: the process that hashes is gone, or it writes another index.
+        TimeoutError: the process that hashes is gone, or its `folder` is another one: there is
+            none here.
         OSError: the index cannot be written; names the file.
     """
     index = FileIndex(folder)
@@ -143,8 +157,8 @@ def hash_files(paths: Sequence[Path], folder: Path, *, heartbeat: Path | None = 
         def look():
             nonlocal missing
             if index.refresh(missing):
-                for chunk in list(group_chunks(missing, 4096)):
-                    stats = pool.map(describe_stat, chunk)
+                chunks = list(group_chunks(missing, 512))  # a future a file would take far longer
+                for chunk, stats in zip(chunks, pool.map(_describe_all, chunks)):
                     found.update({path: (stat, value) for path, stat in zip(chunk, stats)
                                   if (value := index.find(path, stat))})
                 missing = [path for path in missing if path not in found]
@@ -152,8 +166,12 @@ def hash_files(paths: Sequence[Path], folder: Path, *, heartbeat: Path | None = 
 
         look()
         if heartbeat is not None:
-            wait_for(look)
-        elif missing:
+            try:
+                wait_for(look)
+            except TimeoutError:  # it has ended, and another job has overwritten its rows
+                if not folder.is_dir():
+                    raise
+        if missing:
             found |= _hash_missing(missing, index, pool)
     return [found[name] for name in names]
 
@@ -171,5 +189,5 @@ def _hash_missing(missing: list[str], index: FileIndex, pool) -> dict[str, tuple
                 saved, rows = time.monotonic(), {}
     finally:
         if rows:
-            index.save(rows)
+            index.save(rows, prune=True)
     return found

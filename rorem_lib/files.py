@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,7 +19,8 @@ def write_text(path, text: str | Iterable[str]) -> Path:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # on shared storage another host may have an equal pid
+    beside = path.with_name(f".{path.name}.{os.getpid()}.{socket.gethostname()}.partial")
     try:
         with open(beside, "w", encoding="utf-8") as stream:
             stream.writelines([text] if isinstance(text, str) else text)

@@ -43,7 +43,7 @@ from rorem_lib.workers import Heartbeat, Progress, group_chunks, wait_for
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2  # raise it when preprocessing changes
+VERSION = 3  # raise it when preprocessing changes
 _OPEN_SHARDS = 1024  # of a store at once
 _open_shard = functools.partial(safetensors.safe_open, framework="pt")
 
@@ -60,8 +60,9 @@ def read_sizes(triplets: Sequence[Triplet]) -> list[tuple[int, int]]:
         TripletError: a file is missing or no picture.
     """
     with ThreadPoolExecutor(8) as pool:
-        return [size for chunk in group_chunks(triplets, 4096)
-                for size in pool.map(lambda triplet: read_size(triplet.source), chunk)]
+        chunks = pool.map(lambda chunk: [read_size(triplet.source) for triplet in chunk],
+                          group_chunks(triplets, 64))
+        return [size for chunk in chunks for size in chunk]
 
 
 class LatentStore:
@@ -178,21 +179,20 @@ def open_store(triplets: Sequence[Triplet], vae, *, sizes: Sequence[tuple[int, i
     asked = hashlib.sha256(f"{folder.name} {world} {shard_size} {sizes}".encode())
     asked.update("\n".join(map(str, files)).encode(errors="surrogateescape"))
     alive = root / "alive" / asked.hexdigest()[:24]
-    with _explain_silence(root):
+    with _explain_silence(root), Heartbeat(alive / str(rank), active=world > 1):
         with Heartbeat(alive / "index", active=world > 1 and rank == 0):
             known = hash_files(files, root / "index", heartbeat=alive / "index" if rank else None)
         content = dict(zip(files, known))
         plan, store = _plan_shards(triplets, sizes, content, folder, shard_size, spec)
-        with Heartbeat(alive / str(rank), active=world > 1):
-            missing = [x for x in plan if not x.is_whole(warn=x.number % world == rank)]
-            own = [shard for shard in missing if shard.number % world == rank]
-            _write_shards(own, vae, spec, batch_size, plan=plan, root=root, verbose=rank == 0)
+        missing = [x for x in plan if not x.is_whole(warn=x.number % world == rank)]
+        own = [shard for shard in missing if shard.number % world == rank]
+        _write_shards(own, vae, spec, batch_size, plan=plan, root=root, verbose=rank == 0)
 
-            def list_waited():
-                missing[:] = [shard for shard in missing if not shard.is_whole()]
-                return {alive / str(shard.number % world) for shard in missing}
+        def list_waited():
+            missing[:] = [shard for shard in missing if not shard.is_whole()]
+            return {alive / str(shard.number % world) for shard in missing}
 
-            wait_for(list_waited)
+        wait_for(list_waited)
     with contextlib.suppress(OSError):  # the last one to go
         alive.rmdir()
     return store
@@ -221,7 +221,7 @@ def _name_kind(root: Path, vae, spec: CacheSpec, *, write: bool) -> str:
     if spec.resize_mode == "squash":
         del chosen["center_crop"]
     kind = {"version": VERSION, "vae": type(vae).__name__, "weights": weights.hexdigest(),
-            "scaling_factor": vae.config.scaling_factor, **chosen}
+            "config": {k: x for k, x in vae.config.items() if not k.startswith("_")}, **chosen}
     name = hashlib.sha256(json.dumps(kind, sort_keys=True).encode()).hexdigest()[:16]
     if write and not (root / name / "kind.json").is_file():
         write_json(root / name / "kind.json", kind)
@@ -230,13 +230,13 @@ def _name_kind(root: Path, vae, spec: CacheSpec, *, write: bool) -> str:
 
 def _remove_leftovers(root: Path, folder: Path) -> None:
     """Delete what killed processes of this machine, or a day ago any, were writing."""
-    for path in [*folder.glob("*/.*.partial"), *root.glob("index/.*.partial"),
-                 *root.glob("alive/*/*")]:
+    here = f".{socket.gethostname()}.partial"  # .<file>.<pid>.<host>.partial
+    for path in [*folder.glob("*/.*.partial"), *root.glob("*/.*.partial"), *root.glob("alive/*/*")]:
         with contextlib.suppress(OSError):
-            parts = path.name.split(".", 3)  # .<content>.<pid>.<host>.partial
-            gone = (parts[-1] == f"{socket.gethostname()}.partial"
-                    and not psutil.pid_exists(int(parts[2])))
-            if gone or time.time() - path.stat().st_mtime > 86400:
+            pid = path.name.removesuffix(here).rpartition(".")[2]  # "partial" of another host's
+            # containers may share a host name and not see each other's processes
+            patience = 600 if pid.isdigit() and not psutil.pid_exists(int(pid)) else 86400
+            if time.time() - path.stat().st_mtime > patience:
                 path.unlink()
 
 

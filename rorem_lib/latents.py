@@ -32,7 +32,7 @@ class CacheSpec:
         parts: which latents: `gt`, `masked` (the source with its hole blanked), `source`.
         dtype: "fp16", finer in the latents' range, or "bf16".
         resize_mode: "crop" keeps the aspect, "squash" does not (see `pictures.fit_triplet`).
-        center_crop: crop the centre, wherever the mask is.
+        center_crop: crop the centre, unless that would cut the whole mask away.
         twins: also mirrored.
         mask_variants: how many perturbed masks a triplet has besides its own.
         mask_dilate_max, mask_loosen: see `masks.perturb_mask`.
@@ -64,6 +64,9 @@ class CacheSpec:
                 raise ValueError(f"{name} is {getattr(self, name)}: take 0 or more")
         if self.mask_variants and "masked" not in self.parts:
             raise ValueError("mask_variants needs masked among the parts")
+        if self.mask_variants and not (self.mask_dilate_max or self.mask_loosen):
+            raise ValueError("mask_variants would all be the mask itself: set mask_dilate_max or "
+                             "mask_loosen above 0")
 
 
 def vary_mask(mask: np.ndarray, variant: int, spec: CacheSpec) -> np.ndarray:
@@ -136,13 +139,15 @@ def encode_pictures(vae, pictures: Mapping, spec: CacheSpec) -> dict[str, torch.
 
 
 def _encode(vae, images: torch.Tensor, precision: str) -> torch.Tensor:
-    half = precision != "fp32"
+    half, latents = precision != "fp32", None
     try:
         with sdxl.autocast(precision if half else "no", images.device):
             latents = sdxl.encode_images(vae, images).float()
     except torch.OutOfMemoryError:
         if len(images) == 1:
             raise
+    if latents is None:  # outside the handler: its traceback keeps the failed batch's activations
+        torch.cuda.empty_cache()
         return torch.cat([_encode(vae, part, precision) for part in images.chunk(2)])
     if half and not latents.isfinite().all():
         _warn_overflow(precision)

@@ -158,7 +158,8 @@ def fit_triplet(pictures: Mapping[str, np.ndarray | None], size: tuple[int, int]
         mode: "crop" keeps the aspect and cuts off what is too much, where it costs the fewest mask
             pixels (of equal places the one next to the centre; a window that would be white all
             over is avoided); "squash" resizes straight, as the authors' trainer does.
-        center: crop the centre, wherever the mask is.
+        center: crop the centre; as without it where no mask pixel lies there, since the sample
+            would teach to remove what nobody asked for.
 
     Returns:
         The same parts, [h, w, 3] and [h, w]; the mask is 0 or 255 and never loses its last pixel.
@@ -196,12 +197,15 @@ def fit_triplet(pictures: Mapping[str, np.ndarray | None], size: tuple[int, int]
 def _place_window(shares: np.ndarray, length: float, center: bool) -> int:
     """Where a window of `length` px begins; `shares` [n] is how white each row or column is."""
     room = len(shares) - length
-    if center or room < 1:
-        return int(room / 2 + 0.5)
+    middle = int(room / 2 + 0.5)
+    if room < 1:
+        return middle
     inner = int(length)
     total = np.concatenate([[0], np.cumsum(shares)])
     held = total[inner:] - total[:len(total) - inner]  # [n - inner + 1], by the first px
     held = held[:int(room) + 1]
+    if center and held[middle] > 0:
+        return middle
     held = np.where(held > inner - 1e-6, -1, held)
     best = np.flatnonzero(held > held.max() - 1e-9)
     return int(best[np.argmin(np.abs(best - room / 2))])

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -223,7 +224,7 @@ def test_whatever_latents_depend_on_names_other_files(vae, triplets, tmp_path):
     files.append(list_files())
     assert sum(map(len, files)) == len(frozenset().union(*files)), "two kinds share a file"
     (kind,) = {path.parent.parent for path in files[-1]}
-    assert json.loads((kind / "kind.json").read_text())["scaling_factor"] == 0.5
+    assert json.loads((kind / "kind.json").read_text())["config"]["scaling_factor"] == 0.5
 
 
 def test_what_has_no_effect_shares_files(vae, triplets, tmp_path):
@@ -360,7 +361,8 @@ def test_killed_it_loses_the_shard_in_work_and_leaves_no_half_file(vae, triplets
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
-    assert len(list(tmp_path.glob("cache/*/*/.*.partial"))) == 1
+    left, = tmp_path.glob("cache/*/*/.*.partial")
+    os.utime(left, (time.time() - 700,) * 2)
     counting = Counting(vae)
     open_small(triplets, counting, tmp_path / "cache")
     assert len(counting.batches) == 3 * 4
@@ -391,11 +393,15 @@ def test_what_dead_processes_left_is_removed(vae, triplets, tmp_path):
     live = folder / f".b.{os.getppid()}.{host}.partial"
     elsewhere = folder / f".c.{ended.pid}.another.host.partial"
     old = folder / f".d.{ended.pid}.another.host.partial"
-    for path in (dead, live, elsewhere, old):
+    young = folder / f".e.{ended.pid}.{host}.partial"  # of a container whose pids are its own
+    for path in (dead, live, elsewhere, old, young):
         path.write_bytes(b"half")
+        os.utime(path, (time.time() - 700,) * 2)
     os.utime(old, (time.time() - 2 * day,) * 2)
+    os.utime(young)
     open_small(triplets, vae, tmp_path)
-    assert [path.exists() for path in (dead, live, elsewhere, old)] == [False, True, True, False]
+    assert [path.exists() for path in (dead, live, elsewhere, old, young)] == [
+        False, True, True, False, True]
 
 
 def test_a_full_disk_says_what_is_there_and_what_is_left(vae, triplets, tmp_path):
@@ -640,3 +646,31 @@ def test_sizes_are_read_from_headers(triplets, tmp_path):
 def test_it_lives_below_the_kits_cache(vae, triplets, rorem_cache):
     store = open_store(triplets, vae, sizes=[(32, 32)] * 5)
     assert all(path.is_relative_to(rorem_cache / "latents") for path in store.paths)
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_its_memory_given_back(vae, monkeypatch):
+    """What the failed encoding had computed must be gone when the halves are encoded."""
+    alive, sizes, encode = [], [], sdxl.encode_images
+
+    def run_out(vae, images):
+        assert not [x for x in alive if x() is not None]
+        activations = images * 2
+        alive.append(weakref.ref(activations))
+        sizes.append(len(images))
+        if len(images) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return encode(vae, images)
+
+    pictures = {name: np.full((3, 32, 32, 3), 90, np.uint8) for name in ("gt", "source")}
+    pictures["mask"] = np.zeros((3, 32, 32), np.uint8)
+    spec = CacheSpec(parts=("gt",))
+    whole = encode_pictures(vae, pictures, spec)["gt"]
+    monkeypatch.setattr(sdxl, "encode_images", run_out)
+    parts = encode_pictures(vae, pictures, spec)["gt"]
+    assert sizes == [3, 2, 1, 1, 1]
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_variants_that_would_all_be_the_mask_are_refused():
+    with pytest.raises(ValueError, match="mask_variants would all be the mask itself"):
+        CacheSpec(mask_variants=2, mask_dilate_max=0.0, mask_loosen=0.0)

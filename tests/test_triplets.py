@@ -319,10 +319,11 @@ def test_cropping_keeps_the_aspect_and_the_mask(box, left):
 
 
 def test_the_plain_centre_can_be_cropped():
-    pictures = _pictures(64, 96, (10, 80, 20, 96))
+    pictures = _pictures(64, 96, (10, 70, 20, 96))
     found = fit_triplet(pictures, (64, 64), center=True)
     assert np.array_equal(found["source"], pictures["source"][:, 16:80])
-    assert not found["mask"].any()
+    beside = _pictures(64, 96, (10, 80, 20, 96))  # a hole that lies outside is not lost
+    assert fit_triplet(beside, (64, 64), center=True)["mask"].any()
 
 
 def test_a_circle_stays_a_circle_at_any_size():

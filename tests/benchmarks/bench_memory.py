@@ -9,16 +9,13 @@ records, the journals and the near-duplicate search are what is measured.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import cv2
 import numpy as np
-import psutil
-from measuring import save_result
+from measuring import run_watched, save_result
 
 WORKERS = 2
 ASSEMBLE = """
@@ -57,23 +54,11 @@ def write_raw(folder: Path, count: int) -> None:
 
 
 def measure_peak(code: str, raw: Path, out: Path) -> dict:
-    """Peak MB of the process and its workers together (shared pages counted once), and seconds."""
+    """Peak MB of the process and its workers together, and seconds."""
     script = raw.parent / "job.py"
     script.write_text(code)
-    began, peak, main = time.monotonic(), 0, 0
-    process = subprocess.Popen([sys.executable, script, raw, out, str(WORKERS)])
-    watched = psutil.Process(process.pid)
-    while process.poll() is None:
-        try:
-            sizes = [p.memory_full_info().pss for p in
-                     (watched, *watched.children(recursive=True))]
-        except psutil.NoSuchProcess:
-            continue
-        peak, main = max(peak, sum(sizes)), max(main, sizes[0])
-        time.sleep(0.25)
-    assert process.returncode == 0
-    return {"peak_mb": round(peak / 1e6), "main_process_mb": round(main / 1e6),
-            "seconds": round(time.monotonic() - began)}
+    found = run_watched([sys.executable, script, raw, out, WORKERS], raw.parent / "job.log")
+    return {name: round(found[name]) for name in ("peak_mb", "main_process_mb", "seconds")}
 
 
 def main(few: int = 10_000, many: int = 200_000) -> None:
