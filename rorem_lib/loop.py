@@ -16,7 +16,6 @@ import shutil
 import time
 from pathlib import Path
 
-import cv2
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
@@ -199,7 +198,6 @@ class _Training:
             num_workers=config.dataloader_num_workers, pin_memory=on_gpu,
             # of its own: else it draws from the noise that a checkpoint restores
             generator=torch.Generator().manual_seed(config.seed),
-            worker_init_fn=_calm_worker,
             persistent_workers=config.dataloader_num_workers > 0)
         line: dict = {}
         if self.first == 0:
@@ -314,11 +312,6 @@ class _Training:
             write_json(self.folder / "train_metrics.json", metrics)
             checkpoints.finish_checkpoints(self.config)
         return metrics
-
-
-def _calm_worker(_) -> None:
-    """One thread a reading process: there are many of them."""
-    cv2.setNumThreads(1)
 
 
 def _count_steps(config, objective):
