@@ -131,7 +131,8 @@ def test_upstream_samples_both_latents_and_ours_takes_the_mode(small_sdxl):
                       ("uncached", random_training.RandomObjective)):
         case = make_case(name)
         objective = cls(case.make_config(Path("unused")), case)
-        objective.pipe, objective.accelerator = pipe, SimpleNamespace(device=torch.device("cpu"))
+        objective.pipe = pipe
+        objective.accelerator = SimpleNamespace(device=torch.device("cpu"), mixed_precision="no")
         found[name] = objective.encode_batch(pictures)
         assert {k: tuple(v.shape) for k, v in found[name].items()} == {
             "gt": (2, 4, 8, 8), "masked": (2, 4, 8, 8), "mask": (2, 1, 8, 8)}
@@ -146,7 +147,7 @@ def test_each_row_projects_the_prompt_as_it_says(small_sdxl, tmp_path):
     for name, shared in (("own_prompts", False), ("no_checkpointing", True)):
         case = make_case(name)
         objective = random_training.RandomObjective(case.make_config(tmp_path), case)
-        objective.accelerator = SimpleNamespace(device=torch.device("cpu"))
+        objective.accelerator = SimpleNamespace(device=torch.device("cpu"), mixed_precision="no")
         with random_training.replaced(case):
             unet = objective.build_model()
         kinds = {type(processor) for processor in unet.attn_processors.values()}

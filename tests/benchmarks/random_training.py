@@ -261,7 +261,7 @@ def measure_encoding(case: Case) -> dict:
     samples = [reader.read(index) for index in range(batch)]
     pictures = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
     for precision in ("fp32", "bf16"):
-        spec = RandomObjective(RemoverConfig(vae_precision=precision), case).make_spec()
+        spec = RemoverConfig(vae_precision=precision).make_spec()
         encode_pictures(vae, pictures, spec)["masked"].cpu()
         began = time.perf_counter()
         for _ in range(case.steps):
