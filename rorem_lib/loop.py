@@ -215,6 +215,10 @@ class _Training:
         accelerator.wait_for_everyone()
         metrics = self._finish(line, time.time() - started)
         accelerator.wait_for_everyone()
+        if accelerator.num_processes > 1:
+            # Gloo's thread may still need Python's lock to drop the last barrier. Freed before it
+            # had it, the process group waits for the thread, holding that lock: for ever.
+            time.sleep(0.2)
         accelerator.end_training()
         return metrics
 
