@@ -250,7 +250,7 @@ def test_killed_while_latents_are_cached_it_makes_the_missing_ones(tmp_path, who
     die(forks, config, "in cache", 2)
     first, = (tmp_path / "c").glob("*/*/*.safetensors")
     torn, = (tmp_path / "c").glob("*/*/.*.partial")
-    os.utime(torn, (time.time() - 700,) * 2)  # a younger one may be another host's
+    os.utime(torn, (time.time() - 700,) * 2)  # a younger one may be in work in another container
     before, written, save_shard = first.stat(), [], latent_cache._save_shard
     monkeypatch.setattr(latent_cache, "_save_shard", lambda shard, *rest: (
         written.append(shard.path), save_shard(shard, *rest)))
