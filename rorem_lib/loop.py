@@ -218,7 +218,7 @@ class _Training:
         if accelerator.num_processes > 1:
             # Gloo's thread may still need Python's lock to drop the last barrier. Freed before it
             # had it, the process group waits for the thread, holding that lock: for ever.
-            # A pause makes that unlikely; PyTorch offers nothing to wait for.
+            # A pause makes that unlikely, not impossible.
             time.sleep(0.2)
         accelerator.end_training()
         return metrics
