@@ -12,8 +12,8 @@ import numpy as np
 
 def read_batches(load: Callable[..., Mapping[str, np.ndarray | None]],
                  chunks: Iterable[Sequence], *,
-                 threads: int | None = None) -> Iterator[dict[str, np.ndarray]]:
-    """Open triplets in order, batch by batch; two batches are decoded ahead.
+                 threads: int | None = None, ahead: int = 2) -> Iterator[dict[str, np.ndarray]]:
+    """Open triplets in order, batch by batch, the next ones while the taken one is used.
 
     Decoding and resizing leave Python's lock, so threads are enough to use all cores.
 
@@ -21,6 +21,7 @@ def read_batches(load: Callable[..., Mapping[str, np.ndarray | None]],
         load: opens one item, for example `partial(load_images, size=512)`.
         chunks: the items of each batch; all pictures of one are brought to one size.
         threads: by default one a core.
+        ahead: batches that are decoded in advance; 0 for a taker that needs all cores itself.
 
     Yields:
         What `load` gave for the items of a chunk, stacked: of `load_images` `source` and `gt`
@@ -34,7 +35,7 @@ def read_batches(load: Callable[..., Mapping[str, np.ndarray | None]],
     try:
         for chunk in chunks:
             waiting.append([pool.submit(load, item) for item in chunk])
-            if len(waiting) > 2:
+            if len(waiting) > ahead:
                 yield _stack(waiting.popleft())
         while waiting:
             yield _stack(waiting.popleft())

@@ -71,15 +71,17 @@ def test_slow_pictures_keep_their_place():
     assert found.tolist() == list(range(12))
 
 
-def test_two_batches_are_decoded_ahead_and_no_more(tmp_path):
+@pytest.mark.parametrize("options, ahead", [({}, 2), ({"ahead": 0}, 0)])
+def test_so_many_batches_are_decoded_ahead_and_no_more(options, ahead, tmp_path):
     triplets = _write(tmp_path, 12)
     taken = []
-    reader = read_batches(load, group_chunks((taken.append(t) or t for t in triplets), 2))
+    reader = read_batches(load, group_chunks((taken.append(t) or t for t in triplets), 2),
+                          **options)
     for number in range(1, 4):
         next(reader)
-        assert len(taken) == 2 * (number + 2)
+        assert len(taken) == 2 * (number + ahead)
     reader.close()
-    assert len(taken) == 10
+    assert len(taken) == 2 * (3 + ahead)
 
 
 @pytest.mark.parametrize("damage, words", [
