@@ -13,7 +13,7 @@ import numpy as np
 def read_batches(load: Callable[..., Mapping[str, np.ndarray | None]],
                  chunks: Iterable[Sequence], *,
                  threads: int | None = None, ahead: int = 2) -> Iterator[dict[str, np.ndarray]]:
-    """Open triplets in order, batch by batch, the next ones while the taken one is used.
+    """Open triplets in order, batch by batch, by default two batches ahead of the taker.
 
     Decoding and resizing leave Python's lock, so threads are enough to use all cores.
 
