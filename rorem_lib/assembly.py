@@ -19,9 +19,7 @@ import functools
 import hashlib
 import itertools
 import logging
-import os
 import pickle
-import shutil
 import tempfile
 import time
 from collections import Counter
@@ -31,7 +29,7 @@ from pathlib import Path
 
 from rorem_lib import cleaning
 from rorem_lib.conversion import Job, convert_chunk, wait_for_space
-from rorem_lib.files import read_json, write_json
+from rorem_lib.files import read_json, remove_folder, write_json
 from rorem_lib.filters import FilterConfig
 from rorem_lib.journal import Journal, JournalIndex, write_lines
 from rorem_lib.pictures import TripletError
@@ -228,13 +226,10 @@ def _claim_folder(folder: Path, settings: dict) -> None:
         logger.info("%s was assembled with other settings (%s): it is written anew", folder,
                     ", ".join(changed))
     for name in (*_SETS, "rejected.jsonl", "safety.jsonl"):
-        old, aside = folder / name, folder / f".{name}.old"
-        shutil.rmtree(aside, ignore_errors=True)
-        if old.is_dir():  # renamed first: no half of it is ever found
-            os.rename(old, aside)
-            shutil.rmtree(aside)
-        else:
-            old.unlink(missing_ok=True)
+        old = folder / name
+        if old.is_file():
+            old.unlink()
+        remove_folder(old)
     write_json(marker, {"settings": settings})
 
 

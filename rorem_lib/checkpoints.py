@@ -25,7 +25,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 
 from rorem_lib import disk, sdxl, sharding
-from rorem_lib.files import read_json, replace_folder, write_json
+from rorem_lib.files import read_json, remove_folder, replace_folder, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -90,8 +90,7 @@ def save_checkpoint(accelerator, config, step: int, *, choices: dict | None = No
 
 def _clear(folder: Path) -> None:
     """Remove what killed runs left half written or half removed."""
-    for pattern in ("checkpoint-*.partial", "checkpoint-*.old", ".checkpoint-*.old",
-                    ".model.partial"):
+    for pattern in ("checkpoint-*.partial", ".checkpoint-*.old", ".model.partial"):
         for left in folder.glob(pattern):
             shutil.rmtree(left, ignore_errors=True)
 
@@ -174,10 +173,10 @@ def _complete(accelerator, folder: Path, beside: Path, record: dict, config) -> 
         if _get_step(other) > record["step"]:
             logger.warning("removing %s: it is of an earlier run, which this one left at a step "
                            "before it", other)
-            disk.remove_folder(other)
+            remove_folder(other)
     if config.checkpoints_total_limit > 0:
         for old in list_checkpoints(folder)[: -config.checkpoints_total_limit]:
-            disk.remove_folder(old)
+            remove_folder(old)
 
 
 def finish_checkpoints(config) -> None:
@@ -192,7 +191,7 @@ def finish_checkpoints(config) -> None:
     kept = [p for p in folders if (p / _UNET).is_file()][-limit:]  # [-0:] is all of them
     for checkpoint in folders:  # oldest first: killed here, one can still resume from the newest
         if checkpoint not in kept:
-            disk.remove_folder(checkpoint)
+            remove_folder(checkpoint)
             continue
         (checkpoint / "step.json").unlink(missing_ok=True)
         for path in list(checkpoint.iterdir()):

@@ -73,11 +73,3 @@ def flush_folder(folder: Path) -> None:
     below = sorted(folder.rglob("*"))
     for path in [p for p in below if p.is_file()] + [p for p in below if p.is_dir()] + [folder]:
         flush(path)
-
-
-def remove_folder(folder: Path) -> None:
-    """Rename it to `<name>.old`, then remove it: what is half removed must not look whole."""
-    old = folder.with_name(f"{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    folder.rename(old)
-    shutil.rmtree(old, ignore_errors=True)

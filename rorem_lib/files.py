@@ -40,18 +40,26 @@ def write_json(path, value) -> Path:
 
 
 def replace_folder(beside, path) -> Path:
-    """Put a file or folder that was written `beside` in the place of `path`, atomically.
-
-    An old folder is renamed before it is removed: no half of it is ever found.
-    """
+    """Put a file or folder that was written `beside` in the place of `path`, atomically."""
     beside, path = Path(beside), Path(path)
+    aside = _move_aside(path)
+    os.replace(beside, path)
+    shutil.rmtree(aside, ignore_errors=True)
+    return path
+
+
+def remove_folder(path) -> None:
+    """Remove a folder, if it is there; a killed process leaves all of it or nothing of it."""
+    shutil.rmtree(_move_aside(Path(path)), ignore_errors=True)
+
+
+def _move_aside(path: Path) -> Path:
+    """The hidden name that a folder gets before it is removed: no half of it is ever found."""
     aside = path.with_name(f".{path.name}.old")
     shutil.rmtree(aside, ignore_errors=True)
     if path.is_dir():
         os.rename(path, aside)
-    os.replace(beside, path)
-    shutil.rmtree(aside, ignore_errors=True)
-    return path
+    return aside
 
 
 def read_json(path):

@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import os
-import shutil
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -24,7 +22,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from rorem_lib import masks, options, sdxl, sharding
-from rorem_lib.files import hash_file, read_json, write_json
+from rorem_lib.files import hash_file, read_json, remove_folder, write_json
 from rorem_lib.triplets import TripletWriter, load_images, read_triplets, resolve_meta
 
 logger = logging.getLogger(__name__)
@@ -319,10 +317,7 @@ def _open_candidates(folder: Path, config: GenerateConfig) -> None:
         return
     if folder.exists():
         logger.info("%s was made with other settings: it is written anew", folder)
-        aside = folder.with_name(f".{folder.name}.old")  # renamed first: no half of it is found
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(folder, aside)
-        shutil.rmtree(aside)
+        remove_folder(folder)
     write_json(marker, settings)
 
 

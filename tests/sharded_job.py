@@ -86,7 +86,7 @@ def divide_on_cpu() -> None:
 def die_at(place: str) -> None:
     """SIGKILL in the second checkpoint: "in save_state", "before rename" or "in removal"."""
     count, save_state, replace, remove = [], Accelerator.save_state, checkpoints.replace_folder, (
-        checkpoints.disk.remove_folder)
+        checkpoints.remove_folder)
 
     def die(here):
         if here == place and len(count) == 2:
@@ -106,12 +106,12 @@ def die_at(place: str) -> None:
     def die_and_remove(folder):
         for path in list(folder.rglob("*.bin")):
             path.unlink()
-        folder.rename(folder.with_name(f"{folder.name}.old"))
+        folder.rename(folder.with_name(f".{folder.name}.old"))
         die("in removal")
 
     Accelerator.save_state = save_and_die
     checkpoints.replace_folder = die_and_replace
-    checkpoints.disk.remove_folder = die_and_remove if place == "in removal" else remove
+    checkpoints.remove_folder = die_and_remove if place == "in removal" else remove
 
 
 def run(options: dict) -> dict:

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rorem_lib.files import hash_file, read_json, write_json
+from rorem_lib.files import hash_file, read_json, remove_folder, write_json
 from rorem_lib.pictures import TripletError, link_file, load_image, save_image
 from rorem_lib.sources import scenes
 from rorem_lib.triplets import TripletWriter, read_triplets
@@ -116,12 +116,9 @@ def _open_set(folder: Path, name: str, count: int, seed: int) -> None:
         raise TripletError(f"{folder / name} holds a set that is no scene set: choose another "
                            "folder, or move that set away")
     for old in (folder / name, folder / "hidden" / name):
-        aside = old.with_name(f".{old.name}.old")  # renamed first: no half of it is ever found
-        shutil.rmtree(aside, ignore_errors=True)
         if old.exists():
             logger.info("%s has other settings now: it is written anew", old)
-            os.rename(old, aside)
-            shutil.rmtree(aside)
+        remove_folder(old)
     write_json(marker, wanted)
 
 
