@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import default_collate
 
+from rorem_lib import checkpoints
 from rorem_lib.remover import RemoverConfig, RemoverObjective, train_remover
 from rorem_lib.tracking import split_by_time
 from rorem_lib.triplets import TripletWriter, load_images, read_triplets
@@ -74,6 +75,27 @@ def test_it_learns_its_own_triplets(config, tmp_path):
     losses = [json.loads(x)["loss"] for x in
               (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
+
+
+def test_adam_in_8_bits_trains_and_goes_on_where_it_stopped(config, tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    # else the checkpoint of a finished training holds its UNet alone
+    monkeypatch.setattr(checkpoints, "finish_checkpoints", lambda config: None)
+    config.use_8bit_adam, config.max_train_steps, config.checkpointing_steps = True, 4, 2
+    train_remover(config)
+    kept = torch.load(tmp_path / "out" / "checkpoint-2" / "optimizer.bin", weights_only=True)
+    states = [{**state, **state.get("__bnb_optimizer_quant_state__", {})}["state1"]
+              for state in kept["state"].values()]
+    assert {s.dtype for s in states if s.numel() >= 4096} == {torch.uint8}
+    losses, weights = read_run(tmp_path / "out")
+    train_remover(replace(config, output_dir=str(tmp_path / "resumed"),
+                          resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2")))
+    more, resumed = read_run(tmp_path / "resumed")
+    assert more == losses[2:]
+    assert all(torch.equal(resumed[name], weights[name]) for name in weights)
+    train_remover(replace(config, output_dir=str(tmp_path / "whole"), use_8bit_adam=False))
+    exact = read_run(tmp_path / "whole")[0]
+    assert exact != losses and exact == pytest.approx(losses, rel=0.05)
 
 
 def test_a_sample_is_a_function_of_its_position(config):
