@@ -19,7 +19,8 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-from accelerate.utils import set_seed
+import torch
+from accelerate.utils import broadcast_object_list, set_seed
 from diffusers import UNet2DConditionModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
@@ -37,8 +38,8 @@ FREE_FIELDS = {"output_dir", "max_train_steps", "num_train_epochs", "checkpointi
                # speed and memory alone
                "gradient_checkpointing", "torch_compile", "channels_last", "allow_tf32",
                "enable_xformers_memory_efficient_attention"}
-# Their product with the number of processes is compared in their place.
-_BATCH_FIELDS = {"train_batch_size", "gradient_accumulation_steps"}
+# What they come to on this hardware is compared in their place.
+_HARDWARE_FIELDS = {"train_batch_size", "gradient_accumulation_steps", "mixed_precision"}
 _UNET = Path("unet", "diffusion_pytorch_model.safetensors")
 
 
@@ -59,14 +60,13 @@ def _get_step(checkpoint: Path) -> int:
 # ------------------------------------------------------------------------------------------ write
 
 
-def save_checkpoint(accelerator, config, step: int, *, choices: dict | None = None) -> None:
+def save_checkpoint(accelerator, config, step: int, *, train_size: int | None = None) -> None:
     """Write `checkpoint-<step>` and remove those that are too many. For all processes at once.
 
     A killed run leaves either the whole checkpoint under its name or none.
 
     Args:
-        choices: what the training chose itself and a resumed one has to choose again
-            (`peek_choices`): plain JSON values.
+        train_size: samples of an epoch, where they have an end.
 
     Raises:
         OSError: (ENOSPC) the disk is full; what was written of it is removed, the last good
@@ -77,15 +77,28 @@ def save_checkpoint(accelerator, config, step: int, *, choices: dict | None = No
     if accelerator.is_main_process:
         _clear(folder)
     attempt = partial(disk.attempt, accelerator, beside=beside,
-                      explain=partial(_describe_full, accelerator, folder, beside))
-    attempt(partial(_check_space, accelerator, folder))
+                      explain=partial(_describe_full, accelerator, config, beside))
+    attempt(partial(_check_space, accelerator, config))
     attempt(partial(_save_state, accelerator, beside),
             together=not sharding.is_divided(accelerator))
     record = {"step": step, "config": dataclasses.asdict(config),
               "num_processes": accelerator.num_processes,
-              "global_batch": sharding.count_global_batch(accelerator, config),
-              "kind": sharding.find_kind(accelerator), "choices": choices or {}}
+              "kind": sharding.find_kind(accelerator),
+              **_describe_training(accelerator, config, train_size)}
     attempt(partial(_complete, accelerator, folder, beside, record, config))
+
+
+def _describe_training(accelerator, config, train_size: int | None) -> dict:
+    """What has to be the same in a run that goes on, and no option says alone."""
+    return {"global_batch": sharding.count_global_batch(accelerator, config),
+            "precision": sharding.find_precision(accelerator), "train_size": train_size}
+
+
+def describe_last(folder) -> str:
+    """What is left to go on from when a training stops, in a sentence."""
+    done = list_checkpoints(folder)
+    return (f"{done[-1]} is intact, and training goes on from it." if done else
+            "There is no checkpoint yet: training begins anew.")
 
 
 def _clear(folder: Path) -> None:
@@ -95,31 +108,33 @@ def _clear(folder: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _describe_full(accelerator, folder: Path, beside: Path) -> str:
-    done = list_checkpoints(folder)
-    last = f"{done[-1]} is intact, and training goes on from it. " if done else ""
-    needed = _measure_need(accelerator, folder)
-    return (f"no space left for {beside.stem} in {folder}: it needs {needed / 1e9:.1f} GB, "
-            f"{shutil.disk_usage(folder).free / 1e9:.1f} GB are free. {last}Make room and "
-            "start the same command again")
+def _describe_full(accelerator, config, beside: Path) -> str:
+    folder = beside.parent
+    return (f"no space left for {beside.stem} in {folder}: it needs "
+            f"{_measure_need(accelerator, config) / 1e9:.1f} GB, "
+            f"{shutil.disk_usage(folder).free / 1e9:.1f} GB are free. {describe_last(folder)} "
+            "Make room and start the same command again")
 
 
-def _measure_need(accelerator, folder: Path) -> int:
-    """Bytes of a checkpoint: as many as the last has, or weights and Adam's two moments."""
-    for checkpoint in list_checkpoints(folder)[::-1]:
+def _measure_need(accelerator, config) -> int:
+    """Bytes of a checkpoint: as many as the last has, or weights, Adam's moments and averages."""
+    for checkpoint in list_checkpoints(config.output_dir)[::-1]:
         try:
             return sum(_read_checkpoint(checkpoint)["files"].values())
         except (OSError, ValueError):
             continue
-    return sum(3 * 4 * p.numel() for model in accelerator._models for p in model.parameters()
-               if p.requires_grad)
+    model, = accelerator._models
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    weights = trained if _has_adapters(model) else sum(p.numel() for p in model.parameters())
+    moments = 2 if config.use_8bit_adam else 8
+    return 4 * weights + (moments + (4 if config.ema_decay else 0)) * trained
 
 
-def _check_space(accelerator, folder: Path) -> None:
+def _check_space(accelerator, config) -> None:
     """Stop before the disk is filled to the brim, which would harm others too."""
-    usage = shutil.disk_usage(folder)
+    usage = shutil.disk_usage(config.output_dir)
     # some network file systems report nothing at all
-    if accelerator.is_main_process and 0 < usage.free < _measure_need(accelerator, folder):
+    if accelerator.is_main_process and 0 < usage.free < _measure_need(accelerator, config):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -204,11 +219,8 @@ def finish_checkpoints(config) -> None:
 # ------------------------------------------------------------------------------------------- read
 
 
-def find_checkpoint(config, *, quiet: bool = False) -> tuple[Path, dict] | None:
-    """The checkpoint that a run resumes from, and its `step.json`; None where there is none.
-
-    Args:
-        quiet: say nothing of those that are skipped.
+def find_checkpoint(config) -> Path | None:
+    """The checkpoint that a run resumes from; None where there is none.
 
     Raises:
         FileNotFoundError: the named one does not exist or is not complete.
@@ -219,20 +231,20 @@ def find_checkpoint(config, *, quiet: bool = False) -> tuple[Path, dict] | None:
         return None
     if wish != "latest":
         checkpoint = _find_named(wish, folder)
-        return checkpoint, _read_checkpoint(checkpoint)
-    level = logging.DEBUG if quiet else logging.WARNING
+        _read_checkpoint(checkpoint)
+        return checkpoint
     complete = list_checkpoints(folder)
     for other in sorted(set(folder.glob("checkpoint-*")) - set(complete)):
         if _holds_only_unet(other):
-            logger.log(min(level, logging.INFO), "%s is of a training that came to its end: it is "
-                       "not resumed", other)
+            logger.info("%s is of a training that came to its end: it is not resumed", other)
         else:
-            logger.log(level, "skipping %s: it was not finished", other)
+            logger.warning("skipping %s: it was not finished", other)
     for checkpoint in complete[::-1]:
         try:
-            return checkpoint, _read_checkpoint(checkpoint)
+            _read_checkpoint(checkpoint)
+            return checkpoint
         except (OSError, ValueError) as error:
-            logger.log(level, "skipping %s: %s", checkpoint, error)
+            logger.warning("skipping %s: %s", checkpoint, error)
     return None
 
 
@@ -254,34 +266,42 @@ def _holds_only_unet(checkpoint: Path) -> bool:
     return checkpoint.is_dir() and [p.name for p in checkpoint.iterdir()] == ["unet"]
 
 
-def peek_choices(config) -> dict:
-    """The `choices` of the checkpoint that `load_checkpoint` will load, before a model exists."""
-    found = find_checkpoint(config, quiet=True)
-    return found[1]["choices"] if found else {}
-
-
-def load_checkpoint(accelerator, config) -> int:
+def load_checkpoint(accelerator, config, *, train_size: int | None = None) -> int:
     """Load the newest checkpoint that can be read, or the named one; its step, 0 without one.
+
+    Args:
+        train_size: samples of an epoch now, where they have an end.
 
     Raises:
         FileNotFoundError, ValueError: see `find_checkpoint`.
-        ValueError: other settings, another global batch (not where it is named), or another kind
-            of sharding.
+        FileNotFoundError: a process does not see the main one's checkpoint.
+        ValueError: other settings, another global batch, precision or number of samples (a
+            warning where it is named), or another kind of sharding.
     """
-    found = find_checkpoint(config)
-    if found is None:
+    # The main process decides: on a network file system the others may still see an older one.
+    found = [find_checkpoint(config) if accelerator.is_main_process else None]
+    checkpoint, = broadcast_object_list(found)
+    if checkpoint is None:
         return 0
-    checkpoint, record = found
-    if config.resume_from_checkpoint == "latest":
-        _compare_settings(checkpoint, record, dataclasses.asdict(config),
-                          sharding.count_global_batch(accelerator, config))
+    if not (checkpoint / "step.json").is_file():
+        raise FileNotFoundError(f"process {accelerator.process_index} does not see {checkpoint}: "
+                                "output_dir has to be a folder that all processes share")
+    record = _read_checkpoint(checkpoint)
+    _compare_settings(checkpoint, record, config,
+                      _describe_training(accelerator, config, train_size))
     same = record["num_processes"] == accelerator.num_processes
     _compare_kind(checkpoint, record, sharding.find_kind(accelerator), same)
     handle = accelerator.register_load_state_pre_hook(partial(_load_weights, accelerator))
+    scaler = accelerator.scaler
+    if not (checkpoint / "scaler.pt").is_file():  # it was made in another precision
+        accelerator.scaler = None
     try:
         accelerator.load_state(str(checkpoint))
     finally:
         handle.remove()
+        accelerator.scaler = scaler
+    if not sharding.is_divided(accelerator):
+        _lay_out_moments(accelerator, checkpoint)
     # counted in micro-batches, of which a step may have another number now
     accelerator.step = record["step"] * config.gradient_accumulation_steps
     if not same:
@@ -309,6 +329,21 @@ def _load_weights(accelerator, models, folder) -> None:
         module.load_state_dict(load_file(Path(folder, _UNET)))
 
 
+def _lay_out_moments(accelerator, checkpoint: Path) -> None:
+    """Give the optimizer's states the layout of their weights: they keep the one they were saved
+    in (`channels_last` or not), and a fused step walks through both as they lie in memory."""
+    for optimizer in accelerator._optimizers:
+        for parameter, state in optimizer.state.items():
+            for name, value in state.items():
+                if not torch.is_tensor(value) or value.shape != parameter.shape or (
+                        value.stride() == parameter.stride()):
+                    continue
+                if value.dtype == torch.uint8:  # in blocks of what lies side by side
+                    raise ValueError(f"{checkpoint} has 8-bit optimizer states of another memory "
+                                     "layout: set channels_last as it was")
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
 def _read_checkpoint(checkpoint: Path) -> dict:
     """A checkpoint's `step.json`, once each of its files is found whole.
 
@@ -316,7 +351,8 @@ def _read_checkpoint(checkpoint: Path) -> dict:
     than none.
     """
     record = read_json(checkpoint / "step.json")
-    for name in ("step", "config", "files", "num_processes", "global_batch", "kind", "choices"):
+    for name in ("step", "config", "files", "num_processes", "kind", "global_batch", "precision",
+                 "train_size"):
         if name not in record:
             raise ValueError(f"{checkpoint / 'step.json'} has no {name!r}")
     for name, size in record["files"].items():
@@ -326,18 +362,26 @@ def _read_checkpoint(checkpoint: Path) -> dict:
     return record
 
 
-def _compare_settings(checkpoint: Path, record: dict, now: dict, global_batch: int) -> None:
-    """Refuse to go on with other settings unawares: the optimizer's would win over the new ones."""
-    before, now = record["config"], json.loads(json.dumps(now))
+def _compare_settings(checkpoint: Path, record: dict, config, training: dict) -> None:
+    """Refuse to go on with other settings unawares; where the checkpoint is named, warn."""
+    before, now = record["config"], json.loads(json.dumps(dataclasses.asdict(config)))
     changed = [f"{name} was {before[name]!r} and is {now.get(name)!r}" for name in before
-               if name not in FREE_FIELDS | _BATCH_FIELDS and before[name] != now.get(name)]
-    if record["global_batch"] != global_batch:
-        changed.append(f"the global batch (train_batch_size x gradient_accumulation_steps x "
-                       f"processes) was {record['global_batch']} and is {global_batch}")
-    if changed:
-        raise ValueError(f"{checkpoint} was made with other settings ({'; '.join(changed)}): "
-                         "delete it to begin anew, choose another output_dir, or name it in "
-                         "resume_from_checkpoint to go on from it all the same")
+               if name not in FREE_FIELDS | _HARDWARE_FIELDS and before[name] != now.get(name)]
+    words = {"global_batch": "the global batch (train_batch_size x gradient_accumulation_steps x "
+                             "processes)",
+             "precision": "the precision", "train_size": "the number of samples"}
+    changed += [f"{words[name]} was {record[name]} and is {value}"
+                for name, value in training.items() if record[name] != value]
+    if not changed:
+        return
+    text = f"{checkpoint} was made with other settings ({'; '.join(changed)}): "
+    if config.resume_from_checkpoint == "latest":
+        raise ValueError(text + "delete it to begin anew, choose another output_dir, or name it "
+                         "in resume_from_checkpoint to go on from it all the same")
+    if bool(before.get("ema_decay")) != bool(config.ema_decay):
+        raise ValueError(text + "averages (ema_decay) cannot begin or end half-way")
+    logger.warning("%sit goes on all the same; learning rate and its schedule, betas, epsilon, "
+                   "weight decay and ema_decay stay those of the checkpoint", text)
 
 
 def _compare_kind(checkpoint: Path, record: dict, kind: str, same: bool) -> None:

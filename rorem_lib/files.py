@@ -40,7 +40,11 @@ def write_json(path, value) -> Path:
 
 
 def replace_folder(beside, path) -> Path:
-    """Put a file or folder that was written `beside` in the place of `path`, atomically."""
+    """Put a file or folder that was written `beside` in the place of `path`.
+
+    No half of either is ever found there. A folder that is replaced has its hidden name for a
+    moment before the new one has its place.
+    """
     beside, path = Path(beside), Path(path)
     aside = _move_aside(path)
     os.replace(beside, path)

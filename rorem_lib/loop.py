@@ -35,15 +35,14 @@ class Objective:
     """What a stage trains. Subclasses override `build_model`, `make_dataset`, `compute_loss` and
     `save_model`.
 
-    `config` is the run's `LoopConfig`. Before `build_model` the loop sets `accelerator` and
-    `choices` (what an automatic choice was before a resume; what the subclass puts in is kept with
-    each checkpoint). What it puts into `metrics` joins the run's metrics.
+    `config` is the run's `LoopConfig`; the loop sets `accelerator` before `build_model`. What a
+    subclass puts into `metrics` joins the run's metrics.
     """
 
     def __init__(self, config: LoopConfig):
         self.config = config
         self.accelerator: Accelerator
-        self.choices: dict = {}
+        self.recomputes = False  # activations, whoever chose it: said when memory runs out
         self.metrics: dict = {}
 
     @property
@@ -119,7 +118,7 @@ def train(objective: Objective, config: LoopConfig) -> dict:
     try:
         return _Training(objective, config, accelerator).run()
     except (RuntimeError, MemoryError) as error:
-        if objective.choices.get("gradient_checkpointing"):  # chosen already: no advice
+        if objective.recomputes:  # no advice to do so
             config = dataclasses.replace(config, gradient_checkpointing=True)
         if text := tracking.describe_out_of_memory(error, config):
             raise MemoryError(text) from error
@@ -151,7 +150,6 @@ class _Training:
         self.objective, self.accelerator = objective, accelerator
         set_seed(config.seed)
         objective.accelerator = accelerator
-        objective.choices = checkpoints.peek_choices(config)
         model = objective.build_model()
         accelerator.wait_for_everyone()  # one node may load for minutes longer than another
         self.dataset = objective.make_dataset()
@@ -175,7 +173,8 @@ class _Training:
             self.ema = sharding.Average(self.trained, decay=config.ema_decay,
                                         foreach=accelerator.device.type == "cuda")
             accelerator.register_for_checkpointing(self.ema)
-        self.first = self.step = checkpoints.load_checkpoint(accelerator, config)
+        self.first = self.step = checkpoints.load_checkpoint(
+            accelerator, config, train_size=objective.metrics.get("train_size"))
         if self.ema is not None:
             self.ema.to(accelerator.device)
         self.validate = objective.make_validation()
@@ -211,6 +210,8 @@ class _Training:
             self.step += 1
             if self._is_due(config.logging_steps) or self.step == config.max_train_steps:
                 line = self.tracker.write(self.step, norm, self.scheduler.get_last_lr()[0])
+            elif not config.logging_steps:
+                self.tracker.begin()
             self._pause_at(norm)
         accelerator.wait_for_everyone()
         metrics = self._finish(line, time.time() - started)
@@ -262,7 +263,7 @@ class _Training:
                 if norm is not None and self.accelerator.scaler is None:
                     tracking.check_finite(norm, "gradient's norm", step)
                 checkpoints.save_checkpoint(self.accelerator, config, step,
-                                            choices=self.objective.choices)
+                                            train_size=self.objective.metrics.get("train_size"))
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -304,8 +305,8 @@ class _Training:
                 disk.flush_folder(beside)
 
         disk.attempt(accelerator, write, beside=beside, explain=lambda: (
-            f"no space left for the model in {self.folder}: its checkpoints are intact. Make room "
-            "and start the same command again"))
+            f"no space left for the model in {self.folder}. "
+            f"{checkpoints.describe_last(self.folder)} Make room and start the same command again"))
         if accelerator.is_main_process:
             for part in beside.iterdir():
                 replace_folder(part, self.folder / part.name)
@@ -323,6 +324,8 @@ def _count_steps(config, objective):
     """The config with `max_train_steps` for its epochs."""
     if not config.num_train_epochs:
         raise ValueError("max_train_steps and num_train_epochs are both 0: set one of them")
-    size = objective.metrics["train_size"]
+    size = objective.metrics.get("train_size")
+    if size is None:
+        raise ValueError("these samples have no end, hence no epochs: set max_train_steps")
     steps = math.ceil(config.num_train_epochs * size / objective.global_batch)
     return dataclasses.replace(config, max_train_steps=steps)

@@ -237,8 +237,6 @@ class RemoverObjective(loop.Objective):
         factor, precision = self.pipe.vae_scale_factor, sharding.find_precision(self.accelerator)
         sizes = {(height // factor, width // factor) for height, width in self.shapes}
         wish = config.gradient_checkpointing
-        if wish is None:
-            wish = self.choices.get("gradient_checkpointing")
         if wish is None and device.type == "cuda":
             torch.cuda.empty_cache()  # what encoding left reserved is free
             memory = {"bytes_free": torch.cuda.mem_get_info(device)[0],
@@ -249,7 +247,7 @@ class RemoverObjective(loop.Objective):
             # one choice for all processes: the fullest GPU decides
             votes = torch.tensor(float(wish), device=device)
             wish = bool(self.accelerator.reduce(votes, "sum") > 0)
-        self.choices["gradient_checkpointing"] = bool(wish)
+        self.recomputes = bool(wish)
         if wish:
             model.enable_gradient_checkpointing()
         if config.torch_compile:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
 import math
+import os
 import resource
 import sys
 import time
@@ -50,7 +52,19 @@ def check_finite(value, name: str, step: int) -> None:
     if value is not None and not math.isfinite(float(value)):
         raise FloatingPointError(
             f"the {name} is {float(value)} at step {step}: lower learning_rate, or use bf16 or "
-            "float32 in the place of fp16; the last checkpoint is intact")
+            "float32 in the place of fp16, and begin anew or from a checkpoint before this step")
+
+
+def _append_line(path: Path, line: dict) -> None:
+    """Write it whole or, on a full disk, not at all: it is not worth the training."""
+    with open(path, "ab", buffering=0) as stream:
+        start, data = stream.tell(), (json.dumps(line) + "\n").encode()
+        try:
+            if stream.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            stream.truncate(start)
+            logger.warning("no line of step %d in %s: %s", line["step"], path, error.strerror)
 
 
 class Tracker:
@@ -74,9 +88,10 @@ class Tracker:
         self.device = torch.device(accelerator.device)
         self.peak = speed.find_peak_flops(self.device)
         self.window: dict[str, list[torch.Tensor]] = {}
-        self._begin()
+        self.begin()
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
+        """Forget what was noted: the next line's window begins here."""
         self.window = {name: [] for name in self.window}
         self.micro_batches, self.excluded_seconds = 0, 0.0
         if self.device.type == "cuda":
@@ -135,7 +150,6 @@ class Tracker:
 
         Raises:
             FloatingPointError: the loss is infinite or not a number.
-            OSError: the line could not be written.
         """
         if not self.micro_batches:
             return None
@@ -154,14 +168,13 @@ class Tracker:
             done = self.flops_per_image * self.micro_batches * self.config.train_batch_size
             line["mfu"] = round(done / seconds / self.peak, 4)
         if self.accelerator.is_main_process:
-            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as stream:
-                stream.write(json.dumps(line) + "\n")
+            _append_line(self.folder / "metrics.jsonl", line)
             logger.info("step %d/%d  loss %.4f  lr %.2g  %.1f images/s%s  %.1f GB  %d s left", step,
                         self.config.max_train_steps, line["loss"], lr, line["images_per_second"],
                         f"  MFU {line['mfu']:.1%}" if "mfu" in line else "", line["memory_gb"],
                         line["seconds_left"])
         self.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=step)
-        self._begin()
+        self.begin()
         return line
 
     def _gather(self) -> tuple[dict[str, float], float]:

@@ -5,9 +5,9 @@
 RUNS.json is a list of trainings, done one after the other. Each has a `LoopConfig`'s options and
 `kind` (what has to come of it, as `sharding.find_kind` says), `model` ("unet", "lora" or "plain"),
 `chunks` (of a micro-batch), `sgd` (plain steps of size 1: how far the weights move is then the
-clipped norm), `die` (a place in the second checkpoint where it kills itself, see `die_at`), `full`
-([rank, bytes]: no file of that process may be larger from the second checkpoint on). Each writes
-`result.json` and the weights into its `output_dir`.
+clipped norm), `fused` (AdamW), `channels_last`, `die` (a place in the second checkpoint where it
+kills itself, see `die_at`), `full` ([rank, bytes]: no file of that process may be larger from the
+second checkpoint on). Each writes `result.json` and the weights into its `output_dir`.
 """
 
 import contextlib
@@ -130,11 +130,12 @@ def run(options: dict) -> dict:
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     set_seed(config.seed)
-    choices = checkpoints.peek_choices(config)
     model = build_model(name)
+    if options.get("channels_last"):
+        model.to(memory_format=torch.channels_last)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = (torch.optim.SGD(trained, lr=1.0) if options.get("sgd") else
-                 torch.optim.AdamW(trained, lr=config.learning_rate))
+                 torch.optim.AdamW(trained, lr=config.learning_rate, fused=options.get("fused")))
     structure = sharding.copy_structure(accelerator, model)
     model, optimizer = sharding.prepare(accelerator, model, optimizer, config)
     scheduler = get_scheduler("linear", optimizer, num_training_steps=100, num_warmup_steps=0)
@@ -144,10 +145,10 @@ def run(options: dict) -> dict:
     if config.ema_decay:
         ema = sharding.Average(trained, decay=config.ema_decay)
         accelerator.register_for_checkpointing(ema)
-    step = first = checkpoints.load_checkpoint(accelerator, config)
+    step = first = checkpoints.load_checkpoint(accelerator, config, train_size=24)
     states = {"before": copy_state(accelerator, model)}
     result = {"kind": kind, "processes": accelerator.num_processes, "first": first,
-              "line": sharding.describe(accelerator, config), "choices": choices,
+              "line": sharding.describe(accelerator, config),
               "count": sum(p.numel() for p in trained), "losses": [], "norms": [], "rates": []}
     for positions in order.Positions(config, accelerator, first):
         with accelerator.accumulate(model):
@@ -176,7 +177,7 @@ def run(options: dict) -> dict:
         if step % config.checkpointing_steps == 0:
             if "full" in options and step == 2 * config.checkpointing_steps:
                 fill_disk(accelerator, *options["full"])
-            checkpoints.save_checkpoint(accelerator, config, step, choices={"compile": True})
+            checkpoints.save_checkpoint(accelerator, config, step, train_size=24)
     states["after"] = copy_state(accelerator, model)
     whole = sharding.gather_model(accelerator, model, structure, ema)
     if accelerator.is_main_process:

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from sharded_job import run
+from sharded_job import build_model, run
 from test_sharding import launch
 
 from rorem_lib import checkpoints, disk
@@ -79,7 +82,8 @@ def test_a_unet_is_kept_in_diffusers_layout(whole):
     assert all(torch.equal(w, after[k]) for k, w in unet.state_dict().items())
     record = json.loads((whole / "checkpoint-6" / "step.json").read_text())
     assert (record["step"], record["num_processes"], record["global_batch"]) == (6, 1, 4)
-    assert record["choices"] == {"compile": True} and record["config"]["learning_rate"] == 1e-3
+    assert (record["precision"], record["train_size"]) == ("no", 24)
+    assert record["config"]["learning_rate"] == 1e-3
     assert set(record["files"]) == set(list_files(whole / "checkpoint-6")) - {"step.json"}
 
 
@@ -130,11 +134,11 @@ def pair(tmp_path_factory, whole):
     return folder, done
 
 
-def assert_near(one, other, start):
+def assert_near(one, other, start, share=0.05):
     one, other, start = load(one), load(other), load(start, "before")
     apart = sum((one[k] - other[k]).square().sum() for k in one).sqrt()
     moved = sum((one[k] - start[k]).square().sum() for k in one).sqrt()
-    assert apart < 0.05 * moved, f"moved {moved}, apart {apart}"
+    assert apart < share * moved, f"moved {moved}, apart {apart}"
 
 
 def test_two_processes_checkpoint_opens_on_one_and_the_other_way(pair, whole, tmp_path, caplog):
@@ -155,7 +159,7 @@ def test_two_processes_checkpoint_opens_on_one_and_the_other_way(pair, whole, tm
     assert_near(tmp_path, whole, whole)
 
 
-def test_another_global_batch_is_refused_unless_the_checkpoint_is_named(whole, tmp_path):
+def test_other_settings_are_refused_unless_the_checkpoint_is_named(whole, tmp_path, caplog):
     (tmp_path / "checkpoint-4").symlink_to(whole / "checkpoint-4")
     with pytest.raises(ValueError, match=r"the global batch .* was 4 and is 8"):
         run(make_run(tmp_path, train_batch_size=8))
@@ -163,9 +167,68 @@ def test_another_global_batch_is_refused_unless_the_checkpoint_is_named(whole, t
         run(make_run(tmp_path, learning_rate=0.1))
     free = {"logging_steps": 7, "logging_dir": "x", "report_to": "none", "max_train_steps": 4}
     assert run(make_run(tmp_path, **free))["first"] == 4
-    named = run(make_run(tmp_path / "b", train_batch_size=8, max_train_steps=5,
-                         resume_from_checkpoint=str(tmp_path / "checkpoint-4")))
-    assert named["first"] == 4
+    named = {"max_train_steps": 5, "resume_from_checkpoint": str(tmp_path / "checkpoint-4")}
+    with caplog.at_level(logging.WARNING):
+        assert run(make_run(tmp_path / "b", train_batch_size=8, **named))["first"] == 4
+    assert "was 4 and is 8): it goes on all the same; learning rate and" in caplog.text
+    with pytest.raises(ValueError, match="ema_decay was 0.9 and is 0.0.*cannot begin or end"):
+        run(make_run(tmp_path / "c", ema_decay=0.0, **named))
+
+
+@pytest.mark.parametrize(("name", "before", "words"), [
+    ("precision", "fp16", "the precision was fp16 and is no"),
+    ("train_size", 20, "the number of samples was 20 and is 24")])
+def test_what_no_option_says_is_compared_too(whole, tmp_path, name, before, words):
+    shutil.copytree(whole / "checkpoint-4", tmp_path / "checkpoint-4")
+    file = tmp_path / "checkpoint-4" / "step.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: before}))
+    with pytest.raises(ValueError, match=words):
+        run(make_run(tmp_path))
+
+
+def test_a_checkpoint_without_a_scaler_goes_on_in_fp16(whole, tmp_path):
+    scaler = torch.amp.GradScaler("cpu")
+
+    class Scaled(Accelerator):
+        def __init__(self):
+            super().__init__()
+            self.scaler = scaler
+
+    AcceleratorState._reset_state()
+    accelerator = Scaled()
+    model = build_model("unet")
+    accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+    config = make_config(whole, resume_from_checkpoint=str(whole / "checkpoint-4"), ema_decay=0.9)
+    for _ in range(2):  # the scheduler and the averages of `whole`
+        accelerator.register_for_checkpointing(Anything())
+    assert checkpoints.load_checkpoint(accelerator, config, train_size=24) == 4
+    assert accelerator.scaler is scaler
+
+
+class Anything:
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        assert state
+
+
+def test_a_process_that_does_not_see_the_checkpoint_says_so(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "broadcast_object_list",
+                        lambda found: [tmp_path / "checkpoint-4"])
+    with pytest.raises(FileNotFoundError, match="process 0 does not see .* processes share"):
+        run(make_run(whole))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_moments_are_laid_out_as_the_weights_are_now(tmp_path, first):
+    def make(folder, last, **more):
+        return make_run(folder, checkpoints_total_limit=0, fused=True, channels_last=last, **more)
+
+    run(make(tmp_path / "whole", first))
+    run(make(tmp_path / "on", not first,
+             resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2")))
+    assert_near(tmp_path / "on", tmp_path / "whole", tmp_path / "whole", share=1e-3)
 
 
 @pytest.mark.parametrize(("kind", "count", "words"), [
@@ -193,8 +256,8 @@ def test_names_by_which_a_checkpoint_is_found(whole, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = make_config(whole)
     for wish, step in (("latest", 6), ("checkpoint-4", 4), (str(whole / "checkpoint-2"), 2)):
-        found, record = checkpoints.find_checkpoint(replace(config, resume_from_checkpoint=wish))
-        assert found == whole / f"checkpoint-{step}" and record["step"] == step
+        found = checkpoints.find_checkpoint(replace(config, resume_from_checkpoint=wish))
+        assert found == whole / f"checkpoint-{step}"
     for wish in ("none", "", None):
         assert checkpoints.find_checkpoint(replace(config, resume_from_checkpoint=wish)) is None
     with pytest.raises(FileNotFoundError, match="checkpoint-5 is not a complete checkpoint"):
@@ -202,14 +265,6 @@ def test_names_by_which_a_checkpoint_is_found(whole, tmp_path, monkeypatch):
     for folder in (whole / "unet", whole):  # a UNet, and a folder with one in it
         with pytest.raises(ValueError, match=f"start from it by --pretrained_unet {folder}"):
             checkpoints.find_checkpoint(replace(config, resume_from_checkpoint=str(folder)))
-
-
-def test_choices_are_known_before_a_model_is_built(whole, tmp_path, caplog):
-    assert checkpoints.peek_choices(make_config(whole)) == {"compile": True}
-    (tmp_path / "checkpoint-9").mkdir()
-    with caplog.at_level(logging.WARNING):
-        assert checkpoints.peek_choices(make_config(tmp_path)) == {}
-    assert not caplog.text, "what is skipped is said once, when it is loaded"
 
 
 def test_a_truncated_file_is_found_before_anything_is_loaded(whole, tmp_path, caplog):

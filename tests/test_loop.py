@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import resource
 import sys
 from collections import Counter
 from pathlib import Path
@@ -14,7 +15,7 @@ from resume_job import train
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
 
-from rorem_lib import checkpoints, loop, options
+from rorem_lib import checkpoints, loop, options, tracking
 from rorem_lib.remover import RemoverConfig
 
 
@@ -96,6 +97,8 @@ def test_epochs_are_counted_where_no_steps_are_given(tmp_path):
     assert loop.train(objective, config)["steps"] == 8  # 30 samples in batches of 4
     with pytest.raises(ValueError, match="both 0: set one of them"):
         run_toy(make_config(tmp_path / "b", max_train_steps=0))
+    with pytest.raises(ValueError, match="have no end, hence no epochs: set max_train_steps"):
+        run_toy(make_config(tmp_path / "c", max_train_steps=0, num_train_epochs=1))
 
 
 def test_no_checkpoints_and_lines_where_their_steps_are_0(tmp_path):
@@ -111,7 +114,7 @@ def test_a_full_disk_at_the_end_leaves_the_checkpoints(tmp_path):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     config = make_config(tmp_path)
-    with pytest.raises(OSError, match="no space left for the model in .* checkpoints are intact"):
+    with pytest.raises(OSError, match="no space left for the model in .*checkpoint-9 is intact"):
         loop.train(Full(config), config)
     assert not (tmp_path / ".model.partial").exists() and not (tmp_path / "model.pt").exists()
     resumed, objective = run_toy(config)
@@ -273,6 +276,24 @@ def test_what_is_saved_is_the_moving_average(tmp_path):
     averaged, _ = run_toy(make_config(tmp_path / "a", ema_decay=0.99))
     last, _ = run_toy(make_config(tmp_path / "b", ema_decay=0.0))
     assert any(not torch.allclose(averaged[n], last[n], atol=1e-4) for n in last)
+
+
+def test_a_line_that_finds_no_room_is_missed_and_nothing_else(tmp_path, caplog, monkeypatch):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    append = tracking._append_line
+
+    def append_short(path, line):
+        if line["step"] == 5:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20, limit[1]))
+        try:
+            append(path, line)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+    monkeypatch.setattr(tracking, "_append_line", append_short)
+    run_toy(make_config(tmp_path))
+    assert "no line of step 5" in caplog.text
+    assert [line["step"] for line in read_lines(tmp_path)] == [1, 2, 3, 4, 6, 7, 8, 9, 10]
 
 
 @pytest.mark.parametrize("logging_steps", [1, 5])
