@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import logging
 import os
+import re
 import sys
 import types
 import typing
@@ -44,7 +45,8 @@ class LoopConfig:
     Attributes:
         output_dir: folder for the model, checkpoints and `metrics.jsonl`.
         max_train_steps: optimizer steps in all; 0 takes `num_train_epochs`.
-        num_train_epochs: times every sample is seen, where `max_train_steps` is 0.
+        num_train_epochs: times every sample is seen, where `max_train_steps` is 0 or, on a command
+            line, not given.
         train_batch_size: samples a process and micro-batch.
         gradient_accumulation_steps: micro-batches an optimizer step.
         learning_rate: AdamW's peak rate.
@@ -57,10 +59,12 @@ class LoopConfig:
         max_grad_norm: gradients are clipped to this norm.
         mixed_precision: "no", "bf16", "fp16", or "auto": bf16 where the hardware has it.
         allow_tf32: float32 matrix products on NVIDIA's TF32 units.
-        ema_decay: decay of the weights' moving average; 0 keeps none.
+        ema_decay: decay of the weights' moving average, which is then what is validated and saved
+            (a checkpoint's `unet/` has the weights themselves); 0 keeps none.
         checkpointing_steps: steps between checkpoints; 0 writes none.
         checkpoints_total_limit: how many checkpoints are kept; 0 keeps all.
-        resume_from_checkpoint: "latest", "none", a checkpoint folder or its name in `output_dir`.
+        resume_from_checkpoint: "latest", "none", a checkpoint folder or its name in `output_dir`;
+            one of your own making, since parts of it are pickles.
         logging_steps: steps between lines of `metrics.jsonl`; 0 writes the last step's alone.
         dataloader_num_workers: processes that read samples; 0 reads in the training process.
         report_to: "none", or a tracker accelerate knows ("tensorboard", "wandb", "trackio").
@@ -161,7 +165,9 @@ def parse_config(cls, arguments: list[str] | None = None):
             del values[name]
         if os.environ.get("RANK", "0") == "0":  # once, not from every process
             logger.warning("%s: no effect, as in upstream's trainer", ", ".join(unused))
-    if values.get("num_train_epochs"):  # as upstream: steps win where they are given too
+    if given.get("num_train_epochs"):  # words win over the file, and steps over epochs
+        values["max_train_steps"] = given.get("max_train_steps", 0)
+    elif values.get("num_train_epochs"):
         values.setdefault("max_train_steps", 0)
     return cls(**values)
 
@@ -172,7 +178,9 @@ def _build_parser(cls, ignored, refused) -> argparse.ArgumentParser:
                                            "(--help lists the options)",
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("--config", help="YAML file with any of these options")
-    hints, defaults = typing.get_type_hints(cls), dataclasses.asdict(cls())
+    hints, defaults, meanings = typing.get_type_hints(cls), dataclasses.asdict(cls()), {}
+    for base in cls.__mro__[::-1]:
+        meanings |= _read_meanings(base)
     for field in dataclasses.fields(cls):
         kind, optional = _unwrap(hints[field.name])
         if kind is bool:
@@ -183,13 +191,22 @@ def _build_parser(cls, ignored, refused) -> argparse.ArgumentParser:
         else:
             options = {"type": kind}
         shown = "automatic" if defaults[field.name] is None else repr(defaults[field.name])
-        parser.add_argument(f"--{field.name}", **options,
-                            help=f"default: {shown}".replace("%", "%%"))
+        about = f"{meanings.get(field.name, '')} Default: {shown}"
+        parser.add_argument(f"--{field.name}", **options, help=about.replace("%", "%%"))
     for name in ignored:
         parser.add_argument(f"--{name}", nargs="?", help="no effect, as in upstream's trainer")
     for name, reason in refused.items():
         parser.add_argument(f"--{name}", action=_Refuse, help=reason)
     return parser
+
+
+def _read_meanings(cls) -> dict[str, str]:
+    """What the docstring of a config says of its fields, under `Attributes:`."""
+    _, _, rest = inspect.cleandoc(cls.__doc__ or "").partition("\nAttributes:\n")
+    block = re.match(r"(?:[ ]{4}.*\n?|\n)*", rest)[0]
+    entries = re.findall(r"^    (\w+(?:, \w+)*): (.*(?:\n {8}.*)*)", block, re.MULTILINE)
+    return {name: " ".join(text.replace("`", "").split())
+            for names, text in entries for name in names.split(", ")}
 
 
 def _unwrap(kind) -> tuple[type, bool]:

@@ -136,6 +136,9 @@ class RemoverConfig(options.LoopConfig):
         if self.lora_rank and self.trainable_modules:
             raise ValueError("lora_rank trains a LoRA and trainable_modules whole modules: "
                              "take one of them")
+        if self.high_resolution_meta_path and self.high_resolution < self.resolution:
+            raise ValueError(f"high_resolution is {self.high_resolution} px and resolution "
+                             f"{self.resolution}: set high_resolution, to 1024 for RORem-mixed")
         for name in ("high_resolution_share", "mask_variant_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: take a share from 0 to 1")

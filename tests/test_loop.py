@@ -1,5 +1,6 @@
 """The training loop: batches, clipping, stopped and resumed runs, EMA. See also `test_resume`."""
 
+import copy
 import errno
 import json
 import logging
@@ -272,10 +273,44 @@ def test_a_named_checkpoint_is_taken_or_missed_loudly(tmp_path):
             tmp_path / "a" / "checkpoint-99")))
 
 
-def test_what_is_saved_is_the_moving_average(tmp_path):
-    averaged, _ = run_toy(make_config(tmp_path / "a", ema_decay=0.99))
+class Watched(Regression):
+    """Notes the weights that each step sees, and those that are validated."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        config.validation_steps, self.trained, self.validated = 5, [], []
+
+    def compute_loss(self, model, batch):
+        self.trained.append(copy.deepcopy(model.state_dict()))
+        return super().compute_loss(model, batch)
+
+    def make_validation(self):
+        def validate(model, step):
+            self.validated.append((step, copy.deepcopy(model.state_dict())))
+            return {}
+        return validate
+
+
+def test_what_is_validated_and_saved_is_the_moving_average(tmp_path):
+    config = make_config(tmp_path / "a", ema_decay=0.7)
+    objective = Watched(config)
+    loop.train(objective, config)
+    saved = torch.load(tmp_path / "a" / "model.pt", weights_only=True)
     last, _ = run_toy(make_config(tmp_path / "b", ema_decay=0.0))
-    assert any(not torch.allclose(averaged[n], last[n], atol=1e-4) for n in last)
+    steps = [*objective.trained[1:], last]  # the weights after each step
+    mean = steps[0]
+    for number, weights in enumerate(steps[1:], 1):  # Karras' warm-up, as diffusers has it
+        decay = min(0.7, 1 - (1 + number) ** -0.75)
+        mean = {n: decay * mean[n] + (1 - decay) * weights[n] for n in mean}
+        if number == 4:
+            half = mean
+    assert [step for step, _ in objective.validated] == [0, 5, 10]
+    assert_same(objective.validated[0][1], objective.trained[0])
+    for found, wanted in ((objective.validated[1][1], half), (objective.validated[2][1], mean),
+                          (saved, mean)):
+        for name in wanted:
+            torch.testing.assert_close(found[name], wanted[name], rtol=1e-5, atol=1e-6)
+    assert any((saved[n] - last[n]).abs().max() > 1e-3 for n in last)
 
 
 def test_a_line_that_finds_no_room_is_missed_and_nothing_else(tmp_path, caplog, monkeypatch):

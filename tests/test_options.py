@@ -115,7 +115,7 @@ def test_help_names_every_option_and_its_default(capsys):
     assert end.value.code == 0
     for field_ in dataclasses.fields(RemoverConfig):
         assert f"--{field_.name} " in text
-    assert "default: automatic" in text and "--no-random_flip" in text
+    assert "Default: automatic" in text and "--no-random_flip" in text
     with pytest.raises(SystemExit):
         read("--seeed 4")
     assert len(capsys.readouterr().err.splitlines()) == 2  # from each of many processes
@@ -123,7 +123,7 @@ def test_help_names_every_option_and_its_default(capsys):
 
 # ------------------------------------------------------------------------------ upstream's words
 
-# Every option of upstream's trainer: words that it takes, and what they mean here.
+# Every option of upstream's trainer (52): words that it takes, and what they mean here.
 UPSTREAM = {
     "adam_beta1": ("0.85", 0.85), "adam_beta2": ("0.95", 0.95), "adam_epsilon": ("1e-6", 1e-6),
     "adam_weight_decay": ("0.1", 0.1), "allow_tf32": ("", True), "cache_dir": ("/tmp/x", "ignored"),
@@ -157,8 +157,21 @@ UPSTREAM = {
 }
 
 
-def test_upstreams_options_are_all_here():
-    assert len(UPSTREAM) == 52
+def test_words_for_epochs_win_over_a_file_of_steps(tmp_path):
+    (tmp_path / "job.yaml").write_text("max_train_steps: 50\n")
+    words = ["--config", str(tmp_path / "job.yaml"), "--num_train_epochs", "3"]
+    assert options.parse_config(LoopConfig, words).max_train_steps == 0
+    both = options.parse_config(LoopConfig, [*words, "--max_train_steps", "7"])
+    assert (both.max_train_steps, both.num_train_epochs) == (7, 3)
+
+
+def test_help_says_what_each_option_means(capsys):
+    with pytest.raises(SystemExit):
+        options.parse_config(RemoverConfig, ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--seed SEED fixes initialisation, order, noise and flips. Default: 4" in text
+    assert "--high_resolution HIGH_RESOLUTION side for high_resolution_meta_path, px." in text
+    assert not re.search(r"(?<!\.) Default: ", text), "an option is not described"
 
 
 @pytest.mark.parametrize("name", UPSTREAM)

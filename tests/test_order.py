@@ -2,7 +2,6 @@
 
 import math
 import pickle
-import time
 from collections import Counter
 from types import SimpleNamespace
 
@@ -137,14 +136,11 @@ def test_however_a_global_batch_is_split_each_step_has_the_same_samples(batch, a
     assert len({step[0][0] for step in whole}) == 3
 
 
-def test_fifty_thousand_steps_of_192_cost_next_to_nothing():
+def test_fifty_thousand_steps_of_192_are_not_kept():
     order = BucketOrder([40_000, 9000, 6000], [0.7, 0.2, 0.1], seed=1, global_batch=192)
-    started = time.process_time()
     for step in range(50_000):
         order.find(step * 192)
-    # 50,000 of 9.6 million samples are looked up; an epoch's shuffle takes about a millisecond
-    assert time.process_time() - started < 2
-    assert len(pickle.dumps(order)) < 3e6
+    assert len(pickle.dumps(order)) < 3e6  # an epoch's shuffle, not 9.6 million places
 
 
 @pytest.mark.parametrize("sizes, weights, complaint", [

@@ -143,6 +143,11 @@ def test_sets_are_read_one_after_another(config, tiny_set, tmp_path):
         torch.testing.assert_close(latents, whole.read(index)["gt"], rtol=0, atol=2e-3)
 
 
+def test_a_high_resolution_below_the_normal_one_is_refused(config):
+    with pytest.raises(ValueError, match="high_resolution is 48 px and resolution 512: set"):
+        replace(config, resolution=512, high_resolution_meta_path=config.meta_path)
+
+
 def test_only_the_first_samples_are_taken_where_a_number_is_given(config, tiny_set):
     config.max_train_samples = 4
     config.meta_path = [str(tiny_set), str(tiny_set)]

@@ -320,11 +320,13 @@ def test_what_two_processes_began_one_finishes(tmp_path, killed_pair, pair, tiny
     assert_near_run(alone, pair[0], tiny_model)
 
 
-def test_killed_on_two_processes_it_goes_on_bit_for_bit(killed_pair, pair):
-    finish(start_remover(killed_pair, 2), killed_pair.output_dir)
-    metrics = read_metrics(killed_pair)
+def test_killed_on_two_processes_it_goes_on_bit_for_bit(tmp_path, killed_pair, pair):
+    shutil.copytree(killed_pair.output_dir, tmp_path / "on")
+    resumed = replace(killed_pair, output_dir=str(tmp_path / "on"))
+    finish(start_remover(resumed, 2), resumed.output_dir)
+    metrics = read_metrics(resumed)
     assert metrics["num_processes"] == 2 and 2 <= metrics["resumed_at"] <= STEPS - 2
-    assert_same_run(killed_pair, pair[0])
+    assert_same_run(resumed, pair[0])
 
 
 def read_steps(config, processes):

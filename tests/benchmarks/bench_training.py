@@ -1,7 +1,8 @@
 """How fast the remover trains on a CPU, and in how much memory, against the authors' trainer.
 
-Baseline: `train_RORem.py` with its crash mended and nothing else (see `upstream.py`), with the
-number of reading processes with which it is fastest here. Ours: `python -m rorem_lib.remover`. Both
+Baseline: `train_RORem.py`, its crash mended and fitted to this machine and model (see
+`upstream.py`), with the number of reading processes with which it is fastest here. Ours: `python -m
+rorem_lib.remover`. Both
 train the built-in model at its own 64 px on the same triplets of photographs of 512 x 384, with the
 same batch, precision, rate, seed and environment, without EMA, validation and checkpoints.
 

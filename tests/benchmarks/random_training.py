@@ -245,7 +245,7 @@ def measure_case(case: Case) -> dict:
     return {"batch": case.batch, **skipped,
             **{name: lines[-1][name] for name in ("images_per_second", "mfu") if name in lines[-1]},
             "memory_gb": max(line["memory_gb"] for line in lines),
-            "gradient_checkpointing": objective.choices["gradient_checkpointing"]}
+            "gradient_checkpointing": objective.recomputes}
 
 
 def measure_encoding(case: Case) -> dict:
