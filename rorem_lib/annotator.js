@@ -224,7 +224,7 @@ function render({ model, el }) {
   }
 
   function showFigures() {
-    const { done, wanted, accepted, rejected, skipped, rate, seconds_left: left } = state;
+    const { done, wanted, accepted, rejected, skipped, rate, seconds_left: left, agreement } = state;
     count.textContent = `${done} of ${wanted}`;
     filled.style.width = `${Math.min(100, (100 * done) / Math.max(1, wanted))}%`;
     const parts = [];
@@ -232,6 +232,7 @@ function render({ model, el }) {
     if (skipped) parts.push(`${skipped} skipped`);
     if (rate) parts.push(`${Math.round(rate)} a minute`);
     if (left) parts.push(left < 90 ? `${Math.round(left)} s left` : `${Math.round(left / 60)} min left`);
+    if (agreement) parts.push(`agreement α ${agreement.alpha?.toFixed(2) ?? "–"} on ${agreement.n} shared`);
     figures.textContent = [...parts, annotator].join("  ·  ");
     figures.title = state.file;
     if (done >= wanted && state.place !== null) say("All the labels wanted are there. You may go on, or run the cells below.");

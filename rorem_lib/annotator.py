@@ -10,15 +10,17 @@ Messages from the browser: `ready`, `want` (places), `label`, `undo`. Messages t
 
 from __future__ import annotations
 
+import html
 import io
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import anywidget
 import cv2
+import ipywidgets as widgets
 import numpy as np
 import traitlets
 from PIL import Image
@@ -31,9 +33,10 @@ from rorem_lib.label_log import (
     LabelError,
     LabelLog,
     hash_content,
+    read_labels,
     split_stale,
 )
-from rorem_lib.labels import QueueItem
+from rorem_lib.labels import QueueItem, compute_agreement, list_adjudication, order_items
 from rorem_lib.triplets import Triplet, load_image, load_images
 
 logger = logging.getLogger(__name__)
@@ -54,6 +57,8 @@ KEYS = {
 # A pause longer than this counts as this long in the rate.
 PAUSE_MS = 60_000
 RATE_WINDOW = 50
+# Decisions between two looks at others' labels. After each one it would tell what others had said.
+AGREEMENT_EVERY = 25
 # Files up to this size go to the browser as they are.
 PLAIN_BYTES = 1_000_000
 
@@ -70,6 +75,7 @@ class Annotator(anywidget.AnyWidget):
         prefetch: how many coming places the browser holds decoded.
         view_size: longest side in pixels of what the browser gets; a larger picture's mask box
             comes at full resolution besides.
+        votes: id -> what others said of it, in words: told once it is decided, for adjudication.
 
     Raises:
         ValueError: a place without its candidate, an unknown action, a key given twice.
@@ -89,6 +95,7 @@ class Annotator(anywidget.AnyWidget):
         keys: Mapping[str, str] | None = None,
         prefetch: int = 8,
         view_size: int = 1024,
+        votes: Mapping[str, str] | None = None,
     ):
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="annotator")
         self._log = log
@@ -99,7 +106,9 @@ class Annotator(anywidget.AnyWidget):
             raise ValueError(f"{len(lacking)} queued ids are no candidates (first: {lacking[0]})")
         first_views = sum(not item.repeat for item in self._queue)
         self._wanted = min(wanted, first_views) if wanted else first_views
-        self._prefetch, self._view_size = prefetch, view_size
+        self._prefetch, self._view_size, self._votes = prefetch, view_size, votes or {}
+        self._agreement: dict | None = None
+        self._asked = 0  # decisions until agreement is measured again
         self._contents: dict[int, str] = {}
         self._decided: dict[int, Label] = {}  # in the order of the decisions: undo takes the last
         self._resume()
@@ -116,6 +125,7 @@ class Annotator(anywidget.AnyWidget):
 
     def _resume(self) -> None:
         places = {(item.id, item.repeat): place for place, item in enumerate(self._queue)}
+        self._decided.clear()
         labels, stale = split_stale(self._log.read(), self._triplets.values())
         if stale:
             logger.warning("%d labels of removals that are gone do not count", len(stale))
@@ -157,6 +167,10 @@ class Annotator(anywidget.AnyWidget):
             # The browser is behind, for example with two views open: nothing is written blindly.
             known = self._decided.get(place)
             return f"not taken: this picture is labelled already ({known.label})" if known else ""
+        if self._log.was_continued():
+            self._resume()
+            self._place = self._find_open(0)
+            return "not taken: this name was at work elsewhere; its labels are here now"
         if content["label"] not in DECISIONS:
             raise LabelError(f"{content['label']!r} is no decision")
         item = self._queue[place]
@@ -173,7 +187,8 @@ class Annotator(anywidget.AnyWidget):
         self._decided.pop(place, None)
         self._decided[place] = label
         self._place = self._find_open(place)
-        return ""
+        told = self._votes.get(item.id)
+        return f"saved: {label.reason or label.label}; others said: {told}" if told else ""
 
     def _undo(self) -> str:
         if not self._decided:
@@ -185,7 +200,18 @@ class Annotator(anywidget.AnyWidget):
         return f"taken back: {was.label}"
 
     def _send_state(self, notice: str = "") -> None:
+        if self._asked % AGREEMENT_EVERY == 0:
+            self._pool.submit(self._measure_agreement)
+        self._asked += 1
         self.send({"kind": "state", "notice": notice, **self.measure_progress()})
+
+    def _measure_agreement(self) -> None:
+        """With everybody whose labels are in the folder by now, on what both decided."""
+        labels = read_labels(self._log.folder)
+        mine = {x.id for x in labels if x.annotator == self._log.annotator}
+        shared = compute_agreement(x for x in labels if x.id in mine and not x.simulated)
+        pairs = [x for x in shared["pairs"] if self._log.annotator in x["annotators"]]
+        self._agreement = {"alpha": shared["alpha"], "n": shared["n_shared"]} if pairs else None
 
     def _send_item(self, place: int) -> None:
         item = self._queue[place]
@@ -204,7 +230,8 @@ class Annotator(anywidget.AnyWidget):
 
         Returns:
             place and id on show (None when all is done), upcoming places, done, wanted, counts
-            of decisions, rate a minute, seconds left, the last decision.
+            of decisions, rate a minute, seconds left, the last decision, and `agreement` with
+            others (`alpha`, Krippendorff's, None where undefined; `n` items), None without others.
         """
         first = {p: x for p, x in self._decided.items() if not self._queue[p].repeat}
         counts = Counter(label.label for label in first.values())
@@ -228,8 +255,66 @@ class Annotator(anywidget.AnyWidget):
             "rate": rate,
             "seconds_left": 60 * left / rate if rate else None,
             "last": last and {"label": last.label, "reason": last.reason},
+            "agreement": self._agreement,
             "file": str(self._log.path),
         }
+
+
+def open_annotator(
+    folder: str | Path,
+    triplets: Iterable[Triplet],
+    annotator: str = "",
+    *,
+    adjudicate: bool = False,
+    wanted: int = 0,
+    keys: Mapping[str, str] | None = None,
+    **ordering,
+) -> Annotator | widgets.VBox:
+    """The widget of one annotator, behind a field for the name where none is given.
+
+    Args:
+        folder: the label folder.
+        triplets: the candidates.
+        annotator: whose labels these are.
+        adjudicate: show only what others disagree about, and their votes after each decision.
+        wanted, keys: as for `Annotator`.
+        ordering: as for `labels.order_items`.
+
+    Raises:
+        LabelError: the name cannot name a file, or the folder cannot be made.
+        ValueError: see `Annotator` and `labels.order_items`.
+    """
+    triplets = list(triplets)
+    if not annotator:
+        given = {"adjudicate": adjudicate, "wanted": wanted, "keys": keys, **ordering}
+        return _ask_name(lambda name: open_annotator(folder, triplets, name, **given))
+    log = LabelLog(folder, annotator)
+    people = [label for label in read_labels(folder) if not label.simulated]
+    if adjudicate:
+        queue, votes = list_adjudication(split_stale(people, triplets)[0], annotator)
+        return Annotator(log, queue, triplets, keys=keys, votes=votes)
+    ids = [triplet.id for triplet in triplets]
+    queue = order_items(ids, annotator=annotator, labels=people, **ordering)
+    return Annotator(log, queue, triplets, wanted=wanted, keys=keys)
+
+
+def _ask_name(open_widget: Callable[[str], Annotator]) -> widgets.VBox:
+    """A field for a name, in whose place the widget comes that is opened with it."""
+    name = widgets.Text(placeholder="such as anna.m", description="Your name")
+    start = widgets.Button(description="Start", button_style="primary")
+    trouble = widgets.HTML()
+    box = widgets.VBox([widgets.HBox([name, start]), trouble])
+
+    def start_labelling(_) -> None:
+        try:
+            if not name.value.strip():
+                raise LabelError("Enter your name: it names the file that your labels go to.")
+            box.children = [open_widget(name.value.strip())]
+        except (LabelError, ValueError) as error:
+            trouble.value = f"<b>{html.escape(str(error))}</b>"
+
+    start.on_click(start_labelling)
+    return box
 
 
 def _merge_keys(changed: Mapping[str, str]) -> dict[str, str]:

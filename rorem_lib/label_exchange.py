@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields, replace
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rorem_lib.files import read_json, write_json, write_text
+from rorem_lib.files import read_json, replace_folder, write_json, write_text
 from rorem_lib.label_log import (
     Label,
     LabelError,
@@ -178,6 +179,53 @@ def _make_choice(name: str, value: str) -> dict:
         "type": "choices",
         "value": {"choices": [value]},
     }
+
+
+def export_dataset(
+    labels: Iterable[Label], decisions: Mapping[str, str], path: str | Path, *, triplets: Iterable
+) -> Path:
+    """Write what was judged and what was said as one Parquet file, for `datasets.load_dataset`.
+
+    A row an item that has a label: `id`, the pictures `source`, `mask` and `removal`, embedded as
+    their files are, `decision` ("accept", "reject", or None where the policy left it open) and
+    `labels`, a list of all that annotators said, silent repeats and skips included.
+
+    Args:
+        labels: labels that stand.
+        decisions: as `merge_votes` returns them.
+        path: the file to write, atomically.
+        triplets: the candidates.
+
+    Raises:
+        OSError: a picture cannot be read, or the disk is full.
+    """
+    from datasets import Dataset, Features, Image, Value
+
+    given: dict[str, list[dict]] = defaultdict(list)
+    for label in labels:
+        given[label.id].append({x: v for x, v in asdict(label).items() if x != "id"})
+    kinds = {"ms": "int64", "simulated": "bool", "repeat": "bool"}
+    features = Features(
+        {"id": Value("string"), "source": Image(), "mask": Image(), "removal": Image(),
+         "decision": Value("string"),
+         "labels": [{field.name: Value(kinds.get(field.name, "string"))
+                     for field in fields(Label) if field.name != "id"}]})
+
+    def make_rows():
+        for triplet in triplets:
+            if triplet.id in given:
+                pictures = {"source": triplet.source, "mask": triplet.mask, "removal": triplet.gt}
+                yield {"id": triplet.id, "decision": decisions.get(triplet.id),
+                       "labels": given[triplet.id],
+                       **{name: {"bytes": file.read_bytes(), "path": file.name}
+                          for name, file in pictures.items()}}
+
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.partial")
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        rows = Dataset.from_generator(make_rows, features=features, cache_dir=folder)
+        rows.to_parquet(beside, batch_size=100)
+    return replace_folder(beside, path)
 
 
 def write_scored_set(

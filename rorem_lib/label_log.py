@@ -89,6 +89,7 @@ class LabelLog:
         self.annotator = annotator
         self.folder = Path(folder)
         self.path = self.folder / f"labels-{annotator}.jsonl"
+        self._size = 0
         with _explain(self.path):
             self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -144,14 +145,26 @@ class LabelLog:
 
     def read(self) -> list[Label]:
         """The labels that stand, in the order they were given."""
+        self._size = self._measure()
         return replay_events(read_events(self.path))
+
+    def was_continued(self) -> bool:
+        """Whether somebody else has written to this log since it was last read or written here:
+        the same name in a second notebook."""
+        return self._measure() > self._size
+
+    def _measure(self) -> int:
+        try:
+            return self.path.stat().st_size
+        except OSError:
+            return 0
 
     def _write(self, events: list[dict]) -> None:
         if not events:
             return
         data = "".join(json.dumps(event, ensure_ascii=False) + "\n" for event in events)
         with _explain(self.path):
-            _append_bytes(self.path, data.encode("utf-8", "replace"))
+            self._size += _append_bytes(self.path, data.encode("utf-8", "replace"))
 
 
 def _tell_time() -> str:
@@ -171,7 +184,8 @@ def _explain(path: Path):
         ) from error
 
 
-def _append_bytes(path: Path, data: bytes) -> None:
+def _append_bytes(path: Path, data: bytes) -> int:
+    """Returns how many bytes longer the file is, once they are on the disk."""
     # Opened anew for each line: a log that was moved away or replaced is never written blindly.
     new = not path.exists()
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0)
@@ -202,6 +216,7 @@ def _append_bytes(path: Path, data: bytes) -> None:
                 os.fsync(folder)
             finally:
                 os.close(folder)
+    return len(data)
 
 
 def read_events(path: str | Path) -> list[dict]:

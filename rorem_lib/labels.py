@@ -18,7 +18,12 @@ import krippendorff
 import numpy as np
 from sklearn.metrics import cohen_kappa_score
 
-from rorem_lib.label_exchange import export_labels, import_labels, write_scored_set
+from rorem_lib.label_exchange import (
+    export_dataset,
+    export_labels,
+    import_labels,
+    write_scored_set,
+)
 from rorem_lib.label_log import (
     DECISIONS,
     REASONS,
@@ -33,14 +38,16 @@ from rorem_lib.label_log import (
 from rorem_lib.triplets import Triplet, load_image
 
 __all__ = [
-    "DECISIONS", "ORDERS", "POLICIES", "REASONS", "Label", "LabelError", "LabelLog",
-    "LabelsMissing", "QueueItem", "compute_agreement", "count_missing", "export_labels",
-    "find_conflicts", "hash_content", "import_labels", "merge_votes", "order_items",
-    "read_labels", "require_labels", "split_stale", "stratify_items", "write_scored_set",
+    "ADJUDICATION", "DECISIONS", "ORDERS", "POLICIES", "REASONS", "Label", "LabelError", "LabelLog",
+    "LabelsMissing", "QueueItem", "compute_agreement", "count_missing", "export_dataset",
+    "export_labels", "find_conflicts", "hash_content", "import_labels", "list_adjudication",
+    "merge_votes", "order_items", "read_labels", "require_labels", "split_stale", "stratify_items",
+    "write_scored_set",
 ]  # fmt: skip
 
 ORDERS = ("random", "uncertainty", "stratified")
 POLICIES = ("majority", "unanimous", "single")
+ADJUDICATION = "adjudication"  # a label's order, where it settles a conflict
 
 
 # ------------------------------------------------------------------------- votes, agreement
@@ -52,17 +59,17 @@ def merge_votes(
     """Final decision of each item: id -> "accept" or "reject".
 
     Skips and silent repeats are no votes. An item that the policy leaves open is not in the
-    result (see `find_conflicts`).
+    result (see `find_conflicts`), unless an adjudicator decided it: that decides under any policy.
 
     Args:
         labels: labels that stand, as `read_labels` returns them.
         policy: "majority" (a tie is open), "unanimous" (any dissent is open) or "single" (the
-            latest vote decides, so an adjudicator can have the last word).
+            latest vote decides).
         min_votes: items with fewer votes are open.
     """
     if policy not in POLICIES:
         raise ValueError(f"policy {policy!r} is unknown: choose one of {', '.join(POLICIES)}")
-    decided = {}
+    labels, decided = list(labels), {}
     for item_id, votes in _collect_votes(labels).items():
         counts = Counter(vote.label for vote in votes)
         if len(votes) < min_votes:
@@ -73,19 +80,42 @@ def merge_votes(
             decided[item_id] = votes[0].label
         elif policy == "majority" and counts["accept"] != counts["reject"]:
             decided[item_id] = counts.most_common(1)[0][0]
-    return decided
+    last_words = (x for x in labels if x.order == ADJUDICATION and x.label != "skip")
+    return decided | {x.id: x.label for x in sorted(last_words, key=lambda x: x.time)}
 
 
 def find_conflicts(labels: Iterable[Label]) -> list[str]:
-    """Ids on which annotators disagree: the queue for adjudication."""
+    """Ids on which annotators disagree and no adjudicator has decided."""
+    labels = list(labels)
+    settled = {x.id for x in labels if x.order == ADJUDICATION and x.label != "skip"}
+    return [item_id for item_id, given in _collect_votes(labels).items()
+            if len({x.label for x in given}) > 1 and item_id not in settled]
+
+
+def list_adjudication(labels: Iterable[Label], annotator: str) -> tuple[list[QueueItem], dict]:
+    """The conflicts that are this annotator's to decide.
+
+    Who voted on an item does not adjudicate it: the vote would be lost, and somebody who has not
+    seen it is the fairer judge.
+
+    Returns:
+        The queue, and id -> the votes in words, which the widget tells after the decision.
+    """
+    labels = list(labels)
+    own = {x.id for x in labels if x.annotator == annotator and x.order == ADJUDICATION}
     votes = _collect_votes(labels)
-    return [item_id for item_id, given in votes.items() if len({x.label for x in given}) > 1]
+    open_here = {*find_conflicts(labels), *(own & votes.keys())}
+    mine = sorted(item_id for item_id in open_here
+                  if annotator not in {x.annotator for x in votes[item_id]})
+    told = {item_id: ", ".join(f"{x.annotator} {x.reason or x.label}" for x in votes[item_id])
+            for item_id in mine}
+    return [QueueItem(item_id, ADJUDICATION) for item_id in mine], told
 
 
 def _collect_votes(labels: Iterable[Label]) -> dict[str, list[Label]]:
     votes: dict[str, list[Label]] = defaultdict(list)
     for label in labels:
-        if not label.repeat and label.label != "skip":
+        if not label.repeat and label.label != "skip" and label.order != ADJUDICATION:
             votes[label.id].append(label)
     return dict(votes)
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rorem_lib.annotator import KEYS, Annotator, encode_item, trace_mask
-from rorem_lib.labels import LabelLog, QueueItem, read_labels
+from rorem_lib import annotator
+from rorem_lib.annotator import KEYS, Annotator, encode_item, open_annotator, trace_mask
+from rorem_lib.labels import LabelLog, QueueItem, merge_votes, read_labels
 from rorem_lib.triplets import TripletWriter, load_images, read_triplets
 
 
@@ -34,10 +35,10 @@ def triplets(tmp_path):
 class Session:
     """A widget whose browser is this test."""
 
-    def __init__(self, folder, triplets, *, queue=None, **options):
+    def __init__(self, folder, triplets, *, queue=None, widget=None, **options):
         queue = queue or [QueueItem(triplet.id, "random") for triplet in triplets]
         self.log = LabelLog(folder, "anna")
-        self.widget = Annotator(self.log, queue, triplets, **options)
+        self.widget = widget or Annotator(self.log, queue, triplets, **options)
         self.sent = []
         self.logged = []  # the log's lines at the moment each message left
         self.widget.send = self._take
@@ -167,6 +168,81 @@ def test_silent_repeat_is_asked_and_marked_but_not_shown(tmp_path, triplets):
         session.widget.get_state(), default=str
     )
     assert '"repeat"' not in shown and '"score"' not in shown and "audit" not in shown
+
+
+def test_an_adjudicator_hears_the_votes_after_the_decision(tmp_path, triplets):
+    for name, answers in (("ben", "aax"), ("cleo", "axa")):
+        for item, answer in zip(("c0", "c1", "c2"), answers):
+            label = "accept" if answer == "a" else "reject"
+            LabelLog(tmp_path / "labels", name).append(item, label)
+    widget = open_annotator(tmp_path / "labels", triplets, "anna", adjudicate=True)
+    session = Session(tmp_path / "labels", triplets, widget=widget)
+    assert session.state["id"] == "c1" and session.state["wanted"] == 2
+    session.fetch([0, 1])
+    told = json.dumps([content for content, _ in session.sent]) + json.dumps(
+        widget.get_state(), default=str)
+    assert "ben" not in told and "cleo" not in told, "the votes are hidden until it is decided"
+    session.press("reject", reason="blur")
+    assert session.state["notice"] == "saved: blur; others said: ben accept, cleo reject"
+    session.press("accept")
+    assert session.state["place"] is None
+    labels = read_labels(tmp_path / "labels")
+    assert merge_votes(labels) == {"c0": "accept", "c1": "reject", "c2": "accept"}
+
+
+def test_a_name_at_work_in_two_places_is_noticed(tmp_path, triplets):
+    first, second = (Session(tmp_path / "labels", triplets) for _ in range(2))
+    first.press("accept")
+    first.press("reject")
+    answer = second.press("reject")  # c0, which the first has accepted
+    assert answer["notice"].startswith("not taken: this name was at work elsewhere")
+    assert answer["id"] == "c2" and decisions(second) == [("c0", "accept"), ("c1", "reject")]
+    second.press("skip")
+    second.ask(kind="undo")
+    assert decisions(first) == decisions(second) == [("c0", "accept"), ("c1", "reject")]
+
+
+def test_agreement_with_others_is_told_from_time_to_time(tmp_path, triplets, monkeypatch):
+    monkeypatch.setattr(annotator, "AGREEMENT_EVERY", 3)
+    for item, label in (("c0", "accept"), ("c1", "reject"), ("c5", "accept")):
+        LabelLog(tmp_path / "labels", "ben").append(item, label)
+    LabelLog(tmp_path / "labels", "program").append("c0", "reject", simulated=True)
+    session = Session(tmp_path / "labels", triplets)
+    session.widget._pool = Now()
+    for label in ("accept", "reject"):
+        session.press(label)
+        assert session.state["agreement"] is None, "it would tell what the other said"
+    session.press("skip")
+    assert session.state["agreement"] == {"alpha": 1.0, "n": 2}
+    session.widget.close()
+
+
+class Now:
+    """Does in this thread what a pool would do in another."""
+
+    def submit(self, work, *given):
+        work(*given)
+
+    def shutdown(self, **given):
+        pass
+
+
+def test_without_a_name_it_is_asked_for(tmp_path, triplets):
+    box = open_annotator(tmp_path / "labels", triplets, order="stratified", wanted=3,
+                         strata={t.id: "all" for t in triplets})
+    row, trouble = box.children
+    name, start = row.children
+    start.click()
+    assert "Enter your name" in trouble.value
+    name.value = "../anna"
+    start.click()
+    assert "cannot name a label file" in trouble.value
+    assert not list((tmp_path / "labels").glob("*")) and len(box.children) == 2
+    name.value = " anna "
+    start.click()
+    widget, = box.children
+    assert widget.settings["annotator"] == "anna"
+    assert widget.measure_progress()["wanted"] == 3
 
 
 def test_progress(tmp_path, triplets):

@@ -9,19 +9,25 @@ import sys
 from collections import Counter
 from dataclasses import replace
 
+import datasets
 import numpy as np
 import pytest
 
 from rorem_lib import figures, label_log
 from rorem_lib.labels import (
+    ADJUDICATION,
+    POLICIES,
     Label,
     LabelError,
     LabelLog,
+    QueueItem,
     compute_agreement,
     count_missing,
+    export_dataset,
     export_labels,
     find_conflicts,
     import_labels,
+    list_adjudication,
     merge_votes,
     order_items,
     read_labels,
@@ -29,7 +35,7 @@ from rorem_lib.labels import (
     stratify_items,
     write_scored_set,
 )
-from rorem_lib.triplets import TripletWriter, read_triplets
+from rorem_lib.triplets import TripletWriter, load_images, read_triplets
 
 
 def vote(item_id, answer, annotator="anna", **values):
@@ -220,6 +226,26 @@ def test_merge_policies():
     assert find_conflicts(labels) == ["tie", "most"]
     with pytest.raises(ValueError, match="policy 'most' is unknown"):
         merge_votes(labels, "most")
+
+
+def test_adjudication_settles_a_conflict_under_every_policy():
+    votes = [vote("c0", "accept", "a"), vote("c0", "reject", "b", reason="blur"),
+             vote("c1", "accept", "a"), vote("c1", "reject", "c"), vote("c2", "accept", "a"),
+             vote("c2", "accept", "b")]
+    queue, told = list_adjudication(votes, "judge")
+    assert queue == [QueueItem("c0", ADJUDICATION), QueueItem("c1", ADJUDICATION)]
+    assert told["c0"] == "a accept, b blur"
+    assert [x.id for x in list_adjudication(votes, "b")[0]] == ["c1"], "b voted on c0"
+    settled = [*votes, vote("c0", "reject", "judge", order=ADJUDICATION),
+               vote("c1", "skip", "judge", order=ADJUDICATION)]
+    for policy in POLICIES:
+        assert merge_votes(settled, policy)["c0"] == "reject"
+    assert merge_votes(settled) == {"c0": "reject", "c2": "accept"}
+    assert find_conflicts(settled) == ["c1"], "a skip settles nothing"
+    # whoever decided goes on where they were; nobody else is asked again
+    assert [x.id for x in list_adjudication(settled, "judge")[0]] == ["c0", "c1"]
+    assert [x.id for x in list_adjudication(settled, "other")[0]] == ["c1"]
+    assert compute_agreement(settled) == compute_agreement(votes), "conflicts alone are no sample"
 
 
 def test_missing_labels():
@@ -415,6 +441,25 @@ def test_export_and_import_keep_the_labels(candidates, tmp_path):
     task = json.loads((tmp_path / "tasks.json").read_text())[1]
     assert task["data"]["candidate"] == "c1" and task["data"]["removal"].endswith(".png")
     assert len(task["annotations"]) == 2
+
+
+def test_exported_dataset_has_pictures_and_all_that_was_said(candidates, tmp_path):
+    triplets = read_triplets(candidates)
+    labels = [vote("c1", "reject", reason="blur", ms=5), vote("c1", "accept", "ben"),
+              vote("c3", "accept", order="audit")]
+    decisions = merge_votes(labels)
+    for _ in range(2):  # again over the first
+        path = export_dataset(labels, decisions, tmp_path / "labels.parquet", triplets=triplets)
+    rows = datasets.load_dataset("parquet", data_files=str(path), split="train",
+                                 cache_dir=str(tmp_path / "cache"))
+    assert rows["id"] == ["c1", "c3"] and rows["decision"] == [None, "accept"]
+    said = rows[0]["labels"]
+    assert [(x["annotator"], x["label"], x["reason"], x["ms"]) for x in said] == [
+        ("anna", "reject", "blur", 5), ("ben", "accept", None, 0)]
+    pictures = load_images(triplets[1])
+    for name, part in (("source", "source"), ("mask", "mask"), ("removal", "gt")):
+        assert np.array_equal(np.asarray(rows[0][name]), pictures[part])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "candidates", "labels.parquet"]
 
 
 def test_import_of_foreign_files(candidates, tmp_path):
