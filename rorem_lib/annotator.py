@@ -108,11 +108,12 @@ class Annotator(anywidget.AnyWidget):
         self._wanted = min(wanted, first_views) if wanted else first_views
         self._prefetch, self._view_size, self._votes = prefetch, view_size, votes or {}
         self._agreement: dict | None = None
-        self._asked = 0  # decisions until agreement is measured again
+        self._unseen = 0  # decisions since agreement was measured
         self._contents: dict[int, str] = {}
         self._decided: dict[int, Label] = {}  # in the order of the decisions: undo takes the last
         self._resume()
         self._place = self._find_open(0)
+        self._measure_agreement()
         super().__init__(
             settings={
                 "keys": _merge_keys(keys or {}),
@@ -187,6 +188,10 @@ class Annotator(anywidget.AnyWidget):
         self._decided.pop(place, None)
         self._decided[place] = label
         self._place = self._find_open(place)
+        self._unseen += 1
+        if self._unseen == AGREEMENT_EVERY:
+            self._unseen = 0
+            self._pool.submit(self._measure_agreement)
         told = self._votes.get(item.id)
         return f"saved: {label.reason or label.label}; others said: {told}" if told else ""
 
@@ -200,9 +205,6 @@ class Annotator(anywidget.AnyWidget):
         return f"taken back: {was.label}"
 
     def _send_state(self, notice: str = "") -> None:
-        if self._asked % AGREEMENT_EVERY == 0:
-            self._pool.submit(self._measure_agreement)
-        self._asked += 1
         self.send({"kind": "state", "notice": notice, **self.measure_progress()})
 
     def _measure_agreement(self) -> None:

@@ -3,48 +3,21 @@
 Screenshots (light, dark) go to `$ROREM_SCREENSHOTS` where it is set, for whoever wants to look.
 """
 
-import io
 import json
 import os
+import random
 import signal
-import socket
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import cv2
-import nbformat
 import psutil
 import pytest
-from PIL import Image
+from lab import BROWSER, ROOT_SELECTOR, Annotating, run_lab, write_notebook
 
 from rorem_lib.annotator import KEYS
 from rorem_lib.sources.scenes import render_scene
-from rorem_lib.stage import ROOT
 from rorem_lib.triplets import TripletWriter, read_triplets
 
 playwright_api = pytest.importorskip("playwright.sync_api")
-
-ROOT_SELECTOR = ".rorem-annotator"
-SERVER = [
-    "--no-browser",
-    "--ip=127.0.0.1",
-    "--ServerApp.port_retries=0",
-    "--IdentityProvider.token=",
-    "--ServerApp.disable_check_xsrf=True",
-    "--LabApp.news_url=None",
-    "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
-]  # without token and check: it listens on the loopback for the length of the test
-BROWSER = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 
 
 @pytest.fixture
@@ -55,50 +28,16 @@ def folder(tmp_path):
             scene = render_scene([4, number], role="pool")
             removal = cv2.inpaint(scene.image, scene.mask, 5, cv2.INPAINT_TELEA)
             writer.add(id=f"c{number:02}", source=scene.image, mask=scene.mask, gt=removal)
-    notebook = nbformat.read(ROOT / "notebooks" / "04_annotate.ipynb", 4)
-    cell = next(x for x in notebook.cells if "parameters" in x.metadata.get("tags", []))
-    cell.source += f"""
-output_dir = {str(tmp_path / "stage")!r}
-candidates = {str(tmp_path / "candidates")!r}
-annotator = "anna"
-labels_wanted = 10"""
-    nbformat.write(notebook, tmp_path / "annotate.ipynb")
+    write_notebook(tmp_path, output_dir=str(tmp_path / "stage"), annotator="anna",
+                   candidates=str(tmp_path / "candidates"), labels_wanted=10)
     return tmp_path
 
 
 @pytest.fixture
 def lab(folder):
     """A JupyterLab on that folder; (address, process)."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    settings = folder / "config" / "labconfig" / "page_config.json"
-    settings.parent.mkdir(parents=True)
-    announcements = {"@jupyterlab/apputils-extension:announcements": True}
-    settings.write_text(json.dumps({"disabledExtensions": announcements}))
-    environment = {key: value for key, value in os.environ.items() if key != "ROREM_BATCH"}
-    for name in ("config", "data", "runtime"):
-        environment[f"JUPYTER_{name.upper()}_DIR"] = str(folder / name)
-    environment["PYTHONPATH"] = str(ROOT)
-    command = [sys.executable, "-m", "jupyterlab", f"--port={port}", *SERVER]
-    command += [f"--ServerApp.root_dir={folder}"] + ["--allow-root"] * (os.geteuid() == 0)
-    with open(folder / "lab.log", "w") as log:
-        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-    for _ in range(600):
-        with socket.socket() as probe:
-            if server.poll() is not None or not probe.connect_ex(("127.0.0.1", port)):
-                break
-        time.sleep(0.1)
-    if server.poll() is not None:
-        pytest.fail((folder / "lab.log").read_text())
-    yield f"http://127.0.0.1:{port}", server
-    family = [server, *psutil.Process(server.pid).children(recursive=True)]
-    server.terminate()
-    try:
-        server.wait(20)
-    finally:
-        for process in psutil.wait_procs(family[1:], 1)[1]:
-            process.kill()
+    with run_lab(folder) as running:
+        yield running
 
 
 @pytest.fixture
@@ -112,69 +51,44 @@ def page(lab, chromium_path):
         browser.close()
 
 
-class Annotating:
-    """What an annotator sees and does."""
+def kill_kernel(server):
+    kernel, = (process for process in psutil.Process(server.pid).children(recursive=True)
+               if "ipykernel_launcher" in " ".join(process.cmdline()))
+    os.kill(kernel.pid, signal.SIGKILL)
 
-    def __init__(self, page, address, folder):
-        self.page, self.address, self.folder = page, address, folder
-        self.log = folder / "stage" / "labels" / "labels-anna.jsonl"
-        self.widget = page.locator(ROOT_SELECTOR)
 
-    def run_notebook(self):
-        for _ in range(300):  # what is run before the page has its kernel is not run at all
-            kernels = self.page.request.get(f"{self.address}/api/kernels").json()
-            if [(k["execution_state"], k["connections"]) for k in kernels] == [("idle", 1)]:
-                break
-            self.page.wait_for_timeout(100)
-        self.page.locator(".lm-MenuBar >> text=Run").click()
-        self.page.locator(".lm-Menu >> text=/^Run All Cells$/").click()
-
-    def wait_for_picture(self):
-        self.page.wait_for_selector(
-            f"{ROOT_SELECTOR}[data-save=saved][data-place]:not([data-place=''])"
-        )
-
-    def focus(self):
-        self.widget.locator("canvas").first.click()
-
-    @property
-    def shown(self):
-        return self.widget.get_attribute("data-id")
-
-    @property
-    def saved(self):
-        """The log's events, an undo as "undo"."""
-        events = [json.loads(line) for line in self.log.read_text().splitlines()]
-        return [(e["id"], e.get("label", "undo"), e.get("reason")) for e in events]
-
-    def change(self, act):
-        """Do something that moves to another picture; the id it was done to."""
-        before = self.shown
-        act()
-        self.page.wait_for_function(
-            "([selector, before]) => { const data = document.querySelector(selector).dataset;"
-            " return data.id !== before && (data.place !== '' || data.id === ''); }",
-            arg=[ROOT_SELECTOR, before],
-        )
-        return before
-
-    def press(self, key):
-        return self.change(lambda: self.page.keyboard.press(key))
-
-    def click(self, action):
-        return self.change(lambda: self.widget.locator(f"[data-action={action}]").click())
-
-    def take_picture(self, name):
-        data = self.page.screenshot()
-        if os.environ.get("ROREM_SCREENSHOTS"):
-            target = Path(os.environ["ROREM_SCREENSHOTS"])
-            target.mkdir(parents=True, exist_ok=True)
-            (target / f"{name}.png").write_bytes(data)
-        return Image.open(io.BytesIO(data)).convert("RGB")
-
-    def grab_canvas(self, side):
-        script = "canvas => canvas.toDataURL()"
-        return self.widget.locator("canvas").nth(side).evaluate(script)
+def test_a_kernel_killed_while_keys_come_loses_nothing_it_called_saved(page, lab, folder):
+    triplet = read_triplets(folder / "candidates")[0]
+    with TripletWriter(folder / "candidates") as writer:  # enough to be killed among them
+        for number in range(600):
+            writer.add_triplet(triplet, id=f"d{number:03}")
+    write_notebook(folder, output_dir=str(folder / "stage"), annotator="anna",
+                   candidates=str(folder / "candidates"), repeat_share=0.0)
+    me = Annotating(page, lab[0], folder)
+    page.reload()
+    me.run_notebook()
+    me.wait_for_picture()
+    me.focus()
+    page.evaluate(
+        """selector => {
+            const root = document.querySelector(selector);
+            setInterval(() => root.dispatchEvent(
+                new KeyboardEvent("keydown", { key: "a", bubbles: true })), 5);
+        }""",
+        ROOT_SELECTOR,
+    )
+    seed = random.randrange(10**6)
+    page.wait_for_timeout(200 + random.Random(seed).randrange(1500))
+    kill_kernel(lab[1])
+    page.wait_for_selector(f"{ROOT_SELECTOR}[data-save=failed]")
+    called_saved = int(me.widget.locator(".count").inner_text().split()[0])
+    kept = [item_id for item_id, *_ in me.saved]
+    assert 0 < called_saved <= len(kept) <= called_saved + 1, f"seed {seed}"
+    page.reload()
+    me.run_notebook()
+    me.wait_for_picture()
+    assert me.widget.locator(".count").inner_text() == f"{len(kept)} of 612"
+    assert me.shown not in kept
 
 
 def test_labelling_by_keyboard_in_jupyterlab(page, lab, folder):
@@ -297,13 +211,7 @@ def test_labelling_by_keyboard_in_jupyterlab(page, lab, folder):
 
     # the kernel is killed: nothing is called saved that is not, and nothing is lost
     open_item = me.shown
-    kernels = [
-        process
-        for process in psutil.Process(lab[1].pid).children(recursive=True)
-        if "ipykernel_launcher" in " ".join(process.cmdline())
-    ]
-    assert len(kernels) == 1
-    os.kill(kernels[0].pid, signal.SIGKILL)
+    kill_kernel(lab[1])
     page.keyboard.press("a")
     page.wait_for_selector(f"{ROOT_SELECTOR}[data-save=failed]")
     assert me.shown == open_item and me.saved == expected

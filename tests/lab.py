@@ -1,0 +1,147 @@
+"""A real JupyterLab with the annotation notebook, and what an annotator sees and does there."""
+
+import contextlib
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import psutil
+from PIL import Image
+
+from rorem_lib.stage import ROOT
+
+ROOT_SELECTOR = ".rorem-annotator"
+SERVER = [
+    "--no-browser",
+    "--ip=127.0.0.1",
+    "--ServerApp.port_retries=0",
+    "--IdentityProvider.token=",
+    "--ServerApp.disable_check_xsrf=True",
+    "--LabApp.news_url=None",
+    "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+]  # without token and check: it listens on the loopback for the length of the test
+BROWSER = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+def write_notebook(folder, **parameters):
+    """`annotate.ipynb` in a folder: the annotation notebook with these parameters."""
+    notebook = nbformat.read(ROOT / "notebooks" / "04_annotate.ipynb", 4)
+    cell = next(x for x in notebook.cells if "parameters" in x.metadata.get("tags", []))
+    cell.source += "".join(f"\n{name} = {value!r}" for name, value in parameters.items())
+    nbformat.write(notebook, folder / "annotate.ipynb")
+
+
+@contextlib.contextmanager
+def run_lab(folder):
+    """A JupyterLab on a folder: yields (address, process)."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    settings = folder / "config" / "labconfig" / "page_config.json"
+    settings.parent.mkdir(parents=True)
+    announcements = {"@jupyterlab/apputils-extension:announcements": True}
+    settings.write_text(json.dumps({"disabledExtensions": announcements}))
+    environment = {key: value for key, value in os.environ.items() if key != "ROREM_BATCH"}
+    for name in ("config", "data", "runtime"):
+        environment[f"JUPYTER_{name.upper()}_DIR"] = str(folder / name)
+    environment["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, "-m", "jupyterlab", f"--port={port}", *SERVER]
+    command += [f"--ServerApp.root_dir={folder}"] + ["--allow-root"] * (os.geteuid() == 0)
+    with open(folder / "lab.log", "w") as log:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    for _ in range(600):
+        with socket.socket() as probe:
+            if server.poll() is not None or not probe.connect_ex(("127.0.0.1", port)):
+                break
+        time.sleep(0.1)
+    if server.poll() is not None:
+        raise RuntimeError((folder / "lab.log").read_text())
+    try:
+        yield f"http://127.0.0.1:{port}", server
+    finally:
+        family = [server, *psutil.Process(server.pid).children(recursive=True)]
+        server.terminate()
+        try:
+            server.wait(20)
+        finally:
+            for process in psutil.wait_procs(family[1:], 1)[1]:
+                process.kill()
+
+
+class Annotating:
+    """What an annotator sees and does."""
+
+    def __init__(self, page, address, folder):
+        self.page, self.address, self.folder = page, address, folder
+        self.log = folder / "stage" / "labels" / "labels-anna.jsonl"
+        self.widget = page.locator(ROOT_SELECTOR)
+
+    def run_notebook(self):
+        for _ in range(300):  # what is run before the page has its kernel is not run at all
+            kernels = self.page.request.get(f"{self.address}/api/kernels").json()
+            if [(k["execution_state"], k["connections"]) for k in kernels] == [("idle", 1)]:
+                break
+            self.page.wait_for_timeout(100)
+        self.page.locator(".lm-MenuBar >> text=Run").click()
+        self.page.locator(".lm-Menu >> text=/^Run All Cells$/").click()
+
+    def wait_for_picture(self):
+        self.page.wait_for_selector(
+            f"{ROOT_SELECTOR}[data-save=saved][data-place]:not([data-place=''])"
+        )
+
+    def focus(self):
+        self.widget.locator("canvas").first.click()
+
+    @property
+    def shown(self):
+        return self.widget.get_attribute("data-id")
+
+    @property
+    def saved(self):
+        """The log's events, an undo as "undo"."""
+        events = [json.loads(line) for line in self.log.read_text().splitlines()]
+        return [(e["id"], e.get("label", "undo"), e.get("reason")) for e in events]
+
+    def change(self, act):
+        """Do something that moves to another picture; the id it was done to."""
+        before = self.shown
+        act()
+        self.page.wait_for_function(
+            "([selector, before]) => { const data = document.querySelector(selector).dataset;"
+            " return data.id !== before && (data.place !== '' || data.id === ''); }",
+            arg=[ROOT_SELECTOR, before],
+        )
+        return before
+
+    def press(self, key):
+        return self.change(lambda: self.page.keyboard.press(key))
+
+    def click(self, action):
+        return self.change(lambda: self.widget.locator(f"[data-action={action}]").click())
+
+    def take_picture(self, name):
+        data = self.page.screenshot()
+        if os.environ.get("ROREM_SCREENSHOTS"):
+            target = Path(os.environ["ROREM_SCREENSHOTS"])
+            target.mkdir(parents=True, exist_ok=True)
+            (target / f"{name}.png").write_bytes(data)
+        return Image.open(io.BytesIO(data)).convert("RGB")
+
+    def grab_canvas(self, side):
+        script = "canvas => canvas.toDataURL()"
+        return self.widget.locator("canvas").nth(side).evaluate(script)
