@@ -4,8 +4,9 @@ It shows what RORem's annotators saw, source and mask beside the removal (RORem,
 keeps nothing itself: each decision goes to the `LabelLog` it was given and the picture moves only
 after the log has it on the disk. The browser side is `annotator.js` and `annotator.css`.
 
-Messages from the browser: `ready`, `want` (places), `label`, `undo`. Messages to the browser:
-`state` (where we are, figures), `item` (pictures of one place), `failed` (what was not saved).
+Messages from the browser: `ready`, `want` (places), `label`, `undo`, `nudge` (only to hurry an
+answer, see annotator.js). Messages to the browser: `state` (where we are, figures), `item`
+(pictures of one place), `failed` (what was not saved).
 """
 
 from __future__ import annotations
