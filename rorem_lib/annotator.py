@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import html
 import io
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -112,6 +113,7 @@ class Annotator(anywidget.AnyWidget):
         self._unseen = 0  # decisions since agreement was measured
         self._contents: dict[int, str] = {}
         self._decided: dict[int, Label] = {}  # in the order of the decisions: undo takes the last
+        self._counts: Counter[str] = Counter()  # of `_decided`, without silent repeats
         self._resume()
         self._place = self._find_open(0)
         self._measure_agreement()
@@ -134,6 +136,7 @@ class Annotator(anywidget.AnyWidget):
         for label in labels:
             if (label.id, label.repeat) in places:
                 self._decided[places[label.id, label.repeat]] = label
+        self._counts = Counter(x.label for x in self._decided.values() if not x.repeat)
 
     def _find_open(self, start: int) -> int | None:
         count = len(self._queue)
@@ -186,8 +189,8 @@ class Annotator(anywidget.AnyWidget):
             order=item.order,
             repeat=item.repeat,
         )
-        self._decided.pop(place, None)
         self._decided[place] = label
+        self._counts[label.label] += not label.repeat
         self._place = self._find_open(place)
         self._unseen += 1
         if self._unseen == AGREEMENT_EVERY:
@@ -202,6 +205,7 @@ class Annotator(anywidget.AnyWidget):
         place = next(reversed(self._decided))
         self._log.undo(self._queue[place].id)
         was = self._decided.pop(place)
+        self._counts[was.label] -= not was.repeat
         self._place = place
         return f"taken back: {was.label}"
 
@@ -236,9 +240,9 @@ class Annotator(anywidget.AnyWidget):
             of decisions, rate a minute, seconds left, the last decision, and `agreement` with
             others (`alpha`, Krippendorff's, None where undefined; `n` items), None without others.
         """
-        first = {p: x for p, x in self._decided.items() if not self._queue[p].repeat}
-        counts = Counter(label.label for label in first.values())
-        recent = [min(x.ms, PAUSE_MS) for x in list(self._decided.values())[-RATE_WINDOW:] if x.ms]
+        counts = self._counts
+        recent = itertools.islice(reversed(self._decided.values()), RATE_WINDOW)
+        recent = [min(x.ms, PAUSE_MS) for x in recent if x.ms]
         rate = 60_000 * len(recent) / sum(recent) if recent else None
         left = max(0, self._wanted - counts["accept"] - counts["reject"])
         last = next(reversed(self._decided.values()), None)
