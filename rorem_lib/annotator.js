@@ -13,6 +13,7 @@ const VIEW_ACTIONS = {
   pixels: "Pixels",
   note: "Note",
 };
+const PAST = { accept: "accepted", reject: "rejected", skip: "skipped" };
 const HELP = {
   flicker: "source and removal in the same place; hold to peek (also: space)",
   mask: "mask: outline, outline on both, filled, off",
@@ -51,9 +52,8 @@ function makePath(outline) {
 }
 
 function render({ model, el }) {
-  const { keys, reasons, annotator } = model.get("settings");
-  const decisions = { accept: ["accept", null], reject: ["reject", null], skip: ["skip", null] };
-  reasons.forEach((reason, i) => (decisions[`reason_${i + 1}`] = ["reject", reason]));
+  const { keys, annotator, panes: titles, decisions: choices } = model.get("settings");
+  const decisions = Object.fromEntries(choices.map((choice) => [choice.action, choice]));
 
   let state = null; // the kernel's last word: place, id, upcoming, figures
   let shown = null; // the item on screen; null while none is, and then decisions are ignored
@@ -74,10 +74,10 @@ function render({ model, el }) {
   const save = make("span", { class: "save", role: "status" });
   const filled = make("div");
   const message = make("div", { class: "message", role: "alert" });
-  const panes = [0, 1].map((side) => {
+  const panes = titles.map((title, side) => {
     const canvas = make("canvas", { role: "img" });
     const caption = make("figcaption");
-    return { side, canvas, caption, figure: make("figure", {}, caption, canvas) };
+    return { side, title, canvas, caption, figure: make("figure", {}, caption, canvas) };
   });
   const veil = make("div", { class: "veil" });
   const note = make("input", {
@@ -107,11 +107,7 @@ function render({ model, el }) {
     make(
       "div",
       { class: "legend" },
-      makeButton("accept", "Accept", "good decision"),
-      makeButton("reject", "Reject", "bad decision"),
-      ...reasons.map((reason, i) => makeButton(`reason_${i + 1}`, reason, "bad decision")),
-      make("span", { class: "gap" }),
-      makeButton("skip", "Skip", "decision"),
+      ...choices.map(({ action, text, kind }) => makeButton(action, text, `${kind} decision`)),
     ),
     make("div", { class: "legend" }, makeButton("undo", "Undo"), ...Object.entries(VIEW_ACTIONS).map(([a, text]) => makeButton(a, text)), note),
   );
@@ -119,13 +115,13 @@ function render({ model, el }) {
 
   // ------------------------------------------------------------------ deciding
   function perform(action) {
-    if (action in decisions) decide(...decisions[action]);
+    if (action in decisions) decide(decisions[action]);
     else if (action === "undo") undo();
     else if (action === "note") note.focus();
     else if (item) change(action);
   }
 
-  function decide(label, reason) {
+  function decide({ label, reason }) {
     if (!shown || (pending && !pending.late)) return; // not on screen yet, or not yet saved
     if (shown.error && label !== "skip") return say("This picture cannot be shown: skip it.", true);
     const { place, id } = shown;
@@ -181,7 +177,7 @@ function render({ model, el }) {
     }
     const first = state === null;
     state = content;
-    const last = state.last && (state.last.reason ?? `${state.last.label}ed`.replace("skiped", "skipped"));
+    const last = state.last && (state.last.reason ?? PAST[state.last.label] ?? state.last.label);
     setSave("saved", state.notice || (last && !first ? `saved: ${last}` : "saved"));
     say("");
     showFigures();
@@ -327,7 +323,7 @@ function render({ model, el }) {
 
   function draw() {
     const ratio = window.devicePixelRatio || 1;
-    for (const { side, canvas, caption, figure } of panes) {
+    for (const { side, title, canvas, caption, figure } of panes) {
       const width = figure.clientWidth;
       canvas.style.height = `${height}px`;
       const [w, h] = [Math.round(width * ratio), Math.round(height * ratio)];
@@ -342,12 +338,12 @@ function render({ model, el }) {
       context.imageSmoothingEnabled = !look.pixels;
       context.imageSmoothingQuality = "high";
       const showsSource = side === 0 || look.swapped;
-      paint(context, showsSource ? 0 : 1, scale);
-      if (side === 1 && look.difference) paintDifference(context, scale, canvas);
+      paint(context, showsSource ? 0 : side, scale);
+      if (side && look.difference) paintDifference(context, look.swapped ? side : 0, scale, canvas);
       else paintMask(context, side === 0, scale, ratio);
-      caption.textContent = side === 1 && look.difference ? "difference × 4" : showsSource ? "source" : "removal";
+      caption.textContent = side && look.difference ? "difference × 4" : showsSource ? "source" : title;
       canvas.setAttribute("aria-label", caption.textContent);
-      figure.classList.toggle("swapped", side === 1 && (look.swapped || look.difference));
+      figure.classList.toggle("swapped", side > 0 && (look.swapped || look.difference));
     }
     for (const action of ["zoom", "difference", "pixels"]) buttons[action].setAttribute("aria-pressed", look[action]);
     buttons.flicker.setAttribute("aria-pressed", look.swapped);
@@ -360,13 +356,13 @@ function render({ model, el }) {
     context.drawImage(item.bitmaps[which], 0, 0, width, height);
     if (item.crop && scale > item.bitmaps[which].width / width) {
       const [x0, y0, x1, y1] = item.crop; // full resolution, only where it was sent
-      context.drawImage(item.bitmaps[which + 2], x0, y0, x1 - x0, y1 - y0);
+      context.drawImage(item.bitmaps[which + panes.length], x0, y0, x1 - x0, y1 - y0);
     }
   }
 
-  function paintDifference(context, scale, canvas) {
+  function paintDifference(context, which, scale, canvas) {
     context.globalCompositeOperation = "difference";
-    paint(context, look.swapped ? 1 : 0, scale);
+    paint(context, which, scale);
     context.setTransform(1, 0, 0, 1, 0, 0);
     context.globalCompositeOperation = "lighter";
     context.drawImage(canvas, 0, 0);

@@ -18,6 +18,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import anywidget
@@ -30,6 +31,7 @@ from skimage.measure import find_contours
 
 from rorem_lib.label_log import (
     DECISIONS,
+    PREFERENCES,
     REASONS,
     Label,
     LabelError,
@@ -43,10 +45,7 @@ from rorem_lib.triplets import Triplet, load_image, load_images
 
 logger = logging.getLogger(__name__)
 
-KEYS = {
-    "accept": "a",
-    "reject": "x",
-    **{f"reason_{place}": str(place) for place in range(1, len(REASONS) + 1)},
+_COMMON_KEYS = {
     "skip": "s",
     "undo": "u",
     "flicker": "f",
@@ -56,6 +55,13 @@ KEYS = {
     "pixels": "p",
     "note": "n",
 }
+KEYS = {
+    "accept": "a",
+    "reject": "x",
+    **{f"reason_{place}": str(place) for place in range(1, len(REASONS) + 1)},
+    **_COMMON_KEYS,
+}
+PREFERENCE_KEYS = {"left": "1", "same": "2", "right": "3", **_COMMON_KEYS}
 # A pause longer than this counts as this long in the rate.
 PAUSE_MS = 60_000
 RATE_WINDOW = 50
@@ -78,6 +84,8 @@ class Annotator(anywidget.AnyWidget):
         view_size: longest side in pixels of what the browser gets; a larger picture's mask box
             comes at full resolution besides.
         votes: id -> what others said of it, in words: told once it is decided, for adjudication.
+        rivals: id -> the file of a second removal: the question is then which of the two, the
+            candidate's on the left or the rival on the right, is better.
 
     Raises:
         ValueError: a place without its candidate, an unknown action, a key given twice.
@@ -98,6 +106,7 @@ class Annotator(anywidget.AnyWidget):
         prefetch: int = 8,
         view_size: int = 1024,
         votes: Mapping[str, str] | None = None,
+        rivals: Mapping[str, Path] | None = None,
     ):
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="annotator")
         self._log = log
@@ -109,6 +118,8 @@ class Annotator(anywidget.AnyWidget):
         first_views = sum(not item.repeat for item in self._queue)
         self._wanted = min(wanted, first_views) if wanted else first_views
         self._prefetch, self._view_size, self._votes = prefetch, view_size, votes or {}
+        self._rivals = rivals or {}
+        self._choices = (*PREFERENCES, "skip") if rivals else DECISIONS
         self._agreement: dict | None = None
         self._unseen = 0  # decisions since agreement was measured
         self._contents: dict[int, str] = {}
@@ -119,8 +130,9 @@ class Annotator(anywidget.AnyWidget):
         self._measure_agreement()
         super().__init__(
             settings={
-                "keys": _merge_keys(keys or {}),
-                "reasons": list(REASONS),
+                "keys": _merge_keys(keys or {}, PREFERENCE_KEYS if rivals else KEYS),
+                "panes": ["source", "left", "right"] if rivals else ["source", "removal"],
+                "decisions": _list_decisions(bool(rivals)),
                 "annotator": log.annotator,
                 "prefetch": prefetch,
             }
@@ -176,7 +188,7 @@ class Annotator(anywidget.AnyWidget):
             self._resume()
             self._place = self._find_open(0)
             return "not taken: this name was at work elsewhere; its labels are here now"
-        if content["label"] not in DECISIONS:
+        if content["label"] not in self._choices:
             raise LabelError(f"{content['label']!r} is no decision")
         item = self._queue[place]
         label = self._log.append(
@@ -226,7 +238,9 @@ class Annotator(anywidget.AnyWidget):
         try:
             triplet = self._triplets[item.id]
             self._contents[place] = hash_content(triplet.gt)
-            info, pictures = encode_item(triplet, view_size=self._view_size)
+            info, pictures = encode_item(
+                triplet, self._rivals.get(item.id), view_size=self._view_size
+            )
             self.send(message | info, pictures)
         except Exception as error:  # a broken file must not stop the other 9,999
             logger.warning("cannot show %s: %s", item.id, error)
@@ -244,7 +258,8 @@ class Annotator(anywidget.AnyWidget):
         recent = itertools.islice(reversed(self._decided.values()), RATE_WINDOW)
         recent = [min(x.ms, PAUSE_MS) for x in recent if x.ms]
         rate = 60_000 * len(recent) / sum(recent) if recent else None
-        left = max(0, self._wanted - counts["accept"] - counts["reject"])
+        done = counts.total() - counts["skip"]
+        left = max(0, self._wanted - done)
         last = next(reversed(self._decided.values()), None)
         opened = (p for p in range(len(self._queue)) if p not in self._decided)
         place = self._place
@@ -254,7 +269,7 @@ class Annotator(anywidget.AnyWidget):
             "place": place,
             "id": None if place is None else self._queue[place].id,
             "upcoming": [p for p, _ in zip(opened, range(self._prefetch), strict=False)],
-            "done": counts["accept"] + counts["reject"],
+            "done": done,
             "wanted": self._wanted,
             "accepted": counts["accept"],
             "rejected": counts["reject"],
@@ -294,7 +309,7 @@ def open_annotator(
     triplets = list(triplets)
     if not annotator:
         given = {"adjudicate": adjudicate, "wanted": wanted, "keys": keys, **ordering}
-        return _ask_name(lambda name: open_annotator(folder, triplets, name, **given))
+        return ask_name(lambda name: open_annotator(folder, triplets, name, **given))
     log = LabelLog(folder, annotator)
     people = [label for label in read_labels(folder) if not label.simulated]
     if adjudicate:
@@ -305,7 +320,7 @@ def open_annotator(
     return Annotator(log, queue, triplets, wanted=wanted, keys=keys)
 
 
-def _ask_name(open_widget: Callable[[str], Annotator]) -> widgets.VBox:
+def ask_name(open_widget: Callable[[str], Annotator]) -> widgets.VBox:
     """A field for a name, in whose place the widget comes that is opened with it."""
     name = widgets.Text(placeholder="such as anna.m", description="Your name")
     start = widgets.Button(description="Start", button_style="primary")
@@ -324,13 +339,30 @@ def _ask_name(open_widget: Callable[[str], Annotator]) -> widgets.VBox:
     return box
 
 
-def _merge_keys(changed: Mapping[str, str]) -> dict[str, str]:
-    unknown = set(changed) - set(KEYS)
+def _list_decisions(is_preference: bool) -> list[dict]:
+    """What may be decided, as the legend shows it: action, label, reason, text and kind."""
+    if is_preference:
+        texts = {"left": "Left is better", "same": "Equally good", "right": "Right is better"}
+        return [{"action": x, "label": x, "reason": None, "text": texts[x], "kind": ""}
+                for x in PREFERENCES] + [_SKIP]  # fmt: skip
+    accept = {"action": "accept", "label": "accept", "reason": None, "text": "Accept",
+              "kind": "good"}  # fmt: skip
+    rejects = [{"action": "reject" if reason is None else f"reason_{place}", "label": "reject",
+                "reason": reason, "text": reason or "Reject", "kind": "bad"}
+               for place, reason in enumerate((None, *REASONS))]  # fmt: skip
+    return [accept, *rejects, _SKIP]
+
+
+_SKIP = {"action": "skip", "label": "skip", "reason": None, "text": "Skip", "kind": ""}
+
+
+def _merge_keys(changed: Mapping[str, str], known: Mapping[str, str]) -> dict[str, str]:
+    unknown = set(changed) - set(known)
     if unknown:
         raise ValueError(
-            f"no such action: {', '.join(sorted(unknown))}; there are {', '.join(KEYS)}"
+            f"no such action: {', '.join(sorted(unknown))}; there are {', '.join(known)}"
         )
-    keys = {action: key.lower() for action, key in {**KEYS, **changed}.items()}
+    keys = {action: key.lower() for action, key in {**known, **changed}.items()}
     twice = [key for key, count in Counter(keys.values()).items() if count > 1]
     if twice:
         raise ValueError(f"one key, two actions: {', '.join(map(repr, twice))}")
@@ -340,7 +372,9 @@ def _merge_keys(changed: Mapping[str, str]) -> dict[str, str]:
 # -------------------------------------------------------------------------- pictures
 
 
-def encode_item(triplet: Triplet, *, view_size: int = 1024) -> tuple[dict, list[bytes]]:
+def encode_item(
+    triplet: Triplet, rival: Path | None = None, *, view_size: int = 1024
+) -> tuple[dict, list[bytes]]:
     """What the browser needs to show one candidate.
 
     A plain file of a moderate size goes as it is, which spares decoding it here.
@@ -349,16 +383,22 @@ def encode_item(triplet: Triplet, *, view_size: int = 1024) -> tuple[dict, list[
         info: `size` [width, height], `box` of the mask [x0, y0, x1, y1] and `outline` (closed
             polygons [x0, y0, x1, y1, ...]), all in pixels of the source; `types`, one a picture;
             `crop` [x0, y0, x1, y1] if full-resolution crops were added.
-        pictures: source, removal and, for large pictures, the crops of both.
+        pictures: source, removal, the rival if there is one and, for large pictures, the crops of
+            all of them.
 
     Raises:
         TripletError: a picture cannot be read, or their sizes differ.
     """
-    files = [_read_plain_file(path, view_size) for path in (triplet.source, triplet.gt)]
+    shown = [triplet.source, triplet.gt, *([rival] if rival else [])]
+    files = [_read_plain_file(path, view_size) for path in shown]
     mask = load_image(triplet.mask, "L")
     size = [mask.shape[1], mask.shape[0]]
     plain = all(file is not None and file[2] == size for file in files)
-    images = None if plain else load_images(triplet)  # also says what does not fit
+    if not plain:
+        images = load_images(triplet)  # also says what does not fit
+        shown = [images["source"], images["gt"]]
+        if rival:
+            shown.append(load_images(replace(triplet, gt=rival))["gt"])
     mask = mask >= 128
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     box = [0, 0, *size]
@@ -367,13 +407,13 @@ def encode_item(triplet: Triplet, *, view_size: int = 1024) -> tuple[dict, list[
     info = {"size": size, "box": box, "outline": trace_mask(mask)}
     if plain:
         return info | {"types": [kind for kind, _, _ in files]}, [data for _, data, _ in files]
-    shown = [Image.fromarray(images[part]) for part in ("source", "gt")]
+    shown = [Image.fromarray(image) for image in shown]
     if max(size) > view_size:
         margin = max(box[2] - box[0], box[3] - box[1]) // 4
         crop = [max(0, box[0] - margin), max(0, box[1] - margin)]
         crop += [min(size[0], box[2] + margin), min(size[1], box[3] + margin)]
         shown += [image.crop(crop) for image in shown]
-        for image in shown[:2]:
+        for image in shown[: len(shown) // 2]:
             image.thumbnail((view_size, view_size), Image.Resampling.LANCZOS)
         info["crop"] = crop
     encoded = [_encode_image(image) for image in shown]

@@ -263,8 +263,14 @@ def plot_calibration(curve: Mapping, roc: Mapping | None = None, *, auc: float |
 # ------------------------------------------------------------------------------- evaluation
 
 
-def plot_success(methods: Sequence[Mapping]) -> Figure:
-    """Success rates of all methods: simulated annotator (dot, 95 %), discriminator (diamond)."""
+def plot_success(methods: Sequence[Mapping], *, judge: str = "simulated annotator") -> Figure:
+    """Success rates of all methods: an annotator (dot, 95 %), the discriminator (diamond).
+
+    Args:
+        methods: dicts with `name`, `success_rate` and `success_interval` by the `judge`, and
+            `success_rate_discriminator`; None where not measured.
+        judge: who said what succeeded.
+    """
     colours = assign_colours(methods)
     figure, (axis,) = make_axes(7, 0.34 * len(methods) + 1.3)
     for place, method in enumerate(methods):
@@ -280,7 +286,7 @@ def plot_success(methods: Sequence[Mapping]) -> Figure:
     axis.set_ylim(len(methods) - 0.5, -0.5)
     axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axis.set_xlim(left=0)
-    axis.plot([], [], "o-", color=BLACK, label="simulated annotator, 95 % interval")
+    axis.plot([], [], "o-", color=BLACK, label=f"{judge}, 95 % interval")
     axis.plot([], [], "D", color=GREY, markerfacecolor="none", label="discriminator")
     axis.set_xlabel("success rate")
     axis.legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
@@ -391,7 +397,58 @@ def plot_comparisons(comparisons: Sequence[Mapping]) -> Figure:
     return figure
 
 
+def plot_preferences(preferences: Sequence[Mapping]) -> Figure:
+    """Which of two methods people preferred: shares of the answers, a bar a pair.
+
+    Args:
+        preferences: what `user_study.summarise_preferences` returns.
+    """
+    figure, (axis,) = make_axes(7.5, 0.42 * len(preferences) + 1.1)
+    left = np.zeros(len(preferences))
+    for key, colour, label in (("prefers_first", BLUE, "left one better"),
+                               ("same", "#d9d9d9", "equally good"),
+                               ("prefers_second", ORANGE, "right one better")):
+        share = np.array([p[key] for p in preferences])
+        axis.barh(range(len(preferences)), share, left=left, color=colour, label=label)
+        left += share
+    axis.set_yticks(range(len(preferences)), [p["first"] for p in preferences])
+    axis.set_ylim(len(preferences) - 0.5, -0.5)
+    other = axis.secondary_yaxis("right")
+    other.set_yticks(range(len(preferences)), [p["second"] for p in preferences])
+    other.tick_params(labelsize=9, length=0)
+    other.spines["right"].set_visible(False)
+    axis.axvline(0.5, color=BLACK, linewidth=0.8, linestyle="--")
+    axis.set_xlim(0, 1)
+    axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axis.set_xlabel("share of the answers")
+    axis.legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
+    return figure
+
+
 # ----------------------------------------------------------------------------------- labels
+
+
+def plot_label_orders(budgets: Sequence[int], curves: Mapping[str, tuple]) -> Figure:
+    """How good a discriminator gets with more labels, by the order in which they were given.
+
+    Args:
+        budgets: [B] numbers of labels.
+        curves: order -> (mean, half the width of the 95 % interval), each [B]: the area under the
+            ROC curve.
+    """
+    figure, (axis,) = make_axes(6, 3.4)
+    styles = zip(curves.items(), (BLACK, BLUE, VERMILION), ("o", "s", "^"), strict=False)
+    for number, ((order, (mean, half)), colour, marker) in enumerate(styles):
+        moved = np.asarray(budgets) * 1.03 ** (number - 1)  # or the bars hide each other
+        axis.errorbar(moved, mean, yerr=half, color=colour, marker=marker, markersize=5,
+                      capsize=3, linewidth=1.5, label=order)
+    axis.set_xscale("log")
+    axis.set_xticks(budgets, [f"{n:,}" for n in budgets])
+    axis.set_xticks([], minor=True)
+    axis.set_xlabel("labels")
+    axis.set_ylabel("area under the ROC curve")
+    axis.legend(fontsize=9, frameon=False, title="order of the labels", title_fontsize=9)
+    return figure
 
 
 def plot_label_summary(labels: Sequence) -> Figure:

@@ -24,6 +24,7 @@ from rorem_lib.files import hash_file
 logger = logging.getLogger(__name__)
 
 DECISIONS = ("accept", "reject", "skip")
+PREFERENCES = ("left", "same", "right")  # which of two removals, in a user study
 REASONS = ("incomplete removal", "wrong content", "blur", "shadow left", "other")
 
 
@@ -44,7 +45,7 @@ class Label:
 
     Attributes:
         id: the candidate's id.
-        label: "accept", "reject" or "skip".
+        label: "accept", "reject" or "skip"; of two removals "left", "same" or "right".
         annotator: whose decision; filled in by the log.
         reason: why it was rejected, one of `REASONS` or free text.
         note: free text.
@@ -100,7 +101,7 @@ class LabelLog:
 
         Args:
             item_id: the candidate's id.
-            label: "accept", "reject" or "skip".
+            label: one of `DECISIONS` or `PREFERENCES`.
             content_file: the removal's file; its hash binds the label to what was judged.
             values: further fields of `Label` (`reason`, `note`, `ms`, `order`, ...).
 
@@ -119,7 +120,8 @@ class LabelLog:
         now = _tell_time()
         kept = [replace(x, annotator=self.annotator, time=x.time or now) for x in labels]
         for label in kept:
-            if label.label not in DECISIONS or not isinstance(label.id, str) or not label.id:
+            known = label.label in DECISIONS + PREFERENCES
+            if not known or not isinstance(label.id, str) or not label.id:
                 raise LabelError(f"{label} is no decision: label must be one of {DECISIONS}")
         self._write([{"event": "label", **asdict(label)} for label in kept])
         return kept
@@ -251,7 +253,7 @@ def replay_events(events: Iterable[dict]) -> list[Label]:
         if event["event"] == "undo":
             if stack:
                 del standing[stack.pop()]
-        elif event.get("label") in DECISIONS:
+        elif event.get("label") in DECISIONS + PREFERENCES:
             standing[place] = Label(**{k: v for k, v in event.items() if k in names})
             stack.append(place)
     last = {(x.annotator, x.id, x.repeat): place for place, x in standing.items()}

@@ -26,6 +26,7 @@ from rorem_lib.label_exchange import (
 )
 from rorem_lib.label_log import (
     DECISIONS,
+    PREFERENCES,
     REASONS,
     Label,
     LabelError,
@@ -178,10 +179,10 @@ def compute_agreement(labels: Iterable[Label]) -> dict:
         self_consistency: annotator -> `n` repeats and the share `agree` answered as before.
     """
     labels = list(labels)
-    answers: dict[str, dict[str, int]] = defaultdict(dict)
+    answers: dict[str, dict[str, str]] = defaultdict(dict)
     for votes in _collect_votes(labels).values():
         for vote in votes:
-            answers[vote.annotator][vote.id] = int(vote.label == "accept")
+            answers[vote.annotator][vote.id] = vote.label
     pairs = []
     for first, second in itertools.combinations(sorted(answers), 2):
         both = sorted(answers[first].keys() & answers[second].keys())
@@ -192,15 +193,17 @@ def compute_agreement(labels: Iterable[Label]) -> dict:
             pairs.append(pair | {"agree": float(np.mean(np.equal(a, b)))})
     counts = Counter(item_id for given in answers.values() for item_id in given)
     shared = sorted(item_id for item_id, n in counts.items() if n > 1)
-    table = np.array([[answers[x].get(i, np.nan) for i in shared] for x in sorted(answers)])
+    codes = {label: code for code, label in enumerate(DECISIONS + PREFERENCES)}
+    table = np.array(
+        [[codes.get(answers[x].get(i), np.nan) for i in shared] for x in sorted(answers)]
+    )
     alpha = None
     if len(np.unique(table[~np.isnan(table)])) > 1:
         alpha = float(krippendorff.alpha(reliability_data=table, level_of_measurement="nominal"))
     again: dict[str, list[bool]] = defaultdict(list)
     for label in labels:
         if label.repeat and label.label != "skip" and label.id in answers[label.annotator]:
-            before = answers[label.annotator][label.id]
-            again[label.annotator].append(before == int(label.label == "accept"))
+            again[label.annotator].append(answers[label.annotator][label.id] == label.label)
     steady = {who: {"n": len(x), "agree": float(np.mean(x))} for who, x in again.items()}
     return {"pairs": pairs, "alpha": alpha, "n_shared": len(shared), "self_consistency": steady}
 

@@ -179,12 +179,40 @@ def make_comparison_table(comparisons: Sequence[Mapping]) -> pd.DataFrame:
         else f"{c['difference']:+.2f} dB",
         "95 % interval": (f"{c['low']:+.1f} to {c['high']:+.1f}" if c["p_value"] is not None
                           else f"{c['low']:+.2f} to {c['high']:+.2f}"),
-        "p (McNemar)": MISSING if c["p_value"] is None else
-        "< 0.0001" if c["p_value"] < 1e-4 else f"{c['p_value']:.4f}",
+        "p (McNemar)": _format_p(c["p_value"]),
         "only first / only second": MISSING if c["p_value"] is None
         else f"{c['only_first']} / {c['only_second']}",
         "pictures": c["n"],
     } for c in comparisons])
+
+
+def make_study_table(study: Mapping) -> pd.DataFrame:
+    """What people said in a user study, a row a method or a pair of methods.
+
+    Args:
+        study: what `user_study.summarise_study` returns.
+    """
+    if study["preferences"]:
+        return pd.DataFrame([{
+            "first": p["first"], "second": p["second"], "pictures": p["n"],
+            "answers": p["n_answers"],
+            "first better / same / second better (%)": " / ".join(
+                f"{100 * p[x]:.0f}" for x in ("prefers_first", "same", "prefers_second")),
+            "preference for the first (%)": format_rate(p["preference"], p["interval"]),
+            "p (sign test)": _format_p(p["p_value"]),
+        } for p in study["preferences"]]).set_index("first")
+    table = pd.DataFrame([{
+        "method": m["name"], "pictures": m["n"],
+        "success, people (%)": format_rate(m["success_rate"], m["success_interval"]),
+        SUCCESS: format_rate(m["simulated_rate"]),
+        "both say the same (%)": format_rate(m["same_verdict"]),
+    } for m in study["methods"]], columns=["method", "pictures", "success, people (%)", SUCCESS,
+                                           "both say the same (%)"])
+    return table.set_index("method")
+
+
+def _format_p(value: float | None) -> str:
+    return MISSING if value is None else "< 0.0001" if value < 1e-4 else f"{value:.4f}"
 
 
 def make_family_table(results: pd.DataFrame, methods: Sequence[Mapping]) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""A real JupyterLab with the annotation notebook, and what an annotator sees and does there."""
+"""A real JupyterLab with the widget's notebooks, and what an annotator sees and does there."""
 
 import contextlib
 import io
@@ -37,9 +37,9 @@ BROWSER = [
 ]
 
 
-def write_notebook(folder, **parameters):
-    """`annotate.ipynb` in a folder: the annotation notebook with these parameters."""
-    notebook = nbformat.read(ROOT / "notebooks" / "04_annotate.ipynb", 4)
+def write_notebook(folder, name="04_annotate", **parameters):
+    """`annotate.ipynb` in a folder: a notebook of the kit with these parameters."""
+    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4)
     cell = next(x for x in notebook.cells if "parameters" in x.metadata.get("tags", []))
     cell.source += "".join(f"\n{name} = {value!r}" for name, value in parameters.items())
     nbformat.write(notebook, folder / "annotate.ipynb")
@@ -85,9 +85,9 @@ def run_lab(folder):
 class Annotating:
     """What an annotator sees and does."""
 
-    def __init__(self, page, address, folder):
+    def __init__(self, page, address, folder, labels="labels"):
         self.page, self.address, self.folder = page, address, folder
-        self.log = folder / "stage" / "labels" / "labels-anna.jsonl"
+        self.log = folder / "stage" / labels / "labels-anna.jsonl"
         self.widget = page.locator(ROOT_SELECTOR)
 
     def run_notebook(self):

@@ -1,4 +1,4 @@
-"""The annotation notebook in a real JupyterLab and a real browser, driven by key presses.
+"""The annotation widget in a real JupyterLab and a real browser, driven by key presses.
 
 Screenshots (light, dark) go to `$ROREM_SCREENSHOTS` where it is set, for whoever wants to look.
 """
@@ -234,3 +234,54 @@ def test_labelling_by_keyboard_in_jupyterlab(page, lab, folder):
     assert metrics["n_labelled"] == 10 and metrics["simulated"] is False
     accepted = [triplet.id for triplet in read_triplets(folder / "stage" / "accepted")]
     assert len(accepted) == metrics["n_accepted"] == 5
+
+
+def test_two_removals_beside_the_source_in_the_evaluation_notebook(page, lab, folder):
+    write_notebook(folder, "08_evaluate", output_dir=str(folder / "stage"), annotator="anna",
+                   user_study="preference", study_methods=["Telea", "Navier-Stokes"],
+                   test_set="builtin:test", limit=6, study_pictures=4,
+                   methods=[{"name": "Telea", "kind": "telea"},
+                            {"name": "Navier-Stokes", "kind": "ns"}])
+    me = Annotating(page, lab[0], folder, "user_study")
+    page.reload()
+    me.run_notebook()
+    me.wait_for_picture()
+    me.focus()
+    captions = me.widget.locator("figcaption")
+    assert captions.all_inner_texts() == ["source", "left", "right"]
+    boxes = [canvas.bounding_box() for canvas in me.widget.locator("canvas").all()]
+    assert len({(round(box["y"]), round(box["width"])) for box in boxes}) == 1
+    source, left, right = (me.grab_canvas(side) for side in range(3))
+    assert len({source, left, right}) == 3
+    page.keyboard.press("f")  # the source in the place of both
+    assert captions.all_inner_texts() == ["source"] * 3
+    assert me.grab_canvas(1) == me.grab_canvas(2)
+    page.keyboard.press("f")
+    page.keyboard.press("d")
+    assert captions.all_inner_texts() == ["source", "difference × 4", "difference × 4"]
+    page.keyboard.press("d")
+    assert (me.grab_canvas(1), me.grab_canvas(2)) == (left, right)
+    me.take_picture("user_study_light")
+    expected = [(me.press(key), label, None) for key, label in
+                (("1", "left"), ("2", "same"), ("3", "right"))]
+    undone = me.press("u") and me.shown
+    expected.append((undone, "undo", None))
+    assert undone == expected[2][0]
+    expected += [(me.click("left"), "left", None), (me.press("s"), "skip", None)]
+    assert me.saved == expected
+    page.keyboard.press("a")  # nothing is accepted here
+    assert me.saved == expected and me.widget.locator(".count").inner_text() == "3 of 4"
+    me.run_notebook()
+    for _ in range(300):
+        if (folder / "stage" / "DONE").exists():
+            break
+        page.wait_for_timeout(100)
+    study = json.loads((folder / "stage" / "metrics.json").read_text())["user_study"]
+    told = json.loads((folder / "stage" / "user_study" / "trials.json").read_text())
+    lefts = [told[expected[0][0]]["methods"][0], told[undone]["methods"][0]]
+    wins = {name: lefts.count(name) / 3 for name in ("Navier-Stokes", "Telea")}
+    row, = study["preferences"]
+    assert (row["first"], row["second"], row["n"]) == ("Navier-Stokes", "Telea", 3)
+    assert row["prefers_first"] == pytest.approx(wins["Navier-Stokes"])
+    assert row["prefers_second"] == pytest.approx(wins["Telea"])
+    assert row["same"] == pytest.approx(1 / 3)

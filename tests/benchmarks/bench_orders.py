@@ -1,0 +1,202 @@
+"""How many labels each order needs until the discriminator is as good as another order makes it.
+
+The demo's first candidates (removals of the built-in scenes by the initialization remover) are the
+pool, further ones of other pictures are the test. Labels come from the simulated annotator. Each
+order draws from the pool as notebook 04 does, in rounds that double the number of labels; before
+each round "uncertainty" gets the scores of a discriminator trained on the labels so far. Every
+discriminator is trained alike, by the demo's settings but for half its steps. Quality is the area
+under the ROC curve on the test.
+
+    rorem run demo --only assemble; rorem run demo --only initialization
+    python tests/benchmarks/bench_orders.py runs/demo work/orders [--workers 2]
+    python tests/benchmarks/bench_orders.py --summarise work/orders
+
+Goes on where it was stopped. The summary writes `results/orders.json` and
+`papers/figures/orders.png`; the goal is one third of random order's labels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import yaml
+from measuring import save_result
+from scipy import stats
+from sklearn.isotonic import IsotonicRegression
+from sklearn.metrics import roc_auc_score
+
+from rorem_lib import figures
+from rorem_lib.labels import merge_votes, order_items, read_labels, stratify_items
+from rorem_lib.stage import ROOT
+
+ORDERS = ("random", "uncertainty", "stratified")
+BUDGETS = (75, 150, 300, 600, 1200)
+SEEDS = range(5)
+STEPS = 300
+# The part of the demo's pool that no candidate was made of at this point of the demo.
+TEST_START, TEST_PICTURES, POOL_PICTURES = 600, 250, 600
+
+
+def make_candidates(run: Path, work: Path) -> None:
+    """Pool and test candidates as the demo's recipe makes them, and their labels."""
+    from rorem_lib.removal import GenerateConfig, generate_candidates
+    from rorem_lib.simulated_annotator import simulate_labels
+
+    recipe = yaml.safe_load((ROOT / "notebooks/recipes/demo.yaml").read_text())
+    given = recipe["defaults"]["03_generate_removals"]
+    for name, start, count in (("pool", 0, POOL_PICTURES), ("test", TEST_START, TEST_PICTURES)):
+        generate_candidates(GenerateConfig(
+            output_dir=str(work / name), meta_path=[str(run / "assemble/pool")], start=start,
+            pretrained_model_name_or_path=str(run / "initialization/remover"), count=count,
+            seed=recipe["seed"], **given))
+        simulate_labels(work / name / "candidates/meta.json", run / "assemble/hidden/pool",
+                        work / name / "labels")
+
+
+def read_set(work: Path, name: str):
+    """Triplets by id, and what the simulated annotator said: id -> accepted."""
+    from rorem_lib.triplets import read_triplets
+
+    decisions = merge_votes(read_labels(work / name / "labels"))
+    triplets = {t.id: t for t in read_triplets(work / name / "candidates")}
+    return triplets, {i: decision == "accept" for i, decision in decisions.items()}
+
+
+def train(folder: Path, triplets, answers: dict, ids: list[str], seed: int):
+    """A discriminator trained on these labels alone."""
+    from rorem_lib.discriminator import Discriminator, DiscriminatorConfig, train_discriminator
+    from rorem_lib.triplets import TripletWriter
+
+    recipe = yaml.safe_load((ROOT / "notebooks/recipes/demo.yaml").read_text())
+    given = {k: v for k, v in recipe["defaults"]["05_train_discriminator"].items()
+             if k not in ("min_share",)}
+    shutil.rmtree(folder, ignore_errors=True)
+    with TripletWriter(folder / "labelled") as writer:
+        for i in ids:
+            writer.add_triplet(triplets[i], score=float(answers[i]))
+    train_discriminator(DiscriminatorConfig(**{
+        **given, "output_dir": str(folder), "meta_path": [str(folder / "labelled")],
+        "max_train_steps": STEPS, "checkpointing_steps": STEPS, "seed": seed,
+        "latent_cache_dir": str(folder / "cache")}))
+    return Discriminator.from_pretrained(str(folder / "discriminator"))
+
+
+def follow_order(work: Path, order: str, seed: int) -> None:
+    """Label in one order from the smallest budget to the largest; a line a budget."""
+    import torch
+
+    from rorem_lib.discriminator import score_triplets
+
+    torch.set_num_threads(1)
+    logging.getLogger("rorem_lib").setLevel(logging.WARNING)
+    found = work / "found" / f"{order}-{seed}.json"
+    rows = json.loads(found.read_text()) if found.is_file() else []
+    pool, answers = read_set(work, "pool")
+    test, truth = read_set(work, "test")
+    strata = stratify_items(pool.values()) if order == "stratified" else None
+    done = rows[-1]["ids"] if rows else []
+    scores = dict(rows[-1]["scores"]) if rows else None
+    for budget in BUDGETS[len(rows):]:
+        # nothing is known before the first labels: they are drawn at random, as in notebook 04
+        now = "random" if order == "uncertainty" and not done else order
+        taken = set(done)
+        queue = order_items(pool, order=now, scores=scores, strata=strata, overlap_share=0,
+                            repeat_share=0, annotator="simulated", seed=seed)
+        done = done + [x.id for x in queue if x.id not in taken][: budget - len(done)]
+        folder = work / "training" / f"{order}-{seed}"
+        model = train(folder, pool, answers, done, seed)
+        auc = roc_auc_score([truth[i] for i in test], score_triplets(model, list(test.values())))
+        if order == "uncertainty" and budget < BUDGETS[-1]:
+            scores = dict(zip(pool, score_triplets(model, list(pool.values())).astype(float)))
+        accepted = float(np.mean([answers[i] for i in done]))
+        rows.append({"labels": budget, "auc": float(auc), "accepted": accepted, "ids": done,
+                     "scores": scores or {}})
+        found.parent.mkdir(exist_ok=True)
+        beside = found.with_suffix(".part")
+        beside.write_text(json.dumps(rows))
+        os.replace(beside, found)
+        print(f"{order:12} seed {seed} {budget:5} labels  AUC {auc:.3f}", flush=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def count_needed(curve: np.ndarray, target: float) -> float:
+    """Labels at which a rising curve [len(BUDGETS)] reaches the target; infinite if it does not."""
+    rising = IsotonicRegression().fit_transform(np.log(BUDGETS), curve)
+    if rising[-1] < target:
+        return np.inf
+    place = int(np.argmax(rising >= target))
+    if not place:
+        return float(BUDGETS[0])
+    low, high = rising[place - 1:place + 1]
+    part = (target - low) / (high - low)
+    return float(np.exp(np.interp(part, [0, 1], np.log(BUDGETS[place - 1:place + 1]))))
+
+
+def summarise(work: Path) -> None:
+    """Ratios of labels, order to random order, with 95 % t intervals over the seeds' logarithms."""
+    curves, accepted = {}, {}
+    for order in ORDERS:
+        rows = [json.loads((work / "found" / f"{order}-{seed}.json").read_text())
+                for seed in SEEDS]
+        curves[order] = np.array([[row["auc"] for row in one] for one in rows])
+        accepted[order] = np.array([[row["accepted"] for row in one] for one in rows])
+    targets = {n: float(curves["random"][:, BUDGETS.index(n)].mean()) for n in (300, 600)}
+    result: dict = {"budgets": list(BUDGETS), "seeds": len(SEEDS), "steps": STEPS, "orders": {}}
+    for order in ORDERS:
+        mean, half = _find_interval(curves[order])
+        result["orders"][order] = {
+            "auc": np.round(mean, 4).tolist(), "auc_interval_half": np.round(half, 4).tolist(),
+            "accepted_share": np.round(accepted[order].mean(axis=0), 3).tolist()}
+        for n, target in targets.items():
+            needed = np.array([count_needed(curve, target) for curve in curves[order]])
+            base = np.array([count_needed(curve, target) for curve in curves["random"]])
+            both = np.isfinite(needed) & np.isfinite(base)
+            row = {"target_auc": round(target, 4), "needed": [
+                round(x) if np.isfinite(x) else None for x in needed]}
+            if order != "random" and both.sum() > 1:
+                mean, half = _find_interval(np.log(needed[both] / base[both])[:, None])
+                row |= {"seeds_reached": int(both.sum()), "ratio": round(float(np.exp(mean[0])), 2),
+                        "ratio_interval": [round(float(np.exp(mean[0] + s * half[0])), 2)
+                                           for s in (-1, 1)]}
+            result["orders"][order][f"as_random_with_{n}"] = row
+    save_result("orders", result, "torch", "scikit-learn")
+    figure = figures.plot_label_orders(
+        BUDGETS, {order: _find_interval(curves[order]) for order in ORDERS})
+    figure.savefig(ROOT / "papers/figures/orders.png", dpi=150)
+
+
+def _find_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and half of the 95 % t interval over the first axis."""
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std(axis=0, ddof=1) / len(values) ** 0.5
+    return values.mean(axis=0), half
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, nargs="?", help="a run of the demo's first two stages")
+    parser.add_argument("work", type=Path, help="folder for candidates and what was found")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--summarise", action="store_true")
+    options = parser.parse_args()
+    if options.summarise:
+        return summarise(options.work)
+    make_candidates(options.run.absolute(), options.work.absolute())
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.workers, mp_context=context) as pool:
+        jobs = [pool.submit(follow_order, options.work.absolute(), order, seed)
+                for seed in SEEDS for order in ORDERS]
+        for job in jobs:
+            job.result()
+    return summarise(options.work)
+
+
+if __name__ == "__main__":
+    main()
