@@ -301,6 +301,42 @@ def describe_roc(scores, labels) -> dict:
             "thresholds": thresholds.tolist()}
 
 
+def split_labels(answers, groups, orders, *, test_share: float = 0.25,
+                 seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Split labelled removals into training and test, by picture, with alike shares accepted.
+
+    The test is a fair sample: what was labelled because a discriminator was unsure of it (order
+    "uncertainty") is never in it, so with active learning it is the random audit share alone.
+
+    Args:
+        answers: [N] bool, accepted.
+        groups: [N] names of the pictures; no picture is on both sides.
+        orders: [N] how each was drawn (`labels.collect_orders`), None where not known.
+        test_share: 0..1, wanted share of the labels in the test; less where fair ones are few.
+        seed: of the lot.
+
+    Returns:
+        Indices into `answers`: training, test.
+
+    Raises:
+        ValueError: no label is fair, or none is left to train on.
+    """
+    answers, groups = np.asarray(answers, bool), np.asarray(groups)
+    fair = np.array([order != "uncertainty" for order in orders])
+    if not fair.any():
+        raise ValueError(f"all {len(fair)} labels were drawn by uncertainty: no accuracy can be "
+                         "estimated from them; label with an audit_share of 0.1 to 0.2")
+    folds = round(fair.sum() / (test_share * len(fair)))
+    outside = np.flatnonzero(fair)
+    if folds > 1 or fair.all():
+        splitter = StratifiedGroupKFold(max(2, folds), shuffle=True, random_state=seed)
+        outside = outside[next(splitter.split(answers[fair], answers[fair], groups[fair]))[1]]
+    inside = np.flatnonzero(~np.isin(groups, groups[outside]))
+    if not len(inside):
+        raise ValueError("no label is left to train on: each picture has one in the audit share")
+    return inside, outside
+
+
 def measure_auc(scores, labels, *, seed: int = 0,
                 resamples: int = 2000) -> tuple[float, tuple[float, float]]:
     """Area under the ROC curve and its 95 % bootstrap interval (both answers resampled apart)."""

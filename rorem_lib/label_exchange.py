@@ -129,7 +129,7 @@ def _make_label(row: Mapping, annotator: str) -> Label:
         time=row.get("time") or "",
         ms=round(float(row.get("ms") or 0)),
         content=row.get("content") or "",
-        order=row.get("order") or "imported",
+        order=row.get("order") or row.get("label_order") or "imported",
         simulated=str(row.get("simulated")).lower() == "true",
         repeat=str(row.get("repeat")).lower() == "true",
     )
@@ -235,6 +235,7 @@ def write_scored_set(
     *,
     accepted_only: bool = False,
     accepted_by: str = "human",
+    orders: Mapping[str, str] | None = None,
     per_picture: int = 0,
     seed: int = 0,
 ) -> Path:
@@ -246,6 +247,7 @@ def write_scored_set(
         folder: the new set's folder; what an earlier set there had besides is deleted.
         accepted_only: leave out what was rejected (a set to train the remover on).
         accepted_by: goes into the accepted entries' `accepted_by`.
+        orders: id -> how the item was drawn (`labels.collect_orders`); becomes `label_order`.
         per_picture: at most so many accepted removals of one picture (a triplet's `group`), drawn
             by lot; 0 keeps all.
         seed: of the lot.
@@ -273,8 +275,9 @@ def write_scored_set(
     with TripletWriter(folder, restart=True) as writer:
         for triplet in triplets:
             decision = decisions.get(triplet.id)
+            drawn = {"label_order": orders[triplet.id]} if triplet.id in (orders or {}) else {}
             if triplet.id in kept:
-                writer.add_triplet(triplet, score=1.0, accepted_by=accepted_by)
+                writer.add_triplet(triplet, score=1.0, accepted_by=accepted_by, **drawn)
             elif decision == "reject" and not accepted_only:
-                writer.add_triplet(triplet, score=0.0, accepted_by=None)
+                writer.add_triplet(triplet, score=0.0, accepted_by=None, **drawn)
     return resolve_meta(folder)

@@ -39,11 +39,11 @@ from rorem_lib.label_log import (
 from rorem_lib.triplets import Triplet, load_image
 
 __all__ = [
-    "ADJUDICATION", "DECISIONS", "ORDERS", "POLICIES", "REASONS", "Label", "LabelError", "LabelLog",
-    "LabelsMissing", "QueueItem", "compute_agreement", "count_missing", "export_dataset",
-    "export_labels", "find_conflicts", "hash_content", "import_labels", "list_adjudication",
-    "merge_votes", "order_items", "read_labels", "require_labels", "split_stale", "stratify_items",
-    "write_scored_set",
+    "ADJUDICATION", "DECISIONS", "ORDERS", "POLICIES", "REASONS", "Label", "LabelError",
+    "LabelLog", "LabelsMissing", "QueueItem", "collect_orders", "compute_agreement",
+    "count_missing", "export_dataset", "export_labels", "find_conflicts", "hash_content",
+    "import_labels", "list_adjudication", "merge_votes", "order_items", "read_labels",
+    "require_labels", "split_stale", "stratify_items", "write_scored_set",
 ]  # fmt: skip
 
 ORDERS = ("random", "uncertainty", "stratified")
@@ -119,6 +119,19 @@ def _collect_votes(labels: Iterable[Label]) -> dict[str, list[Label]]:
         if not label.repeat and label.label != "skip" and label.order != ADJUDICATION:
             votes[label.id].append(label)
     return dict(votes)
+
+
+def collect_orders(labels: Iterable[Label]) -> dict[str, str]:
+    """How each item was drawn: id -> order; "uncertainty" if it was so for anybody.
+
+    What was drawn because a discriminator was unsure is no fair sample: accuracies and accept
+    shares are estimated without it, from the audit share alone where that is all there is.
+    """
+    orders: dict[str, str] = {}
+    for item_id, votes in _collect_votes(labels).items():
+        drawn = [vote.order for vote in votes]
+        orders[item_id] = "uncertainty" if "uncertainty" in drawn else drawn[0]
+    return orders
 
 
 def count_missing(

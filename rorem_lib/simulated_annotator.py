@@ -17,6 +17,7 @@ Pixel PSNR is not asked: it prefers a blurred mean. Its labels carry `simulated:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,8 +138,7 @@ def judge_removal(source, mask, result, truth, *, limits: Limits = Limits()) -> 
 
 
 def simulate_labels(candidates_meta, hidden_dir, folder, *, annotator: str = "simulated",
-                    limits: Limits = Limits(), order: str = "random",
-                    ids: list[str] | None = None) -> list[dict]:
+                    limits: Limits = Limits(), queue: Iterable | None = None) -> list[dict]:
     """Label candidates as the simulated annotator; each label is in the log before the next.
 
     Args:
@@ -146,7 +146,8 @@ def simulate_labels(candidates_meta, hidden_dir, folder, *, annotator: str = "si
         hidden_dir: the hidden truth that belongs to its scenes.
         folder: where `labels-<annotator>.jsonl` is written; labels already there are kept.
         annotator: the log's name; it always contains "simulated".
-        ids: which candidates, in which order; all by default.
+        queue: which candidates and how they were drawn, `labels.QueueItem`s, silent repeats left
+            out; by default all.
 
     Returns:
         One dict a new label: id, accept, reason and the measures.
@@ -154,7 +155,7 @@ def simulate_labels(candidates_meta, hidden_dir, folder, *, annotator: str = "si
     Raises:
         ValueError: a name that does not say that it is simulated.
     """
-    from rorem_lib.labels import LabelLog, split_stale
+    from rorem_lib.labels import LabelLog, QueueItem, split_stale
     from rorem_lib.sources.builtin_sets import read_truth
     from rorem_lib.triplets import load_images, read_triplets
 
@@ -164,14 +165,15 @@ def simulate_labels(candidates_meta, hidden_dir, folder, *, annotator: str = "si
     log = LabelLog(Path(folder), annotator)
     done = {label.id for label in split_stale(log.read(), triplets.values())[0]}
     verdicts = []
-    for name in ids if ids is not None else list(triplets):
-        if name in done:
+    for item in queue if queue is not None else [QueueItem(x, "random") for x in triplets]:
+        name = item.id
+        if name in done or item.repeat:
             continue
         pictures = load_images(triplets[name])
         verdict = judge_removal(pictures["source"], pictures["mask"], pictures["gt"],
                                 read_truth(hidden_dir, name), limits=limits)
         log.append(name, "accept" if verdict.accept else "reject", reason=verdict.reason,
-                   order=order, simulated=True, content_file=triplets[name].gt)
+                   order=item.order, simulated=True, content_file=triplets[name].gt)
         verdicts.append({"id": name, "accept": verdict.accept, "reason": verdict.reason,
                          **verdict.measures})
     return verdicts

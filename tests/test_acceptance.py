@@ -7,6 +7,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from rorem_lib import acceptance
+from rorem_lib.acceptance import split_labels
 
 
 def make_scores(n=2000, *, seed=0, sharpness=1.5, share=0.4):
@@ -209,3 +210,32 @@ def test_reading_a_calibration_names_what_is_wrong(tmp_path):
     (tmp_path / "calibration.json").write_text('{"accept_threshold": 0.5, "rate_threshold": 0.4}')
     calibration, content = acceptance.read_calibration(tmp_path)
     assert calibration.apply([0.3]) == [0.3] and content["rate_threshold"] == 0.4
+
+
+def test_labels_are_split_by_picture_with_alike_shares():
+    answers, groups = np.arange(200) % 3 == 0, np.arange(200) // 2
+    inside, outside = split_labels(answers, groups, [None] * 200, test_share=0.25, seed=1)
+    assert sorted([*inside, *outside]) == list(range(200)) and 45 <= len(outside) <= 55
+    assert not set(groups[inside]) & set(groups[outside])
+    assert abs(answers[outside].mean() - answers.mean()) < 0.03
+
+
+def test_accuracy_is_estimated_from_the_audit_share_alone():
+    random = np.random.default_rng(0)
+    groups, audit = np.arange(400) // 2, random.random(400) < 0.15
+    answers = random.random(400) < 0.5
+    orders = np.where(audit, "audit", "uncertainty")
+    inside, outside = split_labels(answers, groups, orders, test_share=0.25)
+    assert set(outside) == set(np.flatnonzero(audit)), "all of it, and nothing else"
+    assert not set(groups[inside]) & set(groups[outside])
+    orders[:200] = "random"  # an earlier round
+    inside, outside = split_labels(answers, groups, orders, test_share=0.25)
+    assert (orders[outside] != "uncertainty").all() and 80 <= len(outside) <= 120
+    assert {"random", "audit"} == set(orders[outside]) and "random" in orders[inside]
+
+
+def test_without_a_fair_sample_there_is_no_accuracy():
+    with pytest.raises(ValueError, match="all 4 labels were drawn by uncertainty"):
+        split_labels([True, False] * 2, range(4), ["uncertainty"] * 4)
+    with pytest.raises(ValueError, match="no label is left to train on"):
+        split_labels([True, False] * 5, [0] * 10, ["uncertainty"] * 9 + ["audit"])

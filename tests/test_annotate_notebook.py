@@ -23,6 +23,28 @@ def candidates(tmp_path):
     return tmp_path / "candidates"
 
 
+def test_the_accept_share_is_estimated_without_what_was_drawn_by_uncertainty(
+    candidates, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("ROREM_BATCH", "1")
+    stage = tmp_path / "stage"
+    log = LabelLog(stage / "labels", "anna")
+    for place, (label, order) in enumerate([("accept", "audit"), ("reject", "audit")]
+                                           + [("reject", "uncertainty")] * 4):
+        log.append(f"c{place}", label, order=order)
+    with TripletWriter(tmp_path / "scores") as writer:
+        for triplet in read_triplets(candidates):
+            writer.add_triplet(triplet, score=0.5)
+    execute_notebook(ROOT / "notebooks" / "04_annotate.ipynb", tmp_path / "done.ipynb",
+                     {"output_dir": str(stage), "candidates": str(candidates), "annotator": "anna",
+                      "order": "uncertainty", "scores": str(tmp_path / "scores")},
+                     say=lambda text: None)
+    metrics = json.loads((stage / "metrics.json").read_text())
+    assert (metrics["accept_share"], metrics["n_labelled"]) == (0.5, 6)
+    drawn = [x.extra["label_order"] for x in read_triplets(stage / "scored")]
+    assert drawn == ["audit"] * 2 + ["uncertainty"] * 4
+
+
 def test_batch_run_stops_for_labels_and_goes_on_when_they_are_there(
     candidates, tmp_path, monkeypatch
 ):

@@ -21,6 +21,7 @@ from rorem_lib.labels import (
     LabelError,
     LabelLog,
     QueueItem,
+    collect_orders,
     compute_agreement,
     count_missing,
     export_dataset,
@@ -396,6 +397,20 @@ def test_scored_and_accepted_sets(candidates, tmp_path):
     assert [x.id for x in read_triplets(tmp_path / "accepted")] == ["c1"]  # nothing stays behind
     with pytest.raises(LabelError, match="1 decisions belong to no candidate"):
         write_scored_set(candidates, {"c9": "accept"}, tmp_path / "accepted")
+
+
+def test_a_scored_set_says_how_each_item_was_drawn(candidates, tmp_path):
+    given = [Label("c0", "accept", "a", order="audit"), Label("c1", "reject", "a", order="random"),
+             Label("c1", "reject", "b", order="uncertainty"), Label("c2", "skip", "a"),
+             Label("c3", "accept", "a", order="random"), Label("c3", "reject", "b", order="random"),
+             Label("c3", "reject", "c", order="adjudication")]
+    orders = collect_orders(given)
+    assert orders == {"c0": "audit", "c1": "uncertainty", "c3": "random"}
+    meta = write_scored_set(candidates, merge_votes(given), tmp_path / "scored", orders=orders)
+    assert {x.id: x.extra["label_order"] for x in read_triplets(meta)} == orders
+    found = import_labels(meta, tmp_path / "labels", "c", triplets=read_triplets(candidates))
+    assert found["written"] == 3
+    assert {x.id: x.order for x in read_labels(tmp_path / "labels")} == orders
 
 
 def test_of_several_accepted_removals_of_a_picture_some_are_kept(candidates, tmp_path):

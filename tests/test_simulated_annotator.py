@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
+from rorem_lib.labels import QueueItem
 from rorem_lib.pictures import save_image
 from rorem_lib.simulated_annotator import REASONS, judge_removal, simulate_labels
 from rorem_lib.sources.builtin_sets import Truth
@@ -212,7 +213,10 @@ def test_labels_say_that_they_are_simulated(candidates):
 
 def test_stopped_labelling_goes_on(candidates):
     folders = candidates / "candidates", candidates / "hidden", candidates / "labels"
-    assert len(simulate_labels(*folders, ids=["c2", "c0"])) == 2
+    queue = [QueueItem("c2", "audit"), QueueItem("c0", "uncertainty"),
+             QueueItem("c2", "audit", repeat=True)]
+    assert len(simulate_labels(*folders, queue=queue)) == 2
     assert [v["id"] for v in simulate_labels(*folders)] == ["c1"]
-    assert [line["id"] for line in read_log(candidates)] == ["c2", "c0", "c1"]
+    assert [(line["id"], line["order"]) for line in read_log(candidates)] == [
+        ("c2", "audit"), ("c0", "uncertainty"), ("c1", "random")]
     assert simulate_labels(*folders) == []
