@@ -39,7 +39,7 @@ class LabelsMissing(LabelError):
         return [str(self)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # thousands of them stay in memory
 class Label:
     """One decision of one annotator about one candidate.
 

@@ -153,6 +153,7 @@ def collect_summary(run_dir: Path, recipe, stages: list[StageRecord] | None = No
         "test_size": measured.get("test_size"),
         "seed": recipe.seed if recipe.seed is not None else measured.get("seed"),
         "judged_by": measured.get("judged_by"),
+        "user_study": study if (study := measured.get("user_study") or {}).get("answers") else None,
         "simulated_labels": any(s.metrics.get("simulated") for s in stages),
         "not_run": [s.name for s in stages if not s.done],
     })
@@ -215,6 +216,7 @@ def write_report(run_dir: Path, recipe) -> Path:
     summary = collect_summary(run_dir, recipe, stages)
     evaluation = find_evaluation(stages)
     methods = evaluation.metrics["methods"] if evaluation else []
+    study = summary["user_study"]
     versions = next((_read(s.folder / "stage.json") for s in reversed(stages) if s.done), {})
     page = Environment(loader=PackageLoader("rorem_lib"), autoescape=True, trim_blocks=True,
                        lstrip_blocks=True).get_template("report.html").render(
@@ -225,6 +227,8 @@ def write_report(run_dir: Path, recipe) -> Path:
         method_table=_to_html(tables.make_method_table(methods, summary["source"]), methods),
         comparison_table=_to_html(tables.make_comparison_table(summary["comparisons"]),
                                   summary["comparisons"]),
+        study_table=_to_html(tables.make_study_table(study), [study]) if study else "",
+        study_figures=_embed_figures(evaluation, "user_study") if study else [],
         pictures=_draw_figures(summary, methods),
         cases=_embed_figures(evaluation, "cases_best", "cases_median", "cases_worst"),
         failures=_embed_figures(evaluation, "failures"),

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ FOLDER = Path(__file__).parent / "benchmarks"
 sys.path.insert(0, str(FOLDER))
 
 import bench_gpu  # noqa: E402
+import bench_orders  # noqa: E402
 import random_training  # noqa: E402
 
 from rorem_lib import loop, sdxl, speed  # noqa: E402
@@ -231,3 +233,17 @@ def test_what_a_configuration_raises_is_its_row(tmp_path, monkeypatch):
     for text, kind in (("no kernel", "error"), ("CUDA out of memory", "out_of_memory")):
         bench_gpu._answer(tmp_path / "result.json", fail, (text,))
         assert json.loads((tmp_path / "result.json").read_text()) == {kind: f"RuntimeError: {text}"}
+
+
+# ------------------------------------------------------------------------------ orders of labels
+
+
+@pytest.mark.parametrize("curve, target, labels", [
+    ([0.5, 0.6, 0.7, 0.8], 0.7, 300),
+    ([0.5, 0.6, 0.7, 0.8], 0.65, math.sqrt(150 * 300)),  # half way, in doublings
+    ([0.5, 0.6, 0.7, 0.8], 0.4, 75),
+    ([0.5, 0.6, 0.7, 0.8], 0.85, math.inf),
+    ([0.5, 0.7, 0.6, 0.8], 0.65, 150),  # chance goes up and down, quality is taken to rise
+])
+def test_labels_needed_for_a_quality(curve, target, labels):
+    assert bench_orders.count_needed(np.array(curve), target) == pytest.approx(labels)

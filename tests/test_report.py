@@ -161,6 +161,25 @@ def test_page_says_what_a_reader_must_know(finished):
     assert "A &lt;small&gt; run." in page
 
 
+def test_what_people_say_has_a_section_where_they_were_asked(finished, tmp_path):
+    assert "What people say" not in finished[0].read_text()
+    write_run(tmp_path)
+    evaluation = tmp_path / "evaluation"
+    rows = [{"name": "automation 1 <final>", "n": 20, "success_rate": 0.55,
+             "success_interval": [0.34, 0.74], "simulated_rate": 0.5, "same_verdict": 0.85}]
+    study = {"answers": 40, "annotators": 2, "trials": 20, "alpha": 0.61, "methods": rows,
+             "preferences": []}
+    metrics = read_json(evaluation / "metrics.json")
+    write_json(evaluation / "metrics.json", metrics | {"user_study": study})
+    save_image(evaluation / "figures/user_study.png", np.zeros((8, 8, 3), np.uint8))
+    page = report.write_report(tmp_path, make_recipe()).read_text()
+    assert "What people say" in page and Links(page).open == []
+    assert "55.0 (34.0 to 74.0)" in page and "85.0" in page and "No person judged" not in page
+    assert page.count("data:image/png") == 3 + 4 + 1 + 1 + 1 and "0.61" in page
+    write_json(evaluation / "metrics.json", metrics | {"user_study": study | {"answers": 0}})
+    assert "What people say" not in report.write_report(tmp_path, make_recipe()).read_text()
+
+
 def test_stages_that_were_not_run_are_named(tmp_path):
     write_run(tmp_path, skip=("automation_1_accepted", "automation_1", "evaluation"))
     page = report.write_report(tmp_path, make_recipe()).read_text()
