@@ -243,7 +243,7 @@ def test_what_a_configuration_raises_is_its_row(tmp_path, monkeypatch):
     ([0.5, 0.6, 0.7, 0.8], 0.65, math.sqrt(150 * 300)),  # half way, in doublings
     ([0.5, 0.6, 0.7, 0.8], 0.4, 75),
     ([0.5, 0.6, 0.7, 0.8], 0.85, math.inf),
-    ([0.5, 0.7, 0.6, 0.8], 0.65, 150),  # chance goes up and down, quality is taken to rise
+    ([0.5, 0.7, 0.6, 0.8], 0.575, math.sqrt(75 * 150)),  # 0.7 and 0.6 count as 0.65 twice
 ])
 def test_labels_needed_for_a_quality(curve, target, labels):
     assert bench_orders.count_needed(np.array(curve), target) == pytest.approx(labels)

@@ -12,6 +12,7 @@ from rorem_lib import tables, user_study
 from rorem_lib.annotator import PREFERENCE_KEYS
 from rorem_lib.execution import execute_notebook
 from rorem_lib.label_log import LabelError, LabelLog
+from rorem_lib.methods import make_methods, run_method
 from rorem_lib.pictures import save_image
 from rorem_lib.stage import ROOT
 from rorem_lib.triplets import read_triplets
@@ -287,25 +288,19 @@ def test_without_a_name_it_is_asked_for(tmp_path, triplets, removals):
 def test_the_evaluation_notebook_reads_the_answers_and_waits_for_nobody(tmp_path, monkeypatch):
     monkeypatch.setenv("ROREM_BATCH", "1")
     stage = tmp_path / "stage"
-    parameters = {"output_dir": str(stage), "test_set": "builtin:test", "limit": 4, "seed": 4,
-                  "methods": [{"name": "Telea", "kind": "telea"},
-                              {"name": "Navier-Stokes", "kind": "ns"}]}
-
-    def run(**changes):
-        execute_notebook(ROOT / "notebooks" / "08_evaluate.ipynb", tmp_path / "done.ipynb",
-                         parameters | changes, say=lambda text: None)
-        return json.loads((stage / "metrics.json").read_text())["user_study"]
-
-    study = run(user_study="success", study_pictures=3)
-    assert (study["trials"], study["answers"], study["methods"]) == (6, 0, [])
+    methods = [{"name": "Telea", "kind": "telea"}, {"name": "Navier-Stokes", "kind": "ns"}]
     triplets = read_triplets("builtin:test", require_gt=False)[:4]
-    paths = {name: {t.id: stage / "removals" / folder / f"{t.id}.png" for t in triplets}
-             for name, folder in (("Telea", "telea"), ("Navier-Stokes", "navier-stokes"))}
+    paths = {m.name: run_method(m, triplets, stage / "removals").paths
+             for m in make_methods(methods, seed=4)}
     trials = make_trials(paths, "success", pictures=3, seed=4)
     answer_all(open_session(stage / "user_study", trials, triplets), trials,
                lambda t: "accept" if t.methods == ("Telea",) else "reject")
-    study = run(user_study="success", study_pictures=3)
+    execute_notebook(
+        ROOT / "notebooks" / "08_evaluate.ipynb", tmp_path / "done.ipynb",
+        {"output_dir": str(stage), "test_set": "builtin:test", "limit": 4, "seed": 4,
+         "methods": methods, "user_study": "success", "study_pictures": 3}, say=lambda text: None)
+    study = json.loads((stage / "metrics.json").read_text())["user_study"]
     assert [(m["name"], m["success_rate"]) for m in study["methods"]] == [
         ("Telea", 1), ("Navier-Stokes", 0)]
+    assert (study["trials"], study["answers"], study["lost"]) == (6, 6, 0)
     assert (stage / "figures" / "user_study.png").is_file()
-    assert run()["trials"] == 0
