@@ -316,7 +316,8 @@ def split_labels(answers, groups, orders, *, test_share: float = 0.25,
         seed: of the lot.
 
     Returns:
-        Indices into `answers`: training, test.
+        Indices into `answers`: training, test. What uncertainty drew of a test picture is in
+        neither.
 
     Raises:
         ValueError: no label is fair, or none is left to train on.

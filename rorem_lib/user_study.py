@@ -142,7 +142,7 @@ def _keep_trials(path: Path, trials: Sequence[Trial]) -> None:
 
 
 def read_answers(folder: str | Path, trials: Iterable[Trial]) -> tuple[pd.DataFrame, list[Label]]:
-    """What people have answered so far to these trials.
+    """What people have answered so far to these trials; simulated labels are nobody's answers.
 
     Returns:
         A row an answer (no skips, no silent repeats): `trial`, `picture`, `annotator`, `label`
@@ -150,7 +150,7 @@ def read_answers(folder: str | Path, trials: Iterable[Trial]) -> tuple[pd.DataFr
         And the labels behind it, skips and repeats among them.
     """
     known = {trial.id: trial for trial in trials}
-    labels = [x for x in read_labels(folder) if x.id in known]
+    labels = [x for x in read_labels(folder) if x.id in known and not x.simulated]
     rows = [{"trial": x.id, "picture": known[x.id].picture, "annotator": x.annotator,
              "label": x.label, "first": known[x.id].methods[0],
              "second": known[x.id].methods[1] if len(known[x.id].methods) > 1 else None}
@@ -170,8 +170,8 @@ def summarise_study(folder: str | Path, trials: Sequence[Trial], results: pd.Dat
         seed: of the bootstraps.
 
     Returns:
-        `trials`; `answers` and `annotators` (counts); `lost`, answers to removals that are gone or
-        to another study in this folder; `alpha` and `self_consistency` of
+        `trials`; `answers` and `annotators` (counts); `lost`, labels in the folder that are no
+        answers: of removals that are gone, of another study, or simulated; `alpha` and `self_consistency` of
         `labels.compute_agreement`; `methods` of `summarise_successes`, `comparisons` of each pair
         (`tables.compare_methods`) and `preferences` of `summarise_preferences`, each empty where
         nobody was asked for it.

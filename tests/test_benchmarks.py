@@ -1,4 +1,5 @@
-"""The benchmark for GPUs: that each row runs, and how it counts what does not."""
+"""The benchmark for GPUs: that each row runs, and how it counts what does not; how the one for
+orders counts labels."""
 
 import json
 import math

@@ -34,6 +34,7 @@ from sklearn.isotonic import IsotonicRegression
 from sklearn.metrics import roc_auc_score
 
 from rorem_lib import figures
+from rorem_lib.files import write_json
 from rorem_lib.labels import merge_votes, order_items, read_labels, stratify_items
 from rorem_lib.stage import ROOT
 
@@ -119,10 +120,7 @@ def follow_order(work: Path, order: str, seed: int) -> None:
         accepted = float(np.mean([answers[i] for i in done]))
         rows.append({"labels": budget, "auc": float(auc), "accepted": accepted, "ids": done,
                      "scores": scores or {}})
-        found.parent.mkdir(exist_ok=True)
-        beside = found.with_suffix(".part")
-        beside.write_text(json.dumps(rows))
-        os.replace(beside, found)
+        write_json(found, rows)
         print(f"{order:12} seed {seed} {budget:5} labels  AUC {auc:.3f}", flush=True)
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -135,9 +133,8 @@ def count_needed(curve: np.ndarray, target: float) -> float:
     place = int(np.argmax(rising >= target))
     if not place:
         return float(BUDGETS[0])
-    low, high = rising[place - 1:place + 1]
-    part = (target - low) / (high - low)
-    return float(np.exp(np.interp(part, [0, 1], np.log(BUDGETS[place - 1:place + 1]))))
+    between = slice(place - 1, place + 1)
+    return float(np.exp(np.interp(target, rising[between], np.log(BUDGETS[between]))))
 
 
 def summarise(work: Path) -> None:
