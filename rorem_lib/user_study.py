@@ -171,10 +171,10 @@ def summarise_study(folder: str | Path, trials: Sequence[Trial], results: pd.Dat
 
     Returns:
         `trials`; `answers` and `annotators` (counts); `lost`, labels in the folder that are no
-        answers: of removals that are gone, of another study, or simulated; `alpha` and `self_consistency` of
-        `labels.compute_agreement`; `methods` of `summarise_successes`, `comparisons` of each pair
-        (`tables.compare_methods`) and `preferences` of `summarise_preferences`, each empty where
-        nobody was asked for it.
+        answers: of removals that are gone, of another study, or simulated; `alpha` and
+        `self_consistency` of `labels.compute_agreement`; `methods` of `summarise_successes`,
+        `comparisons` of each pair (`tables.compare_methods`) and `preferences` of
+        `summarise_preferences`, each empty where nobody was asked for it.
     """
     answers, labels = read_answers(folder, trials)
     agreement = compute_agreement(labels)
