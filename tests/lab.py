@@ -92,7 +92,8 @@ class Annotating:
 
     def run_notebook(self):
         for _ in range(300):  # what is run before the page has its kernel is not run at all
-            kernels = self.page.request.get(f"{self.address}/api/kernels").json()
+            answer = self.page.request.get(f"{self.address}/api/kernels")
+            kernels = answer.json() if answer.ok else []  # an error while a kernel comes or goes
             if [(k["execution_state"], k["connections"]) for k in kernels] == [("idle", 1)]:
                 break
             self.page.wait_for_timeout(100)
