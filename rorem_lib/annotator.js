@@ -3,6 +3,7 @@
 
 const KEPT_BEHIND = 3; // places behind the current one that stay decoded, for undo
 const SLOW_MS = 2000; // no answer for this long: say so
+const SEGMENT = 65536; // bytes: more than this in one TCP packet goes over no network, the loopback included
 const HOLD_MS = 300; // a flicker key held longer springs back when released
 const MASK_MODES = ["outline", "both", "fill", "off"];
 const VIEW_ACTIONS = {
@@ -32,12 +33,14 @@ function make(tag, attributes = {}, ...children) {
   return node;
 }
 
-function afterPaint(callback) {
+function afterPaint() {
   // Messages are handled after the frame that requestAnimationFrame prepared has been painted.
-  requestAnimationFrame(() => {
-    const channel = new MessageChannel();
-    channel.port1.onmessage = callback;
-    channel.port2.postMessage(0);
+  return new Promise((resolve) => {
+    requestAnimationFrame(() => {
+      const channel = new MessageChannel();
+      channel.port1.onmessage = resolve;
+      channel.port2.postMessage(0);
+    });
   });
 }
 
@@ -52,7 +55,7 @@ function makePath(outline) {
 }
 
 function render({ model, el }) {
-  const { keys, annotator, panes: titles, decisions: choices } = model.get("settings");
+  const { keys, annotator, panes: titles, decisions: choices, prefetch: ahead } = model.get("settings");
   const decisions = Object.fromEntries(choices.map((choice) => [choice.action, choice]));
 
   let state = null; // the kernel's last word: place, id, upcoming, figures
@@ -63,6 +66,8 @@ function render({ model, el }) {
   let item = null; // what draw() paints
   const cache = new Map(); // place -> decoded item
   const asked = new Set();
+  let itemBytes = 0; // of the last item that came
+  let painted = Promise.resolve(); // when the picture that is due is on screen
   const look = { swapped: false, mask: 0, zoom: false, difference: false, pixels: false };
   let view = null; // { cx, cy, scale } in pixels of the picture
   let height = 300; // of a picture's pane, CSS pixels
@@ -126,7 +131,8 @@ function render({ model, el }) {
     if (shown.error && label !== "skip") return say("This picture cannot be shown: skip it.", true);
     const { place, id } = shown;
     const ms = Math.round(performance.now() - shownAt);
-    submit({ kind: "label", place, id, label, reason, note: note.value.trim(), ms });
+    const want = ask(state.upcoming.slice(ahead)); // what the window moves on to
+    submit({ kind: "label", place, id, label, reason, note: note.value.trim(), ms, want });
   }
 
   function undo() {
@@ -148,7 +154,8 @@ function render({ model, el }) {
     pending = { timer };
     setSave("saving", "saving …");
     try {
-      model.send(content, { iopub: { status: hurry } });
+      const isHurried = content.want?.length && itemBytes > SEGMENT;
+      model.send(content, isHurried ? {} : { iopub: { status: hurry } });
     } catch (error) {
       settle();
       setSave("failed", "NOT SAVED");
@@ -157,7 +164,8 @@ function render({ model, el }) {
   }
 
   // Jupyter's server leaves Nagle's algorithm on: the answer waits there until the page's system
-  // has acknowledged the "busy" sent before it, which takes 40 ms unless something is sent.
+  // has acknowledged the "busy" sent before it, which takes 40 ms unless something is sent: from
+  // here, or from there a picture behind the answer that fills a packet.
   function hurry(status) {
     if (status.content.execution_state === "busy" && pending) model.send({ kind: "nudge" });
   }
@@ -186,6 +194,8 @@ function render({ model, el }) {
   }
 
   async function receiveItem(content, buffers) {
+    itemBytes = buffers.reduce((sum, buffer) => sum + buffer.byteLength, 0);
+    await painted; // the picture that is due goes first
     const entry = { ...content, bitmaps: [], path: makePath(content.outline ?? []) };
     try {
       const blobs = (content.types ?? []).map((type, i) => new Blob([buffers[i]], { type }));
@@ -206,12 +216,17 @@ function render({ model, el }) {
   }
 
   function prefetch() {
-    const near = state.place === null ? [] : [state.place, ...state.upcoming];
+    const near = state.place === null ? [] : [state.place, ...state.upcoming.slice(0, ahead)];
     const behind = [...cache.keys()].filter((p) => !near.includes(p)).sort((a, b) => a - b);
     behind.slice(0, -KEPT_BEHIND).forEach(forget);
-    const places = near.filter((place) => !cache.has(place) && !asked.has(place));
-    places.forEach((place) => asked.add(place));
+    const places = ask(near);
     if (places.length) model.send({ kind: "want", places });
+  }
+
+  function ask(places) {
+    const lacking = places.filter((place) => !cache.has(place) && !asked.has(place));
+    lacking.forEach((place) => asked.add(place));
+    return lacking;
   }
 
   // ------------------------------------------------------------------ showing
@@ -251,11 +266,11 @@ function render({ model, el }) {
       return;
     }
     const next = cache.get(state.place);
-    if (!next || (shown && shown === next)) {
-      if (!next) hold();
-      return;
-    }
-    hold();
+    if (next && shown === next) return;
+    shown = null;
+    root.dataset.place = "";
+    root.classList.toggle("waiting", !next);
+    if (!next) return;
     item = next;
     Object.assign(look, { swapped: false, difference: false });
     note.value = "";
@@ -263,13 +278,12 @@ function render({ model, el }) {
     draw();
     if (next.error) say(`This picture cannot be shown, skip it: ${next.error}`, true);
     if (!visited) bringIntoView();
-    afterPaint(() => {
+    painted = afterPaint().then(() => {
       if (item !== next || state.place !== next.place) return;
       shown = next;
       shownAt = performance.now();
       root.dataset.place = next.place;
       root.dataset.id = next.id;
-      root.classList.remove("waiting");
       prefetch();
     });
   }
@@ -282,12 +296,6 @@ function render({ model, el }) {
     if (active?.closest("input, textarea, [contenteditable=true]")) return;
     root.scrollIntoView({ block: "nearest" });
     setTimeout(() => root.scrollIntoView({ block: "nearest" }), 600); // the cells above have settled
-  }
-
-  function hold() {
-    shown = null;
-    root.dataset.place = "";
-    root.classList.add("waiting");
   }
 
   function change(action) {

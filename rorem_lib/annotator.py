@@ -4,8 +4,9 @@ It shows what RORem's annotators saw, source and mask beside the removal (RORem,
 keeps nothing itself: each decision goes to the `LabelLog` it was given and the picture moves only
 after the log has it on the disk. The browser side is `annotator.js` and `annotator.css`.
 
-Messages from the browser: `ready`, `want` (places), `label`, `undo`, `nudge` (only to hurry an
-answer, see annotator.js). Messages to the browser: `state` (where we are, figures), `item`
+Messages from the browser: `ready`, `want` (places), `label` (with the places wanted next: one
+message a decision is what JupyterLab has time for), `undo`, `nudge` (only to hurry an answer, see
+annotator.js). Messages to the browser: `state` (where we are, figures), `item`
 (pictures of one place), `failed` (what was not saved).
 """
 
@@ -17,7 +18,7 @@ import itertools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -123,6 +124,7 @@ class Annotator(anywidget.AnyWidget):
         self._agreement: dict | None = None
         self._unseen = 0  # decisions since agreement was measured
         self._contents: dict[int, str] = {}
+        self._ahead: tuple[int, Future] | None = None  # a place and the message that shows it
         self._decided: dict[int, Label] = {}  # in the order of the decisions: undo takes the last
         self._counts: Counter[str] = Counter()  # of `_decided`, without silent repeats
         self._resume()
@@ -166,8 +168,7 @@ class Annotator(anywidget.AnyWidget):
         """Answer one message of the browser (see the module's head)."""
         kind = content.get("kind")
         if kind == "want":
-            for place in content["places"]:
-                self._pool.submit(self._send_item, int(place))
+            self._send_items(content["places"])
         elif kind == "ready":
             self._send_state()
         elif kind in ("label", "undo"):
@@ -177,6 +178,7 @@ class Annotator(anywidget.AnyWidget):
                 self.send({"kind": "failed", "message": str(error), "place": content.get("place")})
             else:
                 self._send_state(notice)
+            self._send_items(content.get("want", []))
 
     def _label(self, content: dict) -> str:
         place = content["place"]
@@ -222,7 +224,12 @@ class Annotator(anywidget.AnyWidget):
         return f"taken back: {was.label}"
 
     def _send_state(self, notice: str = "") -> None:
-        self.send({"kind": "state", "notice": notice, **self.measure_progress()})
+        progress = self.measure_progress()
+        self.send({"kind": "state", "notice": notice, **progress})
+        # The next decision asks for it, and takes it along with the answer.
+        for place in progress["upcoming"][self._prefetch :]:
+            if self._ahead is None or self._ahead[0] != place:
+                self._ahead = place, self._pool.submit(self._make_item, place)
 
     def _measure_agreement(self) -> None:
         """With everybody whose labels are in the folder by now, on what both decided."""
@@ -232,7 +239,15 @@ class Annotator(anywidget.AnyWidget):
         pairs = [x for x in shared["pairs"] if self._log.annotator in x["annotators"]]
         self._agreement = {"alpha": shared["alpha"], "n": shared["n_shared"]} if pairs else None
 
-    def _send_item(self, place: int) -> None:
+    def _send_items(self, places: Iterable[int]) -> None:
+        for place in places:
+            if self._ahead and self._ahead[0] == place and self._ahead[1].done():
+                self.send(*self._ahead[1].result())
+            else:
+                self._pool.submit(lambda place=int(place): self.send(*self._make_item(place)))
+
+    def _make_item(self, place: int) -> tuple[dict, list[bytes]]:
+        """The message and the pictures that the browser needs to show a place."""
         item = self._queue[place]
         message = {"kind": "item", "place": place, "id": item.id}
         try:
@@ -241,16 +256,17 @@ class Annotator(anywidget.AnyWidget):
             info, pictures = encode_item(
                 triplet, self._rivals.get(item.id), view_size=self._view_size
             )
-            self.send(message | info, pictures)
         except Exception as error:  # a broken file must not stop the other 9,999
             logger.warning("cannot show %s: %s", item.id, error)
-            self.send(message | {"error": str(error)})
+            return message | {"error": str(error)}, []
+        return message | info, pictures
 
     def measure_progress(self) -> dict:
         """Where the session stands.
 
         Returns:
-            place and id on show (None when all is done), upcoming places, done, wanted, counts
+            place and id on show (None when all is done), upcoming places (what the browser holds
+            and one more), done, wanted, counts
             of decisions, rate a minute, seconds left, the last decision, and `agreement` with
             others (`alpha`, Krippendorff's, None where undefined; `n` items), None without others.
         """
@@ -268,7 +284,7 @@ class Annotator(anywidget.AnyWidget):
         return {
             "place": place,
             "id": None if place is None else self._queue[place].id,
-            "upcoming": [p for p, _ in zip(opened, range(self._prefetch), strict=False)],
+            "upcoming": [p for p, _ in zip(opened, range(self._prefetch + 1), strict=False)],
             "done": done,
             "wanted": self._wanted,
             "accepted": counts["accept"],

@@ -12,6 +12,7 @@ from PIL import Image
 
 from rorem_lib import annotator
 from rorem_lib.annotator import KEYS, Annotator, encode_item, open_annotator, trace_mask
+from rorem_lib.label_log import LabelError
 from rorem_lib.labels import LabelLog, QueueItem, merge_votes, read_labels
 from rorem_lib.triplets import TripletWriter, load_images, read_triplets
 
@@ -247,7 +248,7 @@ def test_without_a_name_it_is_asked_for(tmp_path, triplets):
 
 def test_progress(tmp_path, triplets):
     session = Session(tmp_path / "labels", triplets, wanted=4, prefetch=2)
-    assert session.state["upcoming"] == [1, 2] and session.state["rate"] is None
+    assert session.state["upcoming"] == [1, 2, 3] and session.state["rate"] is None
     session.press("accept", ms=1000)
     session.press("reject", ms=2000)
     session.press("skip", ms=600_000_000)  # went for lunch: counts as a minute
@@ -261,10 +262,43 @@ def test_items_are_sent_when_asked_for_and_a_broken_file_stops_nothing(session, 
     triplets[1].gt.write_bytes(b"no picture")
     (good, pictures), (bad, nothing) = session.fetch([0, 1])
     assert good["id"] == "c0" and good["size"] == [32, 32] and len(pictures) == 2
-    assert triplets[1].gt.name in bad["error"] and nothing is None
+    assert triplets[1].gt.name in bad["error"] and nothing == []
     session.press("accept")
     assert session.press("skip")["place"] == 2
     session.widget.close()
+
+
+def test_a_decision_brings_its_answer_and_then_the_picture_it_asked_for(session, monkeypatch):
+    for place in (3, 4):
+        answer = session.ask(kind="label", label="accept", place=place - 3, id=f"c{place - 3}",
+                             want=[place])
+        while answer["kind"] != "item":
+            time.sleep(0.01)
+            answer = session.sent[-1][0]
+        assert [x["kind"] for x, _ in session.sent[-2:]] == ["state", "item"]
+        assert answer["id"] == f"c{place}" and len(session.sent[-1][1]) == 2
+
+    def fail(*_, **__):
+        raise LabelError("no space")
+
+    monkeypatch.setattr(session.log, "append", fail)
+    answer = session.ask(kind="label", label="accept", place=2, id="c2", want=[5])
+    while answer["kind"] != "item":
+        time.sleep(0.01)
+        answer = session.sent[-1][0]
+    assert session.sent[-2][0]["kind"] == "failed" and answer["id"] == "c5"
+
+
+def test_the_picture_after_those_asked_for_is_made_before_the_decision(tmp_path, triplets):
+    session = Session(tmp_path / "labels", triplets, prefetch=2)
+    place, made = session.widget._ahead
+    made.result(timeout=10)
+    assert place == session.state["upcoming"][-1] == 3
+    before = len(session.sent)
+    session.widget.receive({"kind": "label", "label": "accept", "place": 0, "id": "c0",
+                            "want": [3]})
+    kinds = [x["kind"] for x, _ in session.sent[before:]]  # at once: nobody waited for it
+    assert kinds == ["state", "item"] and session.sent[-1] == made.result()
 
 
 def test_small_pictures_arrive_exactly(triplets):
