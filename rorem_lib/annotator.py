@@ -179,6 +179,8 @@ class Annotator(anywidget.AnyWidget):
             else:
                 self._send_state(notice)
             self._send_items(content.get("want", []))
+        if kind in ("ready", "label"):
+            self._make_ahead()
 
     def _label(self, content: dict) -> str:
         place = content["place"]
@@ -224,12 +226,7 @@ class Annotator(anywidget.AnyWidget):
         return f"taken back: {was.label}"
 
     def _send_state(self, notice: str = "") -> None:
-        progress = self.measure_progress()
-        self.send({"kind": "state", "notice": notice, **progress})
-        # The next decision asks for it, and takes it along with the answer.
-        for place in progress["upcoming"][self._prefetch :]:
-            if self._ahead is None or self._ahead[0] != place:
-                self._ahead = place, self._pool.submit(self._make_item, place)
+        self.send({"kind": "state", "notice": notice, **self.measure_progress()})
 
     def _measure_agreement(self) -> None:
         """With everybody whose labels are in the folder by now, on what both decided."""
@@ -245,6 +242,12 @@ class Annotator(anywidget.AnyWidget):
                 self.send(*self._ahead[1].result())
             else:
                 self._pool.submit(lambda place=int(place): self.send(*self._make_item(place)))
+
+    def _make_ahead(self) -> None:
+        """Make what the next decision will ask for: it goes with the answer."""
+        for place in self._list_upcoming()[self._prefetch :]:
+            if self._ahead is None or self._ahead[0] != place:
+                self._ahead = place, self._pool.submit(self._make_item, place)
 
     def _make_item(self, place: int) -> tuple[dict, list[bytes]]:
         """The message and the pictures that the browser needs to show a place."""
@@ -277,14 +280,11 @@ class Annotator(anywidget.AnyWidget):
         done = counts.total() - counts["skip"]
         left = max(0, self._wanted - done)
         last = next(reversed(self._decided.values()), None)
-        opened = (p for p in range(len(self._queue)) if p not in self._decided)
         place = self._place
-        if place is not None:
-            opened = (p for p in range(place + 1, len(self._queue)) if p not in self._decided)
         return {
             "place": place,
             "id": None if place is None else self._queue[place].id,
-            "upcoming": [p for p, _ in zip(opened, range(self._prefetch + 1), strict=False)],
+            "upcoming": self._list_upcoming(),
             "done": done,
             "wanted": self._wanted,
             "accepted": counts["accept"],
@@ -296,6 +296,12 @@ class Annotator(anywidget.AnyWidget):
             "agreement": self._agreement,
             "file": str(self._log.path),
         }
+
+    def _list_upcoming(self) -> list[int]:
+        """The open places after the one on show: what the browser holds, and one more."""
+        start = 0 if self._place is None else self._place + 1
+        opened = (place for place in range(start, len(self._queue)) if place not in self._decided)
+        return list(itertools.islice(opened, self._prefetch + 1))
 
 
 def open_annotator(
