@@ -230,6 +230,8 @@ class Annotator(anywidget.AnyWidget):
 
     def _measure_agreement(self) -> None:
         """With everybody whose labels are in the folder by now, on what both decided."""
+        if set(self._log.folder.glob("labels-*.jsonl")) <= {self._log.path}:
+            return  # alone: nothing to read, over and over
         labels = read_labels(self._log.folder)
         mine = {x.id for x in labels if x.annotator == self._log.annotator}
         shared = compute_agreement(x for x in labels if x.id in mine and not x.simulated)
