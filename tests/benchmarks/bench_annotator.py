@@ -7,6 +7,9 @@ a second reach the log as they were typed (a key that comes before the next pict
 ignored); memory of kernel and page over 10,000 decisions, after the page's garbage collection: how
 much a browser lets lie before it tidies up says nothing of what it has to keep.
 
+Playwright opens the notebook and leaves: as long as it is there the page keeps what it has loaded
+for it, up to 100 MB, and copies every message to it. Keys then come through DevTools alone.
+
     python tests/benchmarks/bench_annotator.py [decisions]
 
 The goals: 50 ms at the 95th percentile, 100 of 100, memory flat.
@@ -14,8 +17,10 @@ The goals: 50 ms at the 95th percentile, 100 of 100, memory flat.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -23,6 +28,8 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import requests
+import websocket
 from measuring import require_idle, save_result
 from PIL import Image
 
@@ -45,9 +52,87 @@ WATCH = """selector => {
         if (root.dataset.place !== "" && pressed) {
             window.latencies.push(performance.now() - pressed);
             pressed = 0;
+            window.painted?.();
         }
     }).observe(root, { attributes: true, attributeFilter: ["data-place"] });
 }"""
+WAIT = """count => new Promise(resolve => {
+    if (latencies.length >= count) resolve();
+    else window.painted = () => latencies.length >= count && resolve();
+})"""
+
+
+class Page:
+    """A page of a browser, by the few DevTools commands that this needs."""
+
+    def __init__(self, port: int):
+        pages = requests.get(f"http://127.0.0.1:{port}/json/list", timeout=60).json()
+        address, = (x["webSocketDebuggerUrl"] for x in pages if "/lab/" in x["url"])
+        self.socket = websocket.create_connection(address, timeout=120, suppress_origin=True)
+        self.sent = 0
+
+    def send(self, method: str, **parameters) -> int:
+        self.sent += 1
+        self.socket.send(json.dumps({"id": self.sent, "method": method, "params": parameters}))
+        return self.sent
+
+    def call(self, method: str, **parameters) -> dict:
+        number = self.send(method, **parameters)
+        while (answer := json.loads(self.socket.recv())).get("id") != number:
+            pass
+        if "error" in answer:
+            raise RuntimeError(f"{method}: {answer['error']['message']}")
+        return answer["result"]
+
+    def run(self, script: str, argument: object = None):
+        """What a JavaScript function returns, promises waited for."""
+        expression = f"({script})({json.dumps(argument)})"
+        answer = self.call("Runtime.evaluate", expression=expression, awaitPromise=True,
+                           returnByValue=True)
+        if "exceptionDetails" in answer:
+            raise RuntimeError(json.dumps(answer["exceptionDetails"]))
+        return answer["result"].get("value")
+
+    def press(self, key: str) -> None:
+        code = {"key": key, "code": f"Key{key.upper()}", "windowsVirtualKeyCode": ord(key.upper())}
+        self.send("Input.dispatchKeyEvent", type="keyDown", text=key, **code)
+        self.send("Input.dispatchKeyEvent", type="keyUp", **code)
+
+
+@contextlib.contextmanager
+def open_notebook(address: str, folder: Path):
+    """The annotation notebook run in Chromium, the widget in focus: the page and its processes."""
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser",
+                                                    "google-chrome"))))
+    profile = folder / "profile"
+    process = subprocess.Popen(
+        [chromium, "--headless", "--window-size=1366,768", "--remote-debugging-port=0",
+         f"--user-data-dir={profile}", *BROWSER, f"{address}/lab/tree/annotate.ipynb?reset"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while not (profile / "DevToolsActivePort").is_file():
+            time.sleep(0.2)
+        port = int((profile / "DevToolsActivePort").read_text().split()[0])
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.connect_over_cdp(f"http://127.0.0.1:{port}")
+            page, = (p for context in browser.contexts for p in context.pages
+                     if "/lab/" in p.url)
+            page.set_default_timeout(120_000)
+            me = Annotating(page, address, folder)
+            me.run_notebook()
+            me.wait_for_picture()
+            me.focus()
+            browser.close()  # leaves
+        yield Page(port), process
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def read_log(folder: Path) -> list[str]:
+    """The labels given so far."""
+    log = folder / "stage" / "labels" / "labels-anna.jsonl"
+    return [json.loads(line)["label"] for line in log.read_text().splitlines()]
 
 
 def write_candidates(folder: Path, count: int) -> None:
@@ -66,50 +151,53 @@ def write_candidates(folder: Path, count: int) -> None:
     (folder / "meta.json").write_text(json.dumps(rows))
 
 
-def measure_memory(server, browser_name: str, devtools) -> dict:
-    """MB of the notebook's kernel, of the browser's processes, shared pages counted once, and of
-    the page's JavaScript objects."""
+def measure_memory(server, browser, page: Page) -> dict:
+    """MB of the notebook's kernel, of the page's processes, shared pages counted once, and of the
+    page's JavaScript objects."""
     for _ in range(2):
-        devtools.send("HeapProfiler.collectGarbage")
+        page.call("HeapProfiler.collectGarbage")
     time.sleep(2)  # what was freed goes back a little later
-    counts = {x["name"]: x["value"] for x in devtools.send("Performance.getMetrics")["metrics"]}
+    counts = {x["name"]: x["value"] for x in page.call("Performance.getMetrics")["metrics"]}
     kernel, = (p for p in psutil.Process(server.pid).children(recursive=True)
                if "ipykernel_launcher" in " ".join(p.cmdline()))
-    pages = [p for p in psutil.Process().children(recursive=True)
-             if browser_name in p.name() and "--type=renderer" in " ".join(p.cmdline())]
+    pages = [p for p in psutil.Process(browser.pid).children(recursive=True)
+             if "--type=renderer" in " ".join(p.cmdline())]
     return {"kernel_mb": round(kernel.memory_full_info().pss / 1e6, 1),
             "page_mb": round(sum(p.memory_full_info().pss for p in pages) / 1e6, 1),
             "javascript_mb": round(counts["JSHeapUsedSize"] / 1e6, 1)}
 
 
-def press_one_after_another(me: Annotating, count: int) -> None:
-    for _ in range(count):
-        me.press("a")
+def press_one_after_another(page: Page, count: int) -> None:
+    done = page.run("() => latencies.length")
+    for number in range(count):
+        page.press("a")
+        page.run(WAIT, done + number + 1)
 
 
-def press_in_time(me: Annotating, keys: str, rate: float) -> None:
+def press_in_time(page: Page, keys: str, rate: float) -> None:
     """`rate` keys a second, whatever the page does."""
     began = time.monotonic()
     for number, key in enumerate(keys):
         time.sleep(max(0, began + number / rate - time.monotonic()))
-        me.page.keyboard.press(key)
-    me.page.wait_for_timeout(1000)
+        page.press(key)
+    time.sleep(1)
 
 
-def time_decisions(me: Annotating, act) -> dict:
+def time_decisions(page: Page, act) -> dict:
     """Milliseconds from key to picture while `act` goes on."""
-    me.page.evaluate("latencies.length = 0")
+    page.run("() => { latencies.length = 0; }")
     act()
-    found = me.page.evaluate("latencies")
+    found = page.run("() => latencies")
     return {"count": len(found), "most": round(max(found), 1),
             **{f"p{q}": round(float(np.percentile(found, q)), 1) for q in (50, 95, 99)}}
 
 
-def count_kept(me: Annotating, rate: float) -> dict:
+def count_kept(page: Page, folder: Path, rate: float) -> dict:
     """How many of `BURST` keys at `rate` a second are in the log as they were typed."""
-    keys, before = "".join(np.random.default_rng(0).choice(list("ax"), BURST)), len(me.saved)
-    press_in_time(me, keys, rate)
-    kept = [label for _, label, _ in me.saved[before:]]
+    keys = "".join(np.random.default_rng(0).choice(list("ax"), BURST))
+    before = len(read_log(folder))
+    press_in_time(page, keys, rate)
+    kept = read_log(folder)[before:]
     wanted = [{"a": "accept", "x": "reject"}[key] for key in keys]
     return {"rate": rate, "typed": BURST, "kept": len(kept), "as_typed": kept == wanted}
 
@@ -122,34 +210,23 @@ def main() -> None:
     write_candidates(folder / "candidates", total + 100)
     write_notebook(folder, output_dir=str(folder / "stage"), annotator="anna",
                    candidates=str(folder / "candidates"))
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser",
-                                                    "google-chrome"))))
     try:
-        with run_lab(folder) as (address, server), sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=chromium, args=BROWSER)
-            page = browser.new_page(viewport={"width": 1366, "height": 768})
-            page.set_default_timeout(120_000)
-            page.goto(f"{address}/lab/tree/annotate.ipynb?reset")
-            me = Annotating(page, address, folder)
-            me.run_notebook()
-            me.wait_for_picture()
-            me.focus()
-            press_one_after_another(me, 20)  # warm
-            page.evaluate(WATCH, ROOT_SELECTOR)
-            devtools = page.context.new_cdp_session(page)
-            devtools.send("Performance.enable")
-            pace = time_decisions(me, lambda: press_in_time(me, "a" * PACED, PACE))
-            rush = time_decisions(me, lambda: press_one_after_another(me, TIMED))
-            bursts = [count_kept(me, rate) for rate in RATES]
+        with run_lab(folder) as (address, server), open_notebook(address, folder) as opened:
+            page, browser = opened
+            page.call("Performance.enable")
+            page.run(WATCH, ROOT_SELECTOR)
+            press_one_after_another(page, 20)  # warm
+            pace = time_decisions(page, lambda: press_in_time(page, "a" * PACED, PACE))
+            rush = time_decisions(page, lambda: press_one_after_another(page, TIMED))
+            bursts = [count_kept(page, folder, rate) for rate in RATES]
             memory = []
             while True:
-                done = len(me.saved)
-                memory.append({"decisions": done, **measure_memory(server, "chrom", devtools)})
+                done = len(read_log(folder))
+                memory.append({"decisions": done, **measure_memory(server, browser, page)})
                 print(memory[-1], flush=True)
                 if done >= total:
                     break
-                press_one_after_another(me, min(1000, total - done))
-            browser.close()
+                press_one_after_another(page, min(1000, total - done))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     save_result("annotator", {
