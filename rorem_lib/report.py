@@ -16,7 +16,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader
 
-from rorem_lib import figures, tables
+from rorem_lib import evaluation_figures, figures, tables
 from rorem_lib.acceptance import CALIBRATION_FILE
 from rorem_lib.files import read_json, write_json, write_text
 from rorem_lib.stage import clean_metrics, format_time
@@ -264,12 +264,12 @@ def _draw_figures(summary: Mapping, methods: list[dict]) -> dict[str, str]:
     """Figures drawn from the summary: name -> data URI."""
     drawn = {}
     if any(r["success_rate"] is not None for r in summary["rounds"]):
-        drawn["rounds"] = _draw(figures.plot_rounds(summary["rounds"]))
+        drawn["rounds"] = _draw(evaluation_figures.plot_rounds(summary["rounds"]))
     if any(m.get("success_rate") is not None for m in methods):
-        drawn["success"] = _draw(figures.plot_success(methods))
+        drawn["success"] = _draw(evaluation_figures.plot_success(methods))
     success = [c for c in summary["comparisons"] if c["measure"] == "accept"]
     if success:
-        drawn["comparisons"] = _draw(figures.plot_comparisons(success))
+        drawn["comparisons"] = _draw(evaluation_figures.plot_comparisons(success))
     return drawn
 
 

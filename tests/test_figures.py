@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rorem_lib import figures
+from rorem_lib import evaluation_figures, figures
 
 METHODS = [
     {"name": "Telea", "kind": "telea"}, {"name": "NS", "kind": "ns"},
@@ -34,17 +34,17 @@ def shows(figure, colour):
 
 
 def test_every_method_has_a_colour_of_its_own():
-    colours = figures.assign_colours(METHODS)
+    colours = evaluation_figures.assign_colours(METHODS)
     assert list(colours) == [m["name"] for m in METHODS]
     assert len(set(colours.values())) == len(METHODS)
     assert colours["base"] == figures.BLACK and colours["control"] == figures.VERMILION
     many = [{"name": str(n), "kind": "remover"} for n in range(20)]
-    assert len(figures.assign_colours(many)) == 20
+    assert len(evaluation_figures.assign_colours(many)) == 20
 
 
 def test_rounds_get_darker():
     rounds = [{"name": f"r{n}", "row": f"r{n}", "kind": "remover"} for n in range(5)]
-    light = [int(c[3:5], 16) for c in figures.assign_colours(rounds).values()]
+    light = [int(c[3:5], 16) for c in evaluation_figures.assign_colours(rounds).values()]
     assert light == sorted(light, reverse=True) and len(set(light)) == 5
 
 
@@ -82,21 +82,21 @@ def test_success_and_failures_bear_missing_values():
                 for m in METHODS]
     measured[0] |= {"success_rate": None, "success_interval": None, "failures": {},
                     "success_rate_discriminator": None}
-    colours = figures.assign_colours(METHODS)
-    success = figures.plot_success(measured)
+    colours = evaluation_figures.assign_colours(METHODS)
+    success = evaluation_figures.plot_success(measured)
     assert shows(success, colours["control"]) and not shows(success, colours["Telea"])
-    failures = figures.plot_failures(measured)
+    failures = evaluation_figures.plot_failures(measured)
     legend = [text.get_text() for text in failures.axes[0].get_legend().get_texts()]
     assert legend == ["blur", "odd reason"] and shows(failures, figures.SKY)
-    figures.plot_failures(measured[:1])
+    evaluation_figures.plot_failures(measured[:1])
 
 
 def test_rounds_bear_missing_values():
     rounds = [{"name": "base", "success_rate": 0.1, "success_interval": [0.05, 0.2],
                "success_rate_discriminator": None, "psnr_hole": 20.0},
               {"name": "human 1", "success_rate": None, "psnr_hole": None}]
-    assert shows(figures.plot_rounds(rounds), figures.BLUE)
-    render(figures.plot_rounds([{"name": "base"}]))
+    assert shows(evaluation_figures.plot_rounds(rounds), figures.BLUE)
+    render(evaluation_figures.plot_rounds([{"name": "base"}]))
 
 
 def test_scores_and_calibration():
@@ -110,17 +110,17 @@ def test_scores_and_calibration():
     roc = {"false_accepts": [0, 0.2, 1], "true_accepts": [0, 0.7, 1], "thresholds": [1, 0.5, 0]}
     assert len(figures.plot_calibration(curve, roc, auc=0.75, auc_interval=[0.7, 0.8]).axes) == 2
     assert len(figures.plot_calibration(curve).axes) == 1
-    render(figures.plot_reliability(curve))
 
 
 def test_families_and_comparisons():
     table = pd.DataFrame({"known (5)": [0.2, 0.8], "new (5)": [0.1, np.nan]},
                          index=["Telea", "RORem"])
     table.attrs["methods"] = METHODS
-    assert shows(figures.plot_families(table), figures.assign_colours(METHODS)["RORem"])
+    colours = evaluation_figures.assign_colours(METHODS)
+    assert shows(evaluation_figures.plot_families(table), colours["RORem"])
     comparisons = [{"first": "a", "second": "b", "difference": 3.0, "low": 1.0, "high": 5.0,
                     "significant": True},
                    {"first": "a", "second": "c", "difference": 0.0, "low": -2.0, "high": 2.0,
                     "significant": False}]
-    figure = figures.plot_comparisons(comparisons)
+    figure = evaluation_figures.plot_comparisons(comparisons)
     assert shows(figure, figures.BLUE) and shows(figure, figures.GREY)
