@@ -13,23 +13,18 @@ annotator.js). Messages to the browser: `state` (where we are, figures), `item`
 from __future__ import annotations
 
 import html
-import io
 import itertools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import anywidget
-import cv2
 import ipywidgets as widgets
-import numpy as np
 import traitlets
-from PIL import Image
-from skimage.measure import find_contours
 
+from rorem_lib.annotator_pictures import encode_item
 from rorem_lib.label_log import (
     DECISIONS,
     PREFERENCES,
@@ -42,7 +37,7 @@ from rorem_lib.label_log import (
     split_stale,
 )
 from rorem_lib.labels import QueueItem, compute_agreement, list_adjudication, order_items
-from rorem_lib.triplets import Triplet, load_image, load_images
+from rorem_lib.triplets import Triplet
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +63,6 @@ PAUSE_MS = 60_000
 RATE_WINDOW = 50
 # Decisions between two looks at others' labels. After each one it would tell what others had said.
 AGREEMENT_EVERY = 25
-# Files up to this size go to the browser as they are.
-PLAIN_BYTES = 1_000_000
 
 
 class Annotator(anywidget.AnyWidget):
@@ -391,94 +384,3 @@ def _merge_keys(changed: Mapping[str, str], known: Mapping[str, str]) -> dict[st
     if twice:
         raise ValueError(f"one key, two actions: {', '.join(map(repr, twice))}")
     return keys
-
-
-# -------------------------------------------------------------------------- pictures
-
-
-def encode_item(
-    triplet: Triplet, rival: Path | None = None, *, view_size: int = 1024
-) -> tuple[dict, list[bytes]]:
-    """What the browser needs to show one candidate.
-
-    A plain file of a moderate size goes as it is, which spares decoding it here.
-
-    Returns:
-        info: `size` [width, height], `box` of the mask [x0, y0, x1, y1] and `outline` (closed
-            polygons [x0, y0, x1, y1, ...]), all in pixels of the source; `types`, one a picture;
-            `crop` [x0, y0, x1, y1] if full-resolution crops were added.
-        pictures: source, removal, the rival if there is one and, for large pictures, the crops of
-            all of them.
-
-    Raises:
-        TripletError: a picture cannot be read, or their sizes differ.
-    """
-    shown = [triplet.source, triplet.gt, *([rival] if rival else [])]
-    files = [_read_plain_file(path, view_size) for path in shown]
-    mask = load_image(triplet.mask, "L")
-    size = [mask.shape[1], mask.shape[0]]
-    plain = all(file is not None and file[2] == size for file in files)
-    if not plain:
-        images = load_images(triplet)  # also says what does not fit
-        shown = [images["source"], images["gt"]]
-        if rival:
-            shown.append(load_images(replace(triplet, gt=rival))["gt"])
-    mask = mask >= 128
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    box = [0, 0, *size]
-    if len(rows):
-        box = [int(x) for x in (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)]
-    info = {"size": size, "box": box, "outline": trace_mask(mask)}
-    if plain:
-        return info | {"types": [kind for kind, _, _ in files]}, [data for _, data, _ in files]
-    shown = [Image.fromarray(image) for image in shown]
-    if max(size) > view_size:
-        margin = max(box[2] - box[0], box[3] - box[1]) // 4
-        crop = [max(0, box[0] - margin), max(0, box[1] - margin)]
-        crop += [min(size[0], box[2] + margin), min(size[1], box[3] + margin)]
-        shown += [image.crop(crop) for image in shown]
-        for image in shown[: len(shown) // 2]:
-            image.thumbnail((view_size, view_size), Image.Resampling.LANCZOS)
-        info["crop"] = crop
-    encoded = [_encode_image(image) for image in shown]
-    return info | {"types": [kind for kind, _ in encoded]}, [data for _, data in encoded]
-
-
-def _read_plain_file(path: Path, view_size: int) -> tuple[str, bytes, list[int]] | None:
-    """Type, bytes and [width, height] of a file that any browser shows as it is, else None."""
-    try:
-        if path.stat().st_size > PLAIN_BYTES:
-            return None
-        with Image.open(path) as image:  # reads the head alone
-            known = image.format in ("PNG", "JPEG") and image.mode == "RGB"
-            if known and max(image.size) <= view_size and "exif" not in image.info:
-                return f"image/{image.format.lower()}", path.read_bytes(), list(image.size)
-    except (OSError, SyntaxError, ValueError):
-        pass  # load_images names what is wrong with it
-    return None
-
-
-def trace_mask(mask: np.ndarray) -> list[list[float]]:
-    """Outlines of a mask [H, W] bool as closed polygons [x0, y0, x1, y1, ...] in pixels.
-
-    Coordinates run from 0 to W and 0 to H: pixel i covers i to i + 1.
-    """
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if not len(rows):
-        return []
-    part = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    outlines = []
-    for contour in find_contours(np.pad(part, 1).astype(np.float32), 0.5):
-        # find_contours counts from pixel centres, and the padding shifts by one: -1 + 0.5.
-        points = cv2.approxPolyDP(contour.astype(np.float32), 0.35, True)[:, 0, ::-1] - 0.5
-        outlines.append(np.round(points + [columns[0], rows[0]], 2).ravel().tolist())
-    return outlines
-
-
-def _encode_image(image: Image.Image) -> tuple[str, bytes]:
-    stream = io.BytesIO()
-    if image.width * image.height <= 256 * 256:  # small: lossless costs nothing
-        image.save(stream, "PNG", compress_level=1)
-        return "image/png", stream.getvalue()
-    image.save(stream, "JPEG", quality=93, subsampling=0)
-    return "image/jpeg", stream.getvalue()

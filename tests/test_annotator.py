@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from rorem_lib import annotator
-from rorem_lib.annotator import KEYS, Annotator, encode_item, open_annotator, trace_mask
+from rorem_lib.annotator import KEYS, Annotator, open_annotator
+from rorem_lib.annotator_pictures import encode_item, trace_mask
 from rorem_lib.label_log import LabelError
 from rorem_lib.labels import LabelLog, QueueItem, merge_votes, read_labels
 from rorem_lib.triplets import TripletWriter, load_images, read_triplets
