@@ -1,11 +1,12 @@
-"""The whole chain on the smoke recipe, through the command a user types: every kind of stage."""
+"""The whole chain on the smoke recipe, through the command a user types: every kind of stage.
+
+One test, in parts: two processes that share the tests would each run the chain for themselves.
+"""
 
 import json
 import os
 import subprocess
 import sys
-
-import pytest
 
 from rorem_lib.stage import ROOT
 
@@ -20,19 +21,22 @@ def run(*arguments, timeout=800):
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    done = run("run", "smoke", "--runs-dir", folder)
+def test_the_whole_chain(tmp_path):
+    done = run("run", "smoke", "--runs-dir", tmp_path)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    return folder / "smoke"
+    finished = tmp_path / "smoke"
+    check_every_stage_leaves_what_the_next_one_reads(finished)
+    check_rounds_add_what_was_accepted(finished)
+    check_the_summary_has_the_fields_that_are_promised(finished)
+    check_the_report_stands_alone_and_says_simulated(finished)
+    check_a_second_run_does_nothing(finished)
 
 
 def read(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def test_every_stage_leaves_what_the_next_one_reads(finished):
+def check_every_stage_leaves_what_the_next_one_reads(finished):
     for name in STAGES:
         for file in ("DONE", "stage.json", "metrics.json", "notebook.ipynb"):
             assert (finished / name / file).is_file(), f"{name}/{file}"
@@ -42,7 +46,7 @@ def test_every_stage_leaves_what_the_next_one_reads(finished):
     assert (finished / "automation_1_discriminator/discriminator/head.safetensors").is_file()
 
 
-def test_rounds_add_what_was_accepted(finished):
+def check_rounds_add_what_was_accepted(finished):
     labels = read(finished / "human_1_labels/metrics.json")
     assert labels["n_labelled"] == labels["n_candidates"] == 80 and labels["simulated"] is True
     accepted = read(finished / "human_1_labels/accepted/meta.json")
@@ -53,7 +57,7 @@ def test_rounds_add_what_was_accepted(finished):
     assert sizes == [120, 120 + len(accepted), 120 + len(accepted) + added]
 
 
-def test_the_summary_has_the_fields_that_are_promised(finished):
+def check_the_summary_has_the_fields_that_are_promised(finished):
     summary = read(finished / "summary.json")
     names = [entry["name"] for entry in summary["rounds"]]
     assert names == ["base", "initialization", "human 1", "automation 1"]
@@ -71,13 +75,13 @@ def test_the_summary_has_the_fields_that_are_promised(finished):
     assert set(STAGES) < set(summary["wall_seconds"]) and summary["wall_seconds"]["total"] > 0
 
 
-def test_the_report_stands_alone_and_says_simulated(finished):
+def check_the_report_stands_alone_and_says_simulated(finished):
     page = (finished / "report.html").read_text(encoding="utf-8")
     assert "simulated annotator" in page and "data:image/png;base64," in page
     assert "src=\"http" not in page and "<script src" not in page
 
 
-def test_a_second_run_does_nothing(finished):
+def check_a_second_run_does_nothing(finished):
     before = {name: (finished / name / "DONE").stat().st_mtime_ns for name in STAGES}
     again = run("run", "smoke", "--runs-dir", finished.parent, timeout=120)
     assert again.returncode == 0, again.stdout + again.stderr
