@@ -3,7 +3,7 @@
 
 const KEPT_BEHIND = 3; // places behind the current one that stay decoded, for undo
 const SLOW_MS = 2000; // no answer for this long: say so
-const SEGMENT = 65536; // bytes: more than this in one TCP packet goes over no network, the loopback included
+const SEGMENT = 65536; // bytes: no TCP packet is larger, not even on the loopback
 const HOLD_MS = 300; // a flicker key held longer springs back when released
 const MASK_MODES = ["outline", "both", "fill", "off"];
 const VIEW_ACTIONS = {
@@ -193,7 +193,7 @@ function render({ model, el }) {
     if (item?.place !== state.place) prefetch(); // else once it is painted: the picture goes first
   }
 
-  async function receiveItem(content, buffers) {
+  async function receiveItem(content, buffers = []) {
     itemBytes = buffers.reduce((sum, buffer) => sum + buffer.byteLength, 0);
     await painted; // the picture that is due goes first
     const entry = { ...content, bitmaps: [], path: makePath(content.outline ?? []) };
