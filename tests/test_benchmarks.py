@@ -199,7 +199,8 @@ def test_rows_take_turns_and_ratios_are_of_one_turn():
         return {"images_per_second": (2.0 if case.upstream else 6.0) / ((turn + 1) // 2),
                 "mfu": 0.1, "memory_gb": float(turn), "gradient_checkpointing": True}
 
-    options = SimpleNamespace(tiny=False, repeats=3, steps=10, rows=["cached", "compiled"])
+    options = SimpleNamespace(tiny=False, repeats=3, steps=10, rows=["cached", "compiled"],
+                              batch=None)
     result = bench_gpu.run_all(options, {"name": "none"}, run=run)
     assert calls[:6] == 3 * [("upstream", 10), ("cached", calls[1][1])]
     assert 36 <= calls[1][1] <= 40
@@ -208,6 +209,22 @@ def test_rows_take_turns_and_ratios_are_of_one_turn():
     assert rows["cached"]["memory_gb"] == 6.0
     assert rows["compiled"] == {"largest_batch": 0}
     assert result["best"]["ratio"] == 3.0 and result["memory"]["adamw"]["memory_gb"] == 7.0
+
+
+def test_a_batch_that_is_given_is_not_searched():
+    def run(function, case):
+        if function is not random_training.measure_case:
+            return {}
+        assert case.memory_share == 1 and case.batch == 16
+        return ({"batch": 16, "out_of_memory": "…"} if case.options.get("torch_compile") else
+                {"images_per_second": 2.0, "mfu": 0.1, "memory_gb": 1.0,
+                 "gradient_checkpointing": True})
+
+    options = SimpleNamespace(tiny=False, repeats=1, steps=10, rows=["cached", "compiled"],
+                              batch=16)
+    rows = bench_gpu.run_all(options, {"name": "none"}, run=run)["rows"]
+    assert rows["cached"]["batch"] == 16 and rows["cached"]["ratio"]["median"] == 1.0
+    assert rows["compiled"] == {"batch": 16, "out_of_memory": "…"}
 
 
 def test_an_error_that_is_none_of_memory_ends_the_search():

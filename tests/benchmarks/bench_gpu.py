@@ -7,6 +7,7 @@ last steps. Nothing else may use the GPU meanwhile.
 
     python tests/benchmarks/bench_gpu.py                     # all rows, 512 px
     python tests/benchmarks/bench_gpu.py --rows compiled     # this one and upstream's
+    python tests/benchmarks/bench_gpu.py --batch 16          # all rows at this batch: minutes
     python tests/benchmarks/bench_gpu.py --tiny --device cpu # the built-in model: does it all run?
 
 `upstream` is what `train_RORem.py` does at a step: fp16, both pictures encoded by a float32 VAE and
@@ -23,15 +24,15 @@ reads and decodes is left out, in its favour. The other rows are ours, in bf16:
     compiled_checkpointing  compiled, with checkpointing
 
 Each runs with the largest batch that fits: doubled until the memory does not suffice, then bisected
-to an eighth of it, with 5 % of the memory held back. Then the rows take turns, `--repeats` times;
-a ratio is between runs of the same turn. MFU counts 3 forward passes an image, 4.77 TFLOP at 512
-px, whatever is computed twice, against `speed.find_peak_flops`. `memory` has the peak at batch 16
-of training all weights with AdamW and with 8-bit Adam (where bitsandbytes is installed), and of a
-LoRA; checkpointing is chosen by the kit there. Every configuration, and every batch that is tried,
-is a process of its own: what one leaves behind cannot disturb the next.
+to an eighth of it, with 5 % of the memory held back; or with the one given. Then the rows take
+turns, `--repeats` times; a ratio is between runs of the same turn. MFU counts 3 forward passes an
+image, 4.77 TFLOP at 512 px, whatever is computed twice, against `speed.find_peak_flops`. `memory`
+has the peak at batch 16 of training all weights with AdamW and with 8-bit Adam (where bitsandbytes
+is installed), and of a LoRA; checkpointing is chosen by the kit there. Every configuration, and
+every batch that is tried, is a process of its own: what one leaves behind cannot disturb the next.
 
-The result is printed, and at full size kept in `results/gpu.json`. A row that cannot run says why:
-`skipped`, `out_of_memory` or `error`.
+The result is printed, and at full size kept in `results/gpu.json` or `gpu_batch_<batch>.json`. A
+row that cannot run says why: `skipped`, `out_of_memory` or `error`.
 """
 
 from __future__ import annotations
@@ -217,11 +218,14 @@ def run_all(options, gpu: dict, *, run=run_apart) -> dict:
         if case.needs and not is_installed(case.needs):
             result["rows"][name] = {"skipped": f"{case.needs} is not installed"}
             continue
-        found = search_batch(case, first=first, limit=limit, run=run)
-        say(name, found)
+        if options.batch:
+            found = {"batch": options.batch}
+        else:
+            found = search_batch(case, first=first, limit=limit, run=run)
+            say(name, found)
         result["rows"][name] = found
-        if found.get("largest_batch"):
-            ready[name] = replace(case, batch=found["largest_batch"])
+        if size := found.get("largest_batch", options.batch):
+            ready[name] = replace(case, batch=size)
     runs: dict[str, list] = {name: [] for name in ready}
     for _ in range(options.repeats):
         for name, case in ready.items():
@@ -251,6 +255,7 @@ def main(arguments: list[str] | None = None) -> None:
                         help="the built-in model, one batch, one timed step")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--rows", nargs="+", choices=tuple(make_cases(has_xformers=False)[0]))
+    parser.add_argument("--batch", type=int, help="instead of each row's largest")
     parser.add_argument("--repeats", type=int)
     parser.add_argument("--steps", type=int, help="timed steps a run, after as many untimed ones")
     options = parser.parse_args(arguments)
@@ -268,9 +273,9 @@ def main(arguments: list[str] | None = None) -> None:
     if options.tiny or options.rows:  # some rows are no result to keep
         print(json.dumps(result, indent=1))
     else:
-        extras = [name for name in ("xformers", "bitsandbytes")
-                  if importlib.util.find_spec(name)]
-        save_result("gpu", result, "torch", "diffusers", "accelerate", *extras)
+        extras = [name for name in ("xformers", "bitsandbytes") if is_installed(name)]
+        name = f"gpu_batch_{options.batch}" if options.batch else "gpu"
+        save_result(name, result, "torch", "diffusers", "accelerate", *extras)
 
 
 if __name__ == "__main__":
