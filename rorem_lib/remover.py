@@ -242,8 +242,9 @@ class RemoverObjective(loop.Objective):
         wish = config.gradient_checkpointing
         if wish is None and device.type == "cuda":
             torch.cuda.empty_cache()  # what encoding left reserved is free
-            memory = {"bytes_free": torch.cuda.mem_get_info(device)[0],
-                      "states_bytes": sharding.count_states(self.accelerator, model, config)}
+            states, gradients = sharding.count_states(self.accelerator, model, config)
+            memory = {"bytes_free": torch.cuda.mem_get_info(device)[0], "states_bytes": states,
+                      "gradients_bytes": gradients, "gradients_stay": self._keeps_gradients()}
             wish = any(speed.choose_checkpointing(  # large pictures go in chunks
                 model, [size], max(1, self._count_at_once() // (size[0] * size[1] * factor**2)),
                 precision=precision, **memory) for size in sizes)
@@ -271,6 +272,13 @@ class RemoverObjective(loop.Objective):
         height, width = batch["noise"].shape[-2:]
         factor = self.pipe.vae_scale_factor
         return split_chunks(batch, self._count_at_once(), height * width * factor**2)
+
+    def _keeps_gradients(self) -> bool:
+        """Whether gradients are there in a forward pass: of an earlier chunk, or in DDP's buckets,
+        which stay."""
+        at_once, batch = self._count_at_once(), self.config.train_batch_size
+        return (self.accelerator.num_processes > 1 or self.config.gradient_accumulation_steps > 1
+                or any(height * width * batch > at_once for height, width in self.shapes))
 
     def _count_at_once(self) -> int:
         """Pixels that go through the UNet at once."""

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -291,6 +292,17 @@ def test_high_resolution_comes_in_whole_steps_at_its_share(config, tiny_set):
     chunks = objective.split_batch(take_batch(objective, range(large, large + 4)))
     assert [len(c["gt"]) for c in chunks] == [1] * 4  # 48 px instead of 32: 2.25 times the memory
     assert train_remover(config)["train_size"] == 20
+
+
+@pytest.mark.parametrize("processes, accumulation, large, keeps", [
+    (1, 1, False, False), (2, 1, False, True), (1, 2, False, True), (1, 1, True, True)])
+def test_gradients_that_are_there_in_a_forward_pass_are_known(
+        config, tiny_set, processes, accumulation, large, keeps):
+    config.gradient_accumulation_steps = accumulation
+    config.high_resolution_meta_path = [str(tiny_set)] if large else []
+    objective = make_objective(config)
+    objective.accelerator = SimpleNamespace(num_processes=processes)
+    assert objective._keeps_gradients() is keeps
 
 
 def test_wide_and_tall_pictures_are_trained_in_shapes_of_their_own(config, tmp_path):
