@@ -245,6 +245,7 @@ function render({ model, el }) {
     count.textContent = `${done} of ${wanted}`;
     filled.style.width = `${Math.min(100, (100 * done) / Math.max(1, wanted))}%`;
     const parts = [];
+    if (done >= wanted && state.place !== null) parts.push("complete: go on, or run the cells below");
     if (accepted + rejected) parts.push(`${Math.round((100 * accepted) / (accepted + rejected))} % accepted`);
     if (skipped) parts.push(`${skipped} skipped`);
     if (rate) parts.push(`${Math.round(rate)} a minute`);
@@ -252,7 +253,6 @@ function render({ model, el }) {
     if (agreement) parts.push(`agreement α ${agreement.alpha?.toFixed(2) ?? "–"} on ${agreement.n} shared`);
     figures.textContent = [...parts, annotator].join("  ·  ");
     figures.title = state.file;
-    if (done >= wanted && state.place !== null) say("All the labels wanted are there. You may go on, or run the cells below.");
   }
 
   function showPlace() {
