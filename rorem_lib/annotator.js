@@ -4,6 +4,7 @@
 const KEPT_BEHIND = 3; // places behind the current one that stay decoded, for undo
 const SLOW_MS = 2000; // no answer for this long: say so
 const SEGMENT = 65536; // bytes: no TCP packet is larger, not even on the loopback
+const EDITOR_HEIGHT = 160; // of VS Code's bars around a notebook, CSS pixels
 const HOLD_MS = 300; // a flicker key held longer springs back when released
 const MASK_MODES = ["outline", "both", "fill", "off"];
 const VIEW_ACTIONS = {
@@ -320,10 +321,12 @@ function render({ model, el }) {
   }
 
   // As tall as the notebook's visible part allows, so that pictures and legend are seen together.
+  // In VS Code the window is as tall as the whole notebook: there the screen sets the limit.
   function measure() {
     const port = root.closest(".jp-WindowedPanel-outer, .jp-LinkedOutputView");
     const rest = root.offsetHeight - panes[0].canvas.offsetHeight - message.offsetHeight;
-    const free = (port?.clientHeight || window.innerHeight - 40) - rest - 12;
+    const visible = Math.min(window.innerHeight - 40, screen.availHeight - EDITOR_HEIGHT);
+    const free = (port?.clientHeight || visible) - rest - 12;
     height = Math.round(Math.min(panes[0].figure.clientWidth, Math.max(220, free)));
     view = null;
     draw();
