@@ -274,7 +274,7 @@ function render({ model, el }) {
     if (!next) return;
     item = next;
     Object.assign(look, { swapped: false, difference: false });
-    note.value = "";
+    clearNote();
     view = null;
     draw();
     if (next.error) say(`This picture cannot be shown, skip it: ${next.error}`, true);
@@ -287,6 +287,14 @@ function render({ model, el }) {
       root.dataset.id = next.id;
       prefetch();
     });
+  }
+
+  // Taken out and put back: else the browser's undo and redo write old notes into this picture's.
+  function clearNote() {
+    const isTyping = document.activeElement === note;
+    note.value = "";
+    note.parentElement.append(note);
+    if (isTyping) note.focus();
   }
 
   // "Run all cells" leaves the reader at the notebook's end. Scrolling is as far as it goes: the

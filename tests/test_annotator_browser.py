@@ -173,6 +173,9 @@ def test_labelling_by_keyboard_in_jupyterlab(page, lab, folder):
     expected.append((me.press("3"), "reject", "blur"))
     assert me.saved == expected and page.locator(".jp-Cell").count() == cells
     assert '"note": "as x 1"' in me.log.read_text().splitlines()[-1]
+    for key in ("Control+z", "Control+Shift+z"):  # the browser's own undo knows the last note
+        page.keyboard.press(key)
+        assert me.widget.locator(".note").input_value() == "" and me.saved == expected
 
     # every key is a button
     actions = me.widget.locator("button").evaluate_all("all => all.map(b => b.dataset.action)")
