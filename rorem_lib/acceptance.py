@@ -301,31 +301,29 @@ def describe_roc(scores, labels) -> dict:
             "thresholds": thresholds.tolist()}
 
 
-def split_labels(answers, groups, orders, *, test_share: float = 0.25,
+def split_labels(answers, groups, fair, *, test_share: float = 0.25,
                  seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Split labelled removals into training and test, by picture, with alike shares accepted.
 
-    The test is a fair sample: what was labelled because a discriminator was unsure of it (order
-    "uncertainty") is never in it, so with active learning it is the random audit share alone.
+    The test is a fair sample: with active learning it is the random audit share alone.
 
     Args:
         answers: [N] bool, accepted.
         groups: [N] names of the pictures; no picture is on both sides.
-        orders: [N] how each was drawn (`labels.collect_orders`), None where not known.
+        fair: [N] bool, whether it belongs to a fair sample of the candidates (`labels.find_fair`).
         test_share: 0..1, wanted share of the labels in the test; less where fair ones are few.
         seed: of the lot.
 
     Returns:
-        Indices into `answers`: training, test. What uncertainty drew of a test picture is in
-        neither.
+        Indices into `answers`: training, test. What is not fair of a test picture is in neither.
 
     Raises:
         ValueError: no label is fair, or none is left to train on.
     """
     answers, groups = np.asarray(answers, bool), np.asarray(groups)
-    fair = np.array([order != "uncertainty" for order in orders])
+    fair = np.asarray(fair, bool)
     if not fair.any():
-        raise ValueError(f"all {len(fair)} labels were drawn by uncertainty: no accuracy can be "
+        raise ValueError(f"none of the {len(fair)} labels is of a random item: no accuracy can be "
                          "estimated from them; label with an audit_share of 0.1 to 0.2")
     folds = round(fair.sum() / (test_share * len(fair)))
     outside = np.flatnonzero(fair)

@@ -15,11 +15,20 @@ const VIEW_ACTIONS = {
   pixels: "Pixels",
   note: "Note",
 };
+// Shares of a pane's height by which the picture moves: the view goes where the arrow points.
+const VIEW_KEYS = {
+  ArrowLeft: { dx: 0.1, dy: 0 },
+  ArrowRight: { dx: -0.1, dy: 0 },
+  ArrowUp: { dx: 0, dy: 0.1 },
+  ArrowDown: { dx: 0, dy: -0.1 },
+  "+": { factor: 1.25 },
+  "-": { factor: 0.8 },
+};
 const PAST = { accept: "accepted", reject: "rejected", skip: "skipped" };
 const HELP = {
   flicker: "source and removal in the same place; hold to peek (also: space)",
   mask: "mask: outline, outline on both, filled, off",
-  zoom: "zoom to the mask's box; drag to move, wheel to zoom, both sides in step",
+  zoom: "zoom to the mask's box; drag or arrow keys to move, wheel or + and - to zoom, both sides in step",
   difference: "what changed, four times brighter",
   pixels: "sharp pixels or smooth",
   note: "a free note for this picture: Enter goes back, the decision takes it along",
@@ -138,7 +147,7 @@ function render({ model, el }) {
 
   function undo() {
     if (pending && !pending.late) return;
-    if (state && (shown || state.place === null)) submit({ kind: "undo" });
+    if (state && (shown || state.place === null)) submit({ kind: "undo", decided: state.decided });
   }
 
   function submit(content) {
@@ -242,11 +251,12 @@ function render({ model, el }) {
   }
 
   function showFigures() {
-    const { done, wanted, accepted, rejected, skipped, rate, seconds_left: left, agreement } = state;
+    const { done, own, wanted, accepted, rejected, skipped, rate, seconds_left: left, agreement } = state;
     count.textContent = `${done} of ${wanted}`;
     filled.style.width = `${Math.min(100, (100 * done) / Math.max(1, wanted))}%`;
     const parts = [];
     if (done >= wanted && state.place !== null) parts.push("complete: go on, or run the cells below");
+    if (own < done) parts.push(`${own} yours`);
     if (accepted + rejected) parts.push(`${Math.round((100 * accepted) / (accepted + rejected))} % accepted`);
     if (skipped) parts.push(`${skipped} skipped`);
     if (rate) parts.push(`${Math.round(rate)} a minute`);
@@ -274,7 +284,7 @@ function render({ model, el }) {
     if (!next) return;
     item = next;
     Object.assign(look, { swapped: false, difference: false });
-    clearNote();
+    startNote(state.note);
     view = null;
     draw();
     if (next.error) say(`This picture cannot be shown, skip it: ${next.error}`, true);
@@ -290,9 +300,9 @@ function render({ model, el }) {
   }
 
   // Taken out and put back: else the browser's undo and redo write old notes into this picture's.
-  function clearNote() {
+  function startNote(text) {
     const isTyping = document.activeElement === note;
-    note.value = "";
+    note.value = text;
     note.parentElement.append(note);
     if (isTyping) note.focus();
   }
@@ -312,6 +322,20 @@ function render({ model, el }) {
     else if (action === "flicker") look.swapped = !look.swapped;
     else look[action] = !look[action];
     if (action === "zoom") view = null;
+    draw();
+  }
+
+  function moveView(dx, dy) {
+    view.cx -= dx / view.scale; // CSS pixels
+    view.cy -= dy / view.scale;
+    draw();
+  }
+
+  function zoomView(factor, x = 0, y = 0) {
+    const scale = Math.min(64, Math.max(0.05, view.scale * factor));
+    view.cx += x / view.scale - x / scale; // what is at x, y from the pane's middle stays there
+    view.cy += y / view.scale - y / scale;
+    view.scale = scale;
     draw();
   }
 
@@ -410,9 +434,10 @@ function render({ model, el }) {
   function findAction(event) {
     const key = event.key.toLowerCase();
     if (key in byKey) return byKey[key];
-    // A keyboard that is not Latin: the key in the same place.
-    const code = /^[\x20-\x7e]$/.test(key) ? "" : event.code.replace(/^(Key|Digit|Numpad)/, "").toLowerCase();
-    return byKey[code];
+    // Of letters that are not Latin, and of digits that need Shift, as in France: the same place.
+    // Keys with a longer name are no letters: without NumLock a pad's 2 is "arrowdown".
+    const isPlain = /^[\x20-\x7e]$/.test(key) && !event.code.startsWith("Digit");
+    return isPlain || key.length > 1 ? undefined : byKey[event.code.replace(/^(Key|Digit)/, "").toLowerCase()];
   }
 
   function onKeyDown(event) {
@@ -426,10 +451,15 @@ function render({ model, el }) {
       if (event.key === "Escape" || (event.key === "Enter" && !event.isComposing)) root.focus({ preventScroll: true });
       return;
     }
-    if (event.key === " " && event.target.tagName === "BUTTON") return;
+    if (event.target.tagName === "BUTTON" && (event.key === " " || event.key === "Enter")) {
+      if (event.repeat) event.preventDefault(); // a held Enter would click again and again
+      return;
+    }
     const action = findAction(event);
-    if (!action) return;
+    const move = VIEW_KEYS[event.key];
+    if (!action && !(move && view)) return;
     event.preventDefault();
+    if (!action) return "factor" in move ? zoomView(move.factor) : moveView(move.dx * height, move.dy * height);
     if (event.repeat) return;
     if (action === "flicker") flickerDown = performance.now();
     perform(action);
@@ -456,9 +486,7 @@ function render({ model, el }) {
     canvas.addEventListener("pointerdown", (event) => canvas.setPointerCapture(event.pointerId));
     canvas.addEventListener("pointermove", (event) => {
       if (!view || !(event.buttons & 1)) return;
-      view.cx -= event.movementX / view.scale;
-      view.cy -= event.movementY / view.scale;
-      draw();
+      moveView(event.movementX, event.movementY);
     });
     canvas.addEventListener(
       "wheel",
@@ -466,12 +494,8 @@ function render({ model, el }) {
         if (!view || !root.contains(document.activeElement)) return;
         event.preventDefault();
         const area = canvas.getBoundingClientRect();
-        const [dx, dy] = [event.clientX - area.left - area.width / 2, event.clientY - area.top - area.height / 2];
-        const scale = Math.min(64, Math.max(0.05, view.scale * Math.exp(-event.deltaY / 400)));
-        view.cx += dx / view.scale - dx / scale;
-        view.cy += dy / view.scale - dy / scale;
-        view.scale = scale;
-        draw();
+        const [x, y] = [event.clientX - area.left - area.width / 2, event.clientY - area.top - area.height / 2];
+        zoomView(Math.exp(-event.deltaY / 400), x, y);
       },
       { passive: false },
     );

@@ -5,9 +5,10 @@ keeps nothing itself: each decision goes to the `LabelLog` it was given and the 
 after the log has it on the disk. The browser side is `annotator.js` and `annotator.css`.
 
 Messages from the browser: `ready`, `want` (places), `label` (with the places wanted next: one
-message a decision is what JupyterLab has time for), `undo`, `nudge` (only to hurry an answer, see
-annotator.js). Messages to the browser: `state` (where we are, figures), `item`
-(pictures of one place), `failed` (what was not saved).
+message a decision is what JupyterLab has time for), `undo` (with the number of decisions it knows
+of: a second undo that waits behind the first is none), `nudge` (only to hurry an answer, see
+annotator.js). Messages to the browser: `state` (where we are, figures), `item` (pictures of one
+place), `failed` (what was not saved).
 """
 
 from __future__ import annotations
@@ -62,7 +63,13 @@ PREFERENCE_KEYS = {"left": "1", "same": "2", "right": "3", **_COMMON_KEYS}
 PAUSE_MS = 60_000
 RATE_WINDOW = 50
 # Decisions between two looks at others' labels. After each one it would tell what others had said.
-AGREEMENT_EVERY = 25
+LOOK_EVERY = 25
+# Keys with a name, in lower case, as browsers call them; Tab and Escape lead out of things.
+NAMED_KEYS = {
+    *("enter", "backspace", "delete", "insert", "home", "end", "pageup", "pagedown"),
+    *("arrowleft", "arrowright", "arrowup", "arrowdown"),
+    *(f"f{number}" for number in range(1, 13)),
+}
 
 
 class Annotator(anywidget.AnyWidget):
@@ -77,12 +84,15 @@ class Annotator(anywidget.AnyWidget):
         prefetch: how many coming places the browser holds decoded.
         view_size: longest side in pixels of what the browser gets; a larger picture's mask box
             comes at full resolution besides.
+        divided: annotators share the work: what others have labelled meanwhile is not asked for,
+            unless its place is `shared`, and counts as done.
         votes: id -> what others said of it, in words: told once it is decided, for adjudication.
         rivals: id -> the file of a second removal: the question is then which of the two, the
             candidate's on the left or the rival on the right, is better.
 
     Raises:
-        ValueError: a place without its candidate, an unknown action, a key given twice.
+        ValueError: a place without its candidate, an unknown action, no key or one given twice, a
+            negative `wanted`.
     """
 
     _esm = Path(__file__).with_name("annotator.js")
@@ -99,6 +109,7 @@ class Annotator(anywidget.AnyWidget):
         keys: Mapping[str, str] | None = None,
         prefetch: int = 8,
         view_size: int = 1024,
+        divided: bool = False,
         votes: Mapping[str, str] | None = None,
         rivals: Mapping[str, Path] | None = None,
     ):
@@ -109,20 +120,26 @@ class Annotator(anywidget.AnyWidget):
         lacking = [item.id for item in self._queue if item.id not in self._triplets]
         if lacking:
             raise ValueError(f"{len(lacking)} queued ids are no candidates (first: {lacking[0]})")
+        if wanted < 0:
+            raise ValueError(f"labels wanted: {wanted} is no number of labels; 0 wants all")
         first_views = sum(not item.repeat for item in self._queue)
-        self._wanted = min(wanted, first_views) if wanted else first_views
+        total = len(self._triplets) if divided else first_views
+        self._wanted = min(wanted, total) if wanted else total
+        self._divided = divided
+        self._theirs: set[str] = set()  # ids that others have decided
+        self._taken: set[int] = set()  # places that others have seen to
         self._prefetch, self._view_size, self._votes = prefetch, view_size, votes or {}
         self._rivals = rivals or {}
         self._choices = (*PREFERENCES, "skip") if rivals else DECISIONS
         self._agreement: dict | None = None
-        self._unseen = 0  # decisions since agreement was measured
+        self._unseen = 0  # decisions since others' labels were looked at
         self._contents: dict[int, str] = {}
         self._ahead: tuple[int, Future] | None = None  # a place and the message that shows it
         self._decided: dict[int, Label] = {}  # in the order of the decisions: undo takes the last
         self._counts: Counter[str] = Counter()  # of `_decided`, without silent repeats
         self._resume()
+        self._look_at_others()
         self._place = self._find_open(0)
-        self._measure_agreement()
         super().__init__(
             settings={
                 "keys": _merge_keys(keys or {}, PREFERENCE_KEYS if rivals else KEYS),
@@ -148,7 +165,10 @@ class Annotator(anywidget.AnyWidget):
     def _find_open(self, start: int) -> int | None:
         count = len(self._queue)
         around = ((start + step) % count for step in range(count))
-        return next((place for place in around if place not in self._decided), None)
+        return next((place for place in around if self._is_open(place)), None)
+
+    def _is_open(self, place: int) -> bool:
+        return place not in self._decided and place not in self._taken
 
     def close(self) -> None:
         """Close the widget and its workers."""
@@ -166,11 +186,15 @@ class Annotator(anywidget.AnyWidget):
             self._send_state()
         elif kind in ("label", "undo"):
             try:
-                notice = self._label(content) if kind == "label" else self._undo()
+                note = ""
+                if kind == "label":
+                    notice = self._label(content)
+                else:
+                    notice, note = self._undo(content)
             except LabelError as error:
                 self.send({"kind": "failed", "message": str(error), "place": content.get("place")})
             else:
-                self._send_state(notice)
+                self._send_state(notice, note)
             self._send_items(content.get("want", []))
         if kind in ("ready", "label"):
             self._make_ahead()
@@ -182,8 +206,7 @@ class Annotator(anywidget.AnyWidget):
             known = self._decided.get(place)
             return f"not taken: this picture is labelled already ({known.label})" if known else ""
         if self._log.was_continued():
-            self._resume()
-            self._place = self._find_open(0)
+            self._catch_up()
             return "not taken: this name was at work elsewhere; its labels are here now"
         if content["label"] not in self._choices:
             raise LabelError(f"{content['label']!r} is no decision")
@@ -202,34 +225,52 @@ class Annotator(anywidget.AnyWidget):
         self._counts[label.label] += not label.repeat
         self._place = self._find_open(place)
         self._unseen += 1
-        if self._unseen == AGREEMENT_EVERY:
+        if self._unseen == LOOK_EVERY:
             self._unseen = 0
-            self._pool.submit(self._measure_agreement)
+            self._pool.submit(self._look_at_others)
         told = self._votes.get(item.id)
         return f"saved: {label.reason or label.label}; others said: {told}" if told else ""
 
-    def _undo(self) -> str:
+    def _catch_up(self) -> None:
+        """With what this name has labelled in another notebook."""
+        self._resume()
+        self._place = self._find_open(0)
+
+    def _undo(self, content: dict) -> tuple[str, str]:
+        """What to say, and the note of what was taken back."""
+        if content["decided"] != len(self._decided):
+            return "", ""  # pressed again before the first answer came
+        if self._log.was_continued():
+            self._catch_up()
+            return "nothing taken back: this name was at work elsewhere; its labels are here", ""
         if not self._decided:
-            return "there is nothing to undo"
+            return "there is nothing to undo", ""
         place = next(reversed(self._decided))
-        self._log.undo(self._queue[place].id)
+        self._log.take_back(self._decided[place])
         was = self._decided.pop(place)
         self._counts[was.label] -= not was.repeat
         self._place = place
-        return f"taken back: {was.label}"
+        return f"taken back: {was.label}", was.note or ""
 
-    def _send_state(self, notice: str = "") -> None:
-        self.send({"kind": "state", "notice": notice, **self.measure_progress()})
+    def _send_state(self, notice: str = "", note: str = "") -> None:
+        self.send({"kind": "state", "notice": notice, "note": note, **self.measure_progress()})
 
-    def _measure_agreement(self) -> None:
-        """With everybody whose labels are in the folder by now, on what both decided."""
+    def _look_at_others(self) -> None:
+        """Whose labels are in the folder by now: how far we agree, and what is left to do."""
         if set(self._log.folder.glob("labels-*.jsonl")) <= {self._log.path}:
             return  # alone: nothing to read, over and over
-        labels = read_labels(self._log.folder)
-        mine = {x.id for x in labels if x.annotator == self._log.annotator}
-        shared = compute_agreement(x for x in labels if x.id in mine and not x.simulated)
-        pairs = [x for x in shared["pairs"] if self._log.annotator in x["annotators"]]
+        labels = [label for label in read_labels(self._log.folder) if not label.simulated]
+        labels, _ = split_stale(labels, self._triplets.values())
+        name = self._log.annotator
+        mine = {x.id for x in labels if x.annotator == name}
+        shared = compute_agreement(x for x in labels if x.id in mine)
+        pairs = [x for x in shared["pairs"] if name in x["annotators"]]
         self._agreement = {"alpha": shared["alpha"], "n": shared["n_shared"]} if pairs else None
+        if self._divided:
+            seen = {x.id for x in labels if x.annotator != name}
+            self._taken = {place for place, item in enumerate(self._queue)
+                           if item.id in seen - mine and not item.shared}
+            self._theirs = {x.id for x in labels if x.annotator != name and x.label != "skip"}
 
     def _send_items(self, places: Iterable[int]) -> None:
         for place in places:
@@ -264,15 +305,18 @@ class Annotator(anywidget.AnyWidget):
 
         Returns:
             place and id on show (None when all is done), upcoming places (what the browser holds
-            and one more), done, wanted, counts
-            of decisions, rate a minute, seconds left, the last decision, and `agreement` with
-            others (`alpha`, Krippendorff's, None where undefined; `n` items), None without others.
+            and one more), `done` and `wanted` (with shared work everybody's, `own` one's own part),
+            `decided` places (repeats and skips included), counts of decisions, rate a minute,
+            seconds left, the last decision, and `agreement` with others (`alpha`, Krippendorff's,
+            None where undefined; `n` items), None without others.
         """
         counts = self._counts
         recent = itertools.islice(reversed(self._decided.values()), RATE_WINDOW)
         recent = [min(x.ms, PAUSE_MS) for x in recent if x.ms]
         rate = 60_000 * len(recent) / sum(recent) if recent else None
-        done = counts.total() - counts["skip"]
+        own = counts.total() - counts["skip"]
+        decided = (self._queue[p].id for p, x in self._decided.items() if x.label != "skip")
+        done = own + len(self._theirs.difference(decided)) if self._theirs else own
         left = max(0, self._wanted - done)
         last = next(reversed(self._decided.values()), None)
         place = self._place
@@ -281,6 +325,8 @@ class Annotator(anywidget.AnyWidget):
             "id": None if place is None else self._queue[place].id,
             "upcoming": self._list_upcoming(),
             "done": done,
+            "own": own,
+            "decided": len(self._decided),
             "wanted": self._wanted,
             "accepted": counts["accept"],
             "rejected": counts["reject"],
@@ -295,7 +341,7 @@ class Annotator(anywidget.AnyWidget):
     def _list_upcoming(self) -> list[int]:
         """The open places after the one on show: what the browser holds, and one more."""
         start = 0 if self._place is None else self._place + 1
-        opened = (place for place in range(start, len(self._queue)) if place not in self._decided)
+        opened = (place for place in range(start, len(self._queue)) if self._is_open(place))
         return list(itertools.islice(opened, self._prefetch + 1))
 
 
@@ -329,12 +375,13 @@ def open_annotator(
         return ask_name(lambda name: open_annotator(folder, triplets, name, **given))
     log = LabelLog(folder, annotator)
     people = [label for label in read_labels(folder) if not label.simulated]
+    people, _ = split_stale(people, triplets)
     if adjudicate:
-        queue, votes = list_adjudication(split_stale(people, triplets)[0], annotator)
+        queue, votes = list_adjudication(people, annotator)
         return Annotator(log, queue, triplets, keys=keys, votes=votes)
     ids = [triplet.id for triplet in triplets]
     queue = order_items(ids, annotator=annotator, labels=people, **ordering)
-    return Annotator(log, queue, triplets, wanted=wanted, keys=keys)
+    return Annotator(log, queue, triplets, wanted=wanted, keys=keys, divided=True)
 
 
 def ask_name(open_widget: Callable[[str], Annotator]) -> widgets.VBox:
@@ -379,6 +426,12 @@ def _merge_keys(changed: Mapping[str, str], known: Mapping[str, str]) -> dict[st
         raise ValueError(
             f"no such action: {', '.join(sorted(unknown))}; there are {', '.join(known)}"
         )
+    for action, key in changed.items():
+        if not isinstance(key, str) or (len(key) != 1 and key.lower() not in NAMED_KEYS):
+            raise ValueError(
+                f"{key!r} cannot be the key for {action}: give one character (the space bar is "
+                f"' ') or one of {', '.join(sorted(NAMED_KEYS))}"
+            )
     keys = {action: key.lower() for action, key in {**known, **changed}.items()}
     twice = [key for key, count in Counter(keys.values()).items() if count > 1]
     if twice:

@@ -222,9 +222,9 @@ def list_labels(folder: Path) -> list[Path]:
     return sorted(folder.rglob("labels-*.jsonl")) if folder.is_dir() else []
 
 
-def waits_for_people(row: StageRow) -> bool:
-    """Whether people label in this stage, so that its folder holds what no run can make again."""
-    return row.parameters.get("mode") == "interactive"
+def asks_people(row: StageRow) -> bool:
+    """Whether people answer in this stage's notebook: what they have said is one of its inputs."""
+    return row.parameters.get("mode") == "interactive" or bool(row.parameters.get("user_study"))
 
 
 def compute_fingerprints(recipe: Recipe, *, run_dir: Path, settled: dict | None = None,
@@ -262,7 +262,7 @@ def compute_fingerprints(recipe: Recipe, *, run_dir: Path, settled: dict | None 
         inputs["modules"] = hash_modules(
             used, package=package, without=frozenset() if renders else ONLY_FOR_BUILTIN_SETS)
         base = digest = _digest(inputs)
-        if waits_for_people(row):
+        if asks_people(row):
             folder = run_dir / row.name
             inputs["labels"] = {str(p.relative_to(folder)): hash_file(p)[:16]
                                 for p in list_labels(folder)}

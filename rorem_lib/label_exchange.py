@@ -6,8 +6,9 @@ import csv
 import io
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, fields, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from rorem_lib.label_log import (
     Label,
     LabelError,
     LabelLog,
+    check_name,
     hash_content,
     read_events,
     replay_events,
@@ -37,8 +39,9 @@ def import_labels(
 
     Args:
         path: `.jsonl` (label logs), `.csv` (columns `id`, `label`, optionally `annotator`,
-            `reason`, `note`, `time`, `ms`), or `.json`: a triplet set's `meta.json` with `score`
-            (at least 0.5 is an acceptance) or a Label Studio export.
+            `reason`, `note`, `time` in ISO 8601, UTC where it does not say, `ms`), or `.json`: a
+            triplet set's `meta.json` with `score` (0..1, at least 0.5 is an acceptance) or a Label
+            Studio export (JSON or JSON-MIN).
         folder: the label folder.
         annotator: who it was, where the file does not say.
         triplets: the candidates; labels of others are left out and counted. Empty: all are kept.
@@ -47,20 +50,25 @@ def import_labels(
         read, written and unknown: numbers of labels.
 
     Raises:
-        LabelError: the file is of no known form, or none of its labels fits the candidates.
+        LabelError: the file is of no known form, holds no label or a value that is none, or none of
+            its labels fits the candidates. Nothing is written then.
     """
-    path = Path(path)
+    path, ending = Path(path), Path(path).suffix.lower()
     try:
-        if path.suffix == ".jsonl":
+        if ending == ".jsonl":
             if not path.exists():
                 raise FileNotFoundError(f"{path} does not exist")
             found = [asdict(label) for label in replay_events(read_events(path))]
-        elif path.suffix == ".csv":
+        elif ending == ".csv":
             with open(path, newline="", encoding="utf-8-sig") as stream:
                 found = list(csv.DictReader(stream))
-        else:
+        elif ending == ".json":
             found = [row for entry in read_json(path) for row in _read_entry(entry)]
-        labels = [_make_label(row, annotator) for row in found]
+        else:
+            raise ValueError(f"a file that ends in {ending!r}: is import_path set?")
+        if not found:
+            raise ValueError("there is no label in it")
+        labels = [_make_label(row, annotator, place) for place, row in enumerate(found, 1)]
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         raise LabelError(
             f"cannot import {path}: {error!r}. Wanted is a label log (.jsonl), a CSV with id and "
@@ -78,9 +86,10 @@ def import_labels(
     there = {_name_event(event) for log in logs for event in read_events(log)}
     fresh: dict[str, list[Label]] = defaultdict(list)
     for label in known:
+        check_name(label.annotator)
+        label = replace(label, content=label.content or contents.get(label.id, ""))
         if _name_event(asdict(label)) not in there:
-            content = label.content or contents.get(label.id, "")
-            fresh[label.annotator].append(replace(label, content=content))
+            fresh[label.annotator].append(label)
     for name, given in fresh.items():
         LabelLog(folder, name).append_many(sorted(given, key=lambda label: label.time))
     written = sum(map(len, fresh.values()))
@@ -88,7 +97,7 @@ def import_labels(
 
 
 def _name_event(event: dict) -> tuple:
-    return tuple(event.get(x) for x in ("annotator", "id", "label", "reason", "repeat"))
+    return tuple(event.get(x) for x in ("annotator", "id", "label", "reason", "repeat", "content"))
 
 
 def _read_entry(entry: dict) -> list[dict]:
@@ -96,19 +105,34 @@ def _read_entry(entry: dict) -> list[dict]:
     data = entry.get("data", entry)
     item_id = data.get("candidate") or data.get("id") or Path(data["source"]).stem
     if "annotations" not in entry:
-        return [{**data, "id": item_id, "label": data.get("score", data.get("choice"))}]
+        label = next((data[x] for x in ("score", "decision", "choice") if x in data), None)
+        row = {**data, "id": item_id, "label": label}
+        if "lead_time" in data:  # JSON-MIN
+            row |= {"ms": 1000 * (data["lead_time"] or 0), "time": data.get("created_at")}
+        return [row]
     rows = []
     for given in entry["annotations"]:
         who = given.get("completed_by")
         who = who.get("email") or who.get("id") if isinstance(who, dict) else who
         row = {"id": item_id, "ms": 1000 * (given.get("lead_time") or 0), "label": "skip"}
         row |= {"annotator": who, "time": given.get("created_at"), **(given.get("meta") or {})}
-        for result in given.get("result", []) if not given.get("was_cancelled") else []:
-            for choice in result["value"].get("choices", []):
-                row["label" if _find_word(choice) else "reason"] = choice
+        results = given.get("result", []) if not given.get("was_cancelled") else []
+        for result in results:
             row["note"] = " ".join(result["value"].get("text", [])) or row.get("note")
-        rows.append(row)
+        rows.append(row | _read_choices(results, item_id))
     return rows
+
+
+def _read_choices(results: list[dict], item_id: str) -> dict:
+    """Label and reason among the choices of one annotation; neither where none was made."""
+    given = [(result.get("from_name"), choice) for result in results
+             for choice in result["value"].get("choices", [])]
+    said = [choice for name, choice in given if name == "decision"]
+    said = said or [x for name, x in given if name != "reason" and _find_word(x)]
+    if given and not said:
+        raise ValueError(f"the choices for {item_id}, {[x for _, x in given]}, hold no decision")
+    reasons = [choice for name, choice in given if choice not in said]
+    return ({"label": said[0]} if said else {}) | ({"reason": reasons[-1]} if reasons else {})
 
 
 def _find_word(value) -> str | None:
@@ -116,17 +140,29 @@ def _find_word(value) -> str | None:
     return next((label for label, words in WORDS.items() if word in words), None)
 
 
-def _make_label(row: Mapping, annotator: str) -> Label:
-    label = _find_word(row["label"])
-    if label is None:
-        label = "accept" if float(row["label"]) >= 0.5 else "reject"
+def _make_label(row: Mapping, annotator: str, place: int) -> Label:
+    label, time = _find_word(row["label"]), row.get("time") or ""
+    try:
+        if label is None:
+            score = float(row["label"])
+            if not 0 <= score <= 1:
+                raise ValueError(f"{row['label']} is no score between 0 and 1")
+            label = "accept" if score >= 0.5 else "reject"
+        if not row["id"]:
+            raise ValueError("the id is empty")
+        if time:
+            moment = datetime.fromisoformat(time)
+            moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+            time = moment.astimezone(UTC).isoformat(timespec="microseconds")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"label {place} in the file ({row['id']}): {error}") from error
     return Label(
         id=str(row["id"]),
         label=label,
         annotator=str(row.get("annotator") or annotator),
         reason=row.get("reason") or None,
         note=row.get("note") or None,
-        time=row.get("time") or "",
+        time=time,
         ms=round(float(row.get("ms") or 0)),
         content=row.get("content") or "",
         order=row.get("order") or row.get("label_order") or "imported",
@@ -197,6 +233,7 @@ def export_dataset(
         triplets: the candidates.
 
     Raises:
+        LabelError: there are no labels.
         OSError: a picture cannot be read, or the disk is full.
     """
     from datasets import Dataset, Features, Image, Value
@@ -204,6 +241,8 @@ def export_dataset(
     given: dict[str, list[dict]] = defaultdict(list)
     for label in labels:
         given[label.id].append({x: v for x, v in asdict(label).items() if x != "id"})
+    if not given:
+        raise LabelError(f"{path} is not written: there are no labels to export")
     kinds = {"ms": "int64", "simulated": "bool", "repeat": "bool"}
     features = Features(
         {"id": Value("string"), "source": Image(), "mask": Image(), "removal": Image(),
@@ -236,6 +275,7 @@ def write_scored_set(
     accepted_only: bool = False,
     accepted_by: str = "human",
     orders: Mapping[str, str] | None = None,
+    fair: Collection[str] | None = None,
     per_picture: int = 0,
     seed: int = 0,
 ) -> Path:
@@ -248,6 +288,7 @@ def write_scored_set(
         accepted_only: leave out what was rejected (a set to train the remover on).
         accepted_by: goes into the accepted entries' `accepted_by`.
         orders: id -> how the item was drawn (`labels.collect_orders`); becomes `label_order`.
+        fair: ids of a fair sample (`labels.find_fair`); becomes `fair_sample`, true or false.
         per_picture: at most so many accepted removals of one picture (a triplet's `group`), drawn
             by lot; 0 keeps all.
         seed: of the lot.
@@ -276,6 +317,7 @@ def write_scored_set(
         for triplet in triplets:
             decision = decisions.get(triplet.id)
             drawn = {"label_order": orders[triplet.id]} if triplet.id in (orders or {}) else {}
+            drawn |= {} if fair is None else {"fair_sample": triplet.id in fair}
             if triplet.id in kept:
                 writer.add_triplet(triplet, score=1.0, accepted_by=accepted_by, **drawn)
             elif decision == "reject" and not accepted_only:

@@ -9,6 +9,7 @@ that annotators need no lock, also on a network file system.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -75,18 +76,14 @@ class LabelLog:
 
     Args:
         folder: where all annotators of one candidate set keep their logs.
-        annotator: 1 to 64 letters, digits, `_`, `.`, `@` or `-`; it names the file.
+        annotator: 1 to 64 letters, digits, `_`, `.`, `@`, `+` or `-`; it names the file.
 
     Raises:
         LabelError: the name cannot name a file, or the folder cannot be made.
     """
 
     def __init__(self, folder: str | Path, annotator: str):
-        if not re.fullmatch(r"\w[\w.@-]{0,63}", annotator):
-            raise LabelError(
-                f"{annotator!r} cannot name a label file: use 1 to 64 letters, digits, "
-                "'_', '.', '@' or '-', for example anna.m"
-            )
+        check_name(annotator)
         self.annotator = annotator
         self.folder = Path(folder)
         self.path = self.folder / f"labels-{annotator}.jsonl"
@@ -140,10 +137,18 @@ class LabelLog:
             raise LabelError(
                 f"{self.path} holds no label to take back ({item_id or 'none at all'})"
             )
-        event = {"event": "undo", "id": standing[-1].id, "annotator": self.annotator,
+        self.take_back(standing[-1])
+        return standing[-1]
+
+    def take_back(self, label: Label) -> None:
+        """Undo a label that the caller knows to be the last one of its item: nothing is read.
+
+        Raises:
+            LabelError: it could not be written.
+        """
+        event = {"event": "undo", "id": label.id, "annotator": self.annotator,
                  "time": _tell_time()}
         self._write([event])
-        return standing[-1]
 
     def read(self) -> list[Label]:
         """The labels that stand, in the order they were given."""
@@ -167,6 +172,15 @@ class LabelLog:
         data = "".join(json.dumps(event, ensure_ascii=False) + "\n" for event in events)
         with _explain(self.path):
             self._size += _append_bytes(self.path, data.encode("utf-8", "replace"))
+
+
+def check_name(annotator: str) -> None:
+    """Raise LabelError where an annotator's name cannot name a file."""
+    if not re.fullmatch(r"\w[\w.@+-]{0,63}", annotator):
+        raise LabelError(
+            f"{annotator!r} cannot name a label file: use 1 to 64 letters, digits, "
+            "'_', '.', '@', '+' or '-', for example anna.m"
+        )
 
 
 def _tell_time() -> str:
@@ -234,13 +248,28 @@ def read_events(path: str | Path) -> list[dict]:
         except ValueError:
             torn += 1
             continue
-        if isinstance(event, dict) and event.get("event") in ("label", "undo") and event.get("id"):
+        if _is_event(event):
             events.append(event)
         elif event is not None:
             torn += 1
     if torn:
         logger.warning("%s: %d torn or foreign line(s) skipped", path, torn)
     return events
+
+
+_TYPES = {
+    **dict.fromkeys(("id", "label", "annotator", "time", "content", "order"), str),
+    **dict.fromkeys(("reason", "note"), (str, type(None))),
+    **dict.fromkeys(("simulated", "repeat"), bool),
+    "ms": (int, float),
+}
+
+
+def _is_event(event) -> bool:
+    known = isinstance(event, dict) and event.get("event") in ("label", "undo") and event.get("id")
+    return bool(known) and all(
+        isinstance(event[name], kind) for name, kind in _TYPES.items() if name in event
+    )
 
 
 def replay_events(events: Iterable[dict]) -> list[Label]:
@@ -252,10 +281,11 @@ def replay_events(events: Iterable[dict]) -> list[Label]:
         stack = of_item[event.get("annotator", ""), event["id"]]
         if event["event"] == "undo":
             if stack:
-                del standing[stack.pop()]
-        elif event.get("label") in DECISIONS + PREFERENCES:
+                standing.pop(stack.pop(), None)
+            continue
+        stack.append(place)  # also a word that is not known here: its undo takes back no other
+        if event.get("label") in DECISIONS + PREFERENCES:
             standing[place] = Label(**{k: v for k, v in event.items() if k in names})
-            stack.append(place)
     last = {(x.annotator, x.id, x.repeat): place for place, x in standing.items()}
     return [standing[place] for place in sorted(last.values())]
 
@@ -272,6 +302,12 @@ def read_labels(folder: str | Path) -> list[Label]:
 
 def hash_content(path: str | Path) -> str:
     """The 16 hex characters that bind a label to the removal that was judged."""
+    status = os.stat(path)
+    return _hash_version(str(path), status.st_size, status.st_mtime_ns)
+
+
+@functools.cache  # a widget asks for all of them again and again
+def _hash_version(path: str, size: int, modified: int) -> str:
     return hash_file(path)[:16]
 
 

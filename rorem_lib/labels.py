@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
+import math
+import numbers
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import krippendorff
 import numpy as np
@@ -41,7 +42,8 @@ from rorem_lib.triplets import Triplet, load_image
 __all__ = [
     "ADJUDICATION", "DECISIONS", "ORDERS", "POLICIES", "REASONS", "Label", "LabelError",
     "LabelLog", "LabelsMissing", "QueueItem", "collect_orders", "compute_agreement",
-    "count_missing", "export_dataset", "export_labels", "find_conflicts", "hash_content",
+    "count_missing", "export_dataset", "export_labels", "find_conflicts", "find_fair",
+    "hash_content",
     "import_labels", "list_adjudication", "merge_votes", "order_items", "read_labels",
     "require_labels", "split_stale", "stratify_items", "write_scored_set",
 ]  # fmt: skip
@@ -122,16 +124,31 @@ def _collect_votes(labels: Iterable[Label]) -> dict[str, list[Label]]:
 
 
 def collect_orders(labels: Iterable[Label]) -> dict[str, str]:
-    """How each item was drawn: id -> order; "uncertainty" if it was so for anybody.
-
-    What was drawn because a discriminator was unsure is no fair sample: accuracies and accept
-    shares are estimated without it, from the audit share alone where that is all there is.
-    """
+    """How each item was drawn: id -> order; "audit" if it was so for anybody."""
     orders: dict[str, str] = {}
     for item_id, votes in _collect_votes(labels).items():
         drawn = [vote.order for vote in votes]
-        orders[item_id] = "uncertainty" if "uncertainty" in drawn else drawn[0]
+        orders[item_id] = "audit" if "audit" in drawn else drawn[0]
     return orders
+
+
+def find_fair(labels: Iterable[Label], ids: Collection[str]) -> set[str]:
+    """The decided items that are a fair sample of the candidates.
+
+    Accept shares and a discriminator's accuracy are estimated from these alone. They are all
+    items, where every candidate was labelled or all were drawn at random. Once uncertainty or
+    strata have drawn some, the rest is no fair sample either: then it is the random audit share.
+
+    Args:
+        labels: labels that stand, as `read_labels` returns them.
+        ids: all candidates.
+    """
+    labels = list(labels)
+    orders = collect_orders(labels)
+    complete = set(ids) <= {label.id for label in labels}
+    if complete or set(orders.values()) <= {"random", "imported"}:
+        return set(orders)
+    return {item_id for item_id, order in orders.items() if order == "audit"}
 
 
 def count_missing(
@@ -141,7 +158,12 @@ def count_missing(
 
     An item that was skipped, or on which the annotators disagree, has been handled: it is not
     missing once nothing untouched is left to replace it.
+
+    Raises:
+        ValueError: `wanted` is negative.
     """
+    if wanted < 0:
+        raise ValueError(f"labels wanted: {wanted} is no number of labels; 0 wants all")
     ids = set(ids)
     labels = [label for label in labels if label.id in ids]
     untouched = len(ids - {label.id for label in labels})
@@ -161,8 +183,8 @@ def require_labels(
 
     Args:
         labels, ids, wanted, policy: as for `count_missing`.
-        parameters: what to set in the annotation notebook, told to whoever runs a recipe; None
-            where the widget is on the same page.
+        parameters: what to set in the annotation notebook, told to whoever runs a recipe (less
+            what is empty or False, as it is there); None where the widget is on the same page.
 
     Raises:
         LabelsMissing: says how many are missing and what to do.
@@ -171,9 +193,13 @@ def require_labels(
     if not missing:
         return
     if parameters is None:
-        mend = "label them in the widget above, then run this cell and those below it"
+        mend = (
+            "label them in the widget above, then run this cell and those below it (where "
+            "papermill ran this notebook, open what it wrote and run that first)"
+        )
     else:
-        given = ", ".join(f"{name} = {json.dumps(value)}" for name, value in parameters.items())
+        set_here = {k: v for k, v in parameters.items() if v not in ("", {}) and v is not False}
+        given = ", ".join(f"{name} = {value!r}" for name, value in set_here.items())
         mend = (
             f"open notebooks/04_annotate.ipynb, set {given}, run it and label; then run this again"
         )
@@ -226,11 +252,19 @@ def compute_agreement(labels: Iterable[Label]) -> dict:
 
 @dataclass(frozen=True)
 class QueueItem:
-    """One place in an annotator's queue: which candidate, drawn how, shown again or not."""
+    """One place in an annotator's queue.
+
+    Attributes:
+        id: the candidate's.
+        order: how it was drawn.
+        repeat: shown for the second time, silently.
+        shared: everybody is asked; others' labels do not take it out of this queue.
+    """
 
     id: str
     order: str
     repeat: bool = False
+    shared: bool = False
 
 
 def order_items(
@@ -254,20 +288,20 @@ def order_items(
 
     Args:
         ids: all candidates.
-        order: "random"; "uncertainty" (scores nearest 0.5 first, with a random `audit_share`
-            mixed in: estimate accuracy from items drawn as "audit" alone); "stratified"
-            (round-robin over `strata`).
+        order: "random"; "uncertainty" (scores nearest 0.5 first) or "stratified" (round-robin over
+            `strata`), both with a random `audit_share` mixed in (see `find_fair`).
         scores: id -> probability (0..1) that the removal is good, for "uncertainty".
         strata: id -> name of its stratum, for "stratified" (see `stratify_items`).
-        audit_share: 0..1, share of random items under "uncertainty"; the overlap is part of it.
+        audit_share: 0..1, share of random items in an order that is not; the overlap is part of it.
         overlap_share: 0..1, share of items that every annotator sees.
-        repeat_share: 0..1, share of items that an annotator sees twice without being told.
+        repeat_share: 0..1, share of items that an annotator sees twice without being told, as far
+            as 15 others or more can come between.
         annotator: whose queue.
         labels: everybody's labels so far.
         seed: one for all annotators of the set.
 
     Raises:
-        ValueError: unknown order, a share outside 0..1, scores or strata missing.
+        ValueError: unknown order, a share or score outside 0..1, scores or strata missing.
     """
     ids = sorted(set(ids))
     for share in (audit_share, overlap_share, repeat_share):
@@ -283,29 +317,36 @@ def order_items(
         ranked = shuffled
     elif order == "uncertainty":
         _require_all(scores, ids, "a score")
-        doubtful = sorted(
+        _check_scores(scores, ids)
+        ranked = sorted(
             (x for x in shuffled if x not in audit), key=lambda x: abs(scores[x] - 0.5)
         )
-        chance = [x for x in shuffled if x in audit and x not in overlap]
-        ranked = _interleave(doubtful, chance, len(chance) / max(1, len(doubtful) + len(chance)))
     elif order == "stratified":
         _require_all(strata, ids, "a stratum")
         groups: dict[str, list[str]] = defaultdict(list)
         for item_id in shuffled:
-            groups[strata[item_id]].append(item_id)
+            if item_id not in audit:
+                groups[strata[item_id]].append(item_id)
         rounds = itertools.zip_longest(*(groups[name] for name in sorted(groups)))
         ranked = [x for row in rounds for x in row if x is not None]
     else:
         raise ValueError(f"order {order!r} is unknown: choose one of {', '.join(ORDERS)}")
+    if order != "random":
+        chance = [x for x in shuffled if x in audit and x not in overlap]
+        ranked = _interleave(ranked, chance, len(chance) / max(1, len(ranked) + len(chance)))
     waiting = [x for x in ranked if x not in taken and x not in overlap]
     # Everybody meets the overlap at the same early pace, so that it is shared when all stop early.
     ranked = _interleave(waiting, list(overlap), max(0.1, overlap_share))
-    tag = {x: "audit" if order == "uncertainty" and x in audit else order for x in ranked}
-    queue = [QueueItem(x, tag[x]) for x in ranked]
-    gaps = own.integers(15, 40, size=len(queue))
-    for place in sorted(own.permutation(len(queue))[: round(repeat_share * len(queue))])[::-1]:
+    tag = {x: "audit" if order != "random" and x in audit else order for x in ranked}
+    queue = [QueueItem(x, tag[x], shared=x in overlap) for x in ranked]
+    # Drawn from all ids: what others label meanwhile changes nobody's repeats.
+    again = [ids[i] for i in own.permutation(len(ids))]
+    gaps = dict(zip(again, own.integers(15, 40, size=len(ids)).tolist(), strict=True))
+    places = {item.id: place for place, item in enumerate(queue)}
+    fitting = [places[x] for x in again if places.get(x, math.inf) + gaps[x] <= len(queue)]
+    for place in sorted(fitting[: round(repeat_share * len(queue))], reverse=True):
         first = queue[place]
-        queue.insert(place + int(gaps[place]), QueueItem(first.id, first.order, repeat=True))
+        queue.insert(place + gaps[first.id], replace(first, repeat=True))
     return queue
 
 
@@ -321,6 +362,15 @@ def _require_all(table: Mapping | None, ids: list[str], what: str) -> None:
             f"{len(lacking)} of {len(ids)} candidates have not got {what} (first: {lacking[0]}): "
             'give one for each, or choose order "random"'
         )
+
+
+def _check_scores(scores: Mapping[str, float], ids: list[str]) -> None:
+    for item_id in ids:
+        score = scores[item_id]
+        if not (isinstance(score, numbers.Real) and 0 <= score <= 1):
+            raise ValueError(
+                f"the score of {item_id} is {score!r}, not a probability between 0 and 1"
+            )
 
 
 def _interleave(many: list[str], few: list[str], rate: float) -> list[str]:

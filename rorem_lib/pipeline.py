@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from rorem_lib.files import write_json, write_text
-from rorem_lib.fingerprints import Fingerprint, compute_fingerprints, waits_for_people
+from rorem_lib.fingerprints import Fingerprint, compute_fingerprints
 from rorem_lib.recipes import Recipe, RecipeError, StageRow, substitute, suggest
 from rorem_lib.run_folder import (
     RunLocked,
@@ -129,7 +129,7 @@ def _withdraw_stages(recipe: Recipe, run_dir: Path, first: str) -> None:
     for row in recipe.stages:
         if stale & {row.name, *row.upstream}:
             stale.add(row.name)
-            supersede_folder(run_dir / row.name, carry=waits_for_people(row))
+            supersede_folder(run_dir / row.name)
 
 
 def _run_stages(recipe: Recipe, run_dir: Path, only: str | None, progress: Progress) -> dict:

@@ -22,7 +22,6 @@ from rorem_lib.fingerprints import (
     compute_fingerprints,
     describe_change,
     list_labels,
-    waits_for_people,
 )
 from rorem_lib.recipes import Recipe, StageRow
 from rorem_lib.stage import STARTED, format_time
@@ -118,12 +117,12 @@ def is_running(run_dir: Path) -> str | None:
     return None
 
 
-def supersede_folder(folder: Path, *, carry: bool) -> None:
+def supersede_folder(folder: Path) -> None:
     """Move a stage's folder aside to `.superseded/`, where the latest copy of each stage stays.
 
-    What people labelled is never deleted: a copy that holds it gets a name of its own, and with
-    `carry` the label files are in the stage's new folder at once. They name the candidates' content
-    hashes, so labels of pictures that changed count for nothing.
+    What people labelled is never deleted: a copy that holds it gets a name of its own, and the
+    label files (with a user study's trials) are in the stage's new folder at once. They name the
+    candidates' content hashes, so labels of pictures that changed count for nothing.
     """
     if not folder.exists():
         return
@@ -135,7 +134,8 @@ def supersede_folder(folder: Path, *, carry: bool) -> None:
     if labels:
         place = shelf / f"{folder.name}-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
     shutil.rmtree(fresh, ignore_errors=True)
-    for path in labels if carry else ():
+    trials = {path.with_name("trials.json") for path in labels}
+    for path in [*labels, *(path for path in trials if path.exists())]:
         target = fresh / path.relative_to(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(path, target)
@@ -152,7 +152,7 @@ def open_folder(row: StageRow, fingerprint: Fingerprint, folder: Path) -> dict:
     if fresh.exists() and not folder.exists():  # killed between the two renames
         os.rename(fresh, folder)
     elif read_record(folder / STARTED).get("base") != fingerprint.base:
-        supersede_folder(folder, carry=waits_for_people(row))
+        supersede_folder(folder)
     folder.mkdir(exist_ok=True)
     started = {"stage": row.name, "fingerprint": fingerprint.digest, "base": fingerprint.base,
                "inputs": fingerprint.inputs, "pid": os.getpid(), "started": format_time()}

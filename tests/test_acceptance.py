@@ -214,7 +214,7 @@ def test_reading_a_calibration_names_what_is_wrong(tmp_path):
 
 def test_labels_are_split_by_picture_with_alike_shares():
     answers, groups = np.arange(200) % 3 == 0, np.arange(200) // 2
-    inside, outside = split_labels(answers, groups, [None] * 200, test_share=0.25, seed=1)
+    inside, outside = split_labels(answers, groups, [True] * 200, test_share=0.25, seed=1)
     assert sorted([*inside, *outside]) == list(range(200)) and 45 <= len(outside) <= 55
     assert not set(groups[inside]) & set(groups[outside])
     assert abs(answers[outside].mean() - answers.mean()) < 0.03
@@ -224,18 +224,17 @@ def test_accuracy_is_estimated_from_the_audit_share_alone():
     random = np.random.default_rng(0)
     groups, audit = np.arange(400) // 2, random.random(400) < 0.15
     answers = random.random(400) < 0.5
-    orders = np.where(audit, "audit", "uncertainty")
-    inside, outside = split_labels(answers, groups, orders, test_share=0.25)
+    inside, outside = split_labels(answers, groups, audit, test_share=0.25)
     assert set(outside) == set(np.flatnonzero(audit)), "all of it, and nothing else"
     assert not set(groups[inside]) & set(groups[outside])
-    orders[:200] = "random"  # an earlier round
-    inside, outside = split_labels(answers, groups, orders, test_share=0.25)
-    assert (orders[outside] != "uncertainty").all() and 80 <= len(outside) <= 120
-    assert {"random", "audit"} == set(orders[outside]) and "random" in orders[inside]
+    fair = audit | (np.arange(400) < 200)  # the first half is another round's, at random
+    inside, outside = split_labels(answers, groups, fair, test_share=0.25)
+    assert fair[outside].all() and 80 <= len(outside) <= 120
+    assert not audit[outside].all() and fair[inside].any()
 
 
 def test_without_a_fair_sample_there_is_no_accuracy():
-    with pytest.raises(ValueError, match="all 4 labels were drawn by uncertainty"):
-        split_labels([True, False] * 2, range(4), ["uncertainty"] * 4)
+    with pytest.raises(ValueError, match="none of the 4 labels is of a random item"):
+        split_labels([True, False] * 2, range(4), [False] * 4)
     with pytest.raises(ValueError, match="no label is left to train on"):
-        split_labels([True, False] * 5, [0] * 10, ["uncertainty"] * 9 + ["audit"])
+        split_labels([True, False] * 5, [0] * 10, [False] * 9 + [True])

@@ -62,6 +62,10 @@ class Session:
         self.state = answer if answer["kind"] == "state" else self.state
         return answer
 
+    def undo(self):
+        self.state = self.ask(kind="undo", decided=self.state["decided"])
+        return self.state
+
     def fetch(self, places):
         """The `item` messages of some places."""
         before = len(self.sent)
@@ -105,13 +109,25 @@ def test_undo_goes_back_to_the_first_and_no_further(session):
     for label in ("accept", "reject", "skip"):
         session.press(label)
     for place in (2, 1, 0):
-        session.state = session.ask(kind="undo")
+        session.undo()
         assert session.state["place"] == place
     assert session.state["notice"] == "taken back: accept"
-    assert session.ask(kind="undo")["notice"] == "there is nothing to undo"
+    assert session.undo()["notice"] == "there is nothing to undo"
     assert decisions(session) == [] and len(session.logged[-1]) == 6
     session.press("reject")
     assert decisions(session) == [("c0", "reject")] and session.state["place"] == 1
+
+
+def test_undo_brings_the_note_back_and_counts_once_if_pressed_twice(session):
+    session.press("accept")
+    session.press("reject", note="the left edge")
+    known = session.state["decided"]
+    session.undo()
+    assert (session.state["id"], session.state["note"]) == ("c1", "the left edge")
+    answer = session.ask(kind="undo", decided=known)  # sent while the kernel was busy
+    assert answer["id"] == "c1" and decisions(session) == [("c0", "accept")]
+    session.press("accept")
+    assert session.state["note"] == ""
 
 
 def test_reopening_goes_on_at_the_first_open_picture(session, tmp_path, triplets):
@@ -119,7 +135,7 @@ def test_reopening_goes_on_at_the_first_open_picture(session, tmp_path, triplets
         session.press(label)
     again = Session(tmp_path / "labels", triplets)
     assert again.state["place"] == 3 and again.state["done"] == 2 and again.state["skipped"] == 1
-    again.state = again.ask(kind="undo")  # also what an earlier session decided
+    again.undo()  # also what an earlier session decided
     assert again.state["id"] == "c2"
     triplets[0].gt.write_bytes(triplets[5].gt.read_bytes())  # c0 was generated anew
     third = Session(tmp_path / "labels", triplets)
@@ -161,7 +177,7 @@ def test_silent_repeat_is_asked_and_marked_but_not_shown(tmp_path, triplets):
         ("c0", "reject", True, "audit"),
     ]
     assert Session(tmp_path / "labels", triplets, queue=queue).state["place"] is None
-    session.state = session.ask(kind="undo")
+    session.undo()
     assert session.state["place"] == 2 and decisions(session) == [
         ("c0", "accept"),
         ("c1", "accept"),
@@ -200,15 +216,19 @@ def test_a_name_at_work_in_two_places_is_noticed(tmp_path, triplets):
     assert answer["notice"].startswith("not taken: this name was at work elsewhere")
     assert answer["id"] == "c2" and decisions(second) == [("c0", "accept"), ("c1", "reject")]
     second.press("skip")
-    second.ask(kind="undo")
+    second.undo()
+    answer = first.undo()  # before it knows of what the second has done
+    assert answer["notice"].startswith("nothing taken back: this name was at work elsewhere")
     assert decisions(first) == decisions(second) == [("c0", "accept"), ("c1", "reject")]
+    assert first.undo()["id"] == "c1"
 
 
 def test_agreement_with_others_is_told_from_time_to_time(tmp_path, triplets, monkeypatch):
-    monkeypatch.setattr(annotator, "AGREEMENT_EVERY", 3)
+    monkeypatch.setattr(annotator, "LOOK_EVERY", 3)
     for item, label in (("c0", "accept"), ("c1", "reject"), ("c5", "accept")):
         LabelLog(tmp_path / "labels", "ben").append(item, label)
     LabelLog(tmp_path / "labels", "program").append("c0", "reject", simulated=True)
+    LabelLog(tmp_path / "labels", "old").append("c1", "accept", content="of another removal")
     session = Session(tmp_path / "labels", triplets)
     session.widget._pool = Now()
     for label in ("accept", "reject"):
@@ -217,6 +237,38 @@ def test_agreement_with_others_is_told_from_time_to_time(tmp_path, triplets, mon
     session.press("skip")
     assert session.state["agreement"] == {"alpha": 1.0, "n": 2}
     session.widget.close()
+
+
+def test_what_others_have_done_meanwhile_is_not_asked_for(tmp_path, triplets, monkeypatch):
+    monkeypatch.setattr(annotator, "LOOK_EVERY", 2)
+    folder, ben = tmp_path / "labels", LabelLog(tmp_path / "labels", "ben")
+    given = {"overlap_share": 0.2, "seed": 1}  # one of six
+    widget = open_annotator(folder, triplets, "anna", wanted=5, **given)
+    shared, = (item.id for item in widget._queue if item.shared)
+    session = Session(folder, triplets, widget=widget)
+    widget._pool = Now()
+    theirs = [item.id for item in widget._queue[3:] if not item.shared][:2]
+    for item_id in (*theirs, shared):
+        ben.append(item_id, "accept")
+    session.press("accept")
+    assert (session.state["done"], session.state["own"]) == (1, 1), "not looked at after each"
+    session.press("accept")
+    assert (session.state["own"], session.state["wanted"]) == (2, 5)
+    assert session.state["done"] == len({*theirs, shared, *(x for x, _ in decisions(session))})
+    while session.state["place"] is not None:
+        session.press("accept")
+    assert {x for x, _ in decisions(session)} == {t.id for t in triplets} - set(theirs)
+    again = Session(folder, triplets, widget=open_annotator(folder, triplets, "cleo", **given))
+    assert [item.id for item in again.widget._queue] == [shared]
+    assert (again.state["done"], again.state["own"], again.state["wanted"]) == (6, 0, 6)
+
+
+def test_labels_of_removals_that_are_gone_take_nothing_from_the_queue(tmp_path, triplets):
+    ben = LabelLog(tmp_path / "labels", "ben")
+    for triplet in triplets:
+        ben.append(triplet.id, "accept", content="of another removal")
+    widget = open_annotator(tmp_path / "labels", triplets, "anna")
+    assert widget.measure_progress()["place"] == 0 and len(widget._queue) == 6
 
 
 class Now:
@@ -341,6 +393,12 @@ def test_keys_can_be_changed_but_not_doubled(tmp_path, triplets):
     assert session.widget.settings["keys"] == {**KEYS, "accept": "j"}
     with pytest.raises(ValueError, match="no such action: approve"):
         Session(tmp_path / "labels", triplets, keys={"approve": "j"})
+    for key in ("space", "", "ctrl+j", 5, None):
+        with pytest.raises(ValueError, match="cannot be the key for accept"):
+            Session(tmp_path / "labels", triplets, keys={"accept": key})
+    Session(tmp_path / "labels", triplets, keys={"accept": "ArrowLeft", "skip": "+"})
+    with pytest.raises(ValueError, match="-2 is no number of labels"):
+        Session(tmp_path / "labels", triplets, wanted=-2)
     with pytest.raises(ValueError, match="one key, two actions: 'x'"):
         Session(tmp_path / "labels", triplets, keys={"accept": "x"})
 

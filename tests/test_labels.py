@@ -27,6 +27,7 @@ from rorem_lib.labels import (
     export_dataset,
     export_labels,
     find_conflicts,
+    find_fair,
     import_labels,
     list_adjudication,
     merge_votes,
@@ -206,6 +207,19 @@ def test_label_of_a_regenerated_candidate_is_stale(candidates, tmp_path):
     assert [x.id for x in current] == ["c0", "c2"] and [x.id for x in stale] == ["c1", "gone"]
 
 
+def test_foreign_lines_and_words_harm_no_other_label(tmp_path, caplog):
+    log = LabelLog(tmp_path, "anna")
+    log.append("c1", "accept")
+    good = {"event": "label", "id": "c2", "label": "accept", "annotator": "anna"}
+    foreign = [good | change for change in (
+        {"id": ["c2"]}, {"annotator": None}, {"ms": "12"}, {"label": 1}, {"reason": 3})]
+    newer = [good | {"id": "c1", "label": "unsure"}, good | {"id": "c1", "event": "undo"}]
+    with open(log.path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(event) + "\n" for event in [*foreign, *newer, good])
+    assert [(x.id, x.label) for x in log.read()] == [("c1", "accept"), ("c2", "accept")]
+    assert "5 torn or foreign line(s) skipped" in caplog.text
+
+
 # ---------------------------------------------------------------------------- votes, agreement
 
 
@@ -258,6 +272,20 @@ def test_missing_labels():
     labels += [vote(x, "skip") for x in ids[3:]]
     assert count_missing(labels, ids, wanted=4) == 0
     assert count_missing([], ids, wanted=99) == 6
+    with pytest.raises(ValueError, match="-1 is no number of labels"):
+        count_missing([], ids, wanted=-1)
+
+
+def test_only_a_fair_sample_tells_the_accept_share():
+    ids = [f"c{place}" for place in range(6)]
+    at_random = [vote("c0", "accept"), vote("c1", "reject", order="imported"), vote("c2", "skip")]
+    assert find_fair(at_random, ids) == {"c0", "c1"}
+    for order in ("uncertainty", "stratified"):
+        some = [*at_random, vote("c3", "accept", order=order)]
+        assert find_fair(some, ids) == set(), "random ones among what another order left over"
+        assert find_fair([*some, vote("c4", "accept", order="audit")], ids) == {"c4"}
+    everything = [vote(x, "accept", order="uncertainty") for x in ids]
+    assert find_fair(everything, ids) == set(ids)
 
 
 def test_agreement_against_known_values():
@@ -318,7 +346,7 @@ def test_every_order_is_complete_and_repeatable():
             assert sorted(x.id for x in queues[0] if not x.repeat) == IDS
             assert sum(x.repeat for x in queues[0]) == 4
     assert order_items(IDS, seed=1) != order_items(IDS, seed=2)
-    assert order_items([]) == [] and len(order_items(["only"], repeat_share=1)) == 2
+    assert order_items([]) == [] and len(order_items(["only"], repeat_share=1)) == 1
 
 
 def test_uncertain_items_come_first_and_the_audit_is_random():
@@ -336,6 +364,9 @@ def test_uncertain_items_come_first_and_the_audit_is_random():
     }
     with pytest.raises(ValueError, match="199 of 200 candidates have not got a score"):
         order_items(IDS, order="uncertainty", scores={"c000": 0.5})
+    for score in (None, float("nan"), 3.5, -0.1, "high"):
+        with pytest.raises(ValueError, match="the score of c007 is .*not a probability"):
+            order_items(IDS, order="uncertainty", scores=scores | {"c007": score})
 
 
 def test_strata_take_turns(tmp_path):
@@ -347,9 +378,13 @@ def test_strata_take_turns(tmp_path):
     strata = stratify_items(read_triplets(tmp_path), bins=2)
     assert Counter(strata.values()) == {f"{k} size {s}": 4 for k in "ab" for s in (0, 1)}
     assert strata[IDS[0]] == "a size 0" and strata[IDS[15]] == "b size 1"
-    queue = order_items(strata, order="stratified", strata=strata, overlap_share=0, repeat_share=0)
+    given = {"order": "stratified", "strata": strata, "overlap_share": 0, "repeat_share": 0}
+    queue = order_items(strata, audit_share=0, **given)
     for place in range(0, 16, 4):
         assert len({strata[x.id] for x in queue[place : place + 4]}) == 4
+    queue = order_items(strata, audit_share=0.25, **given)
+    assert Counter(x.order for x in queue) == {"stratified": 12, "audit": 4}
+    assert sorted(x.id for x in queue) == sorted(strata)
 
 
 def test_annotators_share_the_overlap_alone():
@@ -370,8 +405,13 @@ def test_silent_repeats_come_later():
     repeats = [item for item in queue if item.repeat]
     assert len(repeats) == 20
     for item in repeats:
-        gap = places[item.id, True] - places[item.id, False]
-        assert gap >= 10 or places[item.id, True] > 200
+        assert places[item.id, True] - places[item.id, False] >= 15
+    labels = [vote(x.id, "accept", "b") for x in order_items(IDS, annotator="b")[:40]]
+    later = order_items(IDS, repeat_share=0.1, labels=labels)
+    again = {x.id for x in later if x.repeat}
+    kept = {x.id for x in repeats} - {x.id for x in labels}
+    assert len(kept - again) <= 4 and again <= kept | {x.id for x in queue}
+    assert not [x for x in order_items(IDS[:15], repeat_share=1) if x.repeat], "no room"
     with pytest.raises(ValueError, match="between 0 and 1"):
         order_items(IDS, repeat_share=2)
     with pytest.raises(ValueError, match="order 'best' is unknown"):
@@ -405,9 +445,11 @@ def test_a_scored_set_says_how_each_item_was_drawn(candidates, tmp_path):
              Label("c3", "accept", "a", order="random"), Label("c3", "reject", "b", order="random"),
              Label("c3", "reject", "c", order="adjudication")]
     orders = collect_orders(given)
-    assert orders == {"c0": "audit", "c1": "uncertainty", "c3": "random"}
-    meta = write_scored_set(candidates, merge_votes(given), tmp_path / "scored", orders=orders)
+    assert orders == {"c0": "audit", "c1": "random", "c3": "random"}
+    meta = write_scored_set(candidates, merge_votes(given), tmp_path / "scored", orders=orders,
+                            fair={"c0"})
     assert {x.id: x.extra["label_order"] for x in read_triplets(meta)} == orders
+    assert [x.id for x in read_triplets(meta) if x.extra["fair_sample"]] == ["c0"]
     found = import_labels(meta, tmp_path / "labels", "c", triplets=read_triplets(candidates))
     assert found["written"] == 3
     assert {x.id: x.order for x in read_labels(tmp_path / "labels")} == orders
@@ -475,6 +517,8 @@ def test_exported_dataset_has_pictures_and_all_that_was_said(candidates, tmp_pat
     for name, part in (("source", "source"), ("mask", "mask"), ("removal", "gt")):
         assert np.array_equal(np.asarray(rows[0][name]), pictures[part])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "candidates", "labels.parquet"]
+    with pytest.raises(LabelError, match="none.parquet is not written: there are no labels"):
+        export_dataset([], {}, tmp_path / "none.parquet", triplets=triplets)
 
 
 def test_import_of_foreign_files(candidates, tmp_path):
@@ -515,6 +559,17 @@ def test_import_of_foreign_files(candidates, tmp_path):
         ("meta.json", '[{"id": "c0"}]'),
         ("meta.json", '{"c0": 1}'),
         ("meta.json", '[{"id": "c0", "score": 1'),
+        ("meta.json", '[{"id": "c0", "score": NaN}]'),
+        ("meta.json", "[]"),
+        ("labels.csv", "id,label\nc0,yes\nc1,45\n"),
+        ("labels.csv", "id,label\nc0,-0.5\n"),
+        ("labels.csv", "id,label\nc0,yes\n,no\n"),
+        ("labels.csv", "id,label\n"),
+        ("labels.csv", "id,label,time\nc0,yes,yesterday\n"),
+        ("labels.jsonl", "no label\n"),
+        ("labels.txt", "c0 yes"),
+        ("studio.json", '[{"data": {"id": "c0"}, "annotations": [{"result": [{"value": '
+                        '{"choices": ["Poor"]}}]}]}]'),
         ("missing.json", None),
         ("missing.jsonl", None),
     ],
@@ -525,6 +580,66 @@ def test_import_of_a_bad_file_names_it(tmp_path, name, text):
     with pytest.raises(LabelError, match=f"cannot import .*{name}"):
         import_labels(tmp_path / name, tmp_path / "labels")
     assert read_labels(tmp_path / "labels") == []
+
+
+def test_import_names_the_row_and_writes_all_or_nothing(tmp_path):
+    table = tmp_path / "labels.csv"
+    table.write_text("id,label\nc0,yes\nc1,45\n")
+    with pytest.raises(LabelError, match=r"label 2 in the file \(c1\): 45 is no score"):
+        import_labels(table, tmp_path / "labels")
+    table.write_text("id,label,annotator\nc0,yes,anna\nc1,yes,b/c\nc2,yes,d+1@x.org\n")
+    with pytest.raises(LabelError, match="'b/c' cannot name a label file"):
+        import_labels(table, tmp_path / "labels")
+    assert read_labels(tmp_path / "labels") == []
+    table.write_text(table.read_text().replace("b/c", "b.c"))
+    assert import_labels(table, tmp_path / "labels")["written"] == 3
+
+
+def test_imported_times_are_brought_to_one_clock(tmp_path):
+    table = tmp_path / "LABELS.CSV"
+    table.write_text("id,label,annotator,time\nc0,yes,a,2026-01-01T12:00:00+02:00\n"
+                     "c0,no,b,2026-01-01T11:00:00Z\nc1,no,b,2026-01-01 09:00\n")
+    import_labels(table, tmp_path / "labels")
+    labels = read_labels(tmp_path / "labels")
+    assert merge_votes(labels, "single")["c0"] == "reject"
+    assert [x.time for x in labels] == [f"2026-01-01T{hour}:00:00.000000+00:00"
+                                        for hour in ("10", "09", "11")]
+
+
+def test_label_studio_words_are_read_by_the_name_of_their_question(tmp_path):
+    def annotate(**said):
+        return [{"from_name": name, "value": {"choices": [word]}} for name, word in said.items()]
+
+    tasks = [
+        {"data": {"id": "c0"}, "annotations": [
+            {"result": annotate(reason="unsure", decision="reject"), "completed_by": 7}]},
+        {"data": {"id": "c1"}, "annotations": [{"result": [], "completed_by": 7}]},
+    ]  # fmt: skip
+    path = tmp_path / "tasks.json"
+    path.write_text(json.dumps(tasks))
+    import_labels(path, tmp_path / "labels")
+    found = {x.id: (x.label, x.reason) for x in read_labels(tmp_path / "labels")}
+    assert found == {"c0": ("reject", "unsure"), "c1": ("skip", None)}
+    small = [{"id": 1, "candidate": "c0", "decision": "accept", "annotator": 3, "lead_time": 1.5,
+              "created_at": "2026-01-01T12:00:00.5Z"}]
+    path.write_text(json.dumps(small))
+    import_labels(path, tmp_path / "min")
+    label, = read_labels(tmp_path / "min")
+    assert (label.id, label.label, label.annotator, label.ms) == ("c0", "accept", "3", 1500)
+
+
+def test_import_again_after_the_candidates_were_made_anew(candidates, tmp_path):
+    (tmp_path / "labels.csv").write_text("id,label\nc0,yes\nc1,no\n")
+    triplets = read_triplets(candidates)
+
+    def bring():
+        return import_labels(tmp_path / "labels.csv", tmp_path / "labels", triplets=triplets)
+
+    assert bring()["written"] == 2 and bring()["written"] == 0
+    triplets[0].gt.write_bytes(triplets[3].gt.read_bytes())
+    assert bring()["written"] == 1
+    current, stale = split_stale(read_labels(tmp_path / "labels"), triplets)
+    assert sorted(x.id for x in current) == ["c0", "c1"] and not stale
 
 
 def test_import_does_not_bring_back_what_was_undone(tmp_path):

@@ -316,6 +316,24 @@ def test_missing_labels_wait_and_survive_a_change(kit):
     assert len(kept) == 1
 
 
+@pytest.mark.parametrize("asked", ["mode: import", "user_study: success"])
+def test_what_people_said_is_carried_wherever_they_are_asked(kit, asked):
+    notebook = kit.root / "notebooks" / "03_judge.ipynb"
+    notebook.write_text(notebook.read_text().replace(
+        'mode: str = \\"simulate\\"', 'mode: str = \\"simulate\\"\\nuser_study: str = \\"\\"'))
+    kit.write_recipe(f"stages:\n  judge: {{notebook: 03_judge, parameters: {{{asked}}}}}\n")
+    kit.call("run", "small")
+    answers = kit.run_dir / "judge" / "study" / "labels-anna.jsonl"
+    answers.parent.mkdir()
+    answers.write_text('{"id": "1", "label": "accept", "simulated": false}\n')
+    (answers.parent / "trials.json").write_text("{}")
+    assert kit.states()["judge"] == ("changed" if "user_study" in asked else "done")
+    (kit.library / "colours.py").write_text("def count():\n    return 4\n")
+    kit.call("run", "small")
+    assert answers.read_text() and (answers.parent / "trials.json").exists()
+    assert kit.states() == {"judge": "done"}
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_killed_runner_leaves_nothing_and_loses_nothing(kit, number):
     kit.write_recipe("stages:\n  train: {notebook: 02_train, parameters: "
