@@ -51,10 +51,10 @@ def page(lab, chromium_path):
         browser.close()
 
 
-def kill_kernel(server):
+def signal_kernel(server, number):
     kernel, = (process for process in psutil.Process(server.pid).children(recursive=True)
                if "ipykernel_launcher" in " ".join(process.cmdline()))
-    os.kill(kernel.pid, signal.SIGKILL)
+    os.kill(kernel.pid, number)
 
 
 def test_a_kernel_killed_while_keys_come_loses_nothing_it_called_saved(page, lab, folder):
@@ -79,7 +79,7 @@ def test_a_kernel_killed_while_keys_come_loses_nothing_it_called_saved(page, lab
     )
     seed = random.randrange(10**6)
     page.wait_for_timeout(200 + random.Random(seed).randrange(1500))
-    kill_kernel(lab[1])
+    signal_kernel(lab[1], signal.SIGKILL)
     page.wait_for_selector(f"{ROOT_SELECTOR}[data-save=failed]")
     called_saved = int(me.widget.locator(".count").inner_text().split()[0])
     kept = [item_id for item_id, *_ in me.saved]
@@ -150,6 +150,19 @@ def test_labelling_by_keyboard_in_jupyterlab(page, lab, folder):
     expected.append((hasty, "reject", None))
     assert me.saved == expected
 
+    # without NumLock the pad's keys are arrows: they move the picture and label nothing
+    plain = me.grab_canvas(1)
+    for key, code, back in (("ArrowDown", "Numpad2", "ArrowUp"), ("ArrowLeft", "Numpad4",
+                             "ArrowRight"), ("+", "NumpadAdd", "-")):
+        page.evaluate(
+            """([selector, key, code]) => document.querySelector(selector).dispatchEvent(
+                new KeyboardEvent("keydown", { key, code, bubbles: true }))""",
+            [ROOT_SELECTOR, key, code],
+        )
+        assert me.grab_canvas(1) != plain, f"{key} moves nothing"
+        page.keyboard.press(back)
+        assert me.grab_canvas(1) == plain and me.saved == expected
+
     # looking around labels nothing and is seen
     plain = me.grab_canvas(1)
     for key in "fzdp":
@@ -183,9 +196,32 @@ def test_labelling_by_keyboard_in_jupyterlab(page, lab, folder):
     expected.append((me.click("accept"), "accept", None))
     undone = me.click("undo") and me.shown
     expected.append((undone, "undo", None))
+    me.press("u")
+    expected.append((me.shown, "undo", None))
+    assert me.widget.locator(".note").input_value() == "as x 1", "undo brings the note back"
+    expected.append((me.press("3"), "reject", "blur"))
+    assert me.widget.locator(".note").input_value() == ""
     me.widget.locator("[data-action=reason_1]").focus()
-    expected.append((me.press("Enter"), "reject", "incomplete removal"))
+    expected.append((me.change(lambda: page.keyboard.down("Enter")), "reject",
+                     "incomplete removal"))
+    for _ in range(3):
+        page.keyboard.down("Enter")  # held
+        page.wait_for_timeout(30)
+    page.keyboard.up("Enter")
     assert me.saved == expected
+
+    # an undo pressed again while the kernel is busy is one undo
+    me.focus()
+    before = me.shown
+    signal_kernel(lab[1], signal.SIGSTOP)
+    page.keyboard.press("u")
+    page.wait_for_selector(f"{ROOT_SELECTOR}[data-save=failed]")
+    page.keyboard.press("u")
+    undone = me.change(lambda: signal_kernel(lab[1], signal.SIGCONT)) and me.shown
+    page.wait_for_timeout(300)
+    expected.append((undone, "undo", None))
+    assert me.saved == expected and before != undone
+    expected.append((me.press("1"), "reject", "incomplete removal"))
 
     # a full disk is told, and the picture stays until it is saved
     me.focus()
@@ -214,7 +250,7 @@ def test_labelling_by_keyboard_in_jupyterlab(page, lab, folder):
 
     # the kernel is killed: nothing is called saved that is not, and nothing is lost
     open_item = me.shown
-    kill_kernel(lab[1])
+    signal_kernel(lab[1], signal.SIGKILL)
     page.keyboard.press("a")
     page.wait_for_selector(f"{ROOT_SELECTOR}[data-save=failed]")
     assert me.shown == open_item and me.saved == expected
