@@ -206,29 +206,6 @@ def plot_calibration(curve: Mapping, roc: Mapping | None = None, *, auc: float |
     return figure
 
 
-def plot_label_orders(budgets: Sequence[int], curves: Mapping[str, tuple]) -> Figure:
-    """How good a discriminator gets with more labels, by the order in which they were given.
-
-    Args:
-        budgets: [B] numbers of labels.
-        curves: order -> (mean, half the width of the 95 % interval), each [B]: the area under the
-            ROC curve.
-    """
-    figure, (axis,) = make_axes(6, 3.4)
-    styles = zip(curves.items(), (BLACK, BLUE, VERMILION), ("o", "s", "^"), strict=False)
-    for number, ((order, (mean, half)), colour, marker) in enumerate(styles):
-        moved = np.asarray(budgets) * 1.03 ** (number - 1)  # or the bars hide each other
-        axis.errorbar(moved, mean, yerr=half, color=colour, marker=marker, markersize=5,
-                      capsize=3, linewidth=1.5, label=order)
-    axis.set_xscale("log")
-    axis.set_xticks(budgets, [f"{n:,}" for n in budgets])
-    axis.set_xticks([], minor=True)
-    axis.set_xlabel("labels")
-    axis.set_ylabel("area under the ROC curve")
-    axis.legend(fontsize=9, frameon=False, title="order of the labels", title_fontsize=9)
-    return figure
-
-
 def plot_label_summary(labels: Sequence) -> Figure:
     """Each annotator's decisions, and the reasons for what they rejected.
 
