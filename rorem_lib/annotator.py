@@ -133,6 +133,7 @@ class Annotator(anywidget.AnyWidget):
         self._choices = (*PREFERENCES, "skip") if rivals else DECISIONS
         self._agreement: dict | None = None
         self._unseen = 0  # decisions since others' labels were looked at
+        self._note = ""  # of the decision that was just taken back
         self._contents: dict[int, str] = {}
         self._ahead: tuple[int, Future] | None = None  # a place and the message that shows it
         self._decided: dict[int, Label] = {}  # in the order of the decisions: undo takes the last
@@ -186,15 +187,11 @@ class Annotator(anywidget.AnyWidget):
             self._send_state()
         elif kind in ("label", "undo"):
             try:
-                note = ""
-                if kind == "label":
-                    notice = self._label(content)
-                else:
-                    notice, note = self._undo(content)
+                notice = self._label(content) if kind == "label" else self._undo(content)
             except LabelError as error:
                 self.send({"kind": "failed", "message": str(error), "place": content.get("place")})
             else:
-                self._send_state(notice, note)
+                self._send_state(notice)
             self._send_items(content.get("want", []))
         if kind in ("ready", "label"):
             self._make_ahead()
@@ -223,7 +220,7 @@ class Annotator(anywidget.AnyWidget):
         )
         self._decided[place] = label
         self._counts[label.label] += not label.repeat
-        self._place = self._find_open(place)
+        self._place, self._note = self._find_open(place), ""
         self._unseen += 1
         if self._unseen == LOOK_EVERY:
             self._unseen = 0
@@ -234,26 +231,26 @@ class Annotator(anywidget.AnyWidget):
     def _catch_up(self) -> None:
         """With what this name has labelled in another notebook."""
         self._resume()
-        self._place = self._find_open(0)
+        self._place, self._note = self._find_open(0), ""
 
-    def _undo(self, content: dict) -> tuple[str, str]:
-        """What to say, and the note of what was taken back."""
+    def _undo(self, content: dict) -> str:
         if content["decided"] != len(self._decided):
-            return "", ""  # pressed again before the first answer came
+            return ""  # pressed again before the first answer came
         if self._log.was_continued():
             self._catch_up()
-            return "nothing taken back: this name was at work elsewhere; its labels are here", ""
+            return "nothing taken back: this name was at work elsewhere; its labels are here now"
         if not self._decided:
-            return "there is nothing to undo", ""
+            return "there is nothing to undo"
         place = next(reversed(self._decided))
         self._log.take_back(self._decided[place])
         was = self._decided.pop(place)
         self._counts[was.label] -= not was.repeat
-        self._place = place
-        return f"taken back: {was.label}", was.note or ""
+        self._place, self._note = place, was.note or ""
+        return f"taken back: {was.label}"
 
-    def _send_state(self, notice: str = "", note: str = "") -> None:
-        self.send({"kind": "state", "notice": notice, "note": note, **self.measure_progress()})
+    def _send_state(self, notice: str = "") -> None:
+        state = {"kind": "state", "notice": notice, "note": self._note}
+        self.send(state | self.measure_progress())
 
     def _look_at_others(self) -> None:
         """Whose labels are in the folder by now: how far we agree, and what is left to do."""

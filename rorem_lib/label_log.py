@@ -326,7 +326,8 @@ def split_stale(labels: Iterable[Label], triplets: Iterable) -> tuple[list[Label
         known = label.id in paths
         if known and label.content:
             if label.id not in hashes:
-                hashes[label.id] = hash_content(paths[label.id])
-            known = hashes[label.id] == label.content
+                with contextlib.suppress(FileNotFoundError):
+                    hashes[label.id] = hash_content(paths[label.id])
+            known = hashes.get(label.id) == label.content
         (current if known else stale).append(label)
     return current, stale

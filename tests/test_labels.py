@@ -205,6 +205,8 @@ def test_label_of_a_regenerated_candidate_is_stale(candidates, tmp_path):
     triplets[1].gt.write_bytes(triplets[3].gt.read_bytes())
     current, stale = split_stale(log.read(), triplets)
     assert [x.id for x in current] == ["c0", "c2"] and [x.id for x in stale] == ["c1", "gone"]
+    triplets[0].gt.unlink()
+    assert [x.id for x in split_stale(log.read(), triplets)[0]] == ["c2"]
 
 
 def test_foreign_lines_and_words_harm_no_other_label(tmp_path, caplog):
