@@ -93,7 +93,8 @@ def plot_success(methods: Sequence[Mapping], *, judge: str = "simulated annotato
     axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axis.set_xlim(left=0)
     axis.plot([], [], "o-", color=BLACK, label=f"{judge}, 95 % interval")
-    axis.plot([], [], "D", color=GREY, markerfacecolor="none", label="discriminator")
+    if any(method.get("success_rate_discriminator") is not None for method in methods):
+        axis.plot([], [], "D", color=GREY, markerfacecolor="none", label="discriminator")
     axis.set_xlabel("success rate")
     axis.legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     return figure

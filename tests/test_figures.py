@@ -85,6 +85,10 @@ def test_success_and_failures_bear_missing_values():
     colours = evaluation_figures.assign_colours(METHODS)
     success = evaluation_figures.plot_success(measured)
     assert shows(success, colours["control"]) and not shows(success, colours["Telea"])
+    for rate, judges in ((None, 1), (0.3, 2)):  # who says nothing is not in the legend
+        some = [{**method, "success_rate_discriminator": rate} for method in measured]
+        legend = evaluation_figures.plot_success(some).axes[0].get_legend().get_texts()
+        assert len(legend) == judges
     failures = evaluation_figures.plot_failures(measured)
     legend = [text.get_text() for text in failures.axes[0].get_legend().get_texts()]
     assert legend == ["blur", "odd reason"] and shows(failures, figures.SKY)
