@@ -218,9 +218,10 @@ def _append_bytes(path: Path, data: bytes) -> int:
                 written += os.write(descriptor, data[written:])
             os.fsync(descriptor)
         except OSError:
-            # What is reported as not saved should not turn up as a label later on.
+            # What is reported as not saved should not turn up as a label later on. A network file
+            # system may have taken the whole line, and kept a part of it when its disk is full.
             with contextlib.suppress(OSError):
-                if written and os.fstat(descriptor).st_size == start + written:
+                if start < os.fstat(descriptor).st_size <= start + len(data):
                     os.ftruncate(descriptor, start)
             raise
     finally:

@@ -167,6 +167,16 @@ def test_disk_that_fills_up_within_a_line(tmp_path, monkeypatch):
     monkeypatch.setattr(label_log.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(5, "I/O")))
     with pytest.raises(LabelError, match="I/O"):
         log.append("c2", "accept")
+    assert log.path.read_bytes() == before
+
+    def pretend(descriptor, data):  # as NFS does: that the disk is full shows with fsync
+        write(descriptor, data[:20])
+        return len(data)
+
+    monkeypatch.setattr(label_log.os, "write", pretend)
+    with pytest.raises(LabelError, match="I/O"):
+        log.append("c2", "accept")
+    assert log.path.read_bytes() == before
     monkeypatch.undo()
     assert [label.id for label in log.read()] == ["c1"]
     log.append("c2", "reject")
