@@ -209,7 +209,9 @@ function render({ model, el }) {
     const entry = { ...content, bitmaps: [], path: makePath(content.outline ?? []) };
     try {
       const blobs = (content.types ?? []).map((type, i) => new Blob([buffers[i]], { type }));
-      entry.bitmaps = await Promise.all(blobs.map((blob) => createImageBitmap(blob)));
+      // as training reads them: without the colour profiles that files may carry
+      const plain = { colorSpaceConversion: "none" };
+      entry.bitmaps = await Promise.all(blobs.map((blob) => createImageBitmap(blob, plain)));
     } catch (error) {
       entry.error = `a file of ${content.id} is truncated or damaged (${error.message})`;
     }

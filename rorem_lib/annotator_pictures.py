@@ -8,7 +8,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 from skimage.measure import find_contours
 
 from rorem_lib.triplets import Triplet, load_image, load_images
@@ -71,8 +71,11 @@ def _read_plain_file(path: Path, view_size: int) -> tuple[str, bytes, list[int]]
         if path.stat().st_size > PLAIN_BYTES:
             return None
         with Image.open(path) as image:  # reads the head alone
+            exif = Image.Image.getexif(image)  # a PNG's own method decodes the picture first
             known = image.format in ("PNG", "JPEG") and image.mode == "RGB"
-            if known and max(image.size) <= view_size and "exif" not in image.info:
+            upright = exif.get(ExifTags.Base.Orientation, 1) == 1  # XMP's word counts too
+            solid = not image.has_transparency_data
+            if known and upright and solid and max(image.size) <= view_size:
                 return f"image/{image.format.lower()}", path.read_bytes(), list(image.size)
     except (OSError, SyntaxError, ValueError):
         pass  # load_images names what is wrong with it

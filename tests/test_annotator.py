@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from rorem_lib import annotator
 from rorem_lib.annotator import KEYS, Annotator, open_annotator
@@ -361,6 +361,26 @@ def test_small_pictures_arrive_exactly(triplets):
     for data, part in zip(pictures, ("source", "gt"), strict=True):
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), original[part])
     assert info["box"] == [8, 8, 19, 16]
+
+
+def test_what_a_browser_would_show_otherwise_comes_as_training_reads_it(triplets):
+    picture = Image.open(triplets[0].source)
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    xmp = (b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/'
+           b'22-rdf-syntax-ns#"><rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" '
+           b'tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>')
+    camera = Image.Exif()
+    camera[ExifTags.Base.Make] = "Eastman"
+    for options, plain in (({}, True), ({"exif": camera}, True), ({"exif": turned}, False),
+                           ({"xmp": xmp}, False), ({"transparency": (1, 2, 3)}, False)):
+        kind = "PNG" if "transparency" in options else "JPEG"
+        picture.save(triplets[0].source, kind, **options)
+        info, pictures = encode_item(triplets[0])
+        assert (pictures[0] == triplets[0].source.read_bytes()) is plain, options
+        if not plain:
+            shown = np.asarray(Image.open(io.BytesIO(pictures[0])))
+            assert np.array_equal(shown, load_images(triplets[0])["source"]), options
 
 
 def test_large_pictures_come_smaller_with_the_mask_at_full_resolution(tmp_path):
