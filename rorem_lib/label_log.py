@@ -3,7 +3,8 @@
 A label log is one append-only file an annotator, `labels-<annotator>.jsonl`, one JSON object a
 line. Each line is on the disk (fsync) before the call returns, undo is a further line, and a line
 torn by a crash is skipped by the reader and never glued to the next one. One writer a file means
-that annotators need no lock, also on a network file system.
+that annotators need no lock, also on a network file system; one name at work on two machines at
+once can lose labels there, as appends of two clients overwrite each other on NFS.
 """
 
 from __future__ import annotations
