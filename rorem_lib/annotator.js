@@ -71,6 +71,7 @@ function render({ model, el }) {
   let state = null; // the kernel's last word: place, id, upcoming, figures
   let shown = null; // the item on screen; null while none is, and then decisions are ignored
   let shownAt = 0;
+  let wantsFocus = model.get("settings").focus; // its name was just typed: the keys are for this
   let visited = false; // whether the widget has been scrolled into view once
   let pending = null; // the decision or undo that waits for the kernel's answer
   let item = null; // what draw() paints
@@ -103,14 +104,14 @@ function render({ model, el }) {
   });
   const buttons = {};
   const makeButton = (action, text, kind = "") => {
-    const key = make("kbd", {}, keys[action]);
+    const key = make("kbd", {}, keys[action] === " " ? "space" : keys[action]);
     const title = HELP[action] ?? text;
     const attributes = { type: "button", class: kind, title, "data-action": action };
     buttons[action] = make("button", { ...attributes, "aria-keyshortcuts": keys[action] }, key, text);
     buttons[action].addEventListener("click", () => perform(action));
     return buttons[action];
   };
-  const hint = make("span", { class: "hint" }, "Keys are off: click here or press Tab");
+  const hint = make("span", { class: "hint" }, "Keys are off: click here");
   const root = make(
     "div",
     { class: "rorem-annotator", tabindex: "0", "data-lm-suppress-shortcuts": "true", role: "application",
@@ -216,7 +217,7 @@ function render({ model, el }) {
       entry.error = `a file of ${content.id} is truncated or damaged (${error.message})`;
     }
     asked.delete(content.place);
-    forget(content.place);
+    if (cache.has(content.place)) return; // another view asked for it: this one keeps note and zoom
     cache.set(content.place, entry);
     if (state && content.place === state.place) showPlace();
   }
@@ -243,8 +244,10 @@ function render({ model, el }) {
 
   // ------------------------------------------------------------------ showing
   function say(text, bad = false) {
+    const wasBad = message.classList.contains("bad");
     message.textContent = text;
     message.classList.toggle("bad", bad);
+    if (bad !== wasBad) measure(); // what went wrong takes its room from the pictures
   }
 
   function setSave(kind, text) {
@@ -262,7 +265,7 @@ function render({ model, el }) {
     if (accepted + rejected) parts.push(`${Math.round((100 * accepted) / (accepted + rejected))} % accepted`);
     if (skipped) parts.push(`${skipped} skipped`);
     if (rate) parts.push(`${Math.round(rate)} a minute`);
-    if (left) parts.push(left < 90 ? `${Math.round(left)} s left` : `${Math.round(left / 60)} min left`);
+    if (left && state.place !== null) parts.push(left < 90 ? `${Math.round(left)} s left` : `${Math.round(left / 60)} min left`);
     if (agreement) parts.push(`agreement α ${agreement.alpha?.toFixed(2) ?? "–"} on ${agreement.n} shared`);
     figures.textContent = [...parts, annotator].join("  ·  ");
     figures.title = state.file;
@@ -286,11 +289,14 @@ function render({ model, el }) {
     if (!next) return;
     item = next;
     Object.assign(look, { swapped: false, difference: false });
+    flickerDown = 0;
     startNote(state.note);
     view = null;
     draw();
     if (next.error) say(`This picture cannot be shown, skip it: ${next.error}`, true);
     if (!visited) bringIntoView();
+    if (wantsFocus && document.activeElement === document.body) root.focus({ preventScroll: true });
+    wantsFocus = false;
     painted = afterPaint().then(() => {
       if (item !== next || state.place !== next.place) return;
       shown = next;
@@ -358,7 +364,8 @@ function render({ model, el }) {
   // In VS Code the window is as tall as the whole notebook: there the screen sets the limit.
   function measure() {
     const port = root.closest(".jp-WindowedPanel-outer, .jp-LinkedOutputView");
-    const rest = root.offsetHeight - panes[0].canvas.offsetHeight - message.offsetHeight;
+    const extra = message.classList.contains("bad") ? 0 : message.offsetHeight;
+    const rest = root.offsetHeight - panes[0].canvas.offsetHeight - extra;
     const visible = Math.min(window.innerHeight - 40, screen.availHeight - EDITOR_HEIGHT);
     const free = (port?.clientHeight || visible) - rest - 12;
     height = Math.round(Math.min(panes[0].figure.clientWidth, Math.max(220, free)));
@@ -449,8 +456,9 @@ function render({ model, el }) {
       return;
     }
     if (event.target === note) {
+      if (event.isComposing || (event.key !== "Escape" && event.key !== "Enter")) return;
       if (event.key === "Escape") note.value = "";
-      if (event.key === "Escape" || (event.key === "Enter" && !event.isComposing)) root.focus({ preventScroll: true });
+      root.focus({ preventScroll: true });
       return;
     }
     if (event.target.tagName === "BUTTON" && (event.key === " " || event.key === "Enter")) {

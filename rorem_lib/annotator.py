@@ -37,7 +37,13 @@ from rorem_lib.label_log import (
     read_labels,
     split_stale,
 )
-from rorem_lib.labels import QueueItem, compute_agreement, list_adjudication, order_items
+from rorem_lib.labels import (
+    ADJUDICATION,
+    QueueItem,
+    compute_agreement,
+    list_adjudication,
+    order_items,
+)
 from rorem_lib.triplets import Triplet
 
 logger = logging.getLogger(__name__)
@@ -128,7 +134,8 @@ class Annotator(anywidget.AnyWidget):
         self._divided = divided
         self._theirs: set[str] = set()  # ids that others have decided
         self._taken: set[int] = set()  # places that others have seen to
-        self._prefetch, self._view_size, self._votes = prefetch, view_size, votes or {}
+        self._prefetch, self._view_size = prefetch, view_size
+        self._votes, self._adjudicates = votes or {}, votes is not None
         self._rivals = rivals or {}
         self._choices = (*PREFERENCES, "skip") if rivals else DECISIONS
         self._agreement: dict | None = None
@@ -159,6 +166,8 @@ class Annotator(anywidget.AnyWidget):
         if stale:
             logger.warning("%d labels of removals that are gone do not count", len(stale))
         for label in labels:
+            if self._adjudicates and label.order != ADJUDICATION:
+                continue  # a skip of before is no verdict
             if (label.id, label.repeat) in places:
                 self._decided[places[label.id, label.repeat]] = label
         self._counts = Counter(x.label for x in self._decided.values() if not x.repeat)
@@ -170,6 +179,9 @@ class Annotator(anywidget.AnyWidget):
 
     def _is_open(self, place: int) -> bool:
         return place not in self._decided and place not in self._taken
+
+    def __repr__(self) -> str:  # what a notebook shows that is opened without its kernel
+        return f"<labels of {self._log.annotator}: run the notebook to go on>"
 
     def close(self) -> None:
         """Close the widget and its workers."""
@@ -264,9 +276,9 @@ class Annotator(anywidget.AnyWidget):
         pairs = [x for x in shared["pairs"] if name in x["annotators"]]
         self._agreement = {"alpha": shared["alpha"], "n": shared["n_shared"]} if pairs else None
         if self._divided:
-            seen = {x.id for x in labels if x.annotator != name}
+            new = {x.id for x in labels if x.annotator != name} - mine
             self._taken = {place for place, item in enumerate(self._queue)
-                           if item.id in seen - mine and not item.shared}
+                           if item.id in new and not item.shared}
             self._theirs = {x.id for x in labels if x.annotator != name and x.label != "skip"}
 
     def _send_items(self, places: Iterable[int]) -> None:
@@ -392,11 +404,14 @@ def ask_name(open_widget: Callable[[str], Annotator]) -> widgets.VBox:
         try:
             if not name.value.strip():
                 raise LabelError("Enter your name: it names the file that your labels go to.")
-            box.children = [open_widget(name.value.strip())]
+            widget = open_widget(name.value.strip())
+            widget.settings = widget.settings | {"focus": True}
+            box.children = [widget]
         except (LabelError, ValueError) as error:
             trouble.value = f"<b>{html.escape(str(error))}</b>"
 
     start.on_click(start_labelling)
+    name.on_msg(lambda field, told, _: told.get("event") == "submit" and start_labelling(field))
     return box
 
 

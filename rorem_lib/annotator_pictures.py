@@ -54,9 +54,11 @@ def encode_item(
         return info | {"types": [kind for kind, _, _ in files]}, [data for _, data, _ in files]
     shown = [Image.fromarray(image) for image in shown]
     if max(size) > view_size:
-        margin = max(box[2] - box[0], box[3] - box[1]) // 4
-        crop = [max(0, box[0] - margin), max(0, box[1] - margin)]
-        crop += [min(size[0], box[2] + margin), min(size[1], box[3] + margin)]
+        # What the browser zooms to, in a pane that is wider than high, and something to pan over.
+        reach = max(0.8 * max(box[2] - box[0], box[3] - box[1]) + 2, view_size / 4)
+        x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+        crop = [max(0, int(x - 1.25 * reach)), max(0, int(y - reach))]
+        crop += [min(size[0], int(x + 1.25 * reach) + 1), min(size[1], int(y + reach) + 1)]
         shown += [image.crop(crop) for image in shown]
         for image in shown[: len(shown) // 2]:
             image.thumbnail((view_size, view_size), Image.Resampling.LANCZOS)

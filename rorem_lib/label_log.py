@@ -158,8 +158,18 @@ class LabelLog:
 
     def was_continued(self) -> bool:
         """Whether somebody else has written to this log since it was last read or written here:
-        the same name in a second notebook."""
-        return self._measure() > self._size
+        the same name in a second notebook.
+
+        Raises:
+            LabelError: the log is shorter than it was, or gone: what it held is lost from here.
+        """
+        size = self._measure()
+        if size < self._size and not self.path.is_char_device():  # a device has no size
+            raise LabelError(
+                f"not saved: {self.path} is gone, or was cut: it held {self._size} bytes and now "
+                f"holds {size}. Bring the folder back (is the disk mounted?), then run this again"
+            )
+        return size > self._size
 
     def _measure(self) -> int:
         try:
@@ -195,9 +205,11 @@ def _explain(path: Path):
     try:
         yield
     except OSError as error:
+        gone = isinstance(error, FileNotFoundError)
+        mend = "Bring the folder back" if gone else "Free some space or make the folder writable"
         raise LabelError(
-            f"not saved: {path} cannot be written ({error.strerror or error}). Free some space "
-            "or make the folder writable, then label this picture again"
+            f"not saved: {path} cannot be written ({error.strerror or error}). {mend}, then label "
+            "this picture again"
         ) from error
 
 

@@ -208,6 +208,29 @@ def test_an_adjudicator_hears_the_votes_after_the_decision(tmp_path, triplets):
     assert merge_votes(labels) == {"c0": "accept", "c1": "reject", "c2": "accept"}
 
 
+def test_a_skip_of_before_is_no_verdict(tmp_path, triplets):
+    for name, answer in (("ben", "accept"), ("cleo", "reject"), ("anna", "skip")):
+        LabelLog(tmp_path / "labels", name).append("c1", answer)
+    widget = open_annotator(tmp_path / "labels", triplets, "anna", adjudicate=True)
+    session = Session(tmp_path / "labels", triplets, widget=widget)
+    assert session.state["id"] == "c1" and session.undo()["notice"] == "there is nothing to undo"
+    session.press("accept")
+    assert session.state["place"] is None
+    assert merge_votes(read_labels(tmp_path / "labels")) == {"c1": "accept"}
+
+
+def test_a_log_that_vanished_is_told(session, tmp_path):
+    session.press("accept")
+    session.press("accept")
+    (tmp_path / "labels").rename(tmp_path / "aside")  # as if its disk was unmounted
+    (tmp_path / "labels").mkdir()
+    for answer in (session.press("accept"), session.ask(kind="undo", decided=2)):
+        assert answer["kind"] == "failed" and "is gone, or was cut" in answer["message"]
+    (tmp_path / "labels").rmdir()
+    (tmp_path / "aside").rename(tmp_path / "labels")
+    assert session.press("reject")["place"] == 3 and len(decisions(session)) == 3
+
+
 def test_a_name_at_work_in_two_places_is_noticed(tmp_path, triplets):
     first, second = (Session(tmp_path / "labels", triplets) for _ in range(2))
     first.press("accept")
@@ -293,8 +316,9 @@ def test_without_a_name_it_is_asked_for(tmp_path, triplets):
     assert "cannot name a label file" in trouble.value
     assert not list((tmp_path / "labels").glob("*")) and len(box.children) == 2
     name.value = " anna "
-    start.click()
+    name._handle_custom_msg({"event": "submit"}, [])  # Enter in the field
     widget, = box.children
+    assert widget.settings["focus"] is True
     assert widget.settings["annotator"] == "anna"
     assert widget.measure_progress()["wanted"] == 3
 
@@ -391,6 +415,10 @@ def test_large_pictures_come_smaller_with_the_mask_at_full_resolution(tmp_path):
     x0, y0, x1, y1 = info["crop"]
     assert images[2].size == images[3].size == (x1 - x0, y1 - y0)
     assert x0 < 300 and x1 > 603 and info["size"] == [1200, 1200]
+    longest = max(info["box"][2] - info["box"][0], info["box"][3] - info["box"][1])
+    for low, high, start, end in ((x0, x1, 0, 2), (y0, y1, 1, 3)):  # all that "zoom" shows
+        assert low <= max(0, info["box"][start] - 0.3 * longest - 2)
+        assert high >= min(1200, info["box"][end] + 0.3 * longest + 2)
     crop = load_images(triplet)["gt"][y0:y1, x0:x1].astype(float)
     assert np.abs(np.asarray(images[3]) - crop).mean() < 20 < np.abs(127 - crop).mean()
 

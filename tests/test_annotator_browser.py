@@ -150,6 +150,16 @@ def test_labelling_by_keyboard_in_jupyterlab(page, lab, folder):
     expected.append((hasty, "reject", None))
     assert me.saved == expected
 
+    # who still holds the flicker key decides, and sees the next picture as it is
+    page.keyboard.down("f")
+    page.wait_for_timeout(400)
+    expected.append((me.press("a"), "accept", None))
+    page.keyboard.up("f")
+    assert me.widget.locator("figcaption").all_inner_texts() == ["source", "removal"]
+    undone = me.press("u") and me.shown
+    expected.append((undone, "undo", None))
+    assert me.saved == expected
+
     # without NumLock the pad's keys are arrows: they move the picture and label nothing
     plain = me.grab_canvas(1)
     for key, code, back in (("ArrowDown", "Numpad2", "ArrowUp"), ("ArrowLeft", "Numpad4",
