@@ -25,11 +25,11 @@ import anywidget
 import ipywidgets as widgets
 import traitlets
 
+from rorem_lib.annotator_keys import KEYS, PREFERENCE_KEYS, list_decisions, merge_keys
 from rorem_lib.annotator_pictures import encode_item
 from rorem_lib.label_log import (
     DECISIONS,
     PREFERENCES,
-    REASONS,
     Label,
     LabelError,
     LabelLog,
@@ -41,6 +41,7 @@ from rorem_lib.labels import (
     ADJUDICATION,
     QueueItem,
     compute_agreement,
+    count_wanted,
     list_adjudication,
     order_items,
 )
@@ -48,34 +49,11 @@ from rorem_lib.triplets import Triplet
 
 logger = logging.getLogger(__name__)
 
-_COMMON_KEYS = {
-    "skip": "s",
-    "undo": "u",
-    "flicker": "f",
-    "mask": "m",
-    "zoom": "z",
-    "difference": "d",
-    "pixels": "p",
-    "note": "n",
-}
-KEYS = {
-    "accept": "a",
-    "reject": "x",
-    **{f"reason_{place}": str(place) for place in range(1, len(REASONS) + 1)},
-    **_COMMON_KEYS,
-}
-PREFERENCE_KEYS = {"left": "1", "same": "2", "right": "3", **_COMMON_KEYS}
 # A pause longer than this counts as this long in the rate.
 PAUSE_MS = 60_000
 RATE_WINDOW = 50
 # Decisions between two looks at others' labels. After each one it would tell what others had said.
 LOOK_EVERY = 25
-# Keys with a name, in lower case, as browsers call them; Tab and Escape lead out of things.
-NAMED_KEYS = {
-    *("enter", "backspace", "delete", "insert", "home", "end", "pageup", "pagedown"),
-    *("arrowleft", "arrowright", "arrowup", "arrowdown"),
-    *(f"f{number}" for number in range(1, 13)),
-}
 
 
 class Annotator(anywidget.AnyWidget):
@@ -83,10 +61,10 @@ class Annotator(anywidget.AnyWidget):
 
     Args:
         log: where decisions go; it decides what "saved" means.
-        queue: the annotator's places, as `labels.order_items` returns them.
+        queue: the annotator's places, as `label_queue.order_items` returns them.
         triplets: the candidates (GT is the removal); must cover the queue.
         wanted: number of decisions aimed at; 0 is the whole queue.
-        keys: action -> key, replaces single ones of `KEYS`.
+        keys: action -> key, replaces single ones of `annotator_keys.KEYS`.
         prefetch: how many coming places the browser holds decoded.
         view_size: longest side in pixels of what the browser gets; a larger picture's mask box
             comes at full resolution besides.
@@ -126,11 +104,9 @@ class Annotator(anywidget.AnyWidget):
         lacking = [item.id for item in self._queue if item.id not in self._triplets]
         if lacking:
             raise ValueError(f"{len(lacking)} queued ids are no candidates (first: {lacking[0]})")
-        if wanted < 0:
-            raise ValueError(f"labels wanted: {wanted} is no number of labels; 0 wants all")
         first_views = sum(not item.repeat for item in self._queue)
         total = len(self._triplets) if divided else first_views
-        self._wanted = min(wanted, total) if wanted else total
+        self._wanted = count_wanted(wanted, total)
         self._divided = divided
         self._theirs: set[str] = set()  # ids that others have decided
         self._taken: set[int] = set()  # places that others have seen to
@@ -150,9 +126,9 @@ class Annotator(anywidget.AnyWidget):
         self._place = self._find_open(0)
         super().__init__(
             settings={
-                "keys": _merge_keys(keys or {}, PREFERENCE_KEYS if rivals else KEYS),
+                "keys": merge_keys(keys or {}, PREFERENCE_KEYS if rivals else KEYS),
                 "panes": ["source", "left", "right"] if rivals else ["source", "removal"],
-                "decisions": _list_decisions(bool(rivals)),
+                "decisions": list_decisions(bool(rivals)),
                 "annotator": log.annotator,
                 "prefetch": prefetch,
             }
@@ -254,7 +230,7 @@ class Annotator(anywidget.AnyWidget):
         if not self._decided:
             return "there is nothing to undo"
         place = next(reversed(self._decided))
-        self._log.take_back(self._decided[place])
+        self._log.undo(self._decided[place])
         was = self._decided.pop(place)
         self._counts[was.label] -= not was.repeat
         self._place, self._note = place, was.note or ""
@@ -372,11 +348,11 @@ def open_annotator(
         annotator: whose labels these are.
         adjudicate: show only what others disagree about, and their votes after each decision.
         wanted, keys: as for `Annotator`.
-        ordering: as for `labels.order_items`.
+        ordering: as for `label_queue.order_items`.
 
     Raises:
         LabelError: the name cannot name a file, or the folder cannot be made.
-        ValueError: see `Annotator` and `labels.order_items`.
+        ValueError: see `Annotator` and `label_queue.order_items`.
     """
     triplets = list(triplets)
     if not annotator:
@@ -413,39 +389,3 @@ def ask_name(open_widget: Callable[[str], Annotator]) -> widgets.VBox:
     start.on_click(start_labelling)
     name.on_msg(lambda field, told, _: told.get("event") == "submit" and start_labelling(field))
     return box
-
-
-def _list_decisions(is_preference: bool) -> list[dict]:
-    """What may be decided, as the legend shows it: action, label, reason, text and kind."""
-    if is_preference:
-        texts = {"left": "Left is better", "same": "Equally good", "right": "Right is better"}
-        return [{"action": x, "label": x, "reason": None, "text": texts[x], "kind": ""}
-                for x in PREFERENCES] + [_SKIP]  # fmt: skip
-    accept = {"action": "accept", "label": "accept", "reason": None, "text": "Accept",
-              "kind": "good"}  # fmt: skip
-    rejects = [{"action": "reject" if reason is None else f"reason_{place}", "label": "reject",
-                "reason": reason, "text": reason or "Reject", "kind": "bad"}
-               for place, reason in enumerate((None, *REASONS))]  # fmt: skip
-    return [accept, *rejects, _SKIP]
-
-
-_SKIP = {"action": "skip", "label": "skip", "reason": None, "text": "Skip", "kind": ""}
-
-
-def _merge_keys(changed: Mapping[str, str], known: Mapping[str, str]) -> dict[str, str]:
-    unknown = set(changed) - set(known)
-    if unknown:
-        raise ValueError(
-            f"no such action: {', '.join(sorted(unknown))}; there are {', '.join(known)}"
-        )
-    for action, key in changed.items():
-        if not isinstance(key, str) or (len(key) != 1 and key.lower() not in NAMED_KEYS):
-            raise ValueError(
-                f"{key!r} cannot be the key for {action}: give one character (the space bar is "
-                f"' ') or one of {', '.join(sorted(NAMED_KEYS))}"
-            )
-    keys = {action: key.lower() for action, key in {**known, **changed}.items()}
-    twice = [key for key, count in Counter(keys.values()).items() if count > 1]
-    if twice:
-        raise ValueError(f"one key, two actions: {', '.join(map(repr, twice))}")
-    return keys

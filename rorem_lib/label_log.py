@@ -124,25 +124,8 @@ class LabelLog:
         self._write([{"event": "label", **asdict(label)} for label in kept])
         return kept
 
-    def undo(self, item_id: str | None = None) -> Label:
-        """Take back the last label of `item_id` (default: the last label of all).
-
-        Returns:
-            The label that no longer stands.
-
-        Raises:
-            LabelError: there is nothing to take back, or it could not be written.
-        """
-        standing = [x for x in self.read() if item_id is None or x.id == item_id]
-        if not standing:
-            raise LabelError(
-                f"{self.path} holds no label to take back ({item_id or 'none at all'})"
-            )
-        self.take_back(standing[-1])
-        return standing[-1]
-
-    def take_back(self, label: Label) -> None:
-        """Undo a label that the caller knows to be the last one of its item: nothing is read.
+    def undo(self, label: Label) -> None:
+        """Take back a label, which must be the last that stands of its item: nothing is read.
 
         Raises:
             LabelError: it could not be written.

@@ -146,8 +146,8 @@ def simulate_labels(candidates_meta, hidden_dir, folder, *, annotator: str = "si
         hidden_dir: the hidden truth that belongs to its scenes.
         folder: where `labels-<annotator>.jsonl` is written; labels already there are kept.
         annotator: the log's name; it always contains "simulated".
-        queue: which candidates and how they were drawn, `labels.QueueItem`s, silent repeats left
-            out; by default all.
+        queue: which candidates and how they were drawn, `label_queue.QueueItem`s, silent
+            repeats left out; by default all.
 
     Returns:
         One dict a new label: id, accept, reason and the measures.

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from lab import BROWSER, ROOT_SELECTOR, Annotating, run_lab, write_notebook
 
-from rorem_lib.annotator import KEYS
+from rorem_lib.annotator_keys import KEYS
 from rorem_lib.sources.scenes import render_scene
 from rorem_lib.triplets import TripletWriter, read_triplets
 

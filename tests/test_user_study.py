@@ -9,7 +9,7 @@ import pytest
 from test_annotator import Session, write_candidates
 
 from rorem_lib import tables, user_study
-from rorem_lib.annotator import PREFERENCE_KEYS
+from rorem_lib.annotator_keys import PREFERENCE_KEYS
 from rorem_lib.execution import execute_notebook
 from rorem_lib.label_log import LabelError, LabelLog
 from rorem_lib.methods import make_methods, run_method
