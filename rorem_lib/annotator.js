@@ -2,7 +2,9 @@
 // A decision is sent with the id that is on screen; the picture moves when the kernel says "saved".
 
 const KEPT_BEHIND = 3; // places behind the current one that stay decoded, for undo
+const SOON_MS = 100; // an answer that comes within this time is not announced
 const SLOW_MS = 2000; // no answer for this long: say so
+const CALM_MS = 200; // who takes this long leaves time for the next pictures to come later
 const SEGMENT = 65536; // bytes: no TCP packet is larger, not even on the loopback
 const EDITOR_HEIGHT = 160; // of VS Code's bars around a notebook, CSS pixels
 const HOLD_MS = 300; // a flicker key held longer springs back when released
@@ -81,7 +83,7 @@ function render({ model, el }) {
   let painted = Promise.resolve(); // when the picture that is due is on screen
   const look = { swapped: false, mask: 0, zoom: false, difference: false, pixels: false };
   let view = null; // { cx, cy, scale } in pixels of the picture
-  let height = 300; // of a picture's pane, CSS pixels
+  let [paneWidth, paneHeight] = [0, 300]; // of a picture, CSS pixels; no width while it is hidden
   let flickerDown = 0;
 
   // ------------------------------------------------------------------ elements
@@ -143,7 +145,7 @@ function render({ model, el }) {
     const { place, id } = shown;
     const ms = Math.round(performance.now() - shownAt);
     const want = ask(state.upcoming.slice(ahead)); // what the window moves on to
-    submit({ kind: "label", place, id, label, reason, note: note.value.trim(), ms, want });
+    submit({ kind: "label", place, id, label, reason, note: note.value.trim(), ms, want, calm: ms > CALM_MS });
   }
 
   function undo() {
@@ -152,7 +154,9 @@ function render({ model, el }) {
   }
 
   function submit(content) {
-    const timer = setTimeout(() => {
+    settle();
+    const saving = setTimeout(() => setSave("saving", "saving …"), SOON_MS);
+    const slow = setTimeout(() => {
       pending.late = true;
       setSave("failed", "NOT SAVED");
       say(
@@ -161,11 +165,9 @@ function render({ model, el }) {
         true,
       );
     }, SLOW_MS);
-    if (pending) clearTimeout(pending.timer);
-    pending = { timer };
-    setSave("saving", "saving …");
+    pending = { timers: [saving, slow] };
     try {
-      const isHurried = content.want?.length && itemBytes > SEGMENT;
+      const isHurried = content.want?.length && !content.calm && itemBytes > SEGMENT;
       model.send(content, isHurried ? {} : { iopub: { status: hurry } });
     } catch (error) {
       settle();
@@ -182,7 +184,7 @@ function render({ model, el }) {
   }
 
   function settle() {
-    if (pending) clearTimeout(pending.timer);
+    pending?.timers.forEach(clearTimeout);
     pending = null;
   }
 
@@ -207,12 +209,14 @@ function render({ model, el }) {
   async function receiveItem(content, buffers = []) {
     itemBytes = buffers.reduce((sum, buffer) => sum + buffer.byteLength, 0);
     await painted; // the picture that is due goes first
-    const entry = { ...content, bitmaps: [], path: makePath(content.outline ?? []) };
+    const entry = { ...content, bitmaps: [], fitted: [], path: makePath(content.outline ?? []) };
     try {
       const blobs = (content.types ?? []).map((type, i) => new Blob([buffers[i]], { type }));
       // as training reads them: without the colour profiles that files may carry
       const plain = { colorSpaceConversion: "none" };
       entry.bitmaps = await Promise.all(blobs.map((blob) => createImageBitmap(blob, plain)));
+      const whole = entry.bitmaps.slice(0, panes.length);
+      entry.fitted = await Promise.all(whole.map((bitmap) => fitBitmap(bitmap, entry.size)));
     } catch (error) {
       entry.error = `a file of ${content.id} is truncated or damaged (${error.message})`;
     }
@@ -222,9 +226,17 @@ function render({ model, el }) {
     if (state && content.place === state.place) showPlace();
   }
 
+  // The picture as it will be seen first. Scaling is what drawing takes longest for: done ahead.
+  function fitBitmap(bitmap, [width, height]) {
+    const scale = devicePixelRatio * fitScale(width, height);
+    const [resizeWidth, resizeHeight] = [width, height].map((x) => Math.max(1, Math.round(x * scale)));
+    return createImageBitmap(bitmap, { resizeWidth, resizeHeight, resizeQuality: "high" });
+  }
+
   function forget(place) {
-    if (cache.get(place) === item) return; // on screen
-    cache.get(place)?.bitmaps.forEach((bitmap) => bitmap.close());
+    const entry = cache.get(place);
+    if (!entry || entry === item) return; // on screen
+    [...entry.bitmaps, ...entry.fitted].forEach((bitmap) => bitmap.close());
     cache.delete(place);
   }
 
@@ -347,7 +359,11 @@ function render({ model, el }) {
     draw();
   }
 
-  function fitView(width, height) {
+  function fitScale(width, height) {
+    return Math.min(paneWidth / width, paneHeight / height);
+  }
+
+  function fitView() {
     let [x0, y0, x1, y1] = [0, 0, ...item.size];
     if (look.zoom) {
       const margin = 0.3 * Math.max(item.box[2] - item.box[0], item.box[3] - item.box[1]) + 2;
@@ -356,8 +372,7 @@ function render({ model, el }) {
       x1 = Math.min(item.size[0], item.box[2] + margin);
       y1 = Math.min(item.size[1], item.box[3] + margin);
     }
-    const scale = Math.min(width / (x1 - x0), height / (y1 - y0));
-    return { cx: (x0 + x1) / 2, cy: (y0 + y1) / 2, scale };
+    return { cx: (x0 + x1) / 2, cy: (y0 + y1) / 2, scale: fitScale(x1 - x0, y1 - y0) };
   }
 
   // As tall as the notebook's visible part allows, so that pictures and legend are seen together.
@@ -368,25 +383,26 @@ function render({ model, el }) {
     const rest = root.offsetHeight - panes[0].canvas.offsetHeight - extra;
     const visible = Math.min(window.innerHeight - 40, screen.availHeight - EDITOR_HEIGHT);
     const free = (port?.clientHeight || visible) - rest - 12;
-    height = Math.round(Math.min(panes[0].figure.clientWidth, Math.max(220, free)));
+    paneWidth = panes[0].figure.clientWidth;
+    paneHeight = Math.round(Math.min(paneWidth, Math.max(220, free)));
     view = null;
     draw();
   }
 
   function draw() {
-    const ratio = window.devicePixelRatio || 1;
+    const ratio = devicePixelRatio;
     for (const { side, title, canvas, caption, figure } of panes) {
-      const width = figure.clientWidth;
-      canvas.style.height = `${height}px`;
-      const [w, h] = [Math.round(width * ratio), Math.round(height * ratio)];
+      canvas.style.height = `${paneHeight}px`;
+      const [w, h] = [Math.round(paneWidth * ratio), Math.round(paneHeight * ratio)];
       if (canvas.width !== w || canvas.height !== h) Object.assign(canvas, { width: w, height: h });
       const context = canvas.getContext("2d");
       context.setTransform(1, 0, 0, 1, 0, 0);
       context.clearRect(0, 0, w, h);
-      if (!item || item.error || !width) continue;
-      view ??= fitView(width, height);
+      if (!item || item.error || !paneWidth) continue;
+      view ??= fitView();
       const scale = view.scale * ratio;
-      context.setTransform(scale, 0, 0, scale, w / 2 - view.cx * scale, h / 2 - view.cy * scale);
+      const [left, top] = [w / 2 - view.cx * scale, h / 2 - view.cy * scale].map(Math.round);
+      context.setTransform(scale, 0, 0, scale, left, top);
       context.imageSmoothingEnabled = !look.pixels;
       context.imageSmoothingQuality = "high";
       const showsSource = side === 0 || look.swapped;
@@ -405,7 +421,14 @@ function render({ model, el }) {
 
   function paint(context, which, scale) {
     const [width, height] = item.size;
-    context.drawImage(item.bitmaps[which], 0, 0, width, height);
+    const fitted = item.fitted[which];
+    if (fitted.width === Math.round(width * scale) && !look.pixels) {
+      context.save();
+      const { e: left, f: top } = context.getTransform();
+      context.setTransform(1, 0, 0, 1, left, top); // pixel for pixel, else it would be scaled again
+      context.drawImage(fitted, 0, 0);
+      context.restore();
+    } else context.drawImage(item.bitmaps[which], 0, 0, width, height);
     if (item.crop && scale > item.bitmaps[which].width / width) {
       const [x0, y0, x1, y1] = item.crop; // full resolution, only where it was sent
       context.drawImage(item.bitmaps[which + panes.length], x0, y0, x1 - x0, y1 - y0);
@@ -469,7 +492,7 @@ function render({ model, el }) {
     const move = VIEW_KEYS[event.key];
     if (!action && !(move && view)) return;
     event.preventDefault();
-    if (!action) return "factor" in move ? zoomView(move.factor) : moveView(move.dx * height, move.dy * height);
+    if (!action) return "factor" in move ? zoomView(move.factor) : moveView(move.dx * paneHeight, move.dy * paneHeight);
     if (event.repeat) return;
     if (action === "flicker") flickerDown = performance.now();
     perform(action);

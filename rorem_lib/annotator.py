@@ -5,7 +5,8 @@ keeps nothing itself: each decision goes to the `LabelLog` it was given and the 
 after the log has it on the disk. The browser side is `annotator.js` and `annotator.css`.
 
 Messages from the browser: `ready`, `want` (places), `label` (with the places wanted next: one
-message a decision is what JupyterLab has time for), `undo` (with the number of decisions it knows
+message a decision is what JupyterLab has time for; they come with the answer, or soon after it when
+the browser is `calm`), `undo` (with the number of decisions it knows
 of: a second undo that waits behind the first is none), `nudge` (only to hurry an answer, see
 annotator.js). Messages to the browser: `state` (where we are, figures), `item` (pictures of one
 place), `failed` (what was not saved).
@@ -16,6 +17,7 @@ from __future__ import annotations
 import html
 import itertools
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -54,6 +56,8 @@ PAUSE_MS = 60_000
 RATE_WINDOW = 50
 # Decisions between two looks at others' labels. After each one it would tell what others had said.
 LOOK_EVERY = 25
+# Seconds after an answer in which nothing is made or sent that it would have to wait for.
+SOON = 0.03
 
 
 class Annotator(anywidget.AnyWidget):
@@ -180,7 +184,7 @@ class Annotator(anywidget.AnyWidget):
                 self.send({"kind": "failed", "message": str(error), "place": content.get("place")})
             else:
                 self._send_state(notice)
-            self._send_items(content.get("want", []))
+            self._send_items(content.get("want", []), SOON if content.get("calm") else 0)
         if kind in ("ready", "label"):
             self._make_ahead()
 
@@ -257,21 +261,22 @@ class Annotator(anywidget.AnyWidget):
                            if item.id in new and not item.shared}
             self._theirs = {x.id for x in labels if x.annotator != name and x.label != "skip"}
 
-    def _send_items(self, places: Iterable[int]) -> None:
+    def _send_items(self, places: Iterable[int], wait: float = 0) -> None:
         for place in places:
-            if self._ahead and self._ahead[0] == place and self._ahead[1].done():
+            if self._ahead and self._ahead[0] == place and self._ahead[1].done() and not wait:
                 self.send(*self._ahead[1].result())
             else:
-                self._pool.submit(lambda place=int(place): self.send(*self._make_item(place)))
+                self._pool.submit(lambda place=place: self.send(*self._make_item(place, wait)))
 
     def _make_ahead(self) -> None:
         """Make what the next decision will ask for: it goes with the answer."""
         for place in self._list_upcoming()[self._prefetch :]:
             if self._ahead is None or self._ahead[0] != place:
-                self._ahead = place, self._pool.submit(self._make_item, place)
+                self._ahead = place, self._pool.submit(self._make_item, place, SOON)
 
-    def _make_item(self, place: int) -> tuple[dict, list[bytes]]:
+    def _make_item(self, place: int, wait: float = 0) -> tuple[dict, list[bytes]]:
         """The message and the pictures that the browser needs to show a place."""
+        time.sleep(wait)
         item = self._queue[place]
         message = {"kind": "item", "place": place, "id": item.id}
         try:

@@ -377,6 +377,14 @@ def test_the_picture_after_those_asked_for_is_made_before_the_decision(tmp_path,
                             "want": [3]})
     kinds = [x["kind"] for x, _ in session.sent[before:]]  # at once: nobody waited for it
     assert kinds == ["state", "item"] and session.sent[-1] == made.result()
+    before, place = len(session.sent), session.sent[before][0]["upcoming"][-1]
+    session.widget._ahead[1].result(timeout=10)
+    session.widget.receive({"kind": "label", "label": "accept", "place": 1, "id": "c1",
+                            "want": [place], "calm": True})
+    assert session.sent[before:] == [(session.sent[-1][0], None)]  # the answer alone: first of all
+    while len(session.sent) < before + 2:
+        time.sleep(0.01)
+    assert session.sent[-1][0]["kind"] == "item" and session.sent[-1][0]["place"] == place == 4
 
 
 def test_small_pictures_arrive_exactly(triplets):
