@@ -42,9 +42,10 @@ def main():
         time.sleep(config.pause)
         with open(folder / "metrics.jsonl", "a") as stream:
             stream.write(json.dumps({"step": step, "loss": 1.0 / step}) + "\\n")
-        # beside and renamed: the tests kill this job at any moment
-        checkpoint.with_suffix(".partial").write_text(str(step))
-        checkpoint.with_suffix(".partial").replace(checkpoint)
+        # beside and renamed: the tests kill this job at any moment, and two processes write it
+        partial = checkpoint.with_suffix(f".{os.getpid()}")
+        partial.write_text(str(step))
+        partial.replace(checkpoint)
         print(f"step {step} rank {os.environ.get('RANK', '0')}", flush=True)
         if config.trouble == "raise" and step == 2:
             raise ValueError("the loss is odd")

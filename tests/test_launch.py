@@ -141,8 +141,9 @@ def test_two_processes_work_together(kit):
 def test_workers_end_with_who_started_the_launcher(kit):
     process = start(kit, "max_train_steps=600, pause=0.1", hardware="cpu_two_processes")
     folder = kit.root / "runs" / "job"
-    wait_until((folder / "train-rank1.log").exists)
-    wait_until((folder / "checkpoint.txt").exists)
+    signs = [folder / "train-rank1.log", folder / "checkpoint.txt"]
+    wait_until(lambda: all(map(Path.exists, signs)) or process.poll() is not None)
+    assert all(map(Path.exists, signs)), finish(process)  # says why the launch failed
     assert len(kit.find_processes()) == 4  # this one's child, the launcher, two workers
     kill(process.pid)
     process.communicate()
