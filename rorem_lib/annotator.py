@@ -6,10 +6,10 @@ after the log has it on the disk. The browser side is `annotator.js` and `annota
 
 Messages from the browser: `ready`, `want` (places), `label` (with the places wanted next: one
 message a decision is what JupyterLab has time for; they come with the answer, or soon after it when
-the browser is `calm`), `undo` (with the number of decisions it knows
-of: a second undo that waits behind the first is none), `nudge` (only to hurry an answer, see
-annotator.js). Messages to the browser: `state` (where we are, figures), `item` (pictures of one
-place), `failed` (what was not saved).
+the browser is `calm`), `undo` (with the number of decisions it knows of: a second undo that waits
+behind the first is none), `nudge` (only to hurry an answer, see annotator.js). Messages to the
+browser: `state` (where we are, figures), `item` (pictures of one place), `failed` (what was not
+saved).
 """
 
 from __future__ import annotations
