@@ -28,7 +28,8 @@ test: .venv/.dev browser ## run the tests (not the benchmarks)
 		-n 2 --dist worksteal $(ARGS)
 
 lab: .venv/.core ## open JupyterLab on the notebooks
-	@$(BIN)/python -m jupyterlab --LabApp.default_url=/lab/tree/notebooks \
+	@JUPYTER_CONFIG_PATH="$(CURDIR)$${JUPYTER_CONFIG_PATH:+:$$JUPYTER_CONFIG_PATH}" \
+		$(BIN)/python -m jupyterlab --LabApp.default_url=/lab/tree/notebooks \
 		$$([ "$$(id -u)" != 0 ] || echo --allow-root) $(ARGS)
 
 lint: .venv/.dev ## check the code with ruff and that notebooks carry no outputs

@@ -209,14 +209,13 @@ function render({ model, el }) {
   async function receiveItem(content, buffers = []) {
     itemBytes = buffers.reduce((sum, buffer) => sum + buffer.byteLength, 0);
     await painted; // the picture that is due goes first
-    const entry = { ...content, bitmaps: [], fitted: [], path: makePath(content.outline ?? []) };
+    const blobs = (content.types ?? []).map((type, i) => new Blob([buffers[i]], { type }));
+    const entry = { ...content, blobs, fitted: [], bitmaps: [], path: makePath(content.outline ?? []) };
     try {
-      const blobs = (content.types ?? []).map((type, i) => new Blob([buffers[i]], { type }));
-      // as training reads them: without the colour profiles that files may carry
-      const plain = { colorSpaceConversion: "none" };
-      entry.bitmaps = await Promise.all(blobs.map((blob) => createImageBitmap(blob, plain)));
-      const whole = entry.bitmaps.slice(0, panes.length);
-      entry.fitted = await Promise.all(whole.map((bitmap) => fitBitmap(bitmap, entry.size)));
+      // Scaling is what drawing takes longest for: done ahead, and beside the page.
+      const size = fitSize(content.size ?? [1, 1]);
+      entry.fitted = await Promise.all(blobs.slice(0, panes.length).map((blob) => decode(blob, size)));
+      if (entry.crop || look.zoom || look.pixels) wantWhole(entry);
     } catch (error) {
       entry.error = `a file of ${content.id} is truncated or damaged (${error.message})`;
     }
@@ -226,11 +225,26 @@ function render({ model, el }) {
     if (state && content.place === state.place) showPlace();
   }
 
-  // The picture as it will be seen first. Scaling is what drawing takes longest for: done ahead.
-  function fitBitmap(bitmap, [width, height]) {
+  // As training reads them: without the colour profiles that files may carry.
+  function decode(blob, options) {
+    return createImageBitmap(blob, { colorSpaceConversion: "none", resizeQuality: "high", ...options });
+  }
+
+  function fitSize([width, height]) {
     const scale = devicePixelRatio * fitScale(width, height);
     const [resizeWidth, resizeHeight] = [width, height].map((x) => Math.max(1, Math.round(x * scale)));
-    return createImageBitmap(bitmap, { resizeWidth, resizeHeight, resizeQuality: "high" });
+    return { resizeWidth, resizeHeight };
+  }
+
+  // Most decisions need the pictures as they fit the pane alone, and not in full.
+  function wantWhole(entry) {
+    entry.whole ??= Promise.all(entry.blobs.map((blob) => decode(blob))).then(
+      (bitmaps) => {
+        entry.bitmaps = bitmaps;
+        if (entry === item) draw();
+      },
+      (error) => say(`${entry.id} cannot be shown in full: ${error.message}`, true),
+    );
   }
 
   function forget(place) {
@@ -309,7 +323,7 @@ function render({ model, el }) {
     if (!visited) bringIntoView();
     if (wantsFocus && document.activeElement === document.body) root.focus({ preventScroll: true });
     wantsFocus = false;
-    painted = afterPaint().then(() => {
+    painted = Promise.resolve(next.whole).then(afterPaint).then(() => {
       if (item !== next || state.place !== next.place) return;
       shown = next;
       shownAt = performance.now();
@@ -428,8 +442,11 @@ function render({ model, el }) {
       context.setTransform(1, 0, 0, 1, left, top); // pixel for pixel, else it would be scaled again
       context.drawImage(fitted, 0, 0);
       context.restore();
-    } else context.drawImage(item.bitmaps[which], 0, 0, width, height);
-    if (item.crop && scale > item.bitmaps[which].width / width) {
+    } else {
+      wantWhole(item);
+      context.drawImage(item.bitmaps[which] ?? fitted, 0, 0, width, height);
+    }
+    if (item.crop && item.bitmaps.length && scale > item.bitmaps[which].width / width) {
       const [x0, y0, x1, y1] = item.crop; // full resolution, only where it was sent
       context.drawImage(item.bitmaps[which + panes.length], x0, y0, x1 - x0, y1 - y0);
     }

@@ -56,8 +56,9 @@ PAUSE_MS = 60_000
 RATE_WINDOW = 50
 # Decisions between two looks at others' labels. After each one it would tell what others had said.
 LOOK_EVERY = 25
-# Seconds after an answer in which nothing is made or sent that it would have to wait for.
-SOON = 0.03
+# Seconds after an answer before pictures are made or sent that it would have to wait for: until it
+# is on screen, and, of an annotator whose next key comes by then, until it has left.
+SOON, AT_ONCE = 0.03, 0.003
 
 
 class Annotator(anywidget.AnyWidget):
@@ -186,7 +187,7 @@ class Annotator(anywidget.AnyWidget):
                 self._send_state(notice)
             self._send_items(content.get("want", []), SOON if content.get("calm") else 0)
         if kind in ("ready", "label"):
-            self._make_ahead()
+            self._make_ahead(SOON if content.get("calm") else AT_ONCE)
 
     def _label(self, content: dict) -> str:
         place = content["place"]
@@ -268,11 +269,11 @@ class Annotator(anywidget.AnyWidget):
             else:
                 self._pool.submit(lambda place=place: self.send(*self._make_item(place, wait)))
 
-    def _make_ahead(self) -> None:
+    def _make_ahead(self, wait: float) -> None:
         """Make what the next decision will ask for: it goes with the answer."""
         for place in self._list_upcoming()[self._prefetch :]:
             if self._ahead is None or self._ahead[0] != place:
-                self._ahead = place, self._pool.submit(self._make_item, place, SOON)
+                self._ahead = place, self._pool.submit(self._make_item, place, wait)
 
     def _make_item(self, place: int, wait: float = 0) -> tuple[dict, list[bytes]]:
         """The message and the pictures that the browser needs to show a place."""

@@ -1,5 +1,6 @@
 """A real JupyterLab with the widget's notebooks, and what an annotator sees and does there."""
 
+import base64
 import contextlib
 import io
 import json
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import psutil
 from PIL import Image
 
@@ -46,8 +48,8 @@ def write_notebook(folder, name="04_annotate", **parameters):
 
 
 @contextlib.contextmanager
-def run_lab(folder):
-    """A JupyterLab on a folder: yields (address, process)."""
+def run_lab(folder, *, plain=False):
+    """A JupyterLab on a folder, as `make lab` starts it or plain: yields (address, process)."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -59,6 +61,7 @@ def run_lab(folder):
     for name in ("config", "data", "runtime"):
         environment[f"JUPYTER_{name.upper()}_DIR"] = str(folder / name)
     environment["PYTHONPATH"] = str(ROOT)
+    environment["JUPYTER_CONFIG_PATH"] = "" if plain else str(ROOT)
     command = [sys.executable, "-m", "jupyterlab", f"--port={port}", *SERVER]
     command += [f"--ServerApp.root_dir={folder}"] + ["--allow-root"] * (os.geteuid() == 0)
     with open(folder / "lab.log", "w") as log:
@@ -142,6 +145,11 @@ class Annotating:
             target.mkdir(parents=True, exist_ok=True)
             (target / f"{name}.png").write_bytes(data)
         return Image.open(io.BytesIO(data)).convert("RGB")
+
+    def grab_picture(self, side):
+        """What a pane shows, [H, W, 3] uint8."""
+        data = base64.b64decode(self.grab_canvas(side).partition(",")[2])
+        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
     def grab_canvas(self, side):
         script = "canvas => canvas.toDataURL()"

@@ -9,9 +9,11 @@ import random
 import signal
 
 import cv2
+import numpy as np
 import psutil
 import pytest
 from lab import BROWSER, ROOT_SELECTOR, Annotating, run_lab, write_notebook
+from PIL import Image
 
 from rorem_lib.annotator_keys import KEYS
 from rorem_lib.sources.scenes import render_scene
@@ -283,6 +285,60 @@ def test_labelling_by_keyboard_in_jupyterlab(page, lab, folder):
     assert metrics["n_labelled"] == 10 and metrics["simulated"] is False
     accepted = [triplet.id for triplet in read_triplets(folder / "stage" / "accepted")]
     assert len(accepted) == metrics["n_accepted"] == 5
+
+
+def draw_by_hand(picture, box, shape):
+    """What a pane of [H, W] should show: the box [x0, y0, x1, y1] of a picture, as it fits."""
+    (height, width), (x0, y0, x1, y1) = shape, box
+    scale = min(width / (x1 - x0), height / (y1 - y0))
+    left = round(width / 2 - (x0 + x1) / 2 * scale)
+    top = round(height / 2 - (y0 + y1) / 2 * scale)
+    wide = picture.resize([round(side * scale) for side in picture.size], Image.Resampling.BICUBIC)
+    return np.asarray(wide.crop((-left, -top, width - left, height - top)))
+
+
+def test_panes_show_the_files_and_keys_leave_jupyterlabs_bar_alone(page, lab, folder):
+    rng = np.random.default_rng(0)
+    fine = rng.integers(0, 256, (2, 700, 900, 3), np.uint8)  # finer than a pane shows as a whole
+    removal = Image.fromarray(cv2.GaussianBlur(fine[1], (0, 0), 1.2))
+    mask = np.zeros((700, 900), np.uint8)
+    mask[300:400, 500:640] = 255
+    with TripletWriter(folder / "fine") as writer:
+        for number in range(6):
+            writer.add(id=f"f{number}", source=fine[0], mask=mask, gt=np.asarray(removal))
+    write_notebook(folder, output_dir=str(folder / "stage"), annotator="anna",
+                   candidates=str(folder / "fine"), repeat_share=0.0)
+    me = Annotating(page, lab[0], folder)
+    page.reload()
+    me.run_notebook()
+    me.wait_for_picture()
+    me.focus()
+
+    def find_error(box):
+        shown = me.grab_picture(1)
+        wanted = draw_by_hand(removal, box, shown.shape[:2])
+        inside = wanted.any(axis=2) & shown.any(axis=2)
+        assert inside.mean() > 0.5
+        return np.abs(shown.astype(float) - wanted)[inside].mean()
+
+    whole = (0, 0, 900, 700)
+    margin = 0.3 * 140 + 2
+    zoomed = (500 - margin, 300 - margin, 640 + margin, 400 + margin)
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    for _ in range(2):  # of the second picture as of the first
+        assert find_error(whole) < 5
+        page.keyboard.press("z")
+        page.wait_for_timeout(500)  # it is decoded in full now
+        assert find_error(zoomed) < 5
+        page.keyboard.press("z")
+        assert find_error(whole) < 5
+        me.press("a")
+    page.keyboard.press("z")
+    for _ in range(2):  # who stays zoomed gets it in full at once
+        me.press("a")
+        assert find_error(zoomed) < 5
+    assert not [url for url in asked if "favicon" in url]
 
 
 def test_two_removals_beside_the_source_in_the_evaluation_notebook(page, lab, folder):
