@@ -4,9 +4,12 @@ One module a stage; the notebooks under `notebooks/` show them at work. Nothing 
 here, so that `import rorem_lib` costs nothing: import the module you need.
 """
 
+import logging
 import os
 
 # torchvision is not needed; transformers would say so three times in every process' log.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# On some CPUs bitsandbytes asks for kernels of 4-bit products, which nothing here uses.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 __version__ = "0.1.0"
