@@ -93,13 +93,16 @@ class Annotating:
         self.log = folder / "stage" / labels / "labels-anna.jsonl"
         self.widget = page.locator(ROOT_SELECTOR)
 
-    def run_notebook(self):
-        for _ in range(300):  # what is run before the page has its kernel is not run at all
+    def wait_for_idle_kernel(self):
+        for _ in range(300):
             answer = self.page.request.get(f"{self.address}/api/kernels")
             kernels = answer.json() if answer.ok else []  # an error while a kernel comes or goes
             if [(k["execution_state"], k["connections"]) for k in kernels] == [("idle", 1)]:
                 break
             self.page.wait_for_timeout(100)
+
+    def run_notebook(self):
+        self.wait_for_idle_kernel()  # what is run before the page has its kernel is not run at all
         self.page.locator(".lm-MenuBar >> text=Run").click()
         self.page.locator(".lm-Menu >> text=/^Run All Cells$/").click()
 

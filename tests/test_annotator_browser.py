@@ -324,6 +324,8 @@ def test_panes_show_the_files_and_keys_leave_jupyterlabs_bar_alone(page, lab, fo
     whole = (0, 0, 900, 700)
     margin = 0.3 * 140 + 2
     zoomed = (500 - margin, 300 - margin, 640 + margin, 400 + margin)
+    me.wait_for_idle_kernel()  # the cells below the widget have run
+    page.wait_for_timeout(500)
     asked = []
     page.on("request", lambda request: asked.append(request.url))
     for _ in range(2):  # of the second picture as of the first
