@@ -111,6 +111,12 @@ class Annotating:
             f"{ROOT_SELECTOR}[data-save=saved][data-place]:not([data-place=''])"
         )
 
+    def start(self):
+        """Run the notebook and turn the keys on."""
+        self.run_notebook()
+        self.wait_for_picture()
+        self.focus()
+
     def focus(self):
         self.widget.locator("canvas").first.click()
 

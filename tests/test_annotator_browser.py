@@ -68,9 +68,7 @@ def test_a_kernel_killed_while_keys_come_loses_nothing_it_called_saved(page, lab
                    candidates=str(folder / "candidates"), repeat_share=0.0)
     me = Annotating(page, lab[0], folder)
     page.reload()
-    me.run_notebook()
-    me.wait_for_picture()
-    me.focus()
+    me.start()
     page.evaluate(
         """selector => {
             const root = document.querySelector(selector);
@@ -310,9 +308,7 @@ def test_panes_show_the_files_and_keys_leave_jupyterlabs_bar_alone(page, lab, fo
                    candidates=str(folder / "fine"), repeat_share=0.0)
     me = Annotating(page, lab[0], folder)
     page.reload()
-    me.run_notebook()
-    me.wait_for_picture()
-    me.focus()
+    me.start()
 
     def find_error(box):
         shown = me.grab_picture(1)

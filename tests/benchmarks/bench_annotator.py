@@ -122,9 +122,7 @@ def open_notebook(address: str, folder: Path):
                      if "/lab/" in p.url)
             page.set_default_timeout(120_000)
             me = Annotating(page, address, folder)
-            me.run_notebook()
-            me.wait_for_picture()
-            me.focus()
+            me.start()
             browser.close()  # leaves
         yield Page(port), process
     finally:
