@@ -5,6 +5,7 @@ const KEPT_BEHIND = 3; // places behind the current one that stay decoded, for u
 const SOON_MS = 100; // an answer that comes within this time is not announced
 const SLOW_MS = 2000; // no answer for this long: say so
 const CALM_MS = 200; // who takes this long leaves time for the next pictures to come later
+const STRAY_MS = 1000; // no key waits this long: the browser's clocks differ, as after a suspend
 const SEGMENT = 65536; // bytes: no TCP packet is larger, not even on the loopback
 const EDITOR_HEIGHT = 160; // of VS Code's bars around a notebook, CSS pixels
 const HOLD_MS = 300; // a flicker key held longer springs back when released
@@ -45,14 +46,16 @@ function make(tag, attributes = {}, ...children) {
   return node;
 }
 
+// The next frame's painting follows as soon as what waits for this is through: no key comes between.
+function beforePaint() {
+  return new Promise(requestAnimationFrame);
+}
+
 function afterPaint() {
-  // Messages are handled after the frame that requestAnimationFrame prepared has been painted.
   return new Promise((resolve) => {
-    requestAnimationFrame(() => {
-      const channel = new MessageChannel();
-      channel.port1.onmessage = resolve;
-      channel.port2.postMessage(0);
-    });
+    const channel = new MessageChannel(); // messages are handled after a frame has been painted
+    channel.port1.onmessage = resolve;
+    channel.port2.postMessage(0);
   });
 }
 
@@ -110,7 +113,7 @@ function render({ model, el }) {
     const title = HELP[action] ?? text;
     const attributes = { type: "button", class: kind, title, "data-action": action };
     buttons[action] = make("button", { ...attributes, "aria-keyshortcuts": keys[action] }, key, text);
-    buttons[action].addEventListener("click", () => perform(action));
+    buttons[action].addEventListener("click", (event) => perform(action, event.timeStamp));
     return buttons[action];
   };
   const hint = make("span", { class: "hint" }, "Keys are off: click here");
@@ -132,18 +135,20 @@ function render({ model, el }) {
   el.append(root);
 
   // ------------------------------------------------------------------ deciding
-  function perform(action) {
-    if (action in decisions) decide(decisions[action]);
+  function perform(action, pressedAt) {
+    if (action in decisions) decide(decisions[action], pressedAt);
     else if (action === "undo") undo();
     else if (action === "note") note.focus();
     else if (item) change(action);
   }
 
-  function decide({ label, reason }) {
+  function decide({ label, reason }, pressedAt) {
     if (!shown || (pending && !pending.late)) return; // not on screen yet, or not yet saved
+    const before = shownAt - pressedAt;
+    if (before > 0 && before < STRAY_MS) return; // on screen now, but not when the key went down
     if (shown.error && label !== "skip") return say("This picture cannot be shown: skip it.", true);
     const { place, id } = shown;
-    const ms = Math.round(performance.now() - shownAt);
+    const ms = Math.max(0, Math.round(-before));
     const want = ask(state.upcoming.slice(ahead)); // what the window moves on to
     submit({ kind: "label", place, id, label, reason, note: note.value.trim(), ms, want, calm: ms > CALM_MS });
   }
@@ -323,14 +328,21 @@ function render({ model, el }) {
     if (!visited) bringIntoView();
     if (wantsFocus && document.activeElement === document.body) root.focus({ preventScroll: true });
     wantsFocus = false;
-    painted = Promise.resolve(next.whole).then(afterPaint).then(() => {
-      if (item !== next || state.place !== next.place) return;
-      shown = next;
-      shownAt = performance.now();
-      root.dataset.place = next.place;
-      root.dataset.id = next.id;
-      prefetch();
-    });
+    const isDue = () => item === next && state.place === next.place;
+    painted = Promise.resolve(next.whole)
+      .then(beforePaint)
+      .then(() => {
+        if (!isDue()) return;
+        shown = next;
+        shownAt = performance.now();
+        return afterPaint();
+      })
+      .then(() => {
+        if (!isDue()) return;
+        root.dataset.place = next.place;
+        root.dataset.id = next.id;
+        prefetch();
+      });
   }
 
   // Taken out and put back: else the browser's undo and redo write old notes into this picture's.
@@ -512,7 +524,7 @@ function render({ model, el }) {
     if (!action) return "factor" in move ? zoomView(move.factor) : moveView(move.dx * paneHeight, move.dy * paneHeight);
     if (event.repeat) return;
     if (action === "flicker") flickerDown = performance.now();
-    perform(action);
+    perform(action, event.timeStamp);
   }
 
   function onKeyUp(event) {

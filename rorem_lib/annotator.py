@@ -14,6 +14,7 @@ saved).
 
 from __future__ import annotations
 
+import gc
 import html
 import itertools
 import logging
@@ -139,6 +140,11 @@ class Annotator(anywidget.AnyWidget):
             }
         )
         self.on_msg(lambda _, content, buffers: self.receive(content))
+        # A full garbage collection goes through all that a notebook has imported and loaded, which
+        # takes 0.1 s, two keys of a hurried annotator: what is here by now is left out of it.
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()
 
     def _resume(self) -> None:
         places = {(item.id, item.repeat): place for place, item in enumerate(self._queue)}
@@ -165,7 +171,12 @@ class Annotator(anywidget.AnyWidget):
         return f"<labels of {self._log.annotator}: run the notebook to go on>"
 
     def close(self) -> None:
-        """Close the widget and its workers."""
+        """Close the widget and its workers.
+
+        Until then garbage is collected only among what is younger than the widget: an older model
+        that is deleted may keep its memory, where it refers to itself.
+        """
+        gc.unfreeze()
         self._pool.shutdown(wait=False, cancel_futures=True)
         super().close()
 

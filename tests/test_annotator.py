@@ -1,10 +1,12 @@
 """The kernel's side of the widget: what is saved before the browser hears of it, resume, undo."""
 
+import gc
 import io
 import json
 import subprocess
 import sys
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -104,6 +106,27 @@ def test_only_the_picture_on_show_is_labelled(session):
     assert decisions(session) == [("c0", "accept")]
     answer = session.ask(kind="label", label="reject", place=0, id="c0", ms=1)
     assert "labelled already (accept)" in answer["notice"]
+
+
+def test_collecting_garbage_passes_over_what_is_older_than_the_widget(tmp_path, triplets):
+    class Node:
+        pass
+
+    def make_ring():
+        node = Node()
+        node.itself = node
+        return node
+
+    old = make_ring()
+    widget = Session(tmp_path / "labels", triplets).widget
+    new = make_ring()
+    alive = weakref.ref(old), weakref.ref(new)
+    del old, new
+    gc.collect()
+    assert alive[0]() and not alive[1]()
+    widget.close()
+    gc.collect()
+    assert not alive[0]()
 
 
 def test_undo_goes_back_to_the_first_and_no_further(session):

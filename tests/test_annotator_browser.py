@@ -150,6 +150,30 @@ def test_labelling_by_keyboard_in_jupyterlab(page, lab, folder):
     expected.append((hasty, "reject", None))
     assert me.saved == expected
 
+    # nor does one that went down before and is told after it, by a page that was busy meanwhile
+    page.evaluate(
+        """selector => {
+            const root = document.querySelector(selector);
+            const early = new KeyboardEvent("keydown", { key: "a", bubbles: true });
+            window.told = new Promise(resolve => {
+                const watch = new MutationObserver(() => {
+                    if (root.dataset.place === "") return;
+                    watch.disconnect();
+                    resolve(root.dispatchEvent(early));
+                });
+                watch.observe(root, { attributes: true, attributeFilter: ["data-place"] });
+            });
+        }""",
+        ROOT_SELECTOR,
+    )
+    expected.append((me.press("x"), "reject", None))
+    page.evaluate("told")
+    page.wait_for_timeout(100)
+    assert me.saved == expected
+    undone = me.press("u") and me.shown
+    expected.append((undone, "undo", None))
+    assert me.saved == expected
+
     # who still holds the flicker key decides, and sees the next picture as it is
     page.keyboard.down("f")
     page.wait_for_timeout(400)
