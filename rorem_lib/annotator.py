@@ -15,17 +15,15 @@ saved).
 from __future__ import annotations
 
 import gc
-import html
 import itertools
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import anywidget
-import ipywidgets as widgets
 import traitlets
 
 from rorem_lib.annotator_keys import KEYS, PREFERENCE_KEYS, list_decisions, merge_keys
@@ -40,14 +38,7 @@ from rorem_lib.label_log import (
     read_labels,
     split_stale,
 )
-from rorem_lib.labels import (
-    ADJUDICATION,
-    QueueItem,
-    compute_agreement,
-    count_wanted,
-    list_adjudication,
-    order_items,
-)
+from rorem_lib.labels import ADJUDICATION, QueueItem, compute_agreement, count_wanted
 from rorem_lib.triplets import Triplet
 
 logger = logging.getLogger(__name__)
@@ -345,64 +336,3 @@ class Annotator(anywidget.AnyWidget):
         start = 0 if self._place is None else self._place + 1
         opened = (place for place in range(start, len(self._queue)) if self._is_open(place))
         return list(itertools.islice(opened, self._prefetch + 1))
-
-
-def open_annotator(
-    folder: str | Path,
-    triplets: Iterable[Triplet],
-    annotator: str = "",
-    *,
-    adjudicate: bool = False,
-    wanted: int = 0,
-    keys: Mapping[str, str] | None = None,
-    **ordering,
-) -> Annotator | widgets.VBox:
-    """The widget of one annotator, behind a field for the name where none is given.
-
-    Args:
-        folder: the label folder.
-        triplets: the candidates.
-        annotator: whose labels these are.
-        adjudicate: show only what others disagree about, and their votes after each decision.
-        wanted, keys: as for `Annotator`.
-        ordering: as for `label_queue.order_items`.
-
-    Raises:
-        LabelError: the name cannot name a file, or the folder cannot be made.
-        ValueError: see `Annotator` and `label_queue.order_items`.
-    """
-    triplets = list(triplets)
-    if not annotator:
-        given = {"adjudicate": adjudicate, "wanted": wanted, "keys": keys, **ordering}
-        return ask_name(lambda name: open_annotator(folder, triplets, name, **given))
-    log = LabelLog(folder, annotator)
-    people = [label for label in read_labels(folder) if not label.simulated]
-    people, _ = split_stale(people, triplets)
-    if adjudicate:
-        queue, votes = list_adjudication(people, annotator)
-        return Annotator(log, queue, triplets, keys=keys, votes=votes)
-    ids = [triplet.id for triplet in triplets]
-    queue = order_items(ids, annotator=annotator, labels=people, **ordering)
-    return Annotator(log, queue, triplets, wanted=wanted, keys=keys, divided=True)
-
-
-def ask_name(open_widget: Callable[[str], Annotator]) -> widgets.VBox:
-    """A field for a name, in whose place the widget comes that is opened with it."""
-    name = widgets.Text(placeholder="such as anna.m", description="Your name")
-    start = widgets.Button(description="Start", button_style="primary")
-    trouble = widgets.HTML()
-    box = widgets.VBox([widgets.HBox([name, start]), trouble])
-
-    def start_labelling(_) -> None:
-        try:
-            if not name.value.strip():
-                raise LabelError("Enter your name: it names the file that your labels go to.")
-            widget = open_widget(name.value.strip())
-            widget.settings = widget.settings | {"focus": True}
-            box.children = [widget]
-        except (LabelError, ValueError) as error:
-            trouble.value = f"<b>{html.escape(str(error))}</b>"
-
-    start.on_click(start_labelling)
-    name.on_msg(lambda field, told, _: told.get("event") == "submit" and start_labelling(field))
-    return box

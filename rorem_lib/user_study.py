@@ -20,7 +20,8 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binomtest
 
-from rorem_lib.annotator import Annotator, ask_name
+from rorem_lib.annotator import Annotator
+from rorem_lib.annotator_opening import ask_name
 from rorem_lib.files import read_json, write_json
 from rorem_lib.intervals import bootstrap_mean, wilson_interval
 from rorem_lib.label_log import Label, LabelError, LabelLog, hash_content, read_labels

@@ -13,8 +13,9 @@ import pytest
 from PIL import ExifTags, Image
 
 from rorem_lib import annotator
-from rorem_lib.annotator import Annotator, open_annotator
+from rorem_lib.annotator import Annotator
 from rorem_lib.annotator_keys import KEYS
+from rorem_lib.annotator_opening import open_annotator
 from rorem_lib.annotator_pictures import encode_item, trace_mask
 from rorem_lib.label_log import LabelError
 from rorem_lib.labels import LabelLog, QueueItem, merge_votes, read_labels
