@@ -148,7 +148,7 @@ function render({ model, el }) {
     if (before > 0 && before < STRAY_MS) return; // on screen now, but not when the key went down
     if (shown.error && label !== "skip") return say("This picture cannot be shown: skip it.", true);
     const { place, id } = shown;
-    const ms = Math.max(0, Math.round(-before));
+    const ms = Math.round(performance.now() - shownAt);
     const want = ask(state.upcoming.slice(ahead)); // what the window moves on to
     submit({ kind: "label", place, id, label, reason, note: note.value.trim(), ms, want, calm: ms > CALM_MS });
   }

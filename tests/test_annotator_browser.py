@@ -154,9 +154,10 @@ def test_labelling_by_keyboard_in_jupyterlab(page, lab, folder):
     page.evaluate(
         """selector => {
             const root = document.querySelector(selector);
-            const early = new KeyboardEvent("keydown", { key: "a", bubbles: true });
+            let early;
             window.told = new Promise(resolve => {
                 const watch = new MutationObserver(() => {
+                    early ??= new KeyboardEvent("keydown", { key: "a", bubbles: true });
                     if (root.dataset.place === "") return;
                     watch.disconnect();
                     resolve(root.dispatchEvent(early));
