@@ -32,8 +32,9 @@ lab: .venv/.core ## open JupyterLab on the notebooks
 		$(BIN)/python -m jupyterlab --LabApp.default_url=/lab/tree/notebooks \
 		$$([ "$$(id -u)" != 0 ] || echo --allow-root) $(ARGS)
 
-lint: .venv/.dev ## check the code with ruff and that notebooks carry no outputs
+lint: .venv/.dev ## check code and format with ruff, and that notebooks carry no outputs
 	@$(BIN)/python -m ruff check .
+	@$(BIN)/python -m ruff format --check .
 	@find notebooks -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*' -exec $(BIN)/nbstripout \
 		--verify --extra-keys "metadata.papermill cell.metadata.papermill" {} +
 

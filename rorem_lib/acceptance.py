@@ -97,8 +97,10 @@ def _check_pair(scores, labels) -> tuple[np.ndarray, np.ndarray]:
     labels = labels.astype(bool)
     least = min(labels.sum(), (~labels).sum())
     if least == 0:
-        raise ValueError("all labels are the same: calibration needs accepted and rejected "
-                         "removals; label more, or check that the labels were read right")
+        raise ValueError(
+            "all labels are the same: calibration needs accepted and rejected "
+            "removals; label more, or check that the labels were read right"
+        )
     return scores, labels
 
 
@@ -115,15 +117,19 @@ def _fit_calibration(scores, labels, method: str) -> Calibration:
             return Calibration("platt", 0.0, float(logit(share)))
         return Calibration("platt", slope, float(line.intercept_[0]))
     steps = clone(_ISOTONIC).fit(scores, labels)
-    return Calibration("isotonic", scores=tuple(map(float, steps.X_thresholds_)),
-                       probabilities=tuple(map(float, steps.y_thresholds_)))
+    return Calibration(
+        "isotonic",
+        scores=tuple(map(float, steps.X_thresholds_)),
+        probabilities=tuple(map(float, steps.y_thresholds_)),
+    )
 
 
 _ISOTONIC = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip")
 
 
-def calibrate_scores(scores, labels, *, method: str = "platt", groups=None, folds: int = 5,
-                     seed: int = 0) -> tuple[Calibration, np.ndarray]:
+def calibrate_scores(
+    scores, labels, *, method: str = "platt", groups=None, folds: int = 5, seed: int = 0
+) -> tuple[Calibration, np.ndarray]:
     """Fit a calibration, and say what it gives on labels it has not seen.
 
     Args:
@@ -150,8 +156,10 @@ def calibrate_scores(scores, labels, *, method: str = "platt", groups=None, fold
         logger.warning("only %d labels of the rarer answer: the calibration is a guess", least)
     whole = _fit_calibration(scores, labels, method)
     if whole.method == "platt" and whole.slope == 0:
-        logger.warning("the discriminator's scores don't rise with the labels: every removal gets "
-                       "the same probability; train it longer or on more labels")
+        logger.warning(
+            "the discriminator's scores don't rise with the labels: every removal gets "
+            "the same probability; train it longer or on more labels"
+        )
     folds = min(folds, least, len(np.unique(groups)))
     if folds < 2:
         logger.warning("too few labels to hold any out: precision is measured on the fit")
@@ -167,8 +175,14 @@ def calibrate_scores(scores, labels, *, method: str = "platt", groups=None, fold
     return whole, probabilities
 
 
-def choose_threshold(probabilities, labels, *, target_precision: float = 0.9,
-                     min_share: float = 0.2, bound: str = "point") -> Threshold:
+def choose_threshold(
+    probabilities,
+    labels,
+    *,
+    target_precision: float = 0.9,
+    min_share: float = 0.2,
+    bound: str = "point",
+) -> Threshold:
     """The lowest threshold that reaches a precision while accepting enough.
 
     Args:
@@ -196,17 +210,34 @@ def choose_threshold(probabilities, labels, *, target_precision: float = 0.9,
     taken = np.flatnonzero(last) + 1
     taken = taken[taken >= max(1, np.ceil(min_share * n - 1e-9))]
     right = right[taken - 1]
-    reach = right / taken if bound == "point" else np.array(
-        [wilson_interval(int(k), int(m))[0] for k, m in zip(right, taken, strict=True)])
+    reach = (
+        right / taken
+        if bound == "point"
+        else np.array(
+            [wilson_interval(int(k), int(m))[0] for k, m in zip(right, taken, strict=True)]
+        )
+    )
     good = np.flatnonzero(reach >= target_precision)
     reached = good.size > 0
     place = int(good[-1]) if reached else int(np.argmax(right / taken))
     k, m = int(right[place]), int(taken[place])
     if not reached:
-        logger.warning("no threshold reaches a precision of %.2f while accepting %.0f %%: the best "
-                       "is %.2f", target_precision, 100 * min_share, k / m)
-    return Threshold(float(ranked[m - 1]), k / m, wilson_interval(k, m), m / n, reached,
-                     target_precision, min_share, n)
+        logger.warning(
+            "no threshold reaches a precision of %.2f while accepting %.0f %%: the best is %.2f",
+            target_precision,
+            100 * min_share,
+            k / m,
+        )
+    return Threshold(
+        float(ranked[m - 1]),
+        k / m,
+        wilson_interval(k, m),
+        m / n,
+        reached,
+        target_precision,
+        min_share,
+        n,
+    )
 
 
 def rate_threshold(probabilities, labels) -> float:
@@ -246,8 +277,12 @@ def estimate_rate(share: float, true_accepts: float, false_accepts: float) -> fl
     return float(np.clip((share - false_accepts) / (true_accepts - false_accepts), 0, 1))
 
 
-def accept_candidates(scores: Mapping[Hashable, float], threshold: float, *,
-                      group_of: Mapping[Hashable, Hashable] | Callable | None = None) -> list:
+def accept_candidates(
+    scores: Mapping[Hashable, float],
+    threshold: float,
+    *,
+    group_of: Mapping[Hashable, Hashable] | Callable | None = None,
+) -> list:
     """Which candidates enter the training set.
 
     Args:
@@ -280,16 +315,21 @@ def describe_curve(probabilities, labels, *, bins: int = 10) -> dict:
     """
     probabilities, labels = _check_pair(probabilities, labels)
     bins = max(1, min(bins, labels.size // 5))
-    observed, predicted = calibration_curve(labels, probabilities, n_bins=bins,
-                                            strategy="quantile")
+    observed, predicted = calibration_curve(labels, probabilities, n_bins=bins, strategy="quantile")
     # scikit-learn gives no counts: its own bins again, empty ones left out as it does.
     edges = np.percentile(probabilities, np.linspace(0, 1, bins + 1) * 100)
     counts = np.bincount(np.searchsorted(edges[1:-1], probabilities), minlength=bins)
     counts = counts[counts > 0]
-    ends = [wilson_interval(round(o * int(c)), int(c))
-            for o, c in zip(observed, counts, strict=True)]
-    return {"predicted": predicted.tolist(), "observed": observed.tolist(),
-            "low": [e[0] for e in ends], "high": [e[1] for e in ends], "count": counts.tolist()}
+    ends = [
+        wilson_interval(round(o * int(c)), int(c)) for o, c in zip(observed, counts, strict=True)
+    ]
+    return {
+        "predicted": predicted.tolist(),
+        "observed": observed.tolist(),
+        "low": [e[0] for e in ends],
+        "high": [e[1] for e in ends],
+        "count": counts.tolist(),
+    }
 
 
 def describe_roc(scores, labels) -> dict:
@@ -297,12 +337,16 @@ def describe_roc(scores, labels) -> dict:
     scores, labels = _check_pair(scores, labels)
     false_accepts, true_accepts, thresholds = roc_curve(labels, scores)
     thresholds[0] = 1.0  # scikit-learn says infinity, which JSON can't
-    return {"false_accepts": false_accepts.tolist(), "true_accepts": true_accepts.tolist(),
-            "thresholds": thresholds.tolist()}
+    return {
+        "false_accepts": false_accepts.tolist(),
+        "true_accepts": true_accepts.tolist(),
+        "thresholds": thresholds.tolist(),
+    }
 
 
-def split_labels(answers, groups, fair, *, test_share: float = 0.25,
-                 seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def split_labels(
+    answers, groups, fair, *, test_share: float = 0.25, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """Split labelled removals into training and test, by picture, with alike shares accepted.
 
     The test is a fair sample: with active learning it is the random audit share alone.
@@ -323,8 +367,10 @@ def split_labels(answers, groups, fair, *, test_share: float = 0.25,
     answers, groups = np.asarray(answers, bool), np.asarray(groups)
     fair = np.asarray(fair, bool)
     if not fair.any():
-        raise ValueError(f"none of the {len(fair)} labels is of a random item: no accuracy can be "
-                         "estimated from them; label with an audit_share of 0.1 to 0.2")
+        raise ValueError(
+            f"none of the {len(fair)} labels is of a random item: no accuracy can be "
+            "estimated from them; label with an audit_share of 0.1 to 0.2"
+        )
     folds = round(fair.sum() / (test_share * len(fair)))
     outside = np.flatnonzero(fair)
     if folds > 1 or fair.all():
@@ -336,16 +382,18 @@ def split_labels(answers, groups, fair, *, test_share: float = 0.25,
     return inside, outside
 
 
-def measure_auc(scores, labels, *, seed: int = 0,
-                resamples: int = 2000) -> tuple[float, tuple[float, float]]:
+def measure_auc(
+    scores, labels, *, seed: int = 0, resamples: int = 2000
+) -> tuple[float, tuple[float, float]]:
     """Area under the ROC curve and its 95 % bootstrap interval (both answers resampled apart)."""
     scores, labels = _check_pair(scores, labels)
     values = np.unique(scores)
     rng = np.random.default_rng(seed)
     shares = []
     for answer in (True, False):
-        counts = np.bincount(np.searchsorted(values, scores[labels == answer]),
-                             minlength=values.size)
+        counts = np.bincount(
+            np.searchsorted(values, scores[labels == answer]), minlength=values.size
+        )
         n = counts.sum()
         shares.append(rng.multinomial(n, counts / n, size=resamples).astype(np.float32) / n)
     accepted, rejected = shares
@@ -354,17 +402,32 @@ def measure_auc(scores, labels, *, seed: int = 0,
     return float(roc_auc_score(labels, scores)), (float(low), float(high))
 
 
-def write_calibration(folder, calibration: Calibration, *, accept: Threshold,
-                      rate_threshold: float, rates: tuple[float, float], curve: dict,
-                      roc: dict | None = None) -> Path:
+def write_calibration(
+    folder,
+    calibration: Calibration,
+    *,
+    accept: Threshold,
+    rate_threshold: float,
+    rates: tuple[float, float],
+    curve: dict,
+    roc: dict | None = None,
+) -> Path:
     """Write `<folder>/calibration.json`, what stages 06 and 08 need of a discriminator.
 
     `rates` are `accept_rates` at `rate_threshold`.
     """
-    return write_json(Path(folder) / CALIBRATION_FILE, {
-        "accept_threshold": accept.value, "rate_threshold": rate_threshold,
-        "accept_rates": list(rates), "curve": curve, "roc": roc, "accept": asdict(accept),
-        "calibration": asdict(calibration)})
+    return write_json(
+        Path(folder) / CALIBRATION_FILE,
+        {
+            "accept_threshold": accept.value,
+            "rate_threshold": rate_threshold,
+            "accept_rates": list(rates),
+            "curve": curve,
+            "roc": roc,
+            "accept": asdict(accept),
+            "calibration": asdict(calibration),
+        },
+    )
 
 
 def read_calibration(folder) -> tuple[Calibration, dict]:
@@ -385,8 +448,10 @@ def read_calibration(folder) -> tuple[Calibration, dict]:
     places = [folder, folder / CALIBRATION_FILE, folder.parent / CALIBRATION_FILE]
     path = next((p for p in places if p.is_file()), None)
     if path is None:
-        raise FileNotFoundError(f"{folder} holds no {CALIBRATION_FILE}: run the notebook "
-                                "05_train_discriminator to its end")
+        raise FileNotFoundError(
+            f"{folder} holds no {CALIBRATION_FILE}: run the notebook "
+            "05_train_discriminator to its end"
+        )
     content = read_json(path)
     for name in ("accept_threshold", "rate_threshold"):
         if not isinstance(content, dict) or not isinstance(content.get(name), (int, float)):

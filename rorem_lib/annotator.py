@@ -260,8 +260,11 @@ class Annotator(anywidget.AnyWidget):
         self._agreement = {"alpha": shared["alpha"], "n": shared["n_shared"]} if pairs else None
         if self._divided:
             new = {x.id for x in labels if x.annotator != name} - mine
-            self._taken = {place for place, item in enumerate(self._queue)
-                           if item.id in new and not item.shared}
+            self._taken = {
+                place
+                for place, item in enumerate(self._queue)
+                if item.id in new and not item.shared
+            }
             self._theirs = {x.id for x in labels if x.annotator != name and x.label != "skip"}
 
     def _send_items(self, places: Iterable[int], wait: float = 0) -> None:

@@ -24,10 +24,15 @@ from rorem_lib.files import read_json, write_json
 from rorem_lib.pictures import AGAIN
 
 MARKER = ".extracted.json"  # in the folder: which archive it was unpacked from
-_NAME = re.compile(r"(?P<stem>.+?)\.(?:tar(?:\.(?:gz|bz2?|xz|lzma|zst))?|tgz|tbz2?|txz|zip|7z|rar)"
-                   r"(?:[._-]?(?:part[._-]?)?(?P<part>\d{1,4}|[a-d][a-z]))?", re.IGNORECASE)
-_BY_HAND = {b"Rar!\x1a\x07": "a rar archive: unpack it by hand, `unrar x {0}` or `7z x {0}`",
-            b"\x28\xb5\x2f\xfd": "compressed with zstd: unpack it by hand, `tar --zstd -xf {0}`"}
+_NAME = re.compile(
+    r"(?P<stem>.+?)\.(?:tar(?:\.(?:gz|bz2?|xz|lzma|zst))?|tgz|tbz2?|txz|zip|7z|rar)"
+    r"(?:[._-]?(?:part[._-]?)?(?P<part>\d{1,4}|[a-d][a-z]))?",
+    re.IGNORECASE,
+)
+_BY_HAND = {
+    b"Rar!\x1a\x07": "a rar archive: unpack it by hand, `unrar x {0}` or `7z x {0}`",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd: unpack it by hand, `tar --zstd -xf {0}`",
+}
 _CHUNK = 1 << 20
 
 
@@ -53,20 +58,23 @@ def list_parts(path: str | Path) -> list[Path]:
     found = _NAME.fullmatch(path.name)
     if not found or not found["part"]:
         return [path]
-    head, width = path.name[:found.start("part")], len(found["part"])
+    head, width = path.name[: found.start("part")], len(found["part"])
     parts = {}
     for other in path.parent.iterdir():
-        suffix = other.name[len(head):].lower()
-        if other.name.startswith(head) and (suffix.isdigit() or len(suffix) == width == 2
-                                            and suffix.isalpha()):
+        suffix = other.name[len(head) :].lower()
+        if other.name.startswith(head) and (
+            suffix.isdigit() or len(suffix) == width == 2 and suffix.isalpha()
+        ):
             number = int(suffix) if suffix.isdigit() else 26 * ord(suffix[0]) + ord(suffix[1])
             parts[number] = other
     numbers = sorted(parts)
     first = numbers[0] if numbers and numbers[0] in (0, 1, 27 * ord("a")) else 1
     for number in range(first, first + len(numbers)):
         if number not in parts:
-            raise ArchiveError(f"a part of {path.parent / head}... is missing before "
-                               f"{parts[numbers[-1]].name} (of {len(numbers)} here): download it")
+            raise ArchiveError(
+                f"a part of {path.parent / head}... is missing before "
+                f"{parts[numbers[-1]].name} (of {len(numbers)} here): download it"
+            )
     return [parts[number] for number in numbers]
 
 
@@ -80,9 +88,14 @@ def find_archives(folder: str | Path) -> list[Path]:
     return list(found.values())
 
 
-def extract_archive(path: str | Path, folder: str | Path, *, max_bytes: int = 2 * 10**12,
-                    max_members: int = 5_000_000,
-                    progress: Callable[[int, int], None] | None = None) -> Path:
+def extract_archive(
+    path: str | Path,
+    folder: str | Path,
+    *,
+    max_bytes: int = 2 * 10**12,
+    max_members: int = 5_000_000,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
     """Unpack an archive into a folder of its own, once.
 
     It is unpacked beside, into `.<folder>.partial`, and renamed: the folder is there whole or not
@@ -112,8 +125,10 @@ def extract_archive(path: str | Path, folder: str | Path, *, max_bytes: int = 2 
     if old == state:
         return folder
     if old is None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ArchiveError(f"{folder} holds something that was not unpacked from {path.name}: "
-                           "choose another folder, or move it away")
+        raise ArchiveError(
+            f"{folder} holds something that was not unpacked from {path.name}: "
+            "choose another folder, or move it away"
+        )
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -129,9 +144,11 @@ def extract_archive(path: str | Path, folder: str | Path, *, max_bytes: int = 2 
     except OSError as error:
         if error.errno is None:  # a decompressor's word, not the disk's
             raise _damaged(path, error) from error
-        raise OSError(error.errno, f"cannot unpack {path} into {folder}: {error.strerror}; make "
-                                   "room or choose another folder, nothing is left there"
-                      ) from error
+        raise OSError(
+            error.errno,
+            f"cannot unpack {path} into {folder}: {error.strerror}; make "
+            "room or choose another folder, nothing is left there",
+        ) from error
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError) as error:
         raise _damaged(path, error) from error
     finally:
@@ -172,7 +189,7 @@ class _Parts(io.RawIOBase):
             self._close_part()
             self._open = number, open(self._paths[number], "rb")
         self._open[1].seek(offset)
-        count = self._open[1].readinto(memoryview(buffer)[:self._sizes[number] - offset])
+        count = self._open[1].readinto(memoryview(buffer)[: self._sizes[number] - offset])
         self._at += count
         return count
 
@@ -207,8 +224,10 @@ class _Output:
     def _place(self, name: str) -> Path:
         self.members_left -= 1
         if self.members_left < 0:
-            raise ArchiveError(f"{self.archive} is refused: more members than max_members allows; "
-                               "raise it if this is expected")
+            raise ArchiveError(
+                f"{self.archive} is refused: more members than max_members allows; "
+                "raise it if this is expected"
+            )
         return self.folder.joinpath(*self.check_name(name))
 
     def make_folder(self, name: str) -> None:
@@ -222,8 +241,10 @@ class _Output:
     def count(self, size: int) -> None:
         self.bytes_left -= size
         if self.bytes_left < 0:
-            raise ArchiveError(f"{self.archive} is refused: it unpacks to more than max_bytes "
-                               "allows; raise it if this is expected")
+            raise ArchiveError(
+                f"{self.archive} is refused: it unpacks to more than max_bytes "
+                "allows; raise it if this is expected"
+            )
         self.progress(min(self.stream.tell(), self.total), self.total)
 
     def write(self, name: str, content) -> None:
@@ -265,8 +286,9 @@ class _Member(tarfile.TarInfo):
 
 
 def _unpack_tar(stream, output: _Output) -> None:
-    with tarfile.open(fileobj=stream, mode="r:*", tarinfo=_Member, encoding="utf-8",
-                      errors="replace") as archive:
+    with tarfile.open(
+        fileobj=stream, mode="r:*", tarinfo=_Member, encoding="utf-8", errors="replace"
+    ) as archive:
         while (member := archive.next()) is not None:
             archive.members.clear()  # or the memory would hold them all
             if member.isdir():
@@ -274,8 +296,11 @@ def _unpack_tar(stream, output: _Output) -> None:
             elif member.isreg():
                 output.write(member.name, archive.extractfile(member))
             else:
-                raise output.refuse(member.name, "is a link or a device; pack it again with "
-                                    "`tar --dereference --hard-dereference`")
+                raise output.refuse(
+                    member.name,
+                    "is a link or a device; pack it again with "
+                    "`tar --dereference --hard-dereference`",
+                )
         while archive.fileobj.read(_CHUNK):  # checksums stand at the end
             pass
 
@@ -306,8 +331,10 @@ def _unpack_7z(stream, output: _Output) -> None:
     try:
         py7zr = importlib.import_module("py7zr")
     except ImportError:
-        raise ArchiveError(f"{output.archive} is a 7z archive: `pip install py7zr`, or unpack it "
-                           f"by hand, `7z x {output.archive.name}`, and give the folder") from None
+        raise ArchiveError(
+            f"{output.archive} is a 7z archive: `pip install py7zr`, or unpack it "
+            f"by hand, `7z x {output.archive.name}`, and give the folder"
+        ) from None
 
     class File(io.FileIO):
         def write(self, data):

@@ -86,11 +86,21 @@ class Assembly:
     rejected: Path
 
 
-def assemble_sets(source: Source, folder: str | Path, *, filters: FilterConfig | None = None,
-                  max_side: int = 0, test_share: float = 0.0, seed: int = 4, limit: int = 0,
-                  workers: int = 1, evaluation_sets: Iterable[str | Path] = (),
-                  safety: SafetyChecker | None = None, patience: float = 600,
-                  progress: Callable[[Progress], None] | None = None) -> Assembly:
+def assemble_sets(
+    source: Source,
+    folder: str | Path,
+    *,
+    filters: FilterConfig | None = None,
+    max_side: int = 0,
+    test_share: float = 0.0,
+    seed: int = 4,
+    limit: int = 0,
+    workers: int = 1,
+    evaluation_sets: Iterable[str | Path] = (),
+    safety: SafetyChecker | None = None,
+    patience: float = 600,
+    progress: Callable[[Progress], None] | None = None,
+) -> Assembly:
     """Turn a source into triplet sets.
 
     A folder that was assembled with other settings is assembled anew.
@@ -121,13 +131,20 @@ def assemble_sets(source: Source, folder: str | Path, *, filters: FilterConfig |
     if not 0 <= test_share < 1:
         raise ValueError(f"test_share must be at least 0 and below 1, not {test_share}")
     job = Job(source, folder, filters or FilterConfig(), max_side, patience)
-    settings = {"version": VERSION, "source": source.name, "options": asdict(source),
-                "filters": asdict(job.filters), "max_side": max_side, "test_share": test_share,
-                "seed": seed, "limit": limit, "safety": getattr(safety, "model_id", ""),
-                "evaluation_sets": evaluation_sets}
+    settings = {
+        "version": VERSION,
+        "source": source.name,
+        "options": asdict(source),
+        "filters": asdict(job.filters),
+        "max_side": max_side,
+        "test_share": test_share,
+        "seed": seed,
+        "limit": limit,
+        "safety": getattr(safety, "model_id", ""),
+        "evaluation_sets": evaluation_sets,
+    }
     _claim_folder(folder, settings)
-    writers = {name: TripletWriter(folder / name) for name in _SETS
-               if (folder / name).exists()}
+    writers = {name: TripletWriter(folder / name) for name in _SETS if (folder / name).exists()}
     rejections = Journal(folder / "rejected.jsonl")
     choose = functools.partial(_choose_set, source=source, share=test_share, seed=seed)
     items = itertools.islice(source.list_items(), limit or None)
@@ -148,11 +165,15 @@ def describe_filters(folder: str | Path) -> str:
         return ""
     rows = [f"| {reason} | {count:,} |" for reason, count in found["rejected"].items()]
     shown = ", ".join(f"`{name}` {value}" for name, value in limits.items())
-    return "\n".join([
-        f"Assembled with the limits {shown}"
-        + (", and Stable Diffusion's safety checker" if found["settings"]["safety"] else "")
-        + f". {kept:,} items were kept" + ("; rejected were:\n" if rows else "."),
-        *(["| reason | items |", "| --- | --- |", *rows] if rows else [])])
+    return "\n".join(
+        [
+            f"Assembled with the limits {shown}"
+            + (", and Stable Diffusion's safety checker" if found["settings"]["safety"] else "")
+            + f". {kept:,} items were kept"
+            + ("; rejected were:\n" if rows else "."),
+            *(["| reason | items |", "| --- | --- |", *rows] if rows else []),
+        ]
+    )
 
 
 def open_examples(source: Source, count: int = 4, *, tries: int = 50) -> dict[str, Pictures]:
@@ -175,14 +196,21 @@ def open_examples(source: Source, count: int = 4, *, tries: int = 50) -> dict[st
             except (Rejected, TripletError, OSError) as error:
                 last = error
     if not found:
-        raise SourceError(f"no item of {source.folder} can be opened; the last one: "
-                          f"{last or 'there is none'}")
+        raise SourceError(
+            f"no item of {source.folder} can be opened; the last one: {last or 'there is none'}"
+        )
     return found
 
 
-def _work_off(job: Job, items: Iterator[Item], choose: Callable[[Item], str],
-              writers: dict[str, TripletWriter], rejections: Journal, workers: int,
-              progress: Callable[[Progress], None] | None) -> None:
+def _work_off(
+    job: Job,
+    items: Iterator[Item],
+    choose: Callable[[Item], str],
+    writers: dict[str, TripletWriter],
+    rejections: Journal,
+    workers: int,
+    progress: Callable[[Progress], None] | None,
+) -> None:
     """Turn every item that is not done into a record or a rejection; opens writers as needed."""
     with JournalIndex([rejections.path]) as index:
         done, bad = set(index.list_ids()), len(index)
@@ -192,8 +220,9 @@ def _work_off(job: Job, items: Iterator[Item], choose: Callable[[Item], str],
     with tempfile.TemporaryFile(dir=job.folder) as spool:
         total = _spool_items(items, spool)
         todo = (item for item in _read_spool(spool) if item.id not in done)
-        chunks = ((job, [(item, choose(item)) for item in chunk])
-                  for chunk in group_chunks(todo, _CHUNK))
+        chunks = (
+            (job, [(item, choose(item)) for item in chunk]) for chunk in group_chunks(todo, _CHUNK)
+        )
         began, before, count = time.monotonic(), len(done), len(done)
         for outcome in map_processes(convert_chunk, chunks, workers=workers):
             for name, record in outcome.records:
@@ -219,12 +248,17 @@ def _claim_folder(folder: Path, settings: dict) -> None:
     if found == _as_json(settings):
         return
     if found is None and any((folder / name / META).exists() for name in _SETS):
-        raise TripletError(f"{folder} holds sets that were not assembled here: choose another "
-                           "folder, or move them away")
+        raise TripletError(
+            f"{folder} holds sets that were not assembled here: choose another "
+            "folder, or move them away"
+        )
     if found:
         changed = [key for key in settings if found.get(key) != _as_json(settings)[key]]
-        logger.info("%s was assembled with other settings (%s): it is written anew", folder,
-                    ", ".join(changed))
+        logger.info(
+            "%s was assembled with other settings (%s): it is written anew",
+            folder,
+            ", ".join(changed),
+        )
     for name in (*_SETS, "rejected.jsonl", "safety.jsonl"):
         old = folder / name
         if old.is_file():
@@ -280,13 +314,22 @@ def _read_spool(spool) -> Iterator[Item]:
 # ------------------------------------------------------------------------------- the whole set
 
 
-def _finish(job: Job, settings: dict, writers: dict[str, TripletWriter], rejections: Journal,
-            evaluation_sets, safety) -> Assembly:
+def _finish(
+    job: Job,
+    settings: dict,
+    writers: dict[str, TripletWriter],
+    rejections: Journal,
+    evaluation_sets,
+    safety,
+) -> Assembly:
     """What needs all records: the safety checker and near-duplicates; then fold the journals."""
     answers = Journal(job.folder / "safety.jsonl")
-    for late in (*cleaning.find_unsafe(writers, safety, answers),
-                 *cleaning.find_duplicates(writers, distance=job.filters.duplicate_distance,
-                                           evaluation_sets=evaluation_sets)):
+    for late in (
+        *cleaning.find_unsafe(writers, safety, answers),
+        *cleaning.find_duplicates(
+            writers, distance=job.filters.duplicate_distance, evaluation_sets=evaluation_sets
+        ),
+    ):
         rejections.append(late)
     rejections.close()
     sets, counts = {}, {}
@@ -299,7 +342,13 @@ def _finish(job: Job, settings: dict, writers: dict[str, TripletWriter], rejecti
             sets[name] = writer.close(drop=drop)
             counts[name] = sum(1 for _ in read_records(sets[name]))
     reasons = dict(sorted(reasons.items(), key=lambda x: (-x[1], x[0])))
-    write_json(job.folder / "assembly.json", {
-        "settings": settings, "counts": counts, "rejected": reasons,
-        "left_out": job.source.summarise()})
+    write_json(
+        job.folder / "assembly.json",
+        {
+            "settings": settings,
+            "counts": counts,
+            "rejected": reasons,
+            "left_out": job.source.summarise(),
+        },
+    )
     return Assembly(sets, counts, reasons, rejections.path)

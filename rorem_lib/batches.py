@@ -10,9 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 
-def read_batches(load: Callable[..., Mapping[str, np.ndarray | None]],
-                 chunks: Iterable[Sequence], *,
-                 threads: int | None = None, ahead: int = 2) -> Iterator[dict[str, np.ndarray]]:
+def read_batches(
+    load: Callable[..., Mapping[str, np.ndarray | None]],
+    chunks: Iterable[Sequence],
+    *,
+    threads: int | None = None,
+    ahead: int = 2,
+) -> Iterator[dict[str, np.ndarray]]:
     """Open triplets in order, batch by batch, by default two batches ahead of the taker.
 
     Decoding and resizing leave Python's lock, so threads are enough to use all cores.
@@ -45,5 +49,8 @@ def read_batches(load: Callable[..., Mapping[str, np.ndarray | None]],
 
 def _stack(futures: list) -> dict[str, np.ndarray]:
     pictures = [future.result() for future in futures]
-    return {part: np.stack([p[part] for p in pictures]) for part, first in pictures[0].items()
-            if first is not None}
+    return {
+        part: np.stack([p[part] for p in pictures])
+        for part, first in pictures[0].items()
+        if first is not None
+    }

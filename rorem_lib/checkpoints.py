@@ -31,13 +31,29 @@ from rorem_lib.files import read_json, remove_folder, replace_folder, write_json
 logger = logging.getLogger(__name__)
 
 # What may differ between a checkpoint and the run that goes on from it.
-FREE_FIELDS = {"output_dir", "max_train_steps", "num_train_epochs", "checkpointing_steps",
-               "checkpoints_total_limit", "resume_from_checkpoint", "logging_steps", "logging_dir",
-               "report_to", "comments", "dataloader_num_workers", "latent_cache_dir",
-               "validation_steps", "num_validation_images", "validation_meta_path",
-               # speed and memory alone
-               "gradient_checkpointing", "torch_compile", "channels_last", "allow_tf32",
-               "enable_xformers_memory_efficient_attention"}
+FREE_FIELDS = {
+    "output_dir",
+    "max_train_steps",
+    "num_train_epochs",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "resume_from_checkpoint",
+    "logging_steps",
+    "logging_dir",
+    "report_to",
+    "comments",
+    "dataloader_num_workers",
+    "latent_cache_dir",
+    "validation_steps",
+    "num_validation_images",
+    "validation_meta_path",
+    # speed and memory alone
+    "gradient_checkpointing",
+    "torch_compile",
+    "channels_last",
+    "allow_tf32",
+    "enable_xformers_memory_efficient_attention",
+}
 # What they come to on this hardware is compared in their place.
 _HARDWARE_FIELDS = {"train_batch_size", "gradient_accumulation_steps", "mixed_precision"}
 _UNET = Path("unet", "diffusion_pytorch_model.safetensors")
@@ -49,8 +65,10 @@ def list_checkpoints(folder) -> list[Path]:
 
 
 def _list_folders(folder) -> list[Path]:
-    return sorted((p for p in Path(folder).glob("checkpoint-*")
-                   if re.fullmatch(r"checkpoint-\d+", p.name)), key=_get_step)
+    return sorted(
+        (p for p in Path(folder).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)),
+        key=_get_step,
+    )
 
 
 def _get_step(checkpoint: Path) -> int:
@@ -76,29 +94,43 @@ def save_checkpoint(accelerator, config, step: int, *, train_size: int | None = 
     beside = folder / f"checkpoint-{step}.partial"
     if accelerator.is_main_process:
         _clear(folder)
-    attempt = partial(disk.attempt, accelerator, beside=beside,
-                      explain=partial(_describe_full, accelerator, config, beside))
+    attempt = partial(
+        disk.attempt,
+        accelerator,
+        beside=beside,
+        explain=partial(_describe_full, accelerator, config, beside),
+    )
     attempt(partial(_check_space, accelerator, config))
-    attempt(partial(_save_state, accelerator, beside),
-            together=not sharding.is_divided(accelerator))
-    record = {"step": step, "config": dataclasses.asdict(config),
-              "num_processes": accelerator.num_processes,
-              "kind": sharding.find_kind(accelerator),
-              **_describe_training(accelerator, config, train_size)}
+    attempt(
+        partial(_save_state, accelerator, beside), together=not sharding.is_divided(accelerator)
+    )
+    record = {
+        "step": step,
+        "config": dataclasses.asdict(config),
+        "num_processes": accelerator.num_processes,
+        "kind": sharding.find_kind(accelerator),
+        **_describe_training(accelerator, config, train_size),
+    }
     attempt(partial(_complete, accelerator, folder, beside, record, config))
 
 
 def _describe_training(accelerator, config, train_size: int | None) -> dict:
     """What has to be the same in a run that goes on, and no option says alone."""
-    return {"global_batch": sharding.count_global_batch(accelerator, config),
-            "precision": sharding.find_precision(accelerator), "train_size": train_size}
+    return {
+        "global_batch": sharding.count_global_batch(accelerator, config),
+        "precision": sharding.find_precision(accelerator),
+        "train_size": train_size,
+    }
 
 
 def describe_last(folder) -> str:
     """What is left to go on from when a training stops, in a sentence."""
     done = list_checkpoints(folder)
-    return (f"{done[-1]} is intact, and training goes on from it." if done else
-            "There is no checkpoint yet: training begins anew.")
+    return (
+        f"{done[-1]} is intact, and training goes on from it."
+        if done
+        else "There is no checkpoint yet: training begins anew."
+    )
 
 
 def _clear(folder: Path) -> None:
@@ -110,10 +142,12 @@ def _clear(folder: Path) -> None:
 
 def _describe_full(accelerator, config, beside: Path) -> str:
     folder = beside.parent
-    return (f"no space left for {beside.stem} in {folder}: it needs "
-            f"{_measure_need(accelerator, config) / 1e9:.1f} GB, "
-            f"{shutil.disk_usage(folder).free / 1e9:.1f} GB are free. {describe_last(folder)} "
-            "Make room and start the same command again")
+    return (
+        f"no space left for {beside.stem} in {folder}: it needs "
+        f"{_measure_need(accelerator, config) / 1e9:.1f} GB, "
+        f"{shutil.disk_usage(folder).free / 1e9:.1f} GB are free. {describe_last(folder)} "
+        "Make room and start the same command again"
+    )
 
 
 def _measure_need(accelerator, config) -> int:
@@ -123,7 +157,7 @@ def _measure_need(accelerator, config) -> int:
             return sum(_read_checkpoint(checkpoint)["files"].values())
         except (OSError, ValueError):
             continue
-    model, = accelerator._models
+    (model,) = accelerator._models
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     weights = trained if _has_adapters(model) else sum(p.numel() for p in model.parameters())
     moments = 2 if config.use_8bit_adam else 8
@@ -168,8 +202,9 @@ def _has_adapters(module) -> bool:
 
 def _select_trained(module) -> dict:
     """The trained parameters and the buffers: what a training with a frozen base changes."""
-    frozen = {name for name, p in module.named_parameters(remove_duplicate=False)
-              if not p.requires_grad}
+    frozen = {
+        name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad
+    }
     return {name: value for name, value in module.state_dict().items() if name not in frozen}
 
 
@@ -179,15 +214,19 @@ def _complete(accelerator, folder: Path, beside: Path, record: dict, config) -> 
         return
     disk.flush_folder(beside)
     files = [p for p in sorted(beside.rglob("*")) if p.is_file()]
-    write_json(beside / "step.json", record | {
-        "files": {str(p.relative_to(beside)): p.stat().st_size for p in files}})
+    write_json(
+        beside / "step.json",
+        record | {"files": {str(p.relative_to(beside)): p.stat().st_size for p in files}},
+    )
     disk.flush(beside)
     replace_folder(beside, beside.with_suffix(""))
     disk.flush(folder)
     for other in _list_folders(folder):
         if _get_step(other) > record["step"]:
-            logger.warning("removing %s: it is of an earlier run, which this one left at a step "
-                           "before it", other)
+            logger.warning(
+                "removing %s: it is of an earlier run, which this one left at a step before it",
+                other,
+            )
             remove_folder(other)
     if config.checkpoints_total_limit > 0:
         for old in list_checkpoints(folder)[: -config.checkpoints_total_limit]:
@@ -256,9 +295,11 @@ def _find_named(wish: str, folder: Path) -> Path:
     if (checkpoint / "step.json").is_file():
         return checkpoint
     if any((checkpoint / name).is_file() for name in ("config.json", "unet/config.json")):
-        raise ValueError(f"{checkpoint} holds a UNet without the state of its training: start "
-                         f"from it by --pretrained_unet {checkpoint} in the place of "
-                         "--resume_from_checkpoint")
+        raise ValueError(
+            f"{checkpoint} holds a UNet without the state of its training: start "
+            f"from it by --pretrained_unet {checkpoint} in the place of "
+            "--resume_from_checkpoint"
+        )
     raise FileNotFoundError(f"{checkpoint} is not a complete checkpoint (no step.json in it)")
 
 
@@ -280,15 +321,18 @@ def load_checkpoint(accelerator, config, *, train_size: int | None = None) -> in
     """
     # The main process decides: on a network file system the others may still see an older one.
     found = [find_checkpoint(config) if accelerator.is_main_process else None]
-    checkpoint, = broadcast_object_list(found)
+    (checkpoint,) = broadcast_object_list(found)
     if checkpoint is None:
         return 0
     if not (checkpoint / "step.json").is_file():
-        raise FileNotFoundError(f"process {accelerator.process_index} does not see {checkpoint}: "
-                                "output_dir has to be a folder that all processes share")
+        raise FileNotFoundError(
+            f"process {accelerator.process_index} does not see {checkpoint}: "
+            "output_dir has to be a folder that all processes share"
+        )
     record = _read_checkpoint(checkpoint)
-    _compare_settings(checkpoint, record, config,
-                      _describe_training(accelerator, config, train_size))
+    _compare_settings(
+        checkpoint, record, config, _describe_training(accelerator, config, train_size)
+    )
     same = record["num_processes"] == accelerator.num_processes
     _compare_kind(checkpoint, record, sharding.find_kind(accelerator), same)
     handle = accelerator.register_load_state_pre_hook(partial(_load_weights, accelerator))
@@ -305,9 +349,12 @@ def load_checkpoint(accelerator, config, *, train_size: int | None = None) -> in
     # counted in micro-batches, of which a step may have another number now
     accelerator.step = record["step"] * config.gradient_accumulation_steps
     if not same:
-        logger.warning("%s was made by %d processes, these are %d: torch's random state begins "
-                       "anew on each", checkpoint, record["num_processes"],
-                       accelerator.num_processes)
+        logger.warning(
+            "%s was made by %d processes, these are %d: torch's random state begins anew on each",
+            checkpoint,
+            record["num_processes"],
+            accelerator.num_processes,
+        )
         set_seed(config.seed + record["step"], device_specific=True)
     logger.info("resumed from %s", checkpoint)
     return record["step"]
@@ -335,12 +382,17 @@ def _lay_out_moments(accelerator, checkpoint: Path) -> None:
     for optimizer in accelerator._optimizers:
         for parameter, state in optimizer.state.items():
             for name, value in state.items():
-                if not torch.is_tensor(value) or value.shape != parameter.shape or (
-                        value.stride() == parameter.stride()):
+                if (
+                    not torch.is_tensor(value)
+                    or value.shape != parameter.shape
+                    or (value.stride() == parameter.stride())
+                ):
                     continue
                 if value.dtype == torch.uint8:  # in blocks of what lies side by side
-                    raise ValueError(f"{checkpoint} has 8-bit optimizer states of another memory "
-                                     "layout: set channels_last as it was")
+                    raise ValueError(
+                        f"{checkpoint} has 8-bit optimizer states of another memory "
+                        "layout: set channels_last as it was"
+                    )
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
@@ -351,8 +403,16 @@ def _read_checkpoint(checkpoint: Path) -> dict:
     than none.
     """
     record = read_json(checkpoint / "step.json")
-    for name in ("step", "config", "files", "num_processes", "kind", "global_batch", "precision",
-                 "train_size"):
+    for name in (
+        "step",
+        "config",
+        "files",
+        "num_processes",
+        "kind",
+        "global_batch",
+        "precision",
+        "train_size",
+    ):
         if name not in record:
             raise ValueError(f"{checkpoint / 'step.json'} has no {name!r}")
     for name, size in record["files"].items():
@@ -365,31 +425,49 @@ def _read_checkpoint(checkpoint: Path) -> dict:
 def _compare_settings(checkpoint: Path, record: dict, config, training: dict) -> None:
     """Refuse to go on with other settings unawares; where the checkpoint is named, warn."""
     before, now = record["config"], json.loads(json.dumps(dataclasses.asdict(config)))
-    changed = [f"{name} was {before[name]!r} and is {now.get(name)!r}" for name in before
-               if name not in FREE_FIELDS | _HARDWARE_FIELDS and before[name] != now.get(name)]
-    words = {"global_batch": "the global batch (train_batch_size x gradient_accumulation_steps x "
-                             "processes)",
-             "precision": "the precision", "train_size": "the number of samples"}
-    changed += [f"{words[name]} was {record[name]} and is {value}"
-                for name, value in training.items() if record[name] != value]
+    changed = [
+        f"{name} was {before[name]!r} and is {now.get(name)!r}"
+        for name in before
+        if name not in FREE_FIELDS | _HARDWARE_FIELDS and before[name] != now.get(name)
+    ]
+    words = {
+        "global_batch": "the global batch (train_batch_size x gradient_accumulation_steps x "
+        "processes)",
+        "precision": "the precision",
+        "train_size": "the number of samples",
+    }
+    changed += [
+        f"{words[name]} was {record[name]} and is {value}"
+        for name, value in training.items()
+        if record[name] != value
+    ]
     if not changed:
         return
     text = f"{checkpoint} was made with other settings ({'; '.join(changed)}): "
     if config.resume_from_checkpoint == "latest":
-        raise ValueError(text + "delete it to begin anew, choose another output_dir, or name it "
-                         "in resume_from_checkpoint to go on from it all the same")
+        raise ValueError(
+            text + "delete it to begin anew, choose another output_dir, or name it "
+            "in resume_from_checkpoint to go on from it all the same"
+        )
     if bool(before.get("ema_decay")) != bool(config.ema_decay):
         raise ValueError(text + "averages (ema_decay) cannot begin or end half-way")
-    logger.warning("%sit goes on all the same; learning rate and its schedule, betas, epsilon, "
-                   "weight decay and ema_decay stay those of the checkpoint", text)
+    logger.warning(
+        "%sit goes on all the same; learning rate and its schedule, betas, epsilon, "
+        "weight decay and ema_decay stay those of the checkpoint",
+        text,
+    )
 
 
 def _compare_kind(checkpoint: Path, record: dict, kind: str, same: bool) -> None:
     """Refuse what accelerate could not load, or would load without a word."""
     before = record["kind"]
     if before != kind and not {before, kind} <= {"one", "DDP"}:
-        raise ValueError(f"{checkpoint} was made by {before}, this is {kind}: start it with the "
-                         "hardware file (--config_file) it was made with")
+        raise ValueError(
+            f"{checkpoint} was made by {before}, this is {kind}: start it with the "
+            "hardware file (--config_file) it was made with"
+        )
     if kind.startswith("ZeRO") and not same:
-        raise ValueError(f"{checkpoint} was made by {record['num_processes']} processes: ZeRO "
-                         "goes on with that many only")
+        raise ValueError(
+            f"{checkpoint} was made by {record['num_processes']} processes: ZeRO "
+            "goes on with that many only"
+        )

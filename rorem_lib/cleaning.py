@@ -16,8 +16,9 @@ from rorem_lib.safety import SafetyChecker
 from rorem_lib.triplets import TripletWriter
 
 
-def find_unsafe(writers: dict[str, TripletWriter], safety: SafetyChecker | None,
-                answers: Journal) -> Iterator[dict]:
+def find_unsafe(
+    writers: dict[str, TripletWriter], safety: SafetyChecker | None, answers: Journal
+) -> Iterator[dict]:
     """Rejections of sources that the checker takes for unsafe.
 
     Args:
@@ -40,13 +41,18 @@ def find_unsafe(writers: dict[str, TripletWriter], safety: SafetyChecker | None,
             with writer.open_index() as index:
                 for key in index.list_ids():
                     if known[key]["unsafe"]:
-                        yield {"id": key, "group": index[key]["group"], "set": name,
-                               "reason": "unsafe", "message": "the safety checker takes the "
-                                                              "source for unsafe"}
+                        yield {
+                            "id": key,
+                            "group": index[key]["group"],
+                            "set": name,
+                            "reason": "unsafe",
+                            "message": "the safety checker takes the source for unsafe",
+                        }
 
 
-def find_duplicates(writers: dict[str, TripletWriter], *, distance: int,
-                    evaluation_sets: Iterable[str | Path] = ()) -> Iterator[dict]:
+def find_duplicates(
+    writers: dict[str, TripletWriter], *, distance: int, evaluation_sets: Iterable[str | Path] = ()
+) -> Iterator[dict]:
     """Rejections of near-duplicates: of evaluation sets, in the test set, then in the rest.
 
     Args:
@@ -60,8 +66,9 @@ def find_duplicates(writers: dict[str, TripletWriter], *, distance: int,
     files = []
     for triplet in iter_triplets(list(evaluation_sets), require_gt=False):
         files.append(triplet.source)
-        hashes.append(int(triplet.extra.get("phash")
-                          or filters.hash_picture(load_image(triplet.source)), 16))
+        hashes.append(
+            int(triplet.extra.get("phash") or filters.hash_picture(load_image(triplet.source)), 16)
+        )
         groups.append(-len(files))  # each is one of its own
     numbers: dict[str, int] = {}
     with contextlib.ExitStack() as stack:
@@ -87,10 +94,19 @@ def find_duplicates(writers: dict[str, TripletWriter], *, distance: int,
             name, record = find(position - len(files))
             return writers[name].folder / record["source"]
 
-        for late, early in filters.find_duplicates(hashes, groups, locate, start=len(files),
-                                                   distance=distance):
+        for late, early in filters.find_duplicates(
+            hashes, groups, locate, start=len(files), distance=distance
+        ):
             name, record = find(late - len(files))
-            twin = (f"{files[early]}, a picture of an evaluation set" if early < len(files) else
-                    "{1[id]} of {0}".format(*find(early - len(files))))
-            yield {"id": record["id"], "group": record["group"], "set": name,
-                   "reason": "near-duplicate", "message": f"looks like {twin}"}
+            twin = (
+                f"{files[early]}, a picture of an evaluation set"
+                if early < len(files)
+                else "{1[id]} of {0}".format(*find(early - len(files)))
+            )
+            yield {
+                "id": record["id"],
+                "group": record["group"],
+                "set": name,
+                "reason": "near-duplicate",
+                "message": f"looks like {twin}",
+            }

@@ -62,21 +62,27 @@ class Console(Progress):
         self.stream.flush()
 
     def end(self, number, total, row, seconds, metrics) -> None:
-        self.write(f"{self._head(number, total, row)} finished in {seconds:.0f} s   "
-                   f"{format_metrics(metrics)}".rstrip())
+        self.write(
+            f"{self._head(number, total, row)} finished in {seconds:.0f} s   "
+            f"{format_metrics(metrics)}".rstrip()
+        )
 
 
 def format_metrics(metrics: dict) -> str:
     """The first four numbers of a stage's metrics, on one line."""
-    words = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
-             for k, v in metrics.items() if type(v) in (int, float)]
+    words = [
+        f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
+        for k, v in metrics.items()
+        if type(v) in (int, float)
+    ]
     return ", ".join(words[:4])
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of `rorem`."""
-    parser = argparse.ArgumentParser(prog="rorem", description="Run the notebooks of a recipe, or "
-                                                               "work on triplet sets.")
+    parser = argparse.ArgumentParser(
+        prog="rorem", description="Run the notebooks of a recipe, or work on triplet sets."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="run every stage that is not done or that changed")
     status = commands.add_parser("status", help="show the stages and how far each is")
@@ -84,13 +90,23 @@ def build_parser() -> argparse.ArgumentParser:
     data_commands.add_commands(data)
     for command in (run, status):
         command.add_argument("recipe", help="a name in notebooks/recipes, or a YAML file")
-        command.add_argument("--set", action="append", default=[], metavar="STAGE.PARAMETER=VALUE",
-                             help="replace a parameter; the value is read as YAML; repeatable")
+        command.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="STAGE.PARAMETER=VALUE",
+            help="replace a parameter; the value is read as YAML; repeatable",
+        )
         command.add_argument("--seed", type=int, help="replace the recipe's seed")
-        command.add_argument("--runs-dir", metavar="FOLDER",
-                             help="where the recipe's folder goes (default: runs)")
-    run.add_argument("--from", dest="from_stage", metavar="STAGE",
-                     help="run this stage again, and all that depend on it, done or not")
+        command.add_argument(
+            "--runs-dir", metavar="FOLDER", help="where the recipe's folder goes (default: runs)"
+        )
+    run.add_argument(
+        "--from",
+        dest="from_stage",
+        metavar="STAGE",
+        help="run this stage again, and all that depend on it, done or not",
+    )
     run.add_argument("--only", metavar="STAGE", help="run no stage but this one")
     return parser
 
@@ -122,8 +138,9 @@ def main(arguments: list[str] | None = None) -> int:
         return data_commands.run_command(options)
     runs_dir = Path(options.runs_dir).absolute() if options.runs_dir else ROOT / "runs"
     try:
-        recipe = read_recipe(options.recipe, overrides=parse_overrides(options.set),
-                             seed=options.seed)
+        recipe = read_recipe(
+            options.recipe, overrides=parse_overrides(options.set), seed=options.seed
+        )
         if options.command == "status":
             return show_status(recipe, runs_dir)
         return _run(recipe, runs_dir, options)
@@ -143,8 +160,11 @@ def describe_command(options) -> str:
     words = ["rorem", "run", options.recipe]
     for text in options.set:
         words += ["--set", text]
-    for name, value in (("--seed", options.seed), ("--runs-dir", options.runs_dir),
-                        ("--only", options.only)):
+    for name, value in (
+        ("--seed", options.seed),
+        ("--runs-dir", options.runs_dir),
+        ("--only", options.only),
+    ):
         words += [name, str(value)] if value is not None else []
     program = Path(sys.argv[0])
     if program.name == "rorem" and shutil.which("rorem") != str(program.absolute()):
@@ -164,8 +184,13 @@ def _run(recipe: Recipe, runs_dir: Path, options) -> int:
     shown = os.path.relpath(runs_dir / recipe.name)
     console.write(f"{recipe.name}: {len(recipe.stages)} stages, results in {shown}")
     try:
-        result = run_recipe(recipe, runs_dir=runs_dir, from_stage=options.from_stage,
-                            only=options.only, progress=console)
+        result = run_recipe(
+            recipe,
+            runs_dir=runs_dir,
+            from_stage=options.from_stage,
+            only=options.only,
+            progress=console,
+        )
     except StageFailed as failure:
         console.write("")
         tell_failure(failure, runs_dir / recipe.name, describe_command(options), console)
@@ -176,15 +201,19 @@ def _run(recipe: Recipe, runs_dir: Path, options) -> int:
         return FAILED
     except KeyboardInterrupt as stop:
         console.write("")
-        console.write(f"Interrupted{f' by {stop}' if str(stop) else ''}. Go on with: "
-                      f"{describe_command(options)}")
+        console.write(
+            f"Interrupted{f' by {stop}' if str(stop) else ''}. Go on with: "
+            f"{describe_command(options)}"
+        )
         # At once: the kernel's clean-up would wait for the cell that was interrupted. Kernel and
         # jobs are tied to this process and end with it.
         sys.stdout.flush()
         os._exit(INTERRUPTED)
     told = f"; report: {os.path.relpath(result['report'])}" if result["report"] else ""
-    console.write(f"{recipe.name}: {len(result['ran'])} run, {len(result['skipped'])} unchanged, "
-                  f"{time.monotonic() - began:.0f} s{told}")
+    console.write(
+        f"{recipe.name}: {len(result['ran'])} run, {len(result['skipped'])} unchanged, "
+        f"{time.monotonic() - began:.0f} s{told}"
+    )
     return DONE
 
 
@@ -196,8 +225,10 @@ def tell_failure(failure: StageFailed, run_dir: Path, command: str, console: Con
         console.write(f"Open {notebook} in JupyterLab (make lab), run its cells and label.")
         console.write(f"Then go on with: {command}")
         return
-    console.write(f'Stage "{failure.stage.name}" failed ({failure.stage.notebook.name}'
-                  + (f", cell In [{failure.cell}])" if failure.cell else ")"))
+    console.write(
+        f'Stage "{failure.stage.name}" failed ({failure.stage.notebook.name}'
+        + (f", cell In [{failure.cell}])" if failure.cell else ")")
+    )
     if failure.source:
         lines = failure.source.splitlines()
         shown = lines[:6] + ["…"] * (len(lines) > 6)
@@ -216,16 +247,20 @@ def show_status(recipe: Recipe, runs_dir: Path) -> int:
     pid = is_running(run_dir)
     states = read_states(recipe, runs_dir=runs_dir)
     running = f", a runner (pid {pid}) is at work" if pid else ""
-    print(f"{recipe.name}: {len(states)} stages, "
-          f"{sum(s.state == 'done' for s in states)} done{running}")
+    print(
+        f"{recipe.name}: {len(states)} stages, "
+        f"{sum(s.state == 'done' for s in states)} done{running}"
+    )
     width = max(len(s.row.name) for s in states)
     stems = max(len(s.row.notebook.stem) for s in states)
     for state in states:
         word = "running" if pid and state.state in ("half-way",) else state.state
         seconds = f"{state.seconds:8.0f} s" if state.seconds is not None else " " * 10
         row, note = state.row, state.note or format_metrics(state.metrics)
-        print(f"  {row.name:<{width}}  {row.row:<16}  {row.notebook.stem:<{stems}}  {word:<8}  "
-              f"{seconds}  {state.finished or '':<25}  {note}".rstrip())
+        print(
+            f"  {row.name:<{width}}  {row.row:<16}  {row.notebook.stem:<{stems}}  {word:<8}  "
+            f"{seconds}  {state.finished or '':<25}  {note}".rstrip()
+        )
     report = run_dir / "report.html"
     if report.exists():
         print(f"report: {os.path.relpath(report)}")

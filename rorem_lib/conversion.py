@@ -70,8 +70,15 @@ def convert_chunk(task: tuple[Job, list[tuple[Item, str]]]) -> Outcome:
             write = functools.partial(_write, item, pictures, measured, place, job.source)
             outcome.records.append((name, wait_for_space(write, job.patience)))
         except Rejected as error:
-            outcome.rejected.append({"id": item.id, "group": item.group, "set": name,
-                                     "reason": error.reason, "message": error.message})
+            outcome.rejected.append(
+                {
+                    "id": item.id,
+                    "group": item.group,
+                    "set": name,
+                    "reason": error.reason,
+                    "message": error.message,
+                }
+            )
     return outcome
 
 
@@ -83,8 +90,9 @@ def _load(item: Item, job: Job) -> tuple[Pictures, dict]:
         return pictures, check_pictures(pictures, job.filters)
     except Exception as error:
         if not Path(job.source.folder).exists():  # a disk that went away is no fault of its items
-            raise SourceError(f"{job.source.folder} is gone: mount it again; started again, the "
-                              "work goes on") from error
+            raise SourceError(
+                f"{job.source.folder} is gone: mount it again; started again, the work goes on"
+            ) from error
         if isinstance(error, Rejected):
             if pictures is not None and str(pictures.origin_file) not in error.message:
                 error.message += f" ({pictures.origin_file})"  # the filters know no files
@@ -93,19 +101,28 @@ def _load(item: Item, job: Job) -> tuple[Pictures, dict]:
         gone = isinstance(error, FileNotFoundError) or (file and not Path(file).exists())
         known = isinstance(error, (TripletError, OSError))
         words = str(error) if known else f"{type(error).__name__}: {error} (at {item.place})"
-        raise Rejected("missing file" if gone else "unreadable" if known else "error",
-                       words) from error
+        raise Rejected(
+            "missing file" if gone else "unreadable" if known else "error", words
+        ) from error
 
 
 def _write(item: Item, pictures: Pictures, measured: dict, folder: Path, source: Source) -> dict:
     parts = {"source": pictures.source, "mask": pictures.mask, "gt": pictures.gt}
-    values = {part: picture and (picture.array if picture.file is None else picture.file)
-              for part, picture in parts.items()}
+    values = {
+        part: picture and (picture.array if picture.file is None else picture.file)
+        for part, picture in parts.items()
+    }
     if isinstance(values["mask"], np.ndarray):
         values["mask"] = binarise_mask(values["mask"])
     height, width = pictures.source.array.shape[:2]
-    known = {"group": item.group, "origin": source.origin, "license": source.license,
-             "file": _shorten(pictures.origin_file, source), "width": width, "height": height}
+    known = {
+        "group": item.group,
+        "origin": source.origin,
+        "license": source.license,
+        "file": _shorten(pictures.origin_file, source),
+        "width": width,
+        "height": height,
+    }
     if "sha256" not in pictures.extra:
         known["sha256"] = hash_file(pictures.origin_file)
     return write_files(folder, id=item.id, **values, **{**known, **pictures.extra, **measured})
@@ -134,8 +151,13 @@ def _shrink(pictures: Pictures, max_side: int) -> Pictures:
         return Picture(np.where(small > 0, 255, 0).astype(np.uint8) if mask else small)
 
     mask = Picture(binarise_mask(pictures.mask.array))
-    return Pictures(shrink(pictures.source), shrink(mask, True), shrink(pictures.gt),
-                    pictures.origin_file, pictures.extra)
+    return Pictures(
+        shrink(pictures.source),
+        shrink(mask, True),
+        shrink(pictures.gt),
+        pictures.origin_file,
+        pictures.extra,
+    )
 
 
 def wait_for_space(write: Callable, patience: float):

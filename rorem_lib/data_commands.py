@@ -21,29 +21,48 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     check = commands.add_parser("check", help="open every picture of a set, name each fault")
     check.add_argument("folder", help="a set, its meta.json, or a folder with several sets")
     check.add_argument("--allow-absolute", action="store_true", help="accept absolute paths")
-    check.add_argument("--allow-outside", action="store_true",
-                       help="accept paths that leave the set's folder")
+    check.add_argument(
+        "--allow-outside", action="store_true", help="accept paths that leave the set's folder"
+    )
     merge = commands.add_parser("merge", help="make one set of several, their files reused")
     merge.add_argument("folder", help="the new set's folder; a set that is there is replaced")
     merge.add_argument("sets", nargs="+", help="sets to merge")
     publish = commands.add_parser(
-        "publish", help="write Parquet shards and a dataset card, and upload them if asked to")
+        "publish", help="write Parquet shards and a dataset card, and upload them if asked to"
+    )
     publish.add_argument("folder", help="a set, or a folder with sets: each is a split")
-    publish.add_argument("--repo-id", required=True, metavar="OWNER/NAME",
-                         help="the dataset's id on the Hub; the card names it")
-    publish.add_argument("--output-dir", metavar="FOLDER",
-                         help="where shards and card go (default: FOLDER/published)")
-    publish.add_argument("--license", default="",
-                         help="licence of the records that name none")
-    publish.add_argument("--acceptance", default="", metavar="TEXT",
-                         help="how the GTs were made and accepted, for the card")
-    publish.add_argument("--upload", action="store_true",
-                         help="upload to the Hub (token: HF_TOKEN or `hf auth login`)")
-    publish.add_argument("--public", action="store_true",
-                         help="make a new repository public; it is private otherwise")
+    publish.add_argument(
+        "--repo-id",
+        required=True,
+        metavar="OWNER/NAME",
+        help="the dataset's id on the Hub; the card names it",
+    )
+    publish.add_argument(
+        "--output-dir",
+        metavar="FOLDER",
+        help="where shards and card go (default: FOLDER/published)",
+    )
+    publish.add_argument("--license", default="", help="licence of the records that name none")
+    publish.add_argument(
+        "--acceptance",
+        default="",
+        metavar="TEXT",
+        help="how the GTs were made and accepted, for the card",
+    )
+    publish.add_argument(
+        "--upload",
+        action="store_true",
+        help="upload to the Hub (token: HF_TOKEN or `hf auth login`)",
+    )
+    publish.add_argument(
+        "--public",
+        action="store_true",
+        help="make a new repository public; it is private otherwise",
+    )
     for command in (check, merge):
-        command.add_argument("--workers", type=int, default=os.cpu_count(),
-                             help="processes (default: one a core)")
+        command.add_argument(
+            "--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)"
+        )
 
 
 def run_command(options) -> int:
@@ -106,9 +125,13 @@ def _check(options) -> int:
     for name, meta in find_sets(options.folder).items():
         counter = _Counter(name)
         try:
-            problems = check_set(meta, workers=options.workers, progress=counter,
-                                 allow_absolute=options.allow_absolute,
-                                 allow_outside=options.allow_outside)
+            problems = check_set(
+                meta,
+                workers=options.workers,
+                progress=counter,
+                allow_absolute=options.allow_absolute,
+                allow_outside=options.allow_outside,
+            )
         except TripletError as error:  # no list at all; there may be sets after it
             print(f"rorem: {error}", file=sys.stderr)
             faults += 1
@@ -119,8 +142,10 @@ def _check(options) -> int:
             shown = str(problem.file)
             print(problem.reason if shown in problem.reason else f"{shown}: {problem.reason}")
         count = sum(1 for _ in read_records(meta))
-        print(f"{meta.parent}: {count:,} triplets, "
-              f"{f'{len(problems):,} faulty' if problems else 'all sound'}")
+        print(
+            f"{meta.parent}: {count:,} triplets, "
+            f"{f'{len(problems):,} faulty' if problems else 'all sound'}"
+        )
         faults += len(problems)
     return FAULTY if faults else SOUND
 
@@ -146,8 +171,14 @@ def _publish(options) -> int:
     given = Path(options.folder)
     given = given if given.is_dir() else given.parent
     folder = Path(options.output_dir or given / "published")
-    publish_sets(sets, folder, repo_id=options.repo_id, license=options.license,
-                 acceptance=options.acceptance, filters=describe_filters(given))
+    publish_sets(
+        sets,
+        folder,
+        repo_id=options.repo_id,
+        license=options.license,
+        acceptance=options.acceptance,
+        filters=describe_filters(given),
+    )
     print(f"{folder}: shards of {', '.join(sets)}, and README.md")
     if options.upload:
         address = upload_dataset(folder, options.repo_id, private=not options.public)

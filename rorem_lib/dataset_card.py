@@ -9,10 +9,26 @@ from collections.abc import Callable
 import numpy as np
 
 HUB_LICENSES = {  # identifiers that the Hub knows; any other licence is "other" there, and named
-    "apache-2.0", "mit", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0",
-    "cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0", "cc-by-nd-4.0", "cc-by-3.0", "cc-by-sa-3.0",
-    "cc-by-nc-sa-3.0", "openrail", "openrail++", "creativeml-openrail-m", "odc-by", "odbl"}
-QUANTILES = (0, .05, .25, .5, .75, .95, 1)
+    "apache-2.0",
+    "mit",
+    "bsd-3-clause",
+    "cc0-1.0",
+    "cc-by-4.0",
+    "cc-by-sa-4.0",
+    "cc-by-nc-4.0",
+    "cc-by-nc-sa-4.0",
+    "cc-by-nc-nd-4.0",
+    "cc-by-nd-4.0",
+    "cc-by-3.0",
+    "cc-by-sa-3.0",
+    "cc-by-nc-sa-3.0",
+    "openrail",
+    "openrail++",
+    "creativeml-openrail-m",
+    "odc-by",
+    "odbl",
+}
+QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
 
 _CARD = """---
 {yaml}
@@ -78,8 +94,9 @@ The method is that of RORem:
 """
 
 
-def make_card(splits: dict[str, dict], features, *, title: str, repo_id: str, acceptance: str,
-              filters: str) -> str:
+def make_card(
+    splits: dict[str, dict], features, *, title: str, repo_id: str, acceptance: str, filters: str
+) -> str:
     """The text of a dataset's `README.md`; the same facts give the same text.
 
     Args:
@@ -91,8 +108,10 @@ def make_card(splits: dict[str, dict], features, *, title: str, repo_id: str, ac
         repo_id: what the example loads.
         acceptance, filters: Markdown.
     """
-    kinds = {split: [(json.loads(key), n) for key, n in facts["kinds"].items()]
-             for split, facts in splits.items()}
+    kinds = {
+        split: [(json.loads(key), n) for key, n in facts["kinds"].items()]
+        for split, facts in splits.items()
+    }
     licenses = sorted({kind[1] for found in kinds.values() for kind, _ in found})
 
     def count_kinds(pick: Callable) -> dict[str, Counter]:
@@ -103,24 +122,37 @@ def make_card(splits: dict[str, dict], features, *, title: str, repo_id: str, ac
         return counts
 
     def count_names(key: str) -> dict[str, Counter]:
-        return {split: Counter({(text,): n for text, n in facts[key].items() if text})
-                for split, facts in splits.items()}
+        return {
+            split: Counter({(text,): n for text, n in facts[key].items() if text})
+            for split, facts in splits.items()
+        }
 
     return _CARD.format(
-        yaml=_make_header(splits, features, title, licenses).strip(), title=title, repo_id=repo_id,
-        total=sum(facts["rows"] for facts in splits.values()), first=next(iter(splits)),
-        splits=_lay_table(["split", "triplets", "shards"], [
-            [split, facts["rows"], facts["shards"]] for split, facts in splits.items()]),
+        yaml=_make_header(splits, features, title, licenses).strip(),
+        title=title,
+        repo_id=repo_id,
+        total=sum(facts["rows"] for facts in splits.values()),
+        first=next(iter(splits)),
+        splits=_lay_table(
+            ["split", "triplets", "shards"],
+            [[split, facts["rows"], facts["shards"]] for split, facts in splits.items()],
+        ),
         licenses=_count_table(["origin", "licence"], count_kinds(lambda k: (k[0], k[1]))),
         acceptance=acceptance.strip() or "Not described.",
         filters=filters.strip() or "None were noted.",
-        accepted=_count_table(["accepted by", "remover", "round"],
-                              count_kinds(lambda k: tuple(k[2:])), 30),
-        areas=_lay_table(["split", *(f"{q:.0%}" for q in QUANTILES)], [
-            [split, *(f"{share:.2%}" for share in np.quantile(facts["areas"], QUANTILES))]
-            for split, facts in splits.items()]),
+        accepted=_count_table(
+            ["accepted by", "remover", "round"], count_kinds(lambda k: tuple(k[2:])), 30
+        ),
+        areas=_lay_table(
+            ["split", *(f"{q:.0%}" for q in QUANTILES)],
+            [
+                [split, *(f"{share:.2%}" for share in np.quantile(facts["areas"], QUANTILES))]
+                for split, facts in splits.items()
+            ],
+        ),
         sizes=_count_table(["size"], count_names("sizes"), 10),
-        classes=_count_table(["class"], count_names("classes"), 20))
+        classes=_count_table(["class"], count_names("classes"), 20),
+    )
 
 
 def _make_header(splits: dict[str, dict], features, title: str, licenses: list[str]) -> str:
@@ -130,20 +162,32 @@ def _make_header(splits: dict[str, dict], features, title: str, licenses: list[s
 
     total = sum(facts["rows"] for facts in splits.values())
     bounds = {"n<1K": 10**3, "1K<n<10K": 10**4, "10K<n<100K": 10**5, "100K<n<1M": 10**6}
-    known = sorted({text.lower() if text.lower() in HUB_LICENSES else "other"
-                    for text in licenses})
+    known = sorted({text.lower() if text.lower() in HUB_LICENSES else "other" for text in licenses})
     data = DatasetCardData(
-        pretty_name=title, license=known[0] if len(known) == 1 else known,
+        pretty_name=title,
+        license=known[0] if len(known) == 1 else known,
         license_name=", ".join(licenses) if "other" in known else None,
-        task_categories=["image-to-image"], tags=["object-removal", "inpainting", "rorem"],
+        task_categories=["image-to-image"],
+        tags=["object-removal", "inpainting", "rorem"],
         size_categories=[next((text for text, n in bounds.items() if total < n), "1M<n<10M")],
-        configs=[{"config_name": "default", "data_files": [
-            {"split": split, "path": f"data/{split}-*"} for split in splits]}])
+        configs=[
+            {
+                "config_name": "default",
+                "data_files": [{"split": split, "path": f"data/{split}-*"} for split in splits],
+            }
+        ],
+    )
     info = DatasetInfo(
-        features=features, dataset_size=sum(facts["bytes"] for facts in splits.values()),
+        features=features,
+        dataset_size=sum(facts["bytes"] for facts in splits.values()),
         download_size=sum(facts["file_bytes"] for facts in splits.values()),
-        splits=SplitDict({split: SplitInfo(split, facts["bytes"], facts["rows"])
-                          for split, facts in splits.items()}))
+        splits=SplitDict(
+            {
+                split: SplitInfo(split, facts["bytes"], facts["rows"])
+                for split, facts in splits.items()
+            }
+        ),
+    )
     DatasetInfosDict({"default": info}).to_dataset_card_data(data)
     return data.to_yaml()
 
@@ -152,12 +196,19 @@ def _count_table(head: list[str], counts: dict[str, Counter], limit: int | None 
     """Counts as a table, a column a split, the most frequent first; empty without counts."""
     total = sum(counts.values(), Counter())
     order = sorted(total, key=lambda key: (-total[key], str(key)))
-    rows = [[*("-" if cell is None else cell for cell in key),
-             *(count[key] for count in counts.values())] for key in order[:limit]]
+    rows = [
+        [
+            *("-" if cell is None else cell for cell in key),
+            *(count[key] for count in counts.values()),
+        ]
+        for key in order[:limit]
+    ]
     more = f"\n\nand {len(order) - len(rows)} more" if len(order) > len(rows) else ""
     return _lay_table([*head, *counts], rows) + more if rows else ""
 
 
 def _lay_table(head: list, rows: list[list]) -> str:
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |"
-                     for line in [head, ["---"] * len(head), *rows])
+    return "\n".join(
+        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |"
+        for line in [head, ["---"] * len(head), *rows]
+    )

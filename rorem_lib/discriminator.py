@@ -63,8 +63,7 @@ class DiscriminatorConfig(options.LoopConfig):
     random_flip: bool = True
     random_shift: bool = True
     rank: int = 4
-    lora_targets: list[str] = field(
-        default_factory=lambda: ["to_k", "to_q", "to_v", "to_out.0"])
+    lora_targets: list[str] = field(default_factory=lambda: ["to_k", "to_q", "to_v", "to_out.0"])
     head_channels: int = 128
     untouched_share: float = 0.05
     balance_classes: bool = False
@@ -80,8 +79,11 @@ class _Head(nn.Module):
         super().__init__()
 
         def convolve(width):
-            return nn.Sequential(nn.Conv2d(width, channels, 3, padding=1),
-                                 nn.GroupNorm(min(32, channels // 4), channels), nn.SiLU())
+            return nn.Sequential(
+                nn.Conv2d(width, channels, 3, padding=1),
+                nn.GroupNorm(min(32, channels // 4), channels),
+                nn.SiLU(),
+            )
 
         self.fine, self.coarse = convolve(fine_width), convolve(coarse_width)
         self.mix = nn.Sequential(convolve(2 * channels), convolve(channels))
@@ -107,19 +109,30 @@ class Discriminator(nn.Module):
         origin: what to write into the saved config as the base model.
     """
 
-    def __init__(self, pipe, *, rank: int, lora_targets: list[str], head_channels: int,
-                 origin: dict):
+    def __init__(
+        self, pipe, *, rank: int, lora_targets: list[str], head_channels: int, origin: dict
+    ):
         super().__init__()
-        self.settings = {"rank": rank, "lora_targets": list(lora_targets),
-                         "head_channels": head_channels, **origin}
+        self.settings = {
+            "rank": rank,
+            "lora_targets": list(lora_targets),
+            "head_channels": head_channels,
+            **origin,
+        }
         self.pipe = [pipe]  # in a list: its other parts are not this module's parameters
         unet = pipe.unet
         unet.up_blocks = nn.ModuleList()
         unet.conv_norm_out = None
         unet.conv_out = nn.Identity()  # the UNet's own forward now ends with the mid features
         unet.requires_grad_(False)
-        unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian",
-                                    target_modules=list(lora_targets)))
+        unet.add_adapter(
+            LoraConfig(
+                r=rank,
+                lora_alpha=rank,
+                init_lora_weights="gaussian",
+                target_modules=list(lora_targets),
+            )
+        )
         for name, parameter in unet.named_parameters():
             parameter.requires_grad_("lora_" in name)
         self.unet = unet
@@ -144,25 +157,33 @@ class Discriminator(nn.Module):
         """Logits [B] from latents removal, source [B, 4, h, w] and mask [B, 1, h, w] in {0, 1}."""
         count = len(removal)
         side = removal.shape[-1] * self.pipe[0].vae_scale_factor
-        added = {"text_embeds": self.pooled.expand(count, -1),
-                 "time_ids": sdxl.make_time_ids(side, side, count, device=removal.device)}
-        features = self.unet(torch.cat([removal, mask, source], dim=1),
-                             torch.zeros(count, dtype=torch.long, device=removal.device),
-                             self.embeds.expand(count, -1, -1), added_cond_kwargs=added).sample
+        added = {
+            "text_embeds": self.pooled.expand(count, -1),
+            "time_ids": sdxl.make_time_ids(side, side, count, device=removal.device),
+        }
+        features = self.unet(
+            torch.cat([removal, mask, source], dim=1),
+            torch.zeros(count, dtype=torch.long, device=removal.device),
+            self.embeds.expand(count, -1, -1),
+            added_cond_kwargs=added,
+        ).sample
         return self.head(self._fine, features, mask)
 
     def save_pretrained(self, folder) -> None:
         """Write LoRA, head and `config.json`; the frozen blocks stay with their base model."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous() for k, v in get_peft_model_state_dict(self.unet).items()},
-                  folder / LORA_FILE)
+        save_file(
+            {k: v.contiguous() for k, v in get_peft_model_state_dict(self.unet).items()},
+            folder / LORA_FILE,
+        )
         save_file(self.head.state_dict(), folder / HEAD_FILE)
         write_json(folder / "config.json", self.settings)
 
     @classmethod
-    def from_pretrained(cls, model_id: str, *, device=None,
-                        revision: str | None = None) -> Discriminator:
+    def from_pretrained(
+        cls, model_id: str, *, device=None, revision: str | None = None
+    ) -> Discriminator:
         """Open a discriminator that `save_pretrained` wrote (a folder or a Hub id).
 
         Args:
@@ -179,11 +200,13 @@ class Discriminator(nn.Module):
         if not (folder / HEAD_FILE).is_file():
             raise FileNotFoundError(f"{folder} holds no discriminator (no {HEAD_FILE})")
         settings = read_json(folder / "config.json")
-        model = cls(sdxl.load_pipeline(settings["base_model"],
-                                       revision=settings.get("revision") or None),
-                    rank=settings["rank"], lora_targets=settings["lora_targets"],
-                    head_channels=settings["head_channels"],
-                    origin={k: settings.get(k) for k in ("base_model", "revision", "resolution")})
+        model = cls(
+            sdxl.load_pipeline(settings["base_model"], revision=settings.get("revision") or None),
+            rank=settings["rank"],
+            lora_targets=settings["lora_targets"],
+            head_channels=settings["head_channels"],
+            origin={k: settings.get(k) for k in ("base_model", "revision", "resolution")},
+        )
         set_peft_model_state_dict(model.unet, load_file(folder / LORA_FILE))
         model.head.load_state_dict(load_file(folder / HEAD_FILE))
         device = device or sharding.find_device()
@@ -205,8 +228,7 @@ class _ScoredLatents(Dataset):
         rng = np.random.default_rng([self.config.seed, 3, position])
         index = self.order.find_index(position)
         twin = int(self.config.random_flip and rng.random() < 0.5)
-        sample = {name: x.float().numpy()
-                  for name, x in self.store.read(index, twin=twin).items()}
+        sample = {name: x.float().numpy() for name, x in self.store.read(index, twin=twin).items()}
         if self.config.random_shift:
             shift = rng.integers(0, sample["gt"].shape[1:])
             sample = {name: np.roll(x, shift, axis=(1, 2)) for name, x in sample.items()}
@@ -221,13 +243,24 @@ class DiscriminatorObjective(loop.Objective):
 
     def build_model(self):
         config = self.config
-        pipe = sdxl.load_pipeline(config.pretrained_model_name_or_path, device=self.device,
-                                  revision=config.revision or None)
-        origin = {"base_model": config.pretrained_model_name_or_path,
-                  "revision": config.revision, "resolution": config.resolution}
+        pipe = sdxl.load_pipeline(
+            config.pretrained_model_name_or_path,
+            device=self.device,
+            revision=config.revision or None,
+        )
+        origin = {
+            "base_model": config.pretrained_model_name_or_path,
+            "revision": config.revision,
+            "resolution": config.resolution,
+        }
         self.vae = pipe.vae
-        model = Discriminator(pipe, rank=config.rank, lora_targets=config.lora_targets,
-                             head_channels=config.head_channels, origin=origin)
+        model = Discriminator(
+            pipe,
+            rank=config.rank,
+            lora_targets=config.lora_targets,
+            head_channels=config.head_channels,
+            origin=origin,
+        )
         sdxl.drop_text_encoders(pipe)
         return model.train()
 
@@ -236,23 +269,31 @@ class DiscriminatorObjective(loop.Objective):
         triplets = [t for t in read_triplets(config.meta_path) if t.extra.get("score") is not None]
         labels = np.array([float(t.extra["score"] >= 0.5) for t in triplets])
         if len(set(labels.tolist())) < 2:
-            raise ValueError(f"{config.meta_path}: a discriminator learns from accepted and "
-                             f"rejected removals; of {len(labels)} labelled ones "
-                             f"{int(labels.sum())} are accepted")
+            raise ValueError(
+                f"{config.meta_path}: a discriminator learns from accepted and "
+                f"rejected removals; of {len(labels)} labelled ones "
+                f"{int(labels.sum())} are accepted"
+            )
         rejected = (1 - labels.mean()) / labels.mean() if config.balance_classes else 1.0
         self.positive_weight = torch.tensor(rejected, dtype=torch.float32, device=self.device)
         self.metrics |= {"train_size": len(labels), "accepted_share": float(labels.mean())}
         process = self.accelerator
         store = latent_cache.open_store(
-            triplets, self.vae, sizes=[(config.resolution, config.resolution)] * len(triplets),
+            triplets,
+            self.vae,
+            sizes=[(config.resolution, config.resolution)] * len(triplets),
             spec=CacheSpec(parts=("gt", "source"), resize_mode="squash", twins=config.random_flip),
-            root=config.latent_cache_dir, rank=process.process_index, world=process.num_processes)
+            root=config.latent_cache_dir,
+            rank=process.process_index,
+            world=process.num_processes,
+        )
         return _ScoredLatents(store, labels, config)
 
     def compute_loss(self, model, batch):
         logits = model(batch["gt"], batch["mask"], batch["source"]).float()
-        loss = F.binary_cross_entropy_with_logits(logits, batch["label"],
-                                                  pos_weight=self.positive_weight)
+        loss = F.binary_cross_entropy_with_logits(
+            logits, batch["label"], pos_weight=self.positive_weight
+        )
         hits = ((logits > 0) == (batch["label"] > 0.5)).float().mean()
         return loss, {"accuracy": hits}
 
@@ -261,16 +302,21 @@ class DiscriminatorObjective(loop.Objective):
 
 
 @torch.no_grad()
-def score_triplets(discriminator: Discriminator, triplets: list[Triplet], *,
-                   batch_size: int = 64) -> np.ndarray:
+def score_triplets(
+    discriminator: Discriminator, triplets: list[Triplet], *, batch_size: int = 64
+) -> np.ndarray:
     """Uncalibrated probability 0..1 that each removal (a triplet's GT) succeeded, [N] float32."""
     device = discriminator.embeds.device
     size = discriminator.settings["resolution"]
     scores = []
     for begin in range(0, len(triplets), batch_size):
-        pictures = [load_images(t, size=size) for t in triplets[begin:begin + batch_size]]
-        source, removal = (sdxl.encode_images(discriminator.vae, sdxl.to_tensor(
-            np.stack([p[name] for p in pictures])).to(device)) for name in ("source", "gt"))
+        pictures = [load_images(t, size=size) for t in triplets[begin : begin + batch_size]]
+        source, removal = (
+            sdxl.encode_images(
+                discriminator.vae, sdxl.to_tensor(np.stack([p[name] for p in pictures])).to(device)
+            )
+            for name in ("source", "gt")
+        )
         mask = torch.as_tensor(np.stack([p["mask"] for p in pictures]) >= 128)[:, None]
         mask = sdxl.shrink_mask(mask.to(device), source)
         scores.append(torch.sigmoid(discriminator(removal, mask, source)).cpu())

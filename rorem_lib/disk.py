@@ -15,8 +15,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # How libraries that do not raise OSError say that a file could not be written to its end.
-_FULL_WORDS = re.compile(r"No space left|quota exceeded|File too large|PytorchStreamWriter failed"
-                         r"|file write failed|unexpected pos", re.IGNORECASE)
+_FULL_WORDS = re.compile(
+    r"No space left|quota exceeded|File too large|PytorchStreamWriter failed"
+    r"|file write failed|unexpected pos",
+    re.IGNORECASE,
+)
 
 
 def is_full(error: BaseException) -> bool:
@@ -26,8 +29,14 @@ def is_full(error: BaseException) -> bool:
     return _FULL_WORDS.search(str(error)) is not None
 
 
-def attempt(accelerator, work: Callable[[], None], *, beside: Path, explain: Callable[[], str],
-            together: bool = True) -> None:
+def attempt(
+    accelerator,
+    work: Callable[[], None],
+    *,
+    beside: Path,
+    explain: Callable[[], str],
+    together: bool = True,
+) -> None:
     """One part of writing the folder `beside`: where it fails on any process, undo it on all.
 
     Args:

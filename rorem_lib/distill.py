@@ -46,8 +46,10 @@ class DistillConfig(RemoverConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.lora_rank or self.trainable_modules:
-            raise ValueError("distillation trains a LoRA of `rank`: leave lora_rank and "
-                             "trainable_modules as they are")
+            raise ValueError(
+                "distillation trains a LoRA of `rank`: leave lora_rank and "
+                "trainable_modules as they are"
+            )
 
 
 class DistillObjective(RemoverObjective):
@@ -78,9 +80,9 @@ class DistillObjective(RemoverObjective):
 
     def _call(self, model, noisy, t, latents, added):
         inputs = torch.cat([noisy, latents["mask"], latents["masked"]], dim=1)
-        return model(inputs, t,
-                     self.embeds.expand(len(noisy), -1, -1),
-                     added_cond_kwargs=added).sample.float()
+        return model(
+            inputs, t, self.embeds.expand(len(noisy), -1, -1), added_cond_kwargs=added
+        ).sample.float()
 
     def compute_loss(self, model, batch):
         config, latents = self.config, self.encode_batch(batch)

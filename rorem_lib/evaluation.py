@@ -25,9 +25,19 @@ from rorem_lib.simulated_annotator import judge_removal
 from rorem_lib.sources.builtin_sets import read_truth
 from rorem_lib.triplets import Triplet, load_images, read_triplets
 
-__all__ = ["Method", "MethodRun", "Evaluation", "make_methods", "run_method", "evaluate",
-           "summarise_method", "collect_cases", "audit_acceptance", "compare_paired",
-           "wilson_interval"]
+__all__ = [
+    "Method",
+    "MethodRun",
+    "Evaluation",
+    "make_methods",
+    "run_method",
+    "evaluate",
+    "summarise_method",
+    "collect_cases",
+    "audit_acceptance",
+    "compare_paired",
+    "wilson_interval",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -51,10 +61,20 @@ class Evaluation:
     paths: dict[str, dict[str, Path]]
 
 
-def evaluate(methods: Sequence[Method], test_meta, hidden_dir, output_dir, *, discriminator=None,
-             calibration=None, success_threshold: float | None = None,
-             accept_rates: Sequence[float] = (1.0, 0.0), limit: int | None = None,
-             batch_size: int = 16, lpips: str = "") -> Evaluation:
+def evaluate(
+    methods: Sequence[Method],
+    test_meta,
+    hidden_dir,
+    output_dir,
+    *,
+    discriminator=None,
+    calibration=None,
+    success_threshold: float | None = None,
+    accept_rates: Sequence[float] = (1.0, 0.0),
+    limit: int | None = None,
+    batch_size: int = 16,
+    lpips: str = "",
+) -> Evaluation:
     """Run and measure all methods; write `results.csv` and `methods.json` to `output_dir`.
 
     Args:
@@ -76,34 +96,48 @@ def evaluate(methods: Sequence[Method], test_meta, hidden_dir, output_dir, *, di
         ValueError: there are no methods or no pictures.
     """
     output_dir = Path(output_dir)
-    triplets = read_triplets(test_meta, require_gt=False)[:limit or None]
+    triplets = read_triplets(test_meta, require_gt=False)[: limit or None]
     if not methods or not triplets:
         raise ValueError(f"nothing to evaluate: {len(methods)} methods on {len(triplets)} pictures")
     if lpips and (reason := metrics.load_lpips(lpips)[1]):
         logger.warning(reason)
-    runs = {m.name: run_method(m, triplets, output_dir / "removals", batch_size=batch_size)
-            for m in methods}
+    runs = {
+        m.name: run_method(m, triplets, output_dir / "removals", batch_size=batch_size)
+        for m in methods
+    }
     rows = []
     for triplet in triplets:
         rows += _measure_item(triplet, runs, hidden_dir, lpips)
     results = pd.DataFrame(rows)
     order = {name: n for n, name in enumerate([SOURCE, *runs])}
-    results = results.sort_values("method", key=lambda c: c.map(order), kind="stable",
-                                  ignore_index=True)
+    results = results.sort_values(
+        "method", key=lambda c: c.map(order), kind="stable", ignore_index=True
+    )
     if discriminator is not None:
         _add_scores(results, triplets, runs, discriminator, calibration, success_threshold)
-    summaries = [{**asdict(m), **summarise_method(results[results.method == m.name], accept_rates),
-                  "seconds_per_image": runs[m.name].seconds_per_image,
-                  "unet_calls": runs[m.name].unet_calls} for m in methods]
+    summaries = [
+        {
+            **asdict(m),
+            **summarise_method(results[results.method == m.name], accept_rates),
+            "seconds_per_image": runs[m.name].seconds_per_image,
+            "unet_calls": runs[m.name].unet_calls,
+        }
+        for m in methods
+    ]
     source = summarise_method(results[results.method == SOURCE])
     write_text(output_dir / "results.csv", results.to_csv(index=False))
     write_json(output_dir / "methods.json", summaries)
-    return Evaluation(results, summaries, {k: source[k] for k in MEASURES},
-                      {name: run.paths for name, run in runs.items()})
+    return Evaluation(
+        results,
+        summaries,
+        {k: source[k] for k in MEASURES},
+        {name: run.paths for name, run in runs.items()},
+    )
 
 
-def _measure_item(triplet: Triplet, runs: Mapping[str, MethodRun], hidden_dir,
-                  lpips: str) -> list[dict]:
+def _measure_item(
+    triplet: Triplet, runs: Mapping[str, MethodRun], hidden_dir, lpips: str
+) -> list[dict]:
     """One picture's rows: the source's and every method's."""
     pictures = load_images(triplet)
     source, mask = pictures["source"], pictures["mask"]
@@ -113,9 +147,16 @@ def _measure_item(triplet: Triplet, runs: Mapping[str, MethodRun], hidden_dir,
     rows = []
     for name in (SOURCE, *runs):
         result = source if name == SOURCE else load_image(runs[name].paths[triplet.id])
-        row = {"method": name, "id": triplet.id, "group": triplet.group,
-               "family": triplet.extra.get("family"), "effect": triplet.extra.get("effect"),
-               "accept": None, "reason": None, **dict.fromkeys(MEASURES)}
+        row = {
+            "method": name,
+            "id": triplet.id,
+            "group": triplet.group,
+            "family": triplet.extra.get("family"),
+            "effect": triplet.extra.get("effect"),
+            "accept": None,
+            "reason": None,
+            **dict.fromkeys(MEASURES),
+        }
         if target is not None:
             row["psnr_hole"] = metrics.psnr_hole(result, target, mask)
             row["psnr_background"] = metrics.psnr_background(result, target, mask, shadow)
@@ -126,8 +167,11 @@ def _measure_item(triplet: Triplet, runs: Mapping[str, MethodRun], hidden_dir,
                 row["lpips_hole"] = metrics.lpips_hole(result, target, mask, net=lpips)
         if truth is not None and name != SOURCE:
             verdict = judge_removal(source, mask, result, truth)
-            row |= {"accept": bool(verdict.accept), "reason": verdict.reason,
-                    **{f"judge_{k}": v for k, v in verdict.measures.items()}}
+            row |= {
+                "accept": bool(verdict.accept),
+                "reason": verdict.reason,
+                **{f"judge_{k}": v for k, v in verdict.measures.items()},
+            }
         rows.append(row)
     return rows
 
@@ -163,7 +207,8 @@ def summarise_method(rows: pd.DataFrame, accept_rates: Sequence[float] = (1.0, 0
         else:
             summary["share_discriminator"] = found
             summary["success_rate_discriminator"] = (
-                None if found is None else estimate_rate(found, *accept_rates))
+                None if found is None else estimate_rate(found, *accept_rates)
+            )
             ends = ends and [estimate_rate(end, *accept_rates) for end in ends]
         summary[f"{key}_interval"] = ends and list(ends)
     for name in MEASURES:
@@ -174,8 +219,13 @@ def summarise_method(rows: pd.DataFrame, accept_rates: Sequence[float] = (1.0, 0
     return summary
 
 
-def collect_cases(evaluation: Evaluation, triplets: Sequence[Triplet], hidden_dir,
-                  ids: Sequence[str], names: Sequence[str]) -> dict:
+def collect_cases(
+    evaluation: Evaluation,
+    triplets: Sequence[Triplet],
+    hidden_dir,
+    ids: Sequence[str],
+    names: Sequence[str],
+) -> dict:
     """Pictures of some test scenes side by side, as `figures.plot_grid` takes them.
 
     Args:
@@ -191,8 +241,13 @@ def collect_cases(evaluation: Evaluation, triplets: Sequence[Triplet], hidden_di
     """
     by_id = {t.id: t for t in triplets}
     results = evaluation.results.set_index(["method", "id"])
-    grid: dict = {"pictures": [], "captions": [], "frames": [], "row_titles": [],
-                  "column_titles": ["source", "mask", *names]}
+    grid: dict = {
+        "pictures": [],
+        "captions": [],
+        "frames": [],
+        "row_titles": [],
+        "column_titles": ["source", "mask", *names],
+    }
     for item in ids:
         pictures = load_images(by_id[item])
         truth = pictures["gt"] if hidden_dir is None else read_truth(hidden_dir, item).truth
@@ -212,8 +267,7 @@ def _describe_result(row: pd.Series) -> str:
     return "\n".join(words + ([row.reason] if isinstance(row.reason, str) else []))
 
 
-def audit_acceptance(candidates, hidden_dir, accepted, *, sample: int = 200,
-                     seed: int = 0) -> dict:
+def audit_acceptance(candidates, hidden_dir, accepted, *, sample: int = 200, seed: int = 0) -> dict:
     """What automatic acceptance was worth, asked of the simulated annotator afterwards.
 
     It feeds nothing back: no label is written, no candidate is moved. Two random samples are
@@ -235,17 +289,26 @@ def audit_acceptance(candidates, hidden_dir, accepted, *, sample: int = 200,
     by_id, rng = {t.id: t for t in candidates}, np.random.default_rng(seed)
     verdicts: dict[str, bool] = {}
     audit: dict = {"judged_by": "simulated annotator"}
-    for name, ids in (("candidates_success_rate", list(by_id)),
-                      ("accepted_precision", [i for i in by_id if i in set(accepted)])):
+    for name, ids in (
+        ("candidates_success_rate", list(by_id)),
+        ("accepted_precision", [i for i in by_id if i in set(accepted)]),
+    ):
         drawn = rng.permutation(len(ids))[:sample]
         for item in (ids[i] for i in drawn):
             if item not in verdicts:
                 pictures = load_images(by_id[item])
-                verdicts[item] = bool(judge_removal(
-                    pictures["source"], pictures["mask"], pictures["gt"],
-                    read_truth(hidden_dir, item)).accept)
+                verdicts[item] = bool(
+                    judge_removal(
+                        pictures["source"],
+                        pictures["mask"],
+                        pictures["gt"],
+                        read_truth(hidden_dir, item),
+                    ).accept
+                )
         good = sum(verdicts[ids[i]] for i in drawn)
-        audit |= {name: good / len(drawn) if len(drawn) else None,
-                  f"{name}_interval": list(wilson_interval(good, len(drawn))),
-                  f"{name}_n": len(drawn)}
+        audit |= {
+            name: good / len(drawn) if len(drawn) else None,
+            f"{name}_interval": list(wilson_interval(good, len(drawn))),
+            f"{name}_n": len(drawn),
+        }
     return audit

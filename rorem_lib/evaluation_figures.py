@@ -34,8 +34,11 @@ def assign_colours(methods: Sequence[Mapping]) -> dict[str, str]:
     Args:
         methods: dicts with `name`, and where known `kind`, `row`, `control`, `lora`, `scheduler`.
     """
-    rounds = [m["name"] for m in methods if m.get("row") and not m.get("control")
-              and m["row"] != "base" and not _is_fast(m)]
+    rounds = [
+        m["name"]
+        for m in methods
+        if m.get("row") and not m.get("control") and m["row"] != "base" and not _is_fast(m)
+    ]
     shades = _blend(*_ROUNDS, len(rounds))
     colours, spare = {}, list(_SPARE)
     for method in methods:
@@ -63,10 +66,12 @@ def _is_fast(method: Mapping) -> bool:
 
 
 def _blend(first: str, last: str, count: int) -> list[str]:
-    ends = np.array([[int(c[i:i + 2], 16) for i in (1, 3, 5)] for c in (first, last)], float)
+    ends = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in (first, last)], float)
     steps = np.linspace(0, 1, count)[:, None] if count > 1 else np.ones((count, 1))
-    return ["#" + "".join(f"{round(v):02x}" for v in row)
-            for row in ends[0] * (1 - steps) + ends[1] * steps]
+    return [
+        "#" + "".join(f"{round(v):02x}" for v in row)
+        for row in ends[0] * (1 - steps) + ends[1] * steps
+    ]
 
 
 def plot_success(methods: Sequence[Mapping], *, judge: str = "simulated annotator") -> Figure:
@@ -83,11 +88,26 @@ def plot_success(methods: Sequence[Mapping], *, judge: str = "simulated annotato
         rate, interval = method.get("success_rate"), method.get("success_interval")
         if rate is not None:
             spread = [[max(0, rate - interval[0])], [max(0, interval[1] - rate)]]
-            axis.errorbar(rate, place, xerr=spread, color=colours[method["name"]], marker="o",
-                          markersize=6, capsize=3, linewidth=1.6)
+            axis.errorbar(
+                rate,
+                place,
+                xerr=spread,
+                color=colours[method["name"]],
+                marker="o",
+                markersize=6,
+                capsize=3,
+                linewidth=1.6,
+            )
         if method.get("success_rate_discriminator") is not None:
-            axis.plot(method["success_rate_discriminator"], place, marker="D", markersize=6,
-                      markerfacecolor="none", markeredgecolor=GREY, linestyle="none")
+            axis.plot(
+                method["success_rate_discriminator"],
+                place,
+                marker="D",
+                markersize=6,
+                markerfacecolor="none",
+                markeredgecolor=GREY,
+                linestyle="none",
+            )
     axis.set_yticks(range(len(methods)), [m["name"] for m in methods])
     axis.set_ylim(len(methods) - 0.5, -0.5)
     axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -109,26 +129,45 @@ def plot_rounds(rounds: Sequence[Mapping]) -> Figure:
     """
     figure, axes = make_axes(9, 3.2, 2)
     places = np.arange(len(rounds))
-    shown = [(p, r) for p, r in zip(places, rounds, strict=True)
-             if r.get("success_rate") is not None]
+    shown = [
+        (p, r) for p, r in zip(places, rounds, strict=True) if r.get("success_rate") is not None
+    ]
     if shown:
         rates = np.array([r["success_rate"] for _, r in shown])
         ends = np.array([r.get("success_interval") or (r["success_rate"],) * 2 for _, r in shown])
-        axes[0].errorbar([p for p, _ in shown], rates,
-                         yerr=np.maximum(0, [rates - ends[:, 0], ends[:, 1] - rates]), color=BLUE,
-                         marker="o", capsize=3, label="simulated annotator, 95 % interval")
-    guessed = [(p, r["success_rate_discriminator"]) for p, r in zip(places, rounds, strict=True)
-               if r.get("success_rate_discriminator") is not None]
+        axes[0].errorbar(
+            [p for p, _ in shown],
+            rates,
+            yerr=np.maximum(0, [rates - ends[:, 0], ends[:, 1] - rates]),
+            color=BLUE,
+            marker="o",
+            capsize=3,
+            label="simulated annotator, 95 % interval",
+        )
+    guessed = [
+        (p, r["success_rate_discriminator"])
+        for p, r in zip(places, rounds, strict=True)
+        if r.get("success_rate_discriminator") is not None
+    ]
     if guessed:
-        axes[0].plot(*zip(*guessed, strict=True), color=GREY, marker="D", markerfacecolor="none",
-                     linestyle="--", label="discriminator")
+        axes[0].plot(
+            *zip(*guessed, strict=True),
+            color=GREY,
+            marker="D",
+            markerfacecolor="none",
+            linestyle="--",
+            label="discriminator",
+        )
     axes[0].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes[0].set_ylim(bottom=0)
     axes[0].set_ylabel("success rate", fontsize=9)
     if shown or guessed:
         axes[0].legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
-    measured = [(p, r["psnr_hole"]) for p, r in zip(places, rounds, strict=True)
-                if r.get("psnr_hole") is not None]
+    measured = [
+        (p, r["psnr_hole"])
+        for p, r in zip(places, rounds, strict=True)
+        if r.get("psnr_hole") is not None
+    ]
     if measured:
         axes[1].plot(*zip(*measured, strict=True), color=GREEN, marker="o")
     axes[1].set_ylabel("PSNR in the hole (dB)", fontsize=9)
@@ -150,8 +189,15 @@ def plot_failures(methods: Sequence[Mapping]) -> Figure:
     for number, reason in enumerate(reasons):
         share = np.array([m["failures"].get(reason, 0) / max(1, m["n"]) for m in methods])
         colour = REASON_COLOURS.get(reason, _SPARE[number % len(_SPARE)])
-        axis.barh(range(len(methods)), share, left=left, color=colour, label=reason,
-                  edgecolor="white", linewidth=0.5)
+        axis.barh(
+            range(len(methods)),
+            share,
+            left=left,
+            color=colour,
+            label=reason,
+            edgecolor="white",
+            linewidth=0.5,
+        )
         left += share
     axis.set_yticks(range(len(methods)), [m["name"] for m in methods])
     axis.invert_yaxis()
@@ -176,8 +222,13 @@ def plot_families(table) -> Figure:
     width = 0.8 / max(1, len(table.index))
     for number, name in enumerate(table.index):
         places = np.arange(len(table.columns)) + (number - (len(table.index) - 1) / 2) * width
-        axis.bar(places, table.loc[name].to_numpy(float), width, color=colours.get(name, GREY),
-                 label=name)
+        axis.bar(
+            places,
+            table.loc[name].to_numpy(float),
+            width,
+            color=colours.get(name, GREY),
+            label=name,
+        )
     axis.set_xticks(range(len(table.columns)), table.columns, rotation=25, ha="right", fontsize=8)
     axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axis.set_ylabel("success, simulated annotator", fontsize=9)
@@ -197,8 +248,11 @@ def plot_comparisons(comparisons: Sequence[Mapping]) -> Figure:
         colour = BLUE if item["significant"] else GREY
         axis.plot([item["low"], item["high"]], [place, place], color=colour, linewidth=1.8)
         axis.plot(item["difference"], place, "o", color=colour, markersize=6)
-    axis.set_yticks(range(len(comparisons)),
-                    [f"{c['first']}  minus  {c['second']}" for c in comparisons], fontsize=8)
+    axis.set_yticks(
+        range(len(comparisons)),
+        [f"{c['first']}  minus  {c['second']}" for c in comparisons],
+        fontsize=8,
+    )
     axis.set_ylim(len(comparisons) - 0.5, -0.5)
     axis.set_xlabel("difference in success, points (blue: p < 0.05)")
     return figure
@@ -212,9 +266,11 @@ def plot_preferences(preferences: Sequence[Mapping]) -> Figure:
     """
     figure, (axis,) = make_axes(7.5, 0.42 * len(preferences) + 1.1)
     left = np.zeros(len(preferences))
-    for key, colour, label in (("prefers_first", BLUE, "left one better"),
-                               ("same", "#d9d9d9", "equally good"),
-                               ("prefers_second", ORANGE, "right one better")):
+    for key, colour, label in (
+        ("prefers_first", BLUE, "left one better"),
+        ("same", "#d9d9d9", "equally good"),
+        ("prefers_second", ORANGE, "right one better"),
+    ):
         share = np.array([p[key] for p in preferences])
         axis.barh(range(len(preferences)), share, left=left, color=colour, label=label)
         left += share

@@ -23,8 +23,10 @@ from rorem_lib.stage import ROOT
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 # The tie to the runner comes first: a runner killed while the kernel starts takes it along too.
-_START = ("from rorem_lib.launch import die_with_parent; die_with_parent(); "
-          "from ipykernel.kernelapp import launch_new_instance; launch_new_instance()")
+_START = (
+    "from rorem_lib.launch import die_with_parent; die_with_parent(); "
+    "from ipykernel.kernelapp import launch_new_instance; launch_new_instance()"
+)
 
 
 class NotebookFailed(RuntimeError):
@@ -54,12 +56,17 @@ class StageKernelManager(AsyncKernelManager):
         above = os.environ.get("PYTHONPATH")
         return KernelSpec(
             argv=[sys.executable, "-c", _START, "-f", "{connection_file}"],
-            display_name="Python 3 (ipykernel)", language="python",
+            display_name="Python 3 (ipykernel)",
+            language="python",
             metadata={"supported_encryption": ["curve"]},  # as in ipykernel's own
-            env={"ROREM_BATCH": "1", "ROREM_LAUNCHER": str(os.getpid()),
-                 "PYTHONPATH": f"{ROOT}{os.pathsep}{above}" if above else str(ROOT),
-                 "TQDM_DISABLE": "1",  # log lines in the place of bars
-                 "PYDEVD_DISABLE_FILE_VALIDATION": "1"})  # or the debugger warns at each start
+            env={
+                "ROREM_BATCH": "1",
+                "ROREM_LAUNCHER": str(os.getpid()),
+                "PYTHONPATH": f"{ROOT}{os.pathsep}{above}" if above else str(ROOT),
+                "TQDM_DISABLE": "1",  # log lines in the place of bars
+                "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+            },
+        )  # or the debugger warns at each start
 
 
 class LineWriter:
@@ -95,17 +102,27 @@ def execute_notebook(notebook: Path, output: Path, parameters: dict, *, say) -> 
     """
     try:
         papermill.execute_notebook(
-            str(notebook).replace("{", "{{").replace("}", "}}"), str(output), parameters,
-            kernel_name="python3", language="python", cwd=str(ROOT), progress_bar=False,
-            stdout_file=LineWriter(say), kernel_manager_class=StageKernelManager,
-            start_timeout=300, iopub_timeout=60,  # a busy machine is no failure
-            shutdown_kernel="immediate")  # what matters is on disk, and waiting costs a second
+            str(notebook).replace("{", "{{").replace("}", "}}"),
+            str(output),
+            parameters,
+            kernel_name="python3",
+            language="python",
+            cwd=str(ROOT),
+            progress_bar=False,
+            stdout_file=LineWriter(say),
+            kernel_manager_class=StageKernelManager,
+            start_timeout=300,
+            iopub_timeout=60,  # a busy machine is no failure
+            shutdown_kernel="immediate",
+        )  # what matters is on disk, and waiting costs a second
     except PapermillExecutionError as error:
-        raise NotebookFailed(error.ename, _COLOUR.sub("", error.evalue), cell=error.exec_count,
-                             source=error.source) from error
+        raise NotebookFailed(
+            error.ename, _COLOUR.sub("", error.evalue), cell=error.exec_count, source=error.source
+        ) from error
     except DeadKernelError as error:
-        raise NotebookFailed("DeadKernelError", "the kernel died: it was killed, most often "
-                             "because memory ran out") from error
+        raise NotebookFailed(
+            "DeadKernelError", "the kernel died: it was killed, most often because memory ran out"
+        ) from error
     except OSError:
         raise
     except Exception as error:  # the kernel did not start, the notebook is no valid notebook, …

@@ -15,11 +15,27 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE, GREY = (
-    "#1a1a1a", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7",
-    "#8a8a8a")
-REASON_COLOURS = {"incomplete removal": BLACK, "object left": BLACK, "wrong content": VERMILION,
-                  "something invented": VERMILION, "colour shift": ORANGE, "blur": SKY,
-                  "blurred": SKY, "shadow left": PURPLE, "other": GREY}
+    "#1a1a1a",
+    "#E69F00",
+    "#56B4E9",
+    "#009E73",
+    "#F0E442",
+    "#0072B2",
+    "#D55E00",
+    "#CC79A7",
+    "#8a8a8a",
+)
+REASON_COLOURS = {
+    "incomplete removal": BLACK,
+    "object left": BLACK,
+    "wrong content": VERMILION,
+    "something invented": VERMILION,
+    "colour shift": ORANGE,
+    "blur": SKY,
+    "blurred": SKY,
+    "shadow left": PURPLE,
+    "other": GREY,
+}
 
 
 def make_axes(width: float, height: float, columns: int = 1, rows: int = 1, **options):
@@ -37,10 +53,16 @@ def make_axes(width: float, height: float, columns: int = 1, rows: int = 1, **op
 # --------------------------------------------------------------------------------- pictures
 
 
-def plot_grid(pictures: Sequence[Sequence[np.ndarray | None]], *, column_titles: Sequence[str] = (),
-              row_titles: Sequence[str] = (), captions: Sequence[Sequence[str]] = (),
-              frames: Sequence[Sequence[str | bool | None]] = (), cell: int = 128,
-              height: int | None = None) -> Figure:
+def plot_grid(
+    pictures: Sequence[Sequence[np.ndarray | None]],
+    *,
+    column_titles: Sequence[str] = (),
+    row_titles: Sequence[str] = (),
+    captions: Sequence[Sequence[str]] = (),
+    frames: Sequence[Sequence[str | bool | None]] = (),
+    cell: int = 128,
+    height: int | None = None,
+) -> Figure:
     """Rows of pictures side by side.
 
     Args:
@@ -69,9 +91,10 @@ def plot_grid(pictures: Sequence[Sequence[np.ndarray | None]], *, column_titles:
             frame = _find_frame(frames[r][c]) if frames else None
             if frame:
                 edge = max(2, gap // 2 - 1)
-                canvas[top - edge:top + tall + edge, left - edge:left + cell + edge] = [
-                    int(frame[i:i + 2], 16) for i in (1, 3, 5)]
-            canvas[top:top + tall, left:left + cell] = _fit_cell(picture, cell, tall)
+                canvas[top - edge : top + tall + edge, left - edge : left + cell + edge] = [
+                    int(frame[i : i + 2], 16) for i in (1, 3, 5)
+                ]
+            canvas[top : top + tall, left : left + cell] = _fit_cell(picture, cell, tall)
     dpi, head, side = 100, 22 * bool(column_titles), 78 * bool(row_titles)
     height, width = canvas.shape[0] + head, canvas.shape[1] + side
     figure = Figure(figsize=(width / dpi, height / dpi), dpi=dpi, facecolor="white")
@@ -84,8 +107,15 @@ def plot_grid(pictures: Sequence[Sequence[np.ndarray | None]], *, column_titles:
         axis.text(-6, r * step_y + (step_y - foot) / 2, title, ha="right", va="center", fontsize=9)
     for r, texts in enumerate(captions):
         for c, text in enumerate(texts):
-            axis.text(c * step_x + step_x / 2, (r + 1) * step_y - foot, text, ha="center",
-                      va="top", fontsize=7, color="#444444")
+            axis.text(
+                c * step_x + step_x / 2,
+                (r + 1) * step_y - foot,
+                text,
+                ha="center",
+                va="top",
+                fontsize=7,
+                color="#444444",
+            )
     return figure
 
 
@@ -106,7 +136,7 @@ def _fit_cell(picture: np.ndarray, width: int, height: int) -> np.ndarray:
     small = cv2.resize(np.ascontiguousarray(picture), size, interpolation=way)
     top, left = (height - size[1]) // 2, (width - size[0]) // 2
     fitted = np.full((height, width, 3), 255, np.uint8)
-    fitted[top:top + size[1], left:left + size[0]] = small
+    fitted[top : top + size[1], left : left + size[0]] = small
     return fitted
 
 
@@ -120,8 +150,9 @@ def plot_losses(histories: Mapping[str, Sequence[Mapping]], *, smoothing: float 
         histories: title -> lines of `metrics.jsonl` (dicts with `step` and `loss`).
         smoothing: 0..1, weight of the past in the smoothed line.
     """
-    histories = {title: [x for x in lines if x.get("loss") is not None]
-                 for title, lines in histories.items()}
+    histories = {
+        title: [x for x in lines if x.get("loss") is not None] for title, lines in histories.items()
+    }
     histories = {title: lines for title, lines in histories.items() if lines}
     if not histories:
         raise ValueError("there are no losses to show")
@@ -137,7 +168,7 @@ def plot_losses(histories: Mapping[str, Sequence[Mapping]], *, smoothing: float 
         axis.plot(steps, smooth, color=BLUE, linewidth=1.6)
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("step", fontsize=8)
-    for axis in axes[len(histories):]:
+    for axis in axes[len(histories) :]:
         axis.set_axis_off()
     axes[0].set_ylabel("loss", fontsize=8)
     return figure
@@ -146,8 +177,9 @@ def plot_losses(histories: Mapping[str, Sequence[Mapping]], *, smoothing: float 
 # -------------------------------------------------------------------- discriminator, acceptance
 
 
-def plot_scores(probabilities, threshold: float, *, labels=None, accepted: int | None = None,
-                title: str = "") -> Figure:
+def plot_scores(
+    probabilities, threshold: float, *, labels=None, accepted: int | None = None, title: str = ""
+) -> Figure:
     """Histogram of calibrated probabilities with the acceptance threshold.
 
     Args:
@@ -163,14 +195,23 @@ def plot_scores(probabilities, threshold: float, *, labels=None, accepted: int |
         axis.hist(probabilities, bins, color=SKY)
     else:
         labels = np.asarray(labels, dtype=bool)
-        axis.hist([probabilities[labels], probabilities[~labels]], bins, stacked=True,
-                  color=[BLUE, ORANGE], label=["accepted by the annotators", "rejected"])
+        axis.hist(
+            [probabilities[labels], probabilities[~labels]],
+            bins,
+            stacked=True,
+            color=[BLUE, ORANGE],
+            label=["accepted by the annotators", "rejected"],
+        )
     text = f"threshold {threshold:.2f}"
     if accepted is not None:
         text += f": {accepted} of {probabilities.size} accepted"
     axis.axvline(threshold, color=VERMILION, linewidth=1.6, label=text)
-    axis.set(xlabel="calibrated probability that a removal is good", ylabel="removals",
-             title=title, xlim=(0, 1))
+    axis.set(
+        xlabel="calibrated probability that a removal is good",
+        ylabel="removals",
+        title=title,
+        xlim=(0, 1),
+    )
     axis.legend(fontsize=8, frameon=False)
     return figure
 
@@ -179,15 +220,29 @@ def _draw_reliability(axis, curve: Mapping) -> None:
     predicted, observed = np.array(curve["predicted"]), np.array(curve["observed"])
     spread = [observed - np.array(curve["low"]), np.array(curve["high"]) - observed]
     axis.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--")
-    axis.errorbar(predicted, observed, yerr=np.maximum(spread, 0), color=BLUE, marker="o",
-                  markersize=4, linewidth=1.2, capsize=2)
+    axis.errorbar(
+        predicted,
+        observed,
+        yerr=np.maximum(spread, 0),
+        color=BLUE,
+        marker="o",
+        markersize=4,
+        linewidth=1.2,
+        capsize=2,
+    )
     axis.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
     axis.set_xlabel("predicted share of good removals", fontsize=8)
     axis.set_ylabel("observed", fontsize=8)
 
 
-def plot_calibration(curve: Mapping, roc: Mapping | None = None, *, auc: float | None = None,
-                     auc_interval: Sequence[float] | None = None, title: str = "") -> Figure:
+def plot_calibration(
+    curve: Mapping,
+    roc: Mapping | None = None,
+    *,
+    auc: float | None = None,
+    auc_interval: Sequence[float] | None = None,
+    title: str = "",
+) -> Figure:
     """Reliability and, beside it, the ROC curve (`acceptance.describe_roc`)."""
     figure, axes = make_axes(7 if roc else 3.6, 3.4, 2 if roc else 1)
     _draw_reliability(axes[0], curve)
@@ -214,8 +269,10 @@ def plot_label_summary(labels: Sequence) -> Figure:
     """
     people = sorted({label.annotator for label in labels})
     simulated = {label.annotator for label in labels if label.simulated}
-    names = [name if name not in simulated or "simulated" in name else f"{name} (simulated)"
-             for name in people]
+    names = [
+        name if name not in simulated or "simulated" in name else f"{name} (simulated)"
+        for name in people
+    ]
     figure, axes = make_axes(9.5, 0.34 * len(people) + 1.5, 2)
     answers = {"accept": GREEN, "reject": VERMILION, "skip": GREY}
     left = np.zeros(len(people))
@@ -226,11 +283,25 @@ def plot_label_summary(labels: Sequence) -> Figure:
     given = [label.reason or "no reason given" for label in labels if label.label == "reject"]
     left = np.zeros(len(people))
     for reason in sorted(set(given), key=lambda x: -given.count(x)):
-        counts = np.array([sum((x.reason or "no reason given") == reason for x in labels
-                               if x.annotator == who and x.label == "reject") for who in people])
+        counts = np.array(
+            [
+                sum(
+                    (x.reason or "no reason given") == reason
+                    for x in labels
+                    if x.annotator == who and x.label == "reject"
+                )
+                for who in people
+            ]
+        )
         share = counts / np.maximum(1, [sum(x.annotator == who for x in labels) for who in people])
-        axes[1].barh(names, share, left=left, color=REASON_COLOURS.get(reason, YELLOW),
-                     label=reason, edgecolor="white")
+        axes[1].barh(
+            names,
+            share,
+            left=left,
+            color=REASON_COLOURS.get(reason, YELLOW),
+            label=reason,
+            edgecolor="white",
+        )
         left += share
     axes[0].set_xlabel("labels", fontsize=8)
     axes[1].set_xlabel("share of the annotator's labels rejected for", fontsize=8)
@@ -238,13 +309,19 @@ def plot_label_summary(labels: Sequence) -> Figure:
     for axis in axes:
         axis.invert_yaxis()
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=7, frameon=False, loc="upper center", ncols=3,
-                        bbox_to_anchor=(0.5, -0.55 / (0.34 * len(people) + 0.6)))
+            axis.legend(
+                fontsize=7,
+                frameon=False,
+                loc="upper center",
+                ncols=3,
+                bbox_to_anchor=(0.5, -0.55 / (0.34 * len(people) + 0.6)),
+            )
     return figure
 
 
-def plot_candidates(triplets: Sequence, *, captions: Sequence[str] = (), pairs: int = 4,
-                    cell: int = 112) -> Figure:
+def plot_candidates(
+    triplets: Sequence, *, captions: Sequence[str] = (), pairs: int = 4, cell: int = 112
+) -> Figure:
     """Candidates as annotators see them: the source with the mask's outline, then the removal.
 
     Args:
@@ -264,6 +341,9 @@ def plot_candidates(triplets: Sequence, *, captions: Sequence[str] = (), pairs: 
     shown = [[outline_mask(x["source"], x["mask"]), x["gt"]] for x in shown]
     texts = [["", text] for text in captions]
     rows = range(0, len(shown), pairs)
-    return plot_grid([sum(shown[row:row + pairs], []) for row in rows],
-                     captions=[sum(texts[row:row + pairs], []) for row in rows] if texts else (),
-                     column_titles=["source", "removal"] * min(pairs, len(shown)), cell=cell)
+    return plot_grid(
+        [sum(shown[row : row + pairs], []) for row in rows],
+        captions=[sum(texts[row : row + pairs], []) for row in rows] if texts else (),
+        column_titles=["source", "removal"] * min(pairs, len(shown)),
+        cell=cell,
+    )

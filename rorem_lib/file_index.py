@@ -129,8 +129,9 @@ def _hash(path: str) -> tuple[str, str]:
     return stat, value
 
 
-def hash_files(paths: Sequence[Path], folder: Path, *, heartbeat: Path | None = None,
-               threads: int = 8) -> list[tuple[str, str]]:
+def hash_files(
+    paths: Sequence[Path], folder: Path, *, heartbeat: Path | None = None, threads: int = 8
+) -> list[tuple[str, str]]:
     """SHA-256 of files; only those that the index in `folder` does not know are read.
 
     Args:
@@ -159,8 +160,13 @@ def hash_files(paths: Sequence[Path], folder: Path, *, heartbeat: Path | None = 
             if index.refresh(missing):
                 chunks = list(group_chunks(missing, 512))  # a future a file would take far longer
                 for chunk, stats in zip(chunks, pool.map(_describe_all, chunks)):
-                    found.update({path: (stat, value) for path, stat in zip(chunk, stats)
-                                  if (value := index.find(path, stat))})
+                    found.update(
+                        {
+                            path: (stat, value)
+                            for path, stat in zip(chunk, stats)
+                            if (value := index.find(path, stat))
+                        }
+                    )
                 missing = [path for path in missing if path not in found]
             return [heartbeat] * bool(missing)
 

@@ -55,11 +55,14 @@ class FilterConfig:
 
     def __post_init__(self):
         if not 0 <= self.min_mask_area < self.max_mask_area <= 1:
-            raise ValueError("min_mask_area and max_mask_area are shares, the first is smaller: "
-                             f"{self.min_mask_area}, {self.max_mask_area}")
+            raise ValueError(
+                "min_mask_area and max_mask_area are shares, the first is smaller: "
+                f"{self.min_mask_area}, {self.max_mask_area}"
+            )
         if not -1 <= self.duplicate_distance <= 16:
-            raise ValueError(f"duplicate_distance lies between -1 and 16 bits, not "
-                             f"{self.duplicate_distance}")
+            raise ValueError(
+                f"duplicate_distance lies between -1 and 16 bits, not {self.duplicate_distance}"
+            )
         if min(self.min_side, self.min_change, self.max_change_outside, self.max_shift) < 0:
             raise ValueError("min_side, min_change, max_change_outside and max_shift are 0 or more")
 
@@ -79,16 +82,20 @@ def check_pictures(pictures: Pictures, config: FilterConfig) -> dict:
     gt = None if pictures.gt is None else pictures.gt.array
     for part, other in (("mask", mask), ("GT", gt)):
         if other is not None and other.shape[:2] != source.shape[:2]:
-            raise Rejected("sizes differ", f"{part} {describe_size(other)}, source "
-                                           f"{describe_size(source)} px")
+            raise Rejected(
+                "sizes differ", f"{part} {describe_size(other)}, source {describe_size(source)} px"
+            )
     if min(source.shape[:2]) < config.min_side:
-        raise Rejected("small picture", f"{describe_size(source)} px, at least {config.min_side} "
-                                        "are asked for")
+        raise Rejected(
+            "small picture", f"{describe_size(source)} px, at least {config.min_side} are asked for"
+        )
     hole = cv2.compare(mask, 128, cv2.CMP_GE)
     area = cv2.countNonZero(hole) / hole.size
     if area in (0, 1):
-        raise Rejected("white mask" if area else "empty mask",
-                       f"the mask is {'white everywhere' if area else 'empty'}")
+        raise Rejected(
+            "white mask" if area else "empty mask",
+            f"the mask is {'white everywhere' if area else 'empty'}",
+        )
     if not config.min_mask_area <= area <= config.max_mask_area:
         raise Rejected("mask area", f"the mask covers {area:.2%} of the picture")
     found = {"mask_area": round(area, 5), "phash": hash_picture(source)}
@@ -104,15 +111,20 @@ def _check_change(source, hole, gt, config: FilterConfig) -> dict:
     counts = cv2.calcHist([difference], [0], outside, [256], [0, 256]).ravel()
     median = float(np.searchsorted(np.cumsum(counts), counts.sum() / 2))
     if inside < config.min_change:
-        raise Rejected("unchanged", f"source and GT differ by {inside:.2f} grey levels inside of "
-                                    "the mask: nothing was removed")
+        raise Rejected(
+            "unchanged",
+            f"source and GT differ by {inside:.2f} grey levels inside of "
+            "the mask: nothing was removed",
+        )
     if counts.sum() and median >= 1:
         shift = measure_shift(source, gt, hole)
         if shift > config.max_shift * max(hole.shape):
             raise Rejected("misaligned", f"GT is shifted by {shift:.1f} px against the source")
     if median > config.max_change_outside:
-        raise Rejected("changed outside", f"half of the pixels outside of the mask differ by "
-                                          f"{median:.0f} grey levels or more")
+        raise Rejected(
+            "changed outside",
+            f"half of the pixels outside of the mask differ by {median:.0f} grey levels or more",
+        )
     return {"change_inside": round(inside, 2), "change_outside": median}
 
 
@@ -128,15 +140,20 @@ def measure_shift(source: np.ndarray, gt: np.ndarray, mask: np.ndarray) -> float
     """
     scale = max(1.0, max(mask.shape) / _SMALL)
     size = tuple(max(8, round(side / scale)) for side in mask.shape[::-1])
-    hole = cv2.dilate(cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST),
-                      np.ones((5, 5), np.uint8)) > 0
+    hole = (
+        cv2.dilate(
+            cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST), np.ones((5, 5), np.uint8)
+        )
+        > 0
+    )
     planes = []
     for picture in (source, gt):
         grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
         small = cv2.resize(grey, size, interpolation=cv2.INTER_AREA).astype(np.float32)
         # Edges, not light: exposure and shadows change between two shots, edges stay.
-        edges = cv2.magnitude(cv2.Sobel(small, cv2.CV_32F, 1, 0),
-                              cv2.Sobel(small, cv2.CV_32F, 0, 1))
+        edges = cv2.magnitude(
+            cv2.Sobel(small, cv2.CV_32F, 1, 0), cv2.Sobel(small, cv2.CV_32F, 0, 1)
+        )
         edges[hole] = 0
         if np.count_nonzero(edges > _EDGE) < 0.01 * np.count_nonzero(~hole):
             return 0.0  # smooth: its edges would be noise and JPEG's blocks
@@ -160,9 +177,14 @@ def hash_picture(picture: np.ndarray) -> str:
     return str(imagehash.phash(Image.fromarray(grey)))
 
 
-def find_duplicates(hashes: Sequence[int], groups: Sequence[int],
-                    locate: Callable[[int], Path], *, distance: int,
-                    start: int = 0) -> Iterator[tuple[int, int]]:
+def find_duplicates(
+    hashes: Sequence[int],
+    groups: Sequence[int],
+    locate: Callable[[int], Path],
+    *,
+    distance: int,
+    start: int = 0,
+) -> Iterator[tuple[int, int]]:
     """Pictures that look like an earlier one of another group.
 
     Hashes within `distance` bits are candidates; each is then looked at, since smooth pictures
@@ -190,8 +212,11 @@ def find_duplicates(hashes: Sequence[int], groups: Sequence[int],
     for late, kind in enumerate(kinds.tolist()):
         if alone[kind] and kind not in near:
             continue
-        known = [(early, group) for other in (kind, *near.get(kind, ()))
-                 for group, early in itertools.islice(first.get(other, {}).items(), _LOOKS)]
+        known = [
+            (early, group)
+            for other in (kind, *near.get(kind, ()))
+            for group, early in itertools.islice(first.get(other, {}).items(), _LOOKS)
+        ]
         for early, group in sorted(known) if late >= start else ():
             if group != groups[late] and look_alike(locate(early), locate(late)):
                 dropped.add(late)
@@ -229,6 +254,8 @@ def look_alike(first: str | Path, second: str | Path, *, limit: float = 12.0) ->
     Args:
         limit: mean difference of their 32 x 32 px thumbnails, grey levels, up to which they are.
     """
-    small = [cv2.resize(load_image(path), (32, 32), interpolation=cv2.INTER_AREA).astype(np.int16)
-             for path in (first, second)]
+    small = [
+        cv2.resize(load_image(path), (32, 32), interpolation=cv2.INTER_AREA).astype(np.int16)
+        for path in (first, second)
+    ]
     return float(np.abs(small[0] - small[1]).mean()) <= limit

@@ -32,13 +32,26 @@ from rorem_lib.recipes import Recipe, RecipeError, StageRow, list_strings
 from rorem_lib.stage import ROOT, resolve_path
 
 PACKAGE = ROOT / "rorem_lib"
-RUNNER = frozenset({"cli", "execution", "fingerprints", "launch", "parameters", "pipeline",
-                    "recipes", "report", "run_folder", "stage"})
+RUNNER = frozenset(
+    {
+        "cli",
+        "execution",
+        "fingerprints",
+        "launch",
+        "parameters",
+        "pipeline",
+        "recipes",
+        "report",
+        "run_folder",
+        "stage",
+    }
+)
 # Imports that happen for a set `builtin:<role>` alone. Followed for every stage, they would make
 # each depend on the code that renders scenes and on the code that makes candidates of them.
 BUILTIN_SETS = "sources.builtin_sets"
-ONLY_FOR_BUILTIN_SETS = frozenset({("records", BUILTIN_SETS), (BUILTIN_SETS, "removal"),
-                                   (BUILTIN_SETS, "sdxl")})
+ONLY_FOR_BUILTIN_SETS = frozenset(
+    {("records", BUILTIN_SETS), (BUILTIN_SETS, "removal"), (BUILTIN_SETS, "sdxl")}
+)
 _AWAIT = ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
 
 
@@ -178,8 +191,11 @@ def _parse_notebook(notebook: Path, package: Path, modified: int):
 @cache
 def _hash_builtin(package: Path) -> str:
     """The built-in model's files; its card and other text don't count."""
-    files = sorted(p for p in (package / "builtin").rglob("*") if p.is_file()
-                   and p.suffix != ".md" and "__pycache__" not in p.parts)
+    files = sorted(
+        p
+        for p in (package / "builtin").rglob("*")
+        if p.is_file() and p.suffix != ".md" and "__pycache__" not in p.parts
+    )
     return _digest([(str(p.relative_to(package)), hash_file(p)) for p in files])[:16]
 
 
@@ -227,8 +243,9 @@ def asks_people(row: StageRow) -> bool:
     return row.parameters.get("mode") == "interactive" or bool(row.parameters.get("user_study"))
 
 
-def compute_fingerprints(recipe: Recipe, *, run_dir: Path, settled: dict | None = None,
-                         package: Path = PACKAGE) -> dict[str, Fingerprint]:
+def compute_fingerprints(
+    recipe: Recipe, *, run_dir: Path, settled: dict | None = None, package: Path = PACKAGE
+) -> dict[str, Fingerprint]:
     """Every stage's fingerprint, by name, in the recipe's order.
 
     Args:
@@ -260,12 +277,14 @@ def compute_fingerprints(recipe: Recipe, *, run_dir: Path, settled: dict | None 
         if any(text.split(":")[0] == "builtin" for text in texts):
             inputs["builtin"] = _hash_builtin(package)
         inputs["modules"] = hash_modules(
-            used, package=package, without=frozenset() if renders else ONLY_FOR_BUILTIN_SETS)
+            used, package=package, without=frozenset() if renders else ONLY_FOR_BUILTIN_SETS
+        )
         base = digest = _digest(inputs)
         if asks_people(row):
             folder = run_dir / row.name
-            inputs["labels"] = {str(p.relative_to(folder)): hash_file(p)[:16]
-                                for p in list_labels(folder)}
+            inputs["labels"] = {
+                str(p.relative_to(folder)): hash_file(p)[:16] for p in list_labels(folder)
+            }
             digest = _digest(inputs)
         found[row.name] = Fingerprint(digest, base, inputs)
     return found
@@ -274,13 +293,21 @@ def compute_fingerprints(recipe: Recipe, *, run_dir: Path, settled: dict | None 
 def describe_change(before: dict, now: dict) -> str:
     """What differs between two `inputs`, in a few words: "parameter seed: 4 -> 5, module masks"."""
     words = []
-    for part, label in (("parameters", "parameter"), ("modules", "module"), ("stages", "stage"),
-                        ("files", "file"), ("labels", "labels")):
+    for part, label in (
+        ("parameters", "parameter"),
+        ("modules", "module"),
+        ("stages", "stage"),
+        ("files", "file"),
+        ("labels", "labels"),
+    ):
         old, new = before.get(part) or {}, json.loads(json.dumps(now.get(part) or {}, default=str))
         for name in sorted(set(old) | set(new)):
             if old.get(name) != new.get(name):
                 change = f": {old.get(name)} -> {new.get(name)}" if part == "parameters" else ""
                 words.append(f"{label} {name}{change}")
-    words += [label for part, label in (("notebook", "the notebook"), ("builtin", "built-in model"))
-              if before.get(part) != now.get(part)]
+    words += [
+        label
+        for part, label in (("notebook", "the notebook"), ("builtin", "built-in model"))
+        if before.get(part) != now.get(part)
+    ]
     return ", ".join(words[:4]) + (f" and {len(words) - 4} more" if len(words) > 4 else "")

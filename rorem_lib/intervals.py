@@ -57,8 +57,9 @@ def wilson_interval(k: int, n: int, *, level: float = 0.95) -> tuple[float, floa
     return float(interval.low), float(interval.high)
 
 
-def bootstrap_mean(values, *, seed: int = 0, resamples: int = RESAMPLES,
-                   level: float = 0.95) -> tuple[float, float]:
+def bootstrap_mean(
+    values, *, seed: int = 0, resamples: int = RESAMPLES, level: float = 0.95
+) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean of `values` [N].
 
     Resampling N pictures is drawing how often each distinct value comes (multinomial), which is
@@ -73,8 +74,12 @@ def bootstrap_mean(values, *, seed: int = 0, resamples: int = RESAMPLES,
     distinct, counts = np.unique(values, return_counts=True)
     rng = np.random.default_rng(seed)
     rows = max(1, _CHUNK // distinct.size)
-    means = [rng.multinomial(values.size, counts / values.size, size=min(rows, resamples - start))
-             @ distinct / values.size for start in range(0, resamples, rows)]
+    means = [
+        rng.multinomial(values.size, counts / values.size, size=min(rows, resamples - start))
+        @ distinct
+        / values.size
+        for start in range(0, resamples, rows)
+    ]
     low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
@@ -95,8 +100,10 @@ def compare_paired(a, b, *, seed: int = 0, resamples: int = RESAMPLES) -> Compar
     """
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a.shape != b.shape or a.ndim != 1:
-        raise ValueError(f"a paired comparison needs the same pictures on both sides, not "
-                         f"{a.shape} and {b.shape} values")
+        raise ValueError(
+            f"a paired comparison needs the same pictures on both sides, not "
+            f"{a.shape} and {b.shape} values"
+        )
     binary = bool(np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all())
     scale = 100.0 if binary else 1.0
     low, high = bootstrap_mean(a - b, seed=seed, resamples=resamples)
@@ -105,5 +112,12 @@ def compare_paired(a, b, *, seed: int = 0, resamples: int = RESAMPLES) -> Compar
         only_first, only_second = int(((a == 1) & (b == 0)).sum()), int(((a == 0) & (b == 1)).sum())
         discordant = only_first + only_second
         p_value = float(binomtest(only_first, discordant).pvalue) if discordant else 1.0
-    return Comparison(float(scale * (a - b).mean()), scale * low, scale * high, p_value,
-                      only_first, only_second, int(a.size))
+    return Comparison(
+        float(scale * (a - b).mean()),
+        scale * low,
+        scale * high,
+        p_value,
+        only_first,
+        only_second,
+        int(a.size),
+    )

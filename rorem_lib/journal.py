@@ -139,6 +139,7 @@ def write_list(path: str | Path, records: Iterable[dict]) -> Path:
     Raises:
         OSError: names the file; the old one is still there.
     """
+
     def format_list():
         comma = ""
         yield "["
@@ -152,5 +153,4 @@ def write_list(path: str | Path, records: Iterable[dict]) -> Path:
 
 def write_lines(path: str | Path, records: Iterable[dict]) -> Path:
     """As `write_list`, as JSON lines."""
-    return write_text(path, (json.dumps(record, ensure_ascii=False) + "\n"
-                             for record in records))
+    return write_text(path, (json.dumps(record, ensure_ascii=False) + "\n" for record in records))

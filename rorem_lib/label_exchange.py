@@ -125,8 +125,11 @@ def _read_entry(entry: dict) -> list[dict]:
 
 def _read_choices(results: list[dict], item_id: str) -> dict:
     """Label and reason among the choices of one annotation; neither where none was made."""
-    given = [(result.get("from_name"), choice) for result in results
-             for choice in result["value"].get("choices", [])]
+    given = [
+        (result.get("from_name"), choice)
+        for result in results
+        for choice in result["value"].get("choices", [])
+    ]
     said = [choice for name, choice in given if name == "decision"]
     said = said or [x for name, x in given if name != "reason" and _find_word(x)]
     if given and not said:
@@ -245,19 +248,35 @@ def export_dataset(
         raise LabelError(f"{path} is not written: there are no labels to export")
     kinds = {"ms": "int64", "simulated": "bool", "repeat": "bool"}
     features = Features(
-        {"id": Value("string"), "source": Image(), "mask": Image(), "removal": Image(),
-         "decision": Value("string"),
-         "labels": [{field.name: Value(kinds.get(field.name, "string"))
-                     for field in fields(Label) if field.name != "id"}]})
+        {
+            "id": Value("string"),
+            "source": Image(),
+            "mask": Image(),
+            "removal": Image(),
+            "decision": Value("string"),
+            "labels": [
+                {
+                    field.name: Value(kinds.get(field.name, "string"))
+                    for field in fields(Label)
+                    if field.name != "id"
+                }
+            ],
+        }
+    )
 
     def make_rows():
         for triplet in triplets:
             if triplet.id in given:
                 pictures = {"source": triplet.source, "mask": triplet.mask, "removal": triplet.gt}
-                yield {"id": triplet.id, "decision": decisions.get(triplet.id),
-                       "labels": given[triplet.id],
-                       **{name: {"bytes": file.read_bytes(), "path": file.name}
-                          for name, file in pictures.items()}}
+                yield {
+                    "id": triplet.id,
+                    "decision": decisions.get(triplet.id),
+                    "labels": given[triplet.id],
+                    **{
+                        name: {"bytes": file.read_bytes(), "path": file.name}
+                        for name, file in pictures.items()
+                    },
+                }
 
     path = Path(path)
     beside = path.with_name(f".{path.name}.partial")

@@ -130,8 +130,7 @@ class LabelLog:
         Raises:
             LabelError: it could not be written.
         """
-        event = {"event": "undo", "id": label.id, "annotator": self.annotator,
-                 "time": _tell_time()}
+        event = {"event": "undo", "id": label.id, "annotator": self.annotator, "time": _tell_time()}
         self._write([event])
 
     def read(self) -> list[Label]:

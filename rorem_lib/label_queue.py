@@ -86,9 +86,7 @@ def order_items(
     elif order == "uncertainty":
         _require_all(scores, ids, "a score")
         _check_scores(scores, ids)
-        ranked = sorted(
-            (x for x in shuffled if x not in audit), key=lambda x: abs(scores[x] - 0.5)
-        )
+        ranked = sorted((x for x in shuffled if x not in audit), key=lambda x: abs(scores[x] - 0.5))
     elif order == "stratified":
         _require_all(strata, ids, "a stratum")
         groups: dict[str, list[str]] = defaultdict(list)

@@ -84,8 +84,11 @@ def find_conflicts(labels: Iterable[Label]) -> list[str]:
     """Ids on which annotators disagree and no adjudicator has decided."""
     labels = list(labels)
     settled = {x.id for x in labels if x.order == ADJUDICATION and x.label != "skip"}
-    return [item_id for item_id, given in _collect_votes(labels).items()
-            if len({x.label for x in given}) > 1 and item_id not in settled]
+    return [
+        item_id
+        for item_id, given in _collect_votes(labels).items()
+        if len({x.label for x in given}) > 1 and item_id not in settled
+    ]
 
 
 def list_adjudication(labels: Iterable[Label], annotator: str) -> tuple[list[QueueItem], dict]:
@@ -101,10 +104,13 @@ def list_adjudication(labels: Iterable[Label], annotator: str) -> tuple[list[Que
     own = {x.id for x in labels if x.annotator == annotator and x.order == ADJUDICATION}
     votes = _collect_votes(labels)
     open_here = {*find_conflicts(labels), *(own & votes.keys())}
-    mine = sorted(item_id for item_id in open_here
-                  if annotator not in {x.annotator for x in votes[item_id]})
-    told = {item_id: ", ".join(f"{x.annotator} {x.reason or x.label}" for x in votes[item_id])
-            for item_id in mine}
+    mine = sorted(
+        item_id for item_id in open_here if annotator not in {x.annotator for x in votes[item_id]}
+    )
+    told = {
+        item_id: ", ".join(f"{x.annotator} {x.reason or x.label}" for x in votes[item_id])
+        for item_id in mine
+    }
     return [QueueItem(item_id, ADJUDICATION) for item_id in mine], told
 
 

@@ -60,8 +60,10 @@ def read_sizes(triplets: Sequence[Triplet]) -> list[tuple[int, int]]:
         TripletError: a file is missing or no picture.
     """
     with ThreadPoolExecutor(8) as pool:
-        chunks = pool.map(lambda chunk: [read_size(triplet.source) for triplet in chunk],
-                          group_chunks(triplets, 64))
+        chunks = pool.map(
+            lambda chunk: [read_size(triplet.source) for triplet in chunk],
+            group_chunks(triplets, 64),
+        )
         return [size for chunk in chunks for size in chunk]
 
 
@@ -103,15 +105,24 @@ class LatentStore:
         Raises:
             IndexError: there is no such triplet, twin or variant.
         """
-        if not (0 <= index < len(self) and 0 <= twin <= self.spec.twins
-                and 0 <= variant <= self.spec.mask_variants):
-            raise IndexError(f"no triplet {index}, twin {twin}, variant {variant} in this cache of "
-                             f"{len(self)}")
+        if not (
+            0 <= index < len(self)
+            and 0 <= twin <= self.spec.twins
+            and 0 <= variant <= self.spec.mask_variants
+        ):
+            raise IndexError(
+                f"no triplet {index}, twin {twin}, variant {variant} in this cache of {len(self)}"
+            )
         file, row = self._open(self.paths[self.shard[index]]), int(self.row[index])
         # clone: a slice holds on to the whole file
-        return {part: (file.get_slice(part)[row, variant, twin] if part in ("masked", "mask")
-                       else file.get_slice(part)[row, twin]).clone()
-                for part in (*self.spec.parts, "mask")}
+        return {
+            part: (
+                file.get_slice(part)[row, variant, twin]
+                if part in ("masked", "mask")
+                else file.get_slice(part)[row, twin]
+            ).clone()
+            for part in (*self.spec.parts, "mask")
+        }
 
 
 @dataclass
@@ -128,8 +139,9 @@ class _Shard:
         """What was encoded must be what the file's name says."""
         for path, stat in self.stats.items():
             if describe_stat(path) != stat:
-                raise TripletError(f"{path} was changed while its latents were made: start again",
-                                   file=path)
+                raise TripletError(
+                    f"{path} was changed while its latents were made: start again", file=path
+                )
 
     def is_whole(self, *, warn: bool = False) -> bool:
         try:
@@ -143,9 +155,18 @@ class _Shard:
         return True
 
 
-def open_store(triplets: Sequence[Triplet], vae, *, sizes: Sequence[tuple[int, int]],
-               spec: CacheSpec | None = None, root: Path | str = "", rank: int = 0,
-               world: int = 1, batch_size: int = 32, shard_size: int = 256) -> LatentStore:
+def open_store(
+    triplets: Sequence[Triplet],
+    vae,
+    *,
+    sizes: Sequence[tuple[int, int]],
+    spec: CacheSpec | None = None,
+    root: Path | str = "",
+    rank: int = 0,
+    world: int = 1,
+    batch_size: int = 32,
+    shard_size: int = 256,
+) -> LatentStore:
     """Open the latents of `triplets`, computing what is missing first.
 
     Killed, it loses the shard in work; started again, it goes on. All processes of a job call it
@@ -204,9 +225,11 @@ def _explain_silence(root: Path):
         yield
     except TimeoutError as error:
         raise TimeoutError(
-            error.errno, f"process {Path(error.filename).name} made no sign of life in {root}: "
+            error.errno,
+            f"process {Path(error.filename).name} made no sign of life in {root}: "
             "latent_cache_dir and the pictures must lie in folders that all nodes share; or it has "
-            f"ended ({error.strerror})") from error
+            f"ended ({error.strerror})",
+        ) from error
 
 
 def _name_kind(root: Path, vae, spec: CacheSpec, *, write: bool) -> str:
@@ -220,8 +243,13 @@ def _name_kind(root: Path, vae, spec: CacheSpec, *, write: bool) -> str:
         del chosen["mask_dilate_max"], chosen["mask_loosen"]
     if spec.resize_mode == "squash":
         del chosen["center_crop"]
-    kind = {"version": VERSION, "vae": type(vae).__name__, "weights": weights.hexdigest(),
-            "config": {k: x for k, x in vae.config.items() if not k.startswith("_")}, **chosen}
+    kind = {
+        "version": VERSION,
+        "vae": type(vae).__name__,
+        "weights": weights.hexdigest(),
+        "config": {k: x for k, x in vae.config.items() if not k.startswith("_")},
+        **chosen,
+    }
     name = hashlib.sha256(json.dumps(kind, sort_keys=True).encode()).hexdigest()[:16]
     if write and not (root / name / "kind.json").is_file():
         write_json(root / name / "kind.json", kind)
@@ -255,8 +283,9 @@ def _plan_shards(triplets, sizes, content, folder, shard_size, spec):
             name = hashlib.sha256(text.encode()).hexdigest()[:24]
             path = folder / name[:2] / f"{name}.safetensors"
             if path not in plan:  # equal triplets may come twice
-                plan[path] = _Shard(len(plan), path, size, members,
-                                    {file: content[file][0] for file in files})
+                plan[path] = _Shard(
+                    len(plan), path, size, members, {file: content[file][0] for file in files}
+                )
             shard[chunk], row[chunk] = plan[path].number, range(len(chunk))
     return list(plan.values()), LatentStore(list(plan), shard, row, spec)
 
@@ -276,16 +305,29 @@ def _list_chunks(shards: list[_Shard], batch_size: int) -> Iterator[list]:
         yield from group_chunks([(triplet, shard.size) for triplet in shard.members], count)
 
 
-def _write_shards(shards: list[_Shard], vae, spec: CacheSpec, batch_size: int, *,
-                  plan: list[_Shard], root: Path, verbose: bool) -> None:
+def _write_shards(
+    shards: list[_Shard],
+    vae,
+    spec: CacheSpec,
+    batch_size: int,
+    *,
+    plan: list[_Shard],
+    root: Path,
+    verbose: bool,
+) -> None:
     if not shards:
         return
-    progress = Progress("latents of triplets (this process's)",
-                        sum(len(shard.members) for shard in shards), active=verbose)
+    progress = Progress(
+        "latents of triplets (this process's)",
+        sum(len(shard.members) for shard in shards),
+        active=verbose,
+    )
     # On a CPU the VAE takes all cores: one after the other is a quarter faster than side by side.
-    reader = read_batches(functools.partial(_load_variants, spec=spec),
-                          _list_chunks(shards, batch_size),
-                          ahead=0 if next(vae.parameters()).device.type == "cpu" else 2)
+    reader = read_batches(
+        functools.partial(_load_variants, spec=spec),
+        _list_chunks(shards, batch_size),
+        ahead=0 if next(vae.parameters()).device.type == "cpu" else 2,
+    )
     with contextlib.closing(reader):
         for shard in shards:
             batches, count = [], 0
@@ -297,9 +339,11 @@ def _write_shards(shards: list[_Shard], vae, spec: CacheSpec, batch_size: int, *
             shard.check_files()
             tensors = {name: torch.cat([b[name] for b in batches]) for name in batches[0]}
             if not all(latents.isfinite().all() for latents in tensors.values()):
-                raise ValueError(f"latents of {shard.members[0].source} or the next "
-                                 f"{len(shard.members) - 1} triplets are not finite in "
-                                 f"{spec.dtype}: check the VAE or take latent_dtype bf16")
+                raise ValueError(
+                    f"latents of {shard.members[0].source} or the next "
+                    f"{len(shard.members) - 1} triplets are not finite in "
+                    f"{spec.dtype}: check the VAE or take latent_dtype bf16"
+                )
             _save_shard(shard, save(tensors), plan, root)
     if verbose:
         logger.info("latents of %d triplets cached in %s", progress.done, root)
@@ -313,20 +357,25 @@ def _encode_variants(vae, batch: dict, spec: CacheSpec) -> dict[str, torch.Tenso
     device = next(vae.parameters()).device
     pictures = {part: torch.as_tensor(x).to(device) for part, x in batch.items()}
     # the width is the last axis of masks but not of pictures
-    views = [pictures] + [{part: x.flip(-1 if part == "mask" else -2)
-                           for part, x in pictures.items()}] * spec.twins
+    views = [pictures] + [
+        {part: x.flip(-1 if part == "mask" else -2) for part, x in pictures.items()}
+    ] * spec.twins
     only_masked = dataclasses.replace(spec, parts=("masked",), mask_variants=0)
     found = defaultdict(list)
     for view in views:
-        each = [encode_pictures(vae, view | {"mask": mask}, spec if variant == 0 else only_masked)
-                for variant, mask in enumerate(view["mask"].unbind(1))]
+        each = [
+            encode_pictures(vae, view | {"mask": mask}, spec if variant == 0 else only_masked)
+            for variant, mask in enumerate(view["mask"].unbind(1))
+        ]
         for part in (*spec.parts, "mask"):
             whole = part in ("masked", "mask")
-            found[part].append(torch.stack([e[part] for e in each], 1) if whole
-                               else each[0][part])
-    return {part: torch.stack(twins, 2 if part in ("masked", "mask") else 1).to(
-        torch.uint8 if part == "mask" else DTYPES[spec.dtype]).cpu()
-        for part, twins in found.items()}
+            found[part].append(torch.stack([e[part] for e in each], 1) if whole else each[0][part])
+    return {
+        part: torch.stack(twins, 2 if part in ("masked", "mask") else 1)
+        .to(torch.uint8 if part == "mask" else DTYPES[spec.dtype])
+        .cpu()
+        for part, twins in found.items()
+    }
 
 
 def _save_shard(shard: _Shard, data: bytes, plan: list[_Shard], root: Path) -> None:
@@ -345,7 +394,9 @@ def _save_shard(shard: _Shard, data: bytes, plan: list[_Shard], root: Path) -> N
         area = sum(len(x.members) * x.size[0] * x.size[1] for x in missing)
         left = area * len(data) / (len(shard.members) * shard.size[0] * shard.size[1])
         raise OSError(
-            error.errno, f"cannot write latents to {root}: {error.strerror}; "
+            error.errno,
+            f"cannot write latents to {root}: {error.strerror}; "
             f"{len(plan) - len(missing)} of {len(plan)} shards are there and stay, about "
             f"{left / 1e9:.3g} GB are still to be written: free so much or set latent_cache_dir to "
-            "a folder with more room, then start again") from error
+            "a folder with more room, then start again",
+        ) from error

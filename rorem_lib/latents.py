@@ -53,8 +53,11 @@ class CacheSpec:
     vae_precision: str = "fp32"
 
     def __post_init__(self):
-        for name, allowed in (("dtype", DTYPES), ("resize_mode", ("crop", "squash")),
-                              ("vae_precision", ("fp32", *DTYPES))):
+        for name, allowed in (
+            ("dtype", DTYPES),
+            ("resize_mode", ("crop", "squash")),
+            ("vae_precision", ("fp32", *DTYPES)),
+        ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: take {' or '.join(allowed)}")
         if not self.parts or set(self.parts) - set(PARTS):
@@ -65,8 +68,10 @@ class CacheSpec:
         if self.mask_variants and "masked" not in self.parts:
             raise ValueError("mask_variants needs masked among the parts")
         if self.mask_variants and not (self.mask_dilate_max or self.mask_loosen):
-            raise ValueError("mask_variants would all be the mask itself: set mask_dilate_max or "
-                             "mask_loosen above 0")
+            raise ValueError(
+                "mask_variants would all be the mask itself: set mask_dilate_max or "
+                "mask_loosen above 0"
+            )
 
 
 def vary_mask(mask: np.ndarray, variant: int, spec: CacheSpec) -> np.ndarray:
@@ -78,12 +83,17 @@ def vary_mask(mask: np.ndarray, variant: int, spec: CacheSpec) -> np.ndarray:
     if not variant:
         return mask
     content = hashlib.sha256(mask.tobytes()).digest()[:8]
-    return perturb_mask(mask, np.random.default_rng([int.from_bytes(content), variant]),
-                        dilate_max=spec.mask_dilate_max, loosen=spec.mask_loosen)
+    return perturb_mask(
+        mask,
+        np.random.default_rng([int.from_bytes(content), variant]),
+        dilate_max=spec.mask_dilate_max,
+        loosen=spec.mask_loosen,
+    )
 
 
-def prepare_pictures(triplet: Triplet, size: tuple[int, int], spec: CacheSpec, *, twin: int = 0,
-                     variant: int = 0) -> dict[str, np.ndarray]:
+def prepare_pictures(
+    triplet: Triplet, size: tuple[int, int], spec: CacheSpec, *, twin: int = 0, variant: int = 0
+) -> dict[str, np.ndarray]:
     """The pictures whose latents are trained on.
 
     Args:
@@ -133,8 +143,9 @@ def encode_pictures(vae, pictures: Mapping, spec: CacheSpec) -> dict[str, torch.
         found[part] = _encode(vae, image, spec.vae_precision)
     (height, width), (high, wide) = mask.shape[-2:], found[spec.parts[0]].shape[-2:]
     if height % high or width % wide or height // high != width // wide:
-        raise ValueError(f"pictures of {height}x{width} px do not suit this VAE: take a multiple "
-                         "of its factor")
+        raise ValueError(
+            f"pictures of {height}x{width} px do not suit this VAE: take a multiple of its factor"
+        )
     return found | {"mask": sdxl.shrink_mask(mask, found[spec.parts[0]])}
 
 
@@ -157,5 +168,7 @@ def _encode(vae, images: torch.Tensor, precision: str) -> torch.Tensor:
 
 @functools.cache
 def _warn_overflow(precision: str) -> None:
-    logger.warning("the VAE overflows in %s: such batches are encoded again in float32 "
-                   "(vae_precision)", precision)
+    logger.warning(
+        "the VAE overflows in %s: such batches are encoded again in float32 (vae_precision)",
+        precision,
+    )

@@ -31,8 +31,15 @@ from rorem_lib.stage import ROOT, STARTED, format_time, resolve_path
 logger = logging.getLogger(__name__)
 HARDWARE = ROOT / "notebooks" / "recipes" / "accelerate"
 _PR_SET_PDEATHSIG = 1
-_OUT_OF_MEMORY = ("out of memory", "MemoryError", "can't allocate memory", "bad_alloc",
-                  "exitcode: -9", "exitcode  : -9", "Signals.SIGKILL")
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "MemoryError",
+    "can't allocate memory",
+    "bad_alloc",
+    "exitcode: -9",
+    "exitcode  : -9",
+    "Signals.SIGKILL",
+)
 
 
 class JobError(RuntimeError):
@@ -86,8 +93,14 @@ def find_hardware(hardware: str | None) -> Path | None:
     return path
 
 
-def build_command(module: str, config: Path, *, hardware: str | None = "cpu",
-                  num_processes: int | None = None, tied: bool = True) -> list[str]:
+def build_command(
+    module: str,
+    config: Path,
+    *,
+    hardware: str | None = "cpu",
+    num_processes: int | None = None,
+    tied: bool = True,
+) -> list[str]:
     """The command line of a job.
 
     Args:
@@ -109,8 +122,7 @@ def build_command(module: str, config: Path, *, hardware: str | None = "cpu",
     if backend := (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("rdzv_backend"):
         more += ["--rdzv_backend", backend]
     start = [*python, "-m", *tie, "accelerate.commands.launch"]
-    return [*(start if tied else ("accelerate", "launch")),
-            "--config_file", str(file), *more, *job]
+    return [*(start if tied else ("accelerate", "launch")), "--config_file", str(file), *more, *job]
 
 
 def build_environment(hardware: str | None, output_dir: Path) -> dict[str, str]:
@@ -129,8 +141,9 @@ def build_environment(hardware: str | None, output_dir: Path) -> dict[str, str]:
     return environment
 
 
-def launch_job(module: str, config, *, hardware: str | None = "cpu",
-               num_processes: int | None = None) -> dict:
+def launch_job(
+    module: str, config, *, hardware: str | None = "cpu", num_processes: int | None = None
+) -> dict:
     """Run a job to its end and return its metrics.
 
     Writes `<output_dir>/config.yaml`, keeps all output in `<output_dir>/train.log` (processes
@@ -172,9 +185,14 @@ def launch_job(module: str, config, *, hardware: str | None = "cpu",
         # The log is the job's own: it goes on being written whatever becomes of this process's
         # ends of pipes. A group of its own keeps a terminal's Ctrl-C for the notebook to pass on.
         process = subprocess.Popen(
-            build_command(module, path, **options), cwd=ROOT, stdin=subprocess.DEVNULL,
-            stdout=stream, stderr=subprocess.STDOUT, process_group=0,
-            env=build_environment(hardware, folder))
+            build_command(module, path, **options),
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            process_group=0,
+            env=build_environment(hardware, folder),
+        )
     try:
         _follow(process, log, start, folder / "metrics.jsonl", title=module)
     finally:
@@ -220,8 +238,10 @@ def describe_failure(module: str, code: int, log: Path, start: int) -> str:
             lines = [*lines[-20:], f"---- {other.name}", *rank]
             text += "\n".join(rank)
     if code in (-9, 137) or any(sign in text for sign in _OUT_OF_MEMORY):
-        reason = ("ran out of memory (or was killed from outside): lower train_batch_size and "
-                  "raise gradient_accumulation_steps by as much")
+        reason = (
+            "ran out of memory (or was killed from outside): lower train_batch_size and "
+            "raise gradient_accumulation_steps by as much"
+        )
     elif code == 0:
         reason = "ended without writing train_metrics.json"
     else:
@@ -286,8 +306,11 @@ def _draw(plot, metrics: Path, title: str) -> None:
     axes.plot([r["step"] for r in records], [r["loss"] for r in records], linewidth=1)
     last = records[-1]
     words = [f"step {last['step']}", f"loss {last['loss']:.4f}"]
-    words += [f"{last[k]:.3g} {unit}" for k, unit in (("images_per_second", "images/s"),
-                                                      ("seconds_left", "s left")) if k in last]
+    words += [
+        f"{last[k]:.3g} {unit}"
+        for k, unit in (("images_per_second", "images/s"), ("seconds_left", "s left"))
+        if k in last
+    ]
     axes.set(xlabel="step", ylabel="loss", title=f"{title}: {', '.join(words)}")
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=90)
@@ -301,8 +324,9 @@ def main() -> None:
     folder = os.environ.get("ROREM_LOG_DIR")
     module, sys.argv = sys.argv[1], sys.argv[1:]
     if rank != "0" and folder:  # one process speaks, the others keep a log of their own
-        file = os.open(Path(folder) / f"train-rank{rank}.log",
-                       os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        file = os.open(
+            Path(folder) / f"train-rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666
+        )
         os.dup2(file, 1)
         os.dup2(file, 2)
     runpy.run_module(module, run_name="__main__", alter_sys=True)

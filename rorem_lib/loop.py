@@ -106,12 +106,15 @@ def train(objective: Objective, config: LoopConfig) -> dict:
         mixed_precision=sdxl.choose_precision(config.mixed_precision, sharding.find_device()),
         # as a plugin: else a number in the hardware file wins over the option
         gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=config.gradient_accumulation_steps),
+            num_steps=config.gradient_accumulation_steps
+        ),
         kwargs_handlers=sharding.make_handlers(sharding.find_device()),
         log_with=None if config.report_to == "none" else config.report_to,
         project_config=ProjectConfiguration(
             project_dir=config.output_dir,
-            logging_dir=str(Path(config.output_dir) / config.logging_dir)))
+            logging_dir=str(Path(config.output_dir) / config.logging_dir),
+        ),
+    )
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     if accelerator.device.type == "cuda":
         torch.backends.cuda.matmul.fp32_precision = "tf32" if config.allow_tf32 else "ieee"
@@ -131,9 +134,12 @@ def make_optimizer(config: LoopConfig, parameters, batch: int = 1) -> torch.opti
     Raises:
         ValueError: `use_8bit_adam` without bitsandbytes.
     """
-    options = {"lr": config.learning_rate * (batch if config.scale_lr else 1),
-               "betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon,
-               "weight_decay": config.adam_weight_decay}
+    options = {
+        "lr": config.learning_rate * (batch if config.scale_lr else 1),
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_epsilon,
+        "weight_decay": config.adam_weight_decay,
+    }
     if not config.use_8bit_adam:
         return torch.optim.AdamW(parameters, **options, fused=True)
     try:
@@ -157,34 +163,43 @@ class _Training:
             config = objective.config = _count_steps(config, objective)
         self.config, self.folder = config, Path(config.output_dir)
         flops = objective.tune_model(model)
-        optimizer = make_optimizer(config, [p for p in model.parameters() if p.requires_grad],
-                                   objective.global_batch)
+        optimizer = make_optimizer(
+            config, [p for p in model.parameters() if p.requires_grad], objective.global_batch
+        )
         self.structure = sharding.copy_structure(accelerator, model)
         self.model, self.optimizer = sharding.prepare(accelerator, model, optimizer, config)
-        self.scheduler = get_scheduler(config.lr_scheduler, self.optimizer,
-                                       num_warmup_steps=config.lr_warmup_steps,
-                                       num_training_steps=config.max_train_steps)
+        self.scheduler = get_scheduler(
+            config.lr_scheduler,
+            self.optimizer,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=config.max_train_steps,
+        )
         accelerator.register_for_checkpointing(self.scheduler)
         # after `prepare`: a sharded model has other parameters than the one that was built
         self.trained = sharding.list_trained(self.model)
         self.count = sum(p.numel() for p in self.trained)
         self.ema = None
         if config.ema_decay:
-            self.ema = sharding.Average(self.trained, decay=config.ema_decay,
-                                        foreach=accelerator.device.type == "cuda")
+            self.ema = sharding.Average(
+                self.trained, decay=config.ema_decay, foreach=accelerator.device.type == "cuda"
+            )
             accelerator.register_for_checkpointing(self.ema)
         self.first = self.step = checkpoints.load_checkpoint(
-            accelerator, config, train_size=objective.metrics.get("train_size"))
+            accelerator, config, train_size=objective.metrics.get("train_size")
+        )
         if self.ema is not None:
             self.ema.to(accelerator.device)
         self.validate = objective.make_validation()
         if self.validate is not None and sharding.find_kind(accelerator) == "FSDP2":
-            logger.warning("validation_steps has no effect under FSDP2, whose weights are whole "
-                           "on no process: only the finished model can be looked at")
+            logger.warning(
+                "validation_steps has no effect under FSDP2, whose weights are whole "
+                "on no process: only the finished model can be looked at"
+            )
             self.validate = None
         tracking.start_trackers(accelerator, config)
-        self.tracker = tracking.Tracker(accelerator, config, self.folder, objective.global_batch,
-                                        flops_per_image=flops)
+        self.tracker = tracking.Tracker(
+            accelerator, config, self.folder, objective.global_batch, flops_per_image=flops
+        )
         if accelerator.is_main_process:
             tracking.trim_lines(self.folder / "metrics.jsonl", self.first)
             logger.info("%s", sharding.describe(accelerator, config))
@@ -193,11 +208,14 @@ class _Training:
         config, accelerator, started = self.config, self.accelerator, time.time()
         on_gpu = accelerator.device.type == "cuda"
         loader = DataLoader(
-            self.dataset, batch_sampler=Positions(config, accelerator, self.first),
-            num_workers=config.dataloader_num_workers, pin_memory=on_gpu,
+            self.dataset,
+            batch_sampler=Positions(config, accelerator, self.first),
+            num_workers=config.dataloader_num_workers,
+            pin_memory=on_gpu,
             # of its own: else it draws from the noise that a checkpoint restores
             generator=torch.Generator().manual_seed(config.seed),
-            persistent_workers=config.dataloader_num_workers > 0)
+            persistent_workers=config.dataloader_num_workers > 0,
+        )
         line: dict = {}
         if self.first == 0:
             with self.tracker.excluded():
@@ -262,16 +280,23 @@ class _Training:
                 # with a scaler, infinite norms are skipped steps
                 if norm is not None and self.accelerator.scaler is None:
                     tracking.check_finite(norm, "gradient's norm", step)
-                checkpoints.save_checkpoint(self.accelerator, config, step,
-                                            train_size=self.objective.metrics.get("train_size"))
+                checkpoints.save_checkpoint(
+                    self.accelerator,
+                    config,
+                    step,
+                    train_size=self.objective.metrics.get("train_size"),
+                )
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
     def _is_look_due(self) -> bool:
         every = getattr(self.config, "validation_steps", 0)
-        return every > 0 and self.validate is not None and (
-            self._is_due(every) or self.step == self.config.max_train_steps)
+        return (
+            every > 0
+            and self.validate is not None
+            and (self._is_due(every) or self.step == self.config.max_train_steps)
+        )
 
     def _look(self) -> None:
         """Validation at the start, every `validation_steps` and at the end, of averaged weights
@@ -279,8 +304,11 @@ class _Training:
         if not self._is_look_due():
             return
         rounded = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        with (self.ema.in_place(self.trained, rounded=rounded) if self.ema is not None
-              else contextlib.nullcontext()):
+        with (
+            self.ema.in_place(self.trained, rounded=rounded)
+            if self.ema is not None
+            else contextlib.nullcontext()
+        ):
             values = self.validate(self.accelerator.unwrap_model(self.model), self.step)
         self.accelerator.log(values, step=self.step)
 
@@ -288,12 +316,16 @@ class _Training:
         """Save the model and the run's metrics; both are there whole or not at all."""
         accelerator, objective, step = self.accelerator, self.objective, self.step
         images, batch = (step - self.first) * objective.global_batch, objective.global_batch
-        metrics = {"steps": step, "images": step * batch, "resumed_at": self.first,
-                   "seconds": round(seconds, 2),
-                   "images_per_second": round(images / max(seconds, 1e-9), 2),
-                   "num_processes": accelerator.num_processes,
-                   "trainable_parameters": self.count,
-                   **{k: v for k, v in line.items() if k.startswith("loss")}}
+        metrics = {
+            "steps": step,
+            "images": step * batch,
+            "resumed_at": self.first,
+            "seconds": round(seconds, 2),
+            "images_per_second": round(images / max(seconds, 1e-9), 2),
+            "num_processes": accelerator.num_processes,
+            "trainable_parameters": self.count,
+            **{k: v for k, v in line.items() if k.startswith("loss")},
+        }
         model = sharding.gather_model(accelerator, self.model, self.structure, self.ema)
         beside = self.folder / ".model.partial"
 
@@ -304,9 +336,16 @@ class _Training:
                 objective.save_model(model, beside)
                 disk.flush_folder(beside)
 
-        disk.attempt(accelerator, write, beside=beside, explain=lambda: (
-            f"no space left for the model in {self.folder}. "
-            f"{checkpoints.describe_last(self.folder)} Make room and start the same command again"))
+        disk.attempt(
+            accelerator,
+            write,
+            beside=beside,
+            explain=lambda: (
+                f"no space left for the model in {self.folder}. "
+                f"{checkpoints.describe_last(self.folder)} Make room and start the same command "
+                "again"
+            ),
+        )
         if accelerator.is_main_process:
             for part in beside.iterdir():
                 replace_folder(part, self.folder / part.name)

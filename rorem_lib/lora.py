@@ -8,9 +8,22 @@ from diffusers import StableDiffusionXLInpaintPipeline
 from peft import LoraConfig, get_peft_model_state_dict
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj",
-                "ff.net.2", "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv",
-                "upsamplers.0.conv", "time_emb_proj"]
+LORA_TARGETS = [
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "proj_in",
+    "proj_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "downsamplers.0.conv",
+    "upsamplers.0.conv",
+    "time_emb_proj",
+]
 
 
 def add_lora(unet, rank: int, targets=LORA_TARGETS) -> None:
@@ -32,7 +45,8 @@ def save_lora(unet, folder: Path) -> None:
     silently drops one kind from a file that mixes both.
     """
     StableDiffusionXLInpaintPipeline.save_lora_weights(
-        folder, unet_lora_layers=get_peft_model_state_dict(unet))
+        folder, unet_lora_layers=get_peft_model_state_dict(unet)
+    )
 
 
 def merge_lora(unet) -> None:

@@ -78,8 +78,9 @@ def loosen_mask(mask: np.ndarray, rng: np.random.Generator, strength: float = 1.
     return np.maximum(np.where((drawn > 110) & near, 255, 0).astype(np.uint8), exact)
 
 
-def perturb_mask(mask: np.ndarray, rng: np.random.Generator, *, dilate_max: float = 0.04,
-                 loosen: float = 1.0) -> np.ndarray:
+def perturb_mask(
+    mask: np.ndarray, rng: np.random.Generator, *, dilate_max: float = 0.04, loosen: float = 1.0
+) -> np.ndarray:
     """Another mask that people might have given for the same object: wider, or drawn by hand.
 
     One of the two by a coin: `dilate_mask` by a uniformly drawn width, or `loosen_mask`.

@@ -32,8 +32,10 @@ logger = logging.getLogger(__name__)
 KINDS = ("telea", "ns", "remover")
 SCHEDULERS = ("default", "lcm")
 BASELINES = (  # what a remover is compared with, and the model it starts from
-    {"name": "Telea", "kind": "telea"}, {"name": "Navier-Stokes", "kind": "ns"},
-    {"name": "base", "model": "builtin", "row": "base"})
+    {"name": "Telea", "kind": "telea"},
+    {"name": "Navier-Stokes", "kind": "ns"},
+    {"name": "base", "model": "builtin", "row": "base"},
+)
 SOURCE = "source"  # no method may be called so: it is the untouched picture in every table
 
 
@@ -72,8 +74,10 @@ class Method:
     def __post_init__(self):
         for field, choices in (("kind", KINDS), ("scheduler", SCHEDULERS)):
             if getattr(self, field) not in choices:
-                raise ValueError(f'method "{self.name}": {field} is one of {", ".join(choices)}, '
-                                 f"not {getattr(self, field)!r}")
+                raise ValueError(
+                    f'method "{self.name}": {field} is one of {", ".join(choices)}, '
+                    f"not {getattr(self, field)!r}"
+                )
         if not self.slug:
             raise ValueError(f"a method's name has letters or digits, not {self.name!r}")
 
@@ -92,8 +96,9 @@ class MethodRun:
     unet_calls: float | None
 
 
-def make_methods(rows: Sequence[Mapping], *, seed: int = 0,
-                 resolve: Callable[[str], str] = str) -> list[Method]:
+def make_methods(
+    rows: Sequence[Mapping], *, seed: int = 0, resolve: Callable[[str], str] = str
+) -> list[Method]:
     """Check methods given as dicts, as a notebook's parameter or a recipe has them.
 
     Args:
@@ -108,11 +113,22 @@ def make_methods(rows: Sequence[Mapping], *, seed: int = 0,
     for row in rows:
         unknown = sorted(set(row) - known)
         if unknown or not row.get("name"):
-            raise ValueError(f"method {dict(row)}: " + (f"unknown key {', '.join(unknown)}; known "
-                             f"are {', '.join(sorted(known))}" if unknown else "it has no name"))
+            raise ValueError(
+                f"method {dict(row)}: "
+                + (
+                    f"unknown key {', '.join(unknown)}; known are {', '.join(sorted(known))}"
+                    if unknown
+                    else "it has no name"
+                )
+            )
         method = Method(**{"seed": seed, **row})
-        methods.append(replace(method, model=resolve(method.model),
-                               lora=resolve(method.lora) if method.lora else ""))
+        methods.append(
+            replace(
+                method,
+                model=resolve(method.model),
+                lora=resolve(method.lora) if method.lora else "",
+            )
+        )
     slugs = [method.slug for method in methods]
     twice = sorted({m.name for m in methods if slugs.count(m.slug) > 1 or m.slug == SOURCE})
     if twice:
@@ -120,8 +136,14 @@ def make_methods(rows: Sequence[Mapping], *, seed: int = 0,
     return methods
 
 
-def run_method(method: Method, triplets: Sequence[Triplet], folder: str | Path, *,
-               batch_size: int = 16, device: str = "") -> MethodRun:
+def run_method(
+    method: Method,
+    triplets: Sequence[Triplet],
+    folder: str | Path,
+    *,
+    batch_size: int = 16,
+    device: str = "",
+) -> MethodRun:
     """Make a method's removals, those that are not there yet.
 
     A removal's noise depends on its place in `triplets` alone, the same for every method. One
@@ -135,10 +157,16 @@ def run_method(method: Method, triplets: Sequence[Triplet], folder: str | Path, 
     """
     folder = Path(folder) / method.slug
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    stamp = {**asdict(method), "batch_size": batch_size, "device": device, "control": None,
-             "row": None,
-             "files": [_stamp_model(place) for place in (method.model, method.lora)]
-             if method.kind == "remover" else []}
+    stamp = {
+        **asdict(method),
+        "batch_size": batch_size,
+        "device": device,
+        "control": None,
+        "row": None,
+        "files": [_stamp_model(place) for place in (method.model, method.lora)]
+        if method.kind == "remover"
+        else [],
+    }
     timing = _read_timing(folder / "timing.json", stamp)
     if timing is None:
         shutil.rmtree(folder, ignore_errors=True)
@@ -150,7 +178,7 @@ def run_method(method: Method, triplets: Sequence[Triplet], folder: str | Path, 
     if waiting:
         remove, take_calls = _open_method(method, device)
         for start in range(0, len(waiting), batch_size):
-            part = waiting[start:start + batch_size]
+            part = waiting[start : start + batch_size]
             pictures = [load_images(replace(t, gt=None)) for _, t in part]
             inputs = [p["source"] for p in pictures], [p["mask"] for p in pictures]
             if start == 0:
@@ -161,8 +189,9 @@ def run_method(method: Method, triplets: Sequence[Triplet], folder: str | Path, 
             seconds = time.perf_counter() - began
             for (_, triplet), picture in zip(part, removed, strict=True):
                 save_image(paths[triplet.id], picture)
-            timing["batches"].append({"n": len(part), "seconds": round(seconds, 5),
-                                      "unet_calls": take_calls()})
+            timing["batches"].append(
+                {"n": len(part), "seconds": round(seconds, 5), "unet_calls": take_calls()}
+            )
             write_json(folder / "timing.json", timing)
             logger.info("%s: %d of %d removals", method.name, start + len(part), len(waiting))
     return MethodRun(paths, *_summarise_timing(timing["batches"], batch_size))
@@ -174,9 +203,13 @@ def _open_method(method: Method, device: str) -> tuple[Callable, Callable]:
     The counter says how often the UNet has seen a picture since it was last asked.
     """
     if method.kind != "remover":
+
         def remove(sources, masks, numbers, steps=None):
-            return [inpaint_classical(s, m, method=method.kind)
-                    for s, m in zip(sources, masks, strict=True)]
+            return [
+                inpaint_classical(s, m, method=method.kind)
+                for s, m in zip(sources, masks, strict=True)
+            ]
+
         return remove, lambda: 0
     pipe = sdxl.load_pipeline(method.model, revision=method.revision or None, device=device)
     if method.lora:
@@ -198,9 +231,16 @@ def _open_method(method: Method, device: str) -> tuple[Callable, Callable]:
 
     def remove(sources, masks, numbers, steps=None):
         return remove_objects(
-            pipe, sources, masks, num_inference_steps=steps or method.num_inference_steps,
-            guidance_scale=method.guidance_scale, strength=method.strength, seed=method.seed,
-            numbers=numbers, batch_size=len(sources))
+            pipe,
+            sources,
+            masks,
+            num_inference_steps=steps or method.num_inference_steps,
+            guidance_scale=method.guidance_scale,
+            strength=method.strength,
+            seed=method.seed,
+            numbers=numbers,
+            batch_size=len(sources),
+        )
 
     pipe.unet.register_forward_pre_hook(count, with_kwargs=True)
     return remove, take_calls
@@ -211,8 +251,11 @@ def _stamp_model(place: str) -> str:
     folder = Path(sdxl.resolve_model(place)) if place else Path()
     if not place or not folder.is_dir():
         return place
-    files = sorted((str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns)
-                   for p in folder.rglob("*") if p.is_file())
+    files = sorted(
+        (str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns)
+        for p in folder.rglob("*")
+        if p.is_file()
+    )
     return hashlib.sha256(repr(files).encode()).hexdigest()
 
 
@@ -227,7 +270,8 @@ def _read_timing(path: Path, stamp: dict) -> dict | None:
 
 def _is_fresh(path: Path, triplet: Triplet) -> bool:
     return path.is_file() and path.stat().st_mtime_ns >= max(
-        triplet.source.stat().st_mtime_ns, triplet.mask.stat().st_mtime_ns)
+        triplet.source.stat().st_mtime_ns, triplet.mask.stat().st_mtime_ns
+    )
 
 
 def _name_file(name: str) -> str:

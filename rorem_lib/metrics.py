@@ -50,8 +50,9 @@ def psnr_hole(result: np.ndarray, truth: np.ndarray, mask: np.ndarray) -> float:
     return psnr(result, truth, mask >= 128)
 
 
-def psnr_shadow(result: np.ndarray, truth: np.ndarray, shadow: np.ndarray,
-                mask: np.ndarray) -> float | None:
+def psnr_shadow(
+    result: np.ndarray, truth: np.ndarray, shadow: np.ndarray, mask: np.ndarray
+) -> float | None:
     """PSNR in dB where the object's shadow or reflection fell and the mask does not reach.
 
     Args:
@@ -64,8 +65,9 @@ def psnr_shadow(result: np.ndarray, truth: np.ndarray, shadow: np.ndarray,
     return psnr(result, truth, region) if region.sum() >= EFFECT_PIXELS else None
 
 
-def psnr_background(result: np.ndarray, truth: np.ndarray, mask: np.ndarray,
-                    shadow: np.ndarray | None = None) -> float | None:
+def psnr_background(
+    result: np.ndarray, truth: np.ndarray, mask: np.ndarray, shadow: np.ndarray | None = None
+) -> float | None:
     """PSNR in dB outside the mask and outside the object's effect: what must stay as it was.
 
     On the built-in scenes a method that leaves these pixels alone has `PSNR_LIMIT`. None if no
@@ -88,12 +90,19 @@ def ssim_hole(result: np.ndarray, truth: np.ndarray, mask: np.ndarray) -> float:
         raise ValueError("SSIM of no pixels: the mask is empty")
     rows, columns = np.nonzero(hole.any(axis=1))[0], np.nonzero(hole.any(axis=0))[0]
     # The window reaches 5 px: the rest of the picture has no say, but costs most of the time.
-    near = np.s_[max(0, rows[0] - 6):rows[-1] + 7, max(0, columns[0] - 6):columns[-1] + 7]
+    near = np.s_[max(0, rows[0] - 6) : rows[-1] + 7, max(0, columns[0] - 6) : columns[-1] + 7]
     if min(hole[near].shape) < 11:  # a small hole in a corner
         near = np.s_[:, :]
-    _, similarity = structural_similarity(result[near], truth[near], channel_axis=2,
-                                          data_range=255, gaussian_weights=True, sigma=1.5,
-                                          use_sample_covariance=False, full=True)
+    _, similarity = structural_similarity(
+        result[near],
+        truth[near],
+        channel_axis=2,
+        data_range=255,
+        gaussian_weights=True,
+        sigma=1.5,
+        use_sample_covariance=False,
+        full=True,
+    )
     return float(similarity[hole[near]].mean())
 
 
@@ -113,15 +122,20 @@ def load_lpips(net: str = "alex"):
     try:
         return LearnedPerceptualImagePatchSimilarity(net_type=net, reduction="mean").eval(), ""
     except ModuleNotFoundError as error:
-        return None, (f"LPIPS ({net}) was not measured: {error}. Install the torchvision that "
-                      "belongs to your torch")
+        return None, (
+            f"LPIPS ({net}) was not measured: {error}. Install the torchvision that "
+            "belongs to your torch"
+        )
     except (OSError, RuntimeError) as error:  # URLError and HTTPError are OSErrors
-        return None, (f"LPIPS ({net}) was not measured: its published weights are neither cached "
-                      f"nor could they be downloaded ({error})")
+        return None, (
+            f"LPIPS ({net}) was not measured: its published weights are neither cached "
+            f"nor could they be downloaded ({error})"
+        )
 
 
-def lpips_hole(result: np.ndarray, truth: np.ndarray, mask: np.ndarray, *,
-               net: str = "alex") -> float | None:
+def lpips_hole(
+    result: np.ndarray, truth: np.ndarray, mask: np.ndarray, *, net: str = "alex"
+) -> float | None:
     """LPIPS distance (0 = the same) of the truth to the truth with the result in its hole.
 
     Outside the hole both are the truth, so only the filling is measured ("masked LPIPS").

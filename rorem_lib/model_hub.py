@@ -13,9 +13,14 @@ from huggingface_hub import (
     try_to_load_from_cache,
 )
 
-_KNOWN = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError,
-          errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled,
-          errors.RevisionResolutionError)
+_KNOWN = (
+    errors.RepositoryNotFoundError,
+    errors.RevisionNotFoundError,
+    errors.HFValidationError,
+    errors.LocalEntryNotFoundError,
+    errors.OfflineModeIsEnabled,
+    errors.RevisionResolutionError,
+)
 
 
 @contextlib.contextmanager
@@ -31,41 +36,56 @@ def explain_hub(model_id: str, revision: str | None = None):
     name = f"{model_id}@{revision}" if revision else model_id
     try:
         yield
-    except (OSError, errors.HTTPError, errors.RevisionResolutionError,
-            errors.HFValidationError) as error:
+    except (
+        OSError,
+        errors.HTTPError,
+        errors.RevisionResolutionError,
+        errors.HFValidationError,
+    ) as error:
         cause = error  # diffusers puts errors of its own around the Hub's
         while cause and not isinstance(cause, _KNOWN):
             cause = cause.__cause__ or cause.__context__
         if isinstance(cause, errors.GatedRepoError):
-            raise PermissionError(f"{model_id} is gated: accept its conditions on its page of the "
-                                  "Hub, then run `hf auth login` as the same user") from error
+            raise PermissionError(
+                f"{model_id} is gated: accept its conditions on its page of the "
+                "Hub, then run `hf auth login` as the same user"
+            ) from error
         if isinstance(cause, (errors.RepositoryNotFoundError, errors.HFValidationError)):
             raise FileNotFoundError(
                 f"there is no model {model_id}, neither a folder nor on the Hub, or it is private: "
                 "check the name; for a private one run `hf auth login` or set HF_TOKEN"
             ) from error
         if isinstance(cause, errors.RevisionNotFoundError):
-            raise FileNotFoundError(f"{model_id} has no revision {revision!r}: take a branch, a "
-                                    "tag or a commit of it") from error
+            raise FileNotFoundError(
+                f"{model_id} has no revision {revision!r}: take a branch, a tag or a commit of it"
+            ) from error
         if cause is not None:
-            why = ("HF_HUB_OFFLINE is set: unset it and run once with a network"
-                   if constants.is_offline_mode() else "the Hub cannot be reached or was not to "
-                   "be asked: check the network (HF_ENDPOINT names a mirror)")
-            raise FileNotFoundError(f"{name} is no folder and not, or not all, in the cache "
-                                    f"{constants.HF_HUB_CACHE}, and {why}") from error
+            why = (
+                "HF_HUB_OFFLINE is set: unset it and run once with a network"
+                if constants.is_offline_mode()
+                else "the Hub cannot be reached or was not to "
+                "be asked: check the network (HF_ENDPOINT names a mirror)"
+            )
+            raise FileNotFoundError(
+                f"{name} is no folder and not, or not all, in the cache "
+                f"{constants.HF_HUB_CACHE}, and {why}"
+            ) from error
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status in (401, 403):
-            raise PermissionError(f"the Hub refuses {name} ({status}: {error}): run `hf auth "
-                                  "login` or set HF_TOKEN, with a token that may read it"
-                                  ) from error
+            raise PermissionError(
+                f"the Hub refuses {name} ({status}: {error}): run `hf auth "
+                "login` or set HF_TOKEN, with a token that may read it"
+            ) from error
         if isinstance(error, errors.HTTPError):
-            raise ConnectionError(f"the transfer of {name} broke ({error}): run again, finished "
-                                  "files are kept") from error
+            raise ConnectionError(
+                f"the transfer of {name} broke ({error}): run again, finished files are kept"
+            ) from error
         raise
 
 
-def has_file(model_id: str, name: str, *, revision: str | None = None,
-             local_files_only: bool = False) -> bool:
+def has_file(
+    model_id: str, name: str, *, revision: str | None = None, local_files_only: bool = False
+) -> bool:
     """Whether a folder, or a repository on the Hub, holds a file; it is downloaded, so a small one.
 
     Raises:

@@ -23,19 +23,37 @@ logger = logging.getLogger(__name__)
 
 # Options of upstream's trainer that its code never uses. A config that sets `upstream_options`
 # takes them, so that upstream's command lines and scripts run unchanged.
-IGNORED = ("cache_dir", "dataset_config_name", "dataset_name", "hub_model_id", "local_rank",
-           "push_to_hub", "train_data_dir")
+IGNORED = (
+    "cache_dir",
+    "dataset_config_name",
+    "dataset_name",
+    "hub_model_id",
+    "local_rank",
+    "push_to_hub",
+    "train_data_dir",
+)
 # What such a config refuses, and what to do instead.
 REFUSED = {
     "do_edm_style_training": "EDM training is not supported; leave the option out, the noise is "
-                             "that of the model's own scheduler",
+    "that of the model's own scheduler",
     "hub_token": "a token on a command line can be read by everyone on the machine; run "
-                 "`hf auth login` or set HF_TOKEN",
+    "`hf auth login` or set HF_TOKEN",
 }
-_NOT_OURS = {"config_file": "belongs to `accelerate launch` and stands before -m; a file of this "
-                            "job's own options is --config"}
-_WORDS = {"true": True, "yes": True, "on": True, "1": True,
-          "false": False, "no": False, "off": False, "0": False, "": False}
+_NOT_OURS = {
+    "config_file": "belongs to `accelerate launch` and stands before -m; a file of this "
+    "job's own options is --config"
+}
+_WORDS = {
+    "true": True,
+    "yes": True,
+    "on": True,
+    "1": True,
+    "false": False,
+    "no": False,
+    "off": False,
+    "0": False,
+    "": False,
+}
 
 
 @dataclass
@@ -115,8 +133,13 @@ class _Switch(argparse.Action):
         negative = option_string.startswith("--no-")
         word = "true" if values is None else values.lower()
         if word not in self.words or negative and values is not None:
-            wanted = "no word" if negative else " or ".join(
-                ["True", "False", *("auto" for value in self.words.values() if value is None)])
+            wanted = (
+                "no word"
+                if negative
+                else " or ".join(
+                    ["True", "False", *("auto" for value in self.words.values() if value is None)]
+                )
+            )
             raise argparse.ArgumentError(self, f"expected {wanted}, got {values!r}")
         setattr(namespace, self.dest, not negative and self.words[word])
 
@@ -173,10 +196,12 @@ def parse_config(cls, arguments: list[str] | None = None):
 
 
 def _build_parser(cls, ignored, refused) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(cls.__doc__ or "").splitlines()[0],
-                                     usage="%(prog)s [--config FILE.yaml] [--option value ...]  "
-                                           "(--help lists the options)",
-                                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(
+        description=(cls.__doc__ or "").splitlines()[0],
+        usage="%(prog)s [--config FILE.yaml] [--option value ...]  (--help lists the options)",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
     parser.add_argument("--config", help="YAML file with any of these options")
     hints, defaults, meanings = typing.get_type_hints(cls), dataclasses.asdict(cls()), {}
     for base in cls.__mro__[::-1]:
@@ -205,8 +230,11 @@ def _read_meanings(cls) -> dict[str, str]:
     _, _, rest = inspect.cleandoc(cls.__doc__ or "").partition("\nAttributes:\n")
     block = re.match(r"(?:[ ]{4}.*\n?|\n)*", rest)[0]
     entries = re.findall(r"^    (\w+(?:, \w+)*): (.*(?:\n {8}.*)*)", block, re.MULTILINE)
-    return {name: " ".join(text.replace("`", "").split())
-            for names, text in entries for name in names.split(", ")}
+    return {
+        name: " ".join(text.replace("`", "").split())
+        for names, text in entries
+        for name in names.split(", ")
+    }
 
 
 def _unwrap(kind) -> tuple[type, bool]:

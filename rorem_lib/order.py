@@ -45,8 +45,9 @@ class BucketOrder:
         ValueError: there are no samples, a share for an empty bucket, or a weight below 0.
     """
 
-    def __init__(self, sizes: Sequence[int], weights: Sequence[float], *, seed: int,
-                 global_batch: int):
+    def __init__(
+        self, sizes: Sequence[int], weights: Sequence[float], *, seed: int, global_batch: int
+    ):
         if len(sizes) != len(weights):
             raise ValueError(f"{len(sizes)} buckets but {len(weights)} weights")
         if global_batch < 1:
@@ -60,10 +61,11 @@ class BucketOrder:
             raise ValueError("a bucket without samples cannot have a share of the steps")
         used = [bucket for bucket, weight in enumerate(weights) if weight]
         # counted among the used ones, so that empty buckets beside a bucket change nothing
-        self._orders = {bucket: Order(sizes[bucket], seed + number)
-                        for number, bucket in enumerate(used)}
+        self._orders = {
+            bucket: Order(sizes[bucket], seed + number) for number, bucket in enumerate(used)
+        }
         self._ends = weights.cumsum() / weights.sum()
-        self._ends[used[-1]:] = 1.0  # rounding must not leave a gap below 1
+        self._ends[used[-1] :] = 1.0  # rounding must not leave a gap below 1
         self._start = np.random.default_rng([seed, 2]).integers(2**64, dtype=np.uint64)
         self._batch, self._chosen, self._places = global_batch, np.empty(0), np.empty(0)
 
@@ -119,11 +121,14 @@ def make_buckets(resolution: int, *, unit: int, step: int = 0) -> list[tuple[int
         ValueError: `resolution` or `step` is no multiple of `unit`.
     """
     if resolution < unit or resolution % unit:
-        raise ValueError(f"a resolution of {resolution} px does not suit this model: take a "
-                         f"multiple of {unit}")
+        raise ValueError(
+            f"a resolution of {resolution} px does not suit this model: take a multiple of {unit}"
+        )
     if step < 0 or step % unit:
-        raise ValueError(f"bucket_step {step} does not suit this model: take a multiple of {unit}, "
-                         "or 0 for an automatic one")
+        raise ValueError(
+            f"bucket_step {step} does not suit this model: take a multiple of {unit}, "
+            "or 0 for an automatic one"
+        )
     step = step or max(unit, resolution // 8 // unit * unit)
     found = {1.0: (resolution, resolution)}  # by ratio, the largest of each
     for short in range(step, resolution, step):
@@ -133,8 +138,9 @@ def make_buckets(resolution: int, *, unit: int, step: int = 0) -> list[tuple[int
     return [found[ratio] for ratio in sorted(found)]
 
 
-def assign_buckets(picture_sizes: Sequence[tuple[int, int]], buckets: Sequence[tuple[int, int]], *,
-                   least: int) -> list[int]:
+def assign_buckets(
+    picture_sizes: Sequence[tuple[int, int]], buckets: Sequence[tuple[int, int]], *, least: int
+) -> list[int]:
     """Which bucket each picture is trained in: the one of the nearest aspect ratio.
 
     A bucket with fewer than `least` pictures would show the same few ones again and again within a

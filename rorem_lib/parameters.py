@@ -37,9 +37,11 @@ def read_cells(notebook: Path) -> list[dict]:
     """
     try:
         cells = read_json(notebook)["cells"]
-        return [{"source": "".join(cell["source"]),
-                 "tags": cell.get("metadata", {}).get("tags", [])}
-                for cell in cells if cell["cell_type"] == "code"]
+        return [
+            {"source": "".join(cell["source"]), "tags": cell.get("metadata", {}).get("tags", [])}
+            for cell in cells
+            if cell["cell_type"] == "code"
+        ]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{notebook} is not a Jupyter notebook (format 4)") from error
 
@@ -112,7 +114,8 @@ def _fit(value, node, lenient: bool) -> tuple[bool, Any]:
         value = float(value)
     if name == "float":
         return isinstance(value, (int, float)) and (lenient or isinstance(value, float)), (
-            float(value) if isinstance(value, (int, float)) else None)
+            float(value) if isinstance(value, (int, float)) else None
+        )
     if lenient and isinstance(value, float) and math.isfinite(value) and value == int(value):
         value = int(value)
     return isinstance(value, int), value
@@ -131,8 +134,9 @@ def _fit_subscript(value, node, lenient: bool) -> tuple[bool, Any]:
         results = [_fit(v, inner[0], lenient) for v in value]
         return all(fits for fits, _ in results), [v for _, v in results]
     if name in ("dict", "Dict") and isinstance(value, dict):
-        results = [(_fit(k, inner[0], lenient), _fit(v, inner[-1], lenient))
-                   for k, v in value.items()]
+        results = [
+            (_fit(k, inner[0], lenient), _fit(v, inner[-1], lenient)) for k, v in value.items()
+        ]
         return (all(k[0] and v[0] for k, v in results), {k[1]: v[1] for k, v in results})
     return False, None
 

@@ -47,8 +47,9 @@ def load_image(path: str | Path, mode: str = "RGB") -> np.ndarray:
     return decode_image(path, mode)[0]
 
 
-def decode_image(path: str | Path, mode: str = "RGB", *,
-                 data: bytes | None = None) -> tuple[np.ndarray, bool]:
+def decode_image(
+    path: str | Path, mode: str = "RGB", *, data: bytes | None = None
+) -> tuple[np.ndarray, bool]:
     """As `load_image`, and whether the file is plain: upright, 8 bits a channel, RGB or grey.
 
     Every program sees the same pixels in a plain file; others convert the rest in ways of their
@@ -70,9 +71,12 @@ def decode_image(path: str | Path, mode: str = "RGB", *,
         if array is not None:
             return array, True
         image.load()
-    plain = (image.mode in ("RGB", "L") and image.format in ("PNG", "JPEG", "WEBP", "BMP")
-             and not image.has_transparency_data
-             and image.getexif().get(ExifTags.Base.Orientation, 1) == 1)
+    plain = (
+        image.mode in ("RGB", "L")
+        and image.format in ("PNG", "JPEG", "WEBP", "BMP")
+        and not image.has_transparency_data
+        and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+    )
     return _to_array(ImageOps.exif_transpose(image), mode, path), plain
 
 
@@ -99,15 +103,17 @@ def _name_faults(path: Path, file: Path | None):
     except TripletError:
         raise
     except UnidentifiedImageError:
-        raise TripletError(f"{path} is no picture, or its beginning is damaged: {AGAIN}",
-                           file=file) from None
+        raise TripletError(
+            f"{path} is no picture, or its beginning is damaged: {AGAIN}", file=file
+        ) from None
     except FileNotFoundError:
         raise TripletError(f"{path} does not exist", file=file) from None
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         if getattr(error, "errno", None):  # the file system's word, not the decoder's
             raise TripletError(f"{path} cannot be read: {error.strerror}", file=file) from None
-        raise TripletError(f"{path} is truncated or damaged ({error}): {AGAIN}",
-                           file=file) from None
+        raise TripletError(
+            f"{path} is truncated or damaged ({error}): {AGAIN}", file=file
+        ) from None
 
 
 def _decode_plain(image: Image.Image, data: bytes, mode: str) -> np.ndarray | None:
@@ -121,8 +127,12 @@ def _decode_plain(image: Image.Image, data: bytes, mode: str) -> np.ndarray | No
     if image.format == "PNG":
         whole = data.endswith(b"IEND\xaeB`\x82")
         # Pillow has read what stands before the pixels; orientation may stand behind them too
-        odd = (image.has_transparency_data or "exif" in image.info
-               or "Raw profile type exif" in image.info or b"eXIf" in data[-2**17:])
+        odd = (
+            image.has_transparency_data
+            or "exif" in image.info
+            or "Raw profile type exif" in image.info
+            or b"eXIf" in data[-(2**17) :]
+        )
     else:
         whole = data.endswith(b"\xff\xd9")
         odd = image.format != "JPEG" or image.getexif().get(ExifTags.Base.Orientation, 1) != 1
@@ -136,8 +146,9 @@ def _decode_plain(image: Image.Image, data: bytes, mode: str) -> np.ndarray | No
 
 def _to_array(image: Image.Image, mode: str, path: Path) -> np.ndarray:
     if image.mode == "F":
-        raise TripletError(f"{path} holds floating-point values: save it with 8 bits a channel",
-                           file=path)
+        raise TripletError(
+            f"{path} holds floating-point values: save it with 8 bits a channel", file=path
+        )
     if image.mode.startswith("I"):  # 16 bits; a plain conversion would clip at 255
         grey = np.clip(np.asarray(image).astype(np.float32) / 257 + 0.5, 0, 255).astype(np.uint8)
         return grey if mode == "L" else np.repeat(grey[..., None], 3, axis=2)
@@ -148,8 +159,13 @@ def _to_array(image: Image.Image, mode: str, path: Path) -> np.ndarray:
     return np.array(image.convert(mode))
 
 
-def fit_triplet(pictures: Mapping[str, np.ndarray | None], size: tuple[int, int], *,
-                mode: str = "crop", center: bool = False) -> dict[str, np.ndarray | None]:
+def fit_triplet(
+    pictures: Mapping[str, np.ndarray | None],
+    size: tuple[int, int],
+    *,
+    mode: str = "crop",
+    center: bool = False,
+) -> dict[str, np.ndarray | None]:
     """Bring the pictures of a triplet to one size, all of them in the same way.
 
     Args:
@@ -180,8 +196,12 @@ def fit_triplet(pictures: Mapping[str, np.ndarray | None], size: tuple[int, int]
         box = (left, top, left + window_wide, top + window_high)
     else:
         box = (0, 0, width, height)
-    fitted = {part: None if x is None else np.array(Image.fromarray(x).resize(
-        (wide, high), Image.Resampling.BICUBIC, box)) for part, x in pictures.items()}
+    fitted = {
+        part: None
+        if x is None
+        else np.array(Image.fromarray(x).resize((wide, high), Image.Resampling.BICUBIC, box))
+        for part, x in pictures.items()
+    }
     small = fitted["mask"]
     if small.max() < 128:  # a thin mask that faded away is still one
         small = np.where(small > 0, 255, 0).astype(np.uint8)
@@ -202,8 +222,8 @@ def _place_window(shares: np.ndarray, length: float, center: bool) -> int:
         return middle
     inner = int(length)
     total = np.concatenate([[0], np.cumsum(shares)])
-    held = total[inner:] - total[:len(total) - inner]  # [n - inner + 1], by the first px
-    held = held[:int(room) + 1]
+    held = total[inner:] - total[: len(total) - inner]  # [n - inner + 1], by the first px
+    held = held[: int(room) + 1]
     if center and held[middle] > 0:
         return middle
     held = np.where(held > inner - 1e-6, -1, held)
@@ -219,8 +239,9 @@ def save_image(path: str | Path, image: np.ndarray) -> None:
         OSError: the file cannot be written; names it.
     """
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
-        raise TripletError(f"{path}: a picture is uint8 [H, W, 3] or [H, W], not {image.dtype} "
-                           f"{list(image.shape)}")
+        raise TripletError(
+            f"{path}: a picture is uint8 [H, W, 3] or [H, W], not {image.dtype} {list(image.shape)}"
+        )
     image = np.ascontiguousarray(image[..., ::-1] if image.ndim == 3 else image)  # cv2 has BGR
     data = cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1]
     _put_file(Path(path), lambda beside: beside.write_bytes(data))

@@ -36,11 +36,26 @@ from rorem_lib.stage import (
     start_stage,
 )
 
-__all__ = ["Progress", "ReportFailed", "RunLocked", "Stage", "StageFailed", "StageState",
-           "read_states", "resolve_model", "resolve_path", "run_recipe", "start_stage"]
+__all__ = [
+    "Progress",
+    "ReportFailed",
+    "RunLocked",
+    "Stage",
+    "StageFailed",
+    "StageState",
+    "read_states",
+    "resolve_model",
+    "resolve_path",
+    "run_recipe",
+    "start_stage",
+]
 
-_WHY = {"to run": "first run", "half-way": "goes on where it was stopped",
-        "failed": "tried again", "waiting": "looks for labels again"}
+_WHY = {
+    "to run": "first run",
+    "half-way": "goes on where it was stopped",
+    "failed": "tried again",
+    "waiting": "looks for labels again",
+}
 
 
 class ReportFailed(RuntimeError):
@@ -59,8 +74,7 @@ class StageFailed(RuntimeError):
         waiting: True where nothing is broken: people have to label first.
     """
 
-    def __init__(self, stage: StageRow, error: str, *, cell=None, source="", log=(),
-                 waiting=False):
+    def __init__(self, stage: StageRow, error: str, *, cell=None, source="", log=(), waiting=False):
         super().__init__(f"{stage.name}: {error}")
         self.stage, self.cell, self.source, self.error = stage, cell, source, error
         self.log, self.waiting = list(log), waiting
@@ -82,8 +96,14 @@ class Progress:
         """A stage is finished."""
 
 
-def run_recipe(recipe: Recipe, *, runs_dir: Path, from_stage: str | None = None,
-               only: str | None = None, progress: Progress | None = None) -> dict:
+def run_recipe(
+    recipe: Recipe,
+    *,
+    runs_dir: Path,
+    from_stage: str | None = None,
+    only: str | None = None,
+    progress: Progress | None = None,
+) -> dict:
     """Run what is not done, in order; then write the report.
 
     Args:
@@ -109,14 +129,20 @@ def run_recipe(recipe: Recipe, *, runs_dir: Path, from_stage: str | None = None,
             raise RecipeError(recipe.path, [f'there is no stage "{name}"{suggest(name, names)}'])
     run_dir, progress = runs_dir / recipe.name, progress or Progress()
     if "{" in str(run_dir) or "}" in str(run_dir):
-        raise RecipeError(recipe.path, [f"the path {run_dir} has braces, which papermill reads as "
-                                        "a template: choose another --runs-dir"])
+        raise RecipeError(
+            recipe.path,
+            [
+                f"the path {run_dir} has braces, which papermill reads as "
+                "a template: choose another --runs-dir"
+            ],
+        )
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = lock_run(run_dir)
     except OSError as error:
-        raise OSError(error.errno, f"{run_dir} can't be written: {error.strerror}; choose another "
-                                   "--runs-dir") from error
+        raise OSError(
+            error.errno, f"{run_dir} can't be written: {error.strerror}; choose another --runs-dir"
+        ) from error
     with lock:
         if from_stage:
             _withdraw_stages(recipe, run_dir, from_stage)
@@ -140,14 +166,26 @@ def _run_stages(recipe: Recipe, run_dir: Path, only: str | None, progress: Progr
 
     def record(**more) -> None:
         """Bring `run.json` up to date; a killed run keeps the seconds of its finished stages."""
-        runs = [*earlier, {"started": format_time(began), "ran": ran,
-                           "seconds": round(time.time() - began, 2)}]
-        seconds = {row.name: read_record(run_dir / row.name / "stage.json").get("seconds")
-                   for row in recipe.stages}
-        write_json(run_dir / "run.json", read_record(run_dir / "run.json") | {
-            "recipe": recipe.name, "seed": recipe.seed, "runs": runs,
-            "stages": {k: v for k, v in seconds.items() if v is not None},
-            "wall_seconds": round(sum(r["seconds"] for r in runs), 2), **more})
+        runs = [
+            *earlier,
+            {"started": format_time(began), "ran": ran, "seconds": round(time.time() - began, 2)},
+        ]
+        seconds = {
+            row.name: read_record(run_dir / row.name / "stage.json").get("seconds")
+            for row in recipe.stages
+        }
+        write_json(
+            run_dir / "run.json",
+            read_record(run_dir / "run.json")
+            | {
+                "recipe": recipe.name,
+                "seed": recipe.seed,
+                "runs": runs,
+                "stages": {k: v for k, v in seconds.items() if v is not None},
+                "wall_seconds": round(sum(r["seconds"] for r in runs), 2),
+                **more,
+            },
+        )
 
     settled = {}
     prints = compute_fingerprints(recipe, run_dir=run_dir)
@@ -160,25 +198,35 @@ def _run_stages(recipe: Recipe, run_dir: Path, only: str | None, progress: Progr
             progress.skip(number, total, row)
         elif only in (None, row.name):
             progress.begin(number, total, row, why)
-            seconds, metrics = run_stage(row, prints[row.name], run_dir=run_dir,
-                                         say=lambda text, row=row: progress.line(row, text))
+            seconds, metrics = run_stage(
+                row,
+                prints[row.name],
+                run_dir=run_dir,
+                say=lambda text, row=row: progress.line(row, text),
+            )
             ran.append(row.name)
             record()
             progress.end(number, total, row, seconds, metrics)
             # Computed anew: code edited while the stage ran counts for the stages that follow.
             prints = compute_fingerprints(recipe, run_dir=run_dir, settled=settled)
         elif row.name in next(r for r in recipe.stages if r.name == only).upstream:
-            raise RecipeError(recipe.path, [f'"{only}" needs the stage "{row.name}", which is '
-                                            f"not up to date ({state.note or state.state})"])
+            raise RecipeError(
+                recipe.path,
+                [
+                    f'"{only}" needs the stage "{row.name}", which is '
+                    f"not up to date ({state.note or state.state})"
+                ],
+            )
     report = None if only else _write_report(recipe, run_dir, settled, record)
     return {"ran": ran, "skipped": skipped, "report": report}
 
 
 def _write_report(recipe: Recipe, run_dir: Path, prints: dict, record) -> Path | None:
     """The report, unless it stands there already and was made from these very stages."""
-    made_from = {name: [fingerprint.digest,
-                        read_record(run_dir / name / "stage.json").get("finished")]
-                 for name, fingerprint in prints.items()}
+    made_from = {
+        name: [fingerprint.digest, read_record(run_dir / name / "stage.json").get("finished")]
+        for name, fingerprint in prints.items()
+    }
     path = run_dir / "report.html"
     if path.exists() and read_record(run_dir / "run.json").get("report") == made_from:
         return path
@@ -190,14 +238,16 @@ def _write_report(recipe: Recipe, run_dir: Path, prints: dict, record) -> Path |
     try:
         path = write_report(run_dir, recipe)
     except Exception as error:
-        raise ReportFailed(f"all stages are finished, but the report failed: "
-                           f"{type(error).__name__}: {error}") from error
+        raise ReportFailed(
+            f"all stages are finished, but the report failed: {type(error).__name__}: {error}"
+        ) from error
     record(report=made_from)
     return path
 
 
-def run_stage(row: StageRow, fingerprint: Fingerprint, *, run_dir: Path,
-              say=lambda text: None) -> tuple[float, dict]:
+def run_stage(
+    row: StageRow, fingerprint: Fingerprint, *, run_dir: Path, say=lambda text: None
+) -> tuple[float, dict]:
     """Execute a stage's notebook and mark the stage as done.
 
     Args:
@@ -223,25 +273,44 @@ def run_stage(row: StageRow, fingerprint: Fingerprint, *, run_dir: Path,
         try:
             execute_notebook(row.notebook, folder / "notebook.ipynb", parameters, say=say)
         except NotebookFailed as error:
-            raise StageFailed(row, str(error), cell=error.cell, source=error.source,
-                              waiting=error.name == "LabelsMissing") from error
+            raise StageFailed(
+                row,
+                str(error),
+                cell=error.cell,
+                source=error.source,
+                waiting=error.name == "LabelsMissing",
+            ) from error
         if not (folder / "metrics.json").is_file():
-            raise StageFailed(row, "the notebook ended without stage.finish(): it writes "
-                                   "metrics.json, and a stage without it is not finished")
+            raise StageFailed(
+                row,
+                "the notebook ended without stage.finish(): it writes "
+                "metrics.json, and a stage without it is not finished",
+            )
     except StageFailed as failure:
         if (folder / "train.log").is_file() and not failure.error.startswith("JobError"):
             text = (folder / "train.log").read_text(encoding="utf-8", errors="replace")
             failure.log = text.splitlines()[-20:]
         state = "waiting" if failure.waiting else "failed"
-        write_json(folder / STARTED, started | {
-            "state": state, "error": failure.error.partition("\n")[0][:300]})
+        write_json(
+            folder / STARTED,
+            started | {"state": state, "error": failure.error.partition("\n")[0][:300]},
+        )
         raise
     ended = time.time()
-    write_json(folder / "stage.json", {
-        "stage": row.name, "row": row.row, "notebook": row.notebook.name,
-        "parameters": row.parameters | parameters, "inputs": fingerprint.inputs,
-        "fingerprint": fingerprint.digest, **describe_environment(),
-        "seconds": round(ended - began, 2), "started": format_time(began),
-        "finished": format_time(ended)})
+    write_json(
+        folder / "stage.json",
+        {
+            "stage": row.name,
+            "row": row.row,
+            "notebook": row.notebook.name,
+            "parameters": row.parameters | parameters,
+            "inputs": fingerprint.inputs,
+            "fingerprint": fingerprint.digest,
+            **describe_environment(),
+            "seconds": round(ended - began, 2),
+            "started": format_time(began),
+            "finished": format_time(ended),
+        },
+    )
     write_text(folder / "DONE", fingerprint.digest + "\n")
     return ended - began, read_record(folder / "metrics.json")

@@ -35,20 +35,38 @@ from rorem_lib.sources import scenes
 
 TEXT_WIDTH = 16
 UNET = {
-    "sample_size": scenes.SIZE // 4, "in_channels": 9, "out_channels": 4,
-    "block_out_channels": (64, 128), "layers_per_block": 1,
+    "sample_size": scenes.SIZE // 4,
+    "in_channels": 9,
+    "out_channels": 4,
+    "block_out_channels": (64, 128),
+    "layers_per_block": 1,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    "cross_attention_dim": 2 * TEXT_WIDTH, "attention_head_dim": (2, 4), "norm_num_groups": 8,
-    "use_linear_projection": True, "addition_embed_type": "text_time",
+    "cross_attention_dim": 2 * TEXT_WIDTH,
+    "attention_head_dim": (2, 4),
+    "norm_num_groups": 8,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
     "addition_time_embed_dim": 8,
     "projection_class_embeddings_input_dim": 6 * 8 + TEXT_WIDTH,
 }
-VAE = {"encoder_block_out_channels": (32, 32, 32), "decoder_block_out_channels": (48, 48, 48),
-       "num_encoder_blocks": (1, 1, 2), "num_decoder_blocks": (3, 2, 1), "scaling_factor": 1.0}
-SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
-             "clip_sample": False, "set_alpha_to_one": True, "prediction_type": "v_prediction",
-             "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+VAE = {
+    "encoder_block_out_channels": (32, 32, 32),
+    "decoder_block_out_channels": (48, 48, 48),
+    "num_encoder_blocks": (1, 1, 2),
+    "num_decoder_blocks": (3, 2, 1),
+    "scaling_factor": 1.0,
+}
+SCHEDULER = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": True,
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+}
 
 
 @dataclass
@@ -96,7 +114,7 @@ def draw_free_mask(rng: np.random.Generator, size: int) -> np.ndarray:
     elif choice < 0.25:
         x, y = rng.integers(0, size, 2)
         w, h = rng.integers(size // 6, size // 2 + 1, 2)
-        mask[y:y + h, x:x + w] = 255
+        mask[y : y + h, x : x + w] = 255
     elif choice < 0.75:
         centre = rng.uniform(0.15, 0.85, 2) * size
         axes = rng.uniform(0.1, 0.25, 2) * size
@@ -115,8 +133,11 @@ class _SceneStream(Dataset):
         self._scene = functools.lru_cache(maxsize=1)(self._render)
 
     def _render(self, number):
-        return scenes.render_scene([self.config.seed, self.config.first_scene + number],
-                                   role=self.config.role, size=self.config.size)
+        return scenes.render_scene(
+            [self.config.seed, self.config.first_scene + number],
+            role=self.config.role,
+            size=self.config.size,
+        )
 
     def __len__(self):
         return sys.maxsize
@@ -182,8 +203,9 @@ class BaseObjective(loop.Objective):
 
     def build_model(self):
         torch.manual_seed(self.config.seed)
-        self.pipe = build_pipeline(AutoencoderTiny.from_pretrained(self.config.vae),
-                                   init_from=self.config.init_from)
+        self.pipe = build_pipeline(
+            AutoencoderTiny.from_pretrained(self.config.vae), init_from=self.config.init_from
+        )
         self.vae = self.pipe.vae.to(self.device, memory_format=torch.channels_last)
         self.pipe.text_encoder.to(self.device)
         self.pipe.text_encoder_2.to(self.device)
@@ -198,8 +220,9 @@ class BaseObjective(loop.Objective):
         with torch.no_grad():
             images = sdxl.to_tensor(batch["image"])
             mask = batch["mask"].float()
-            latents = sdxl.encode_images(self.vae, torch.cat(
-                [images, sdxl.mask_source(images, mask)])).float()
+            latents = sdxl.encode_images(
+                self.vae, torch.cat([images, sdxl.mask_source(images, mask)])
+            ).float()
             clean, masked = latents.chunk(2)
             noise, t = batch["noise"], batch["timestep"]
             noisy = scheduler.add_noise(clean, noise, t)
@@ -207,10 +230,13 @@ class BaseObjective(loop.Objective):
             small = sdxl.shrink_mask(mask, clean)
             inputs = torch.cat([noisy, small, masked], dim=1)
             count, size = len(images), self.config.size
-            added = {"text_embeds": self.pooled.expand(count, -1),
-                     "time_ids": sdxl.make_time_ids(size, size, count, device=self.device)}
-        predicted = model(inputs, t, self.embeds.expand(count, -1, -1),
-                          added_cond_kwargs=added).sample.float()
+            added = {
+                "text_embeds": self.pooled.expand(count, -1),
+                "time_ids": sdxl.make_time_ids(size, size, count, device=self.device),
+            }
+        predicted = model(
+            inputs, t, self.embeds.expand(count, -1, -1), added_cond_kwargs=added
+        ).sample.float()
         weight = 1 + 2 * small
         error = (predicted - target).square()
         loss = (weight * error).mean() / weight.mean()
@@ -229,16 +255,27 @@ def build_pipeline(vae, *, init_from: str = "") -> StableDiffusionXLInpaintPipel
         unet = UNet2DConditionModel(**UNET)
         torch.nn.init.zeros_(unet.conv_out.weight)
     tokenizer = _build_tokenizer("<|endoftext|>")
-    text = {"vocab_size": len(tokenizer), "hidden_size": TEXT_WIDTH, "num_hidden_layers": 2,
-            "intermediate_size": 2 * TEXT_WIDTH, "num_attention_heads": 2,
-            "projection_dim": TEXT_WIDTH, "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": TEXT_WIDTH,
+        "num_hidden_layers": 2,
+        "intermediate_size": 2 * TEXT_WIDTH,
+        "num_attention_heads": 2,
+        "projection_dim": TEXT_WIDTH,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     torch.manual_seed(0)  # the text encoders are never trained: always the same ones
     return StableDiffusionXLInpaintPipeline(
-        vae=vae, unet=unet, scheduler=DDIMScheduler(**SCHEDULER),
+        vae=vae,
+        unet=unet,
+        scheduler=DDIMScheduler(**SCHEDULER),
         text_encoder=CLIPTextModel(CLIPTextConfig(**text)),
         text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**text)),
-        tokenizer=tokenizer, tokenizer_2=_build_tokenizer("!"))
+        tokenizer=tokenizer,
+        tokenizer_2=_build_tokenizer("!"),
+    )
 
 
 def _build_tokenizer(pad_token: str) -> CLIPTokenizer:
@@ -247,8 +284,9 @@ def _build_tokenizer(pad_token: str) -> CLIPTokenizer:
 
     letters = sorted(ByteLevel.alphabet())
     names = letters + [letter + "</w>" for letter in letters]
-    vocabulary = {name: number for number, name in enumerate(
-        [*names, "<|startoftext|>", "<|endoftext|>"])}
+    vocabulary = {
+        name: number for number, name in enumerate([*names, "<|startoftext|>", "<|endoftext|>"])
+    }
     return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77, pad_token=pad_token)
 
 
@@ -264,15 +302,33 @@ def export_model(vae: str, unet: str, folder, *, half: bool = True) -> Path:
 # What the shipped model was made with; the model card repeats it. Like SDXL's own, the
 # autoencoder has seen the wide world (`widen`); only the UNet's pre-training leaves a gap.
 AUTOENCODER_STAGE = {"max_train_steps": 2600, "learning_rate": 2e-3, "lr_scheduler": "cosine"}
-WIDEN_STAGE = {"max_train_steps": 1700, "learning_rate": 1.5e-3, "lr_scheduler": "cosine",
-               "role": "pool", "first_scene": 20_000_000}
-BASE_STAGE = {"max_train_steps": 9000, "train_batch_size": 64,
-              "lr_scheduler": "constant_with_warmup"}
-ANNEAL_STAGE = {"max_train_steps": 3000, "train_batch_size": 64, "lr_scheduler": "linear",
-                "lr_warmup_steps": 100, "object_share": 0.35, "moved_share": 0.25}
+WIDEN_STAGE = {
+    "max_train_steps": 1700,
+    "learning_rate": 1.5e-3,
+    "lr_scheduler": "cosine",
+    "role": "pool",
+    "first_scene": 20_000_000,
+}
+BASE_STAGE = {
+    "max_train_steps": 9000,
+    "train_batch_size": 64,
+    "lr_scheduler": "constant_with_warmup",
+}
+ANNEAL_STAGE = {
+    "max_train_steps": 3000,
+    "train_batch_size": 64,
+    "lr_scheduler": "linear",
+    "lr_warmup_steps": 100,
+    "object_share": 0.35,
+    "moved_share": 0.25,
+}
 
-STAGES = {"autoencoder": AUTOENCODER_STAGE, "widen": WIDEN_STAGE, "base": BASE_STAGE,
-          "anneal": ANNEAL_STAGE}
+STAGES = {
+    "autoencoder": AUTOENCODER_STAGE,
+    "widen": WIDEN_STAGE,
+    "base": BASE_STAGE,
+    "anneal": ANNEAL_STAGE,
+}
 
 
 def run_stage(name: str, config: PretrainConfig) -> dict:
@@ -294,18 +350,23 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] not in (*STAGES, "export", "all"):
-        sys.exit(f"usage: python -m rorem_lib.pretrain {'|'.join(STAGES)}|export|all "
-                 "[--option value ...]")
+        sys.exit(
+            f"usage: python -m rorem_lib.pretrain {'|'.join(STAGES)}|export|all "
+            "[--option value ...]"
+        )
     wish = arguments.pop(0)
     for name, settings in STAGES.items():
         if wish in (name, "all"):
-            given = options.parse_config(PretrainConfig, [
-                *(w for k, v in settings.items() for w in (f"--{k}", str(v))), *arguments])
+            given = options.parse_config(
+                PretrainConfig,
+                [*(w for k, v in settings.items() for w in (f"--{k}", str(v))), *arguments],
+            )
             run_stage(name, given)
     if wish in ("export", "all"):
         root = Path(options.parse_config(PretrainConfig, arguments).output_dir)
-        folder = export_model(str(root / "widen" / "vae"), str(root / "anneal" / "unet"),
-                              root / "model")
+        folder = export_model(
+            str(root / "widen" / "vae"), str(root / "anneal" / "unet"), root / "model"
+        )
         write_json(folder / "made.json", {"stages": STAGES})
 
 

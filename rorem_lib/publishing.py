@@ -56,10 +56,18 @@ class _Shard:
     name: str = ""
 
 
-def publish_sets(sets: Mapping[str, str | Path], folder: str | Path, *, repo_id: str,
-                 acceptance: str = "", filters: str = "", license: str = "", title: str = "",
-                 max_shard_bytes: int = 500_000_000,
-                 progress: Callable[[int, int], None] | None = None) -> Path:
+def publish_sets(
+    sets: Mapping[str, str | Path],
+    folder: str | Path,
+    *,
+    repo_id: str,
+    acceptance: str = "",
+    filters: str = "",
+    license: str = "",
+    title: str = "",
+    max_shard_bytes: int = 500_000_000,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
     """Write sets as `data/<split>-00000-of-00001.parquet` ... and a dataset card, `README.md`.
 
     Picture files are embedded as they are. Every picture is opened once, to be sure and for the
@@ -89,14 +97,19 @@ def publish_sets(sets: Mapping[str, str | Path], folder: str | Path, *, repo_id:
     folder = Path(folder)
     wrong = [split for split in sets if not re.fullmatch(r"\w+", split)]
     if wrong:
-        raise TripletError("a split's name has letters, digits and _ only: rename "
-                           + ", ".join(wrong))
+        raise TripletError(
+            "a split's name has letters, digits and _ only: rename " + ", ".join(wrong)
+        )
     metas = {split: resolve_meta(meta) for split, meta in sets.items()}
-    shards = [shard for split, meta in metas.items()
-              for shard in _plan(split, meta, license, max_shard_bytes)]
+    shards = [
+        shard
+        for split, meta in metas.items()
+        for shard in _plan(split, meta, license, max_shard_bytes)
+    ]
     if not shards:
-        raise TripletError(f"there is nothing to publish: {', '.join(map(str, metas.values()))} "
-                           "have no records")
+        raise TripletError(
+            f"there is nothing to publish: {', '.join(map(str, metas.values()))} have no records"
+        )
     (folder / "data").mkdir(parents=True, exist_ok=True)
     (folder / NOTES).mkdir(exist_ok=True)
     _drop_others(folder, {shard.name for shard in shards})
@@ -113,14 +126,28 @@ def publish_sets(sets: Mapping[str, str | Path], folder: str | Path, *, repo_id:
             done += shard.rows
             if progress:
                 progress(done, total)
-    write_text(folder / "README.md", make_card(
-        _merge_facts(folder, shards), _features(), repo_id=repo_id, acceptance=acceptance,
-        title=title or repo_id.split("/")[-1], filters=filters))
+    write_text(
+        folder / "README.md",
+        make_card(
+            _merge_facts(folder, shards),
+            _features(),
+            repo_id=repo_id,
+            acceptance=acceptance,
+            title=title or repo_id.split("/")[-1],
+            filters=filters,
+        ),
+    )
     return folder
 
 
-def upload_dataset(folder: str | Path, repo_id: str, *, private: bool = True,
-                   revision: str | None = None, message: str = "Publish") -> str:
+def upload_dataset(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = True,
+    revision: str | None = None,
+    message: str = "Publish",
+) -> str:
     """Put a published folder on the Hub; the repository is made if it is not there.
 
     Started again after a broken connection or a kill it sends what is not there yet, shard by
@@ -153,9 +180,14 @@ def upload_dataset(folder: str | Path, repo_id: str, *, private: bool = True,
         if revision:
             api.create_branch(repo_id, branch=revision, repo_type="dataset", exist_ok=True)
         commit = api.upload_folder(
-            repo_id=repo_id, repo_type="dataset", folder_path=folder, revision=revision,
-            allow_patterns=["README.md", "data/*.parquet"], commit_message=message,
-            delete_patterns=[f"data/{split}-*-of-*.parquet" for split in sorted(splits)])
+            repo_id=repo_id,
+            repo_type="dataset",
+            folder_path=folder,
+            revision=revision,
+            allow_patterns=["README.md", "data/*.parquet"],
+            commit_message=message,
+            delete_patterns=[f"data/{split}-*-of-*.parquet" for split in sorted(splits)],
+        )
     return f"{api.endpoint}/datasets/{repo_id}/tree/{commit.oid}"
 
 
@@ -181,21 +213,40 @@ def _plan(split: str, meta: Path, license: str, max_bytes: int) -> list[_Shard]:
             shards.append(_Shard(split))
         shard = shards[-1]
         shard.rows, shard.size = shard.rows + 1, shard.size + size
-        shard.digest.update(json.dumps([
-            VERSION, pa.__version__, license, triplet.id, triplet.group, triplet.extra,
-            [[stat.st_size, stat.st_mtime_ns] for stat in stats]]).encode())
+        shard.digest.update(
+            json.dumps(
+                [
+                    VERSION,
+                    pa.__version__,
+                    license,
+                    triplet.id,
+                    triplet.group,
+                    triplet.extra,
+                    [[stat.st_size, stat.st_mtime_ns] for stat in stats],
+                ]
+            ).encode()
+        )
     count = sum(shard.rows for shard in shards)
     if not count:
         logger.warning("%s has no records: %s becomes no split", meta, split)
     if missing:
-        raise TripletError(f"{meta}: {len(missing)} files are missing, restore them or remove "
-                           f"their records: {_list_some(missing)}", file=Path(missing[0]))
+        raise TripletError(
+            f"{meta}: {len(missing)} files are missing, restore them or remove "
+            f"their records: {_list_some(missing)}",
+            file=Path(missing[0]),
+        )
     if unlicensed:
-        raise TripletError(f"{meta}: {len(unlicensed)} records name no license: add it to them, or "
-                           f"pass the license of the rest: {_list_some(unlicensed)}", file=meta)
+        raise TripletError(
+            f"{meta}: {len(unlicensed)} records name no license: add it to them, or "
+            f"pass the license of the rest: {_list_some(unlicensed)}",
+            file=meta,
+        )
     if 0 < len(without) < count:
-        raise TripletError(f"{meta}: {len(without)} of {count} records have no GT: publish them as "
-                           f"a split of their own: {_list_some(without)}", file=meta)
+        raise TripletError(
+            f"{meta}: {len(without)} of {count} records have no GT: publish them as "
+            f"a split of their own: {_list_some(without)}",
+            file=meta,
+        )
     for number, shard in enumerate(shards):
         shard.name = f"{split}-{number:05d}-of-{len(shards):05d}"
     return shards
@@ -215,8 +266,11 @@ def _note(folder: Path, name: str) -> Path:
 
 def _is_done(folder: Path, shard: _Shard) -> bool:
     note = _note(folder, shard.name)
-    return ((folder / "data" / f"{shard.name}.parquet").is_file() and note.is_file()
-            and read_json(note)["digest"] == shard.digest.hexdigest())
+    return (
+        (folder / "data" / f"{shard.name}.parquet").is_file()
+        and note.is_file()
+        and read_json(note)["digest"] == shard.digest.hexdigest()
+    )
 
 
 def _drop_others(folder: Path, names: set[str]) -> None:
@@ -224,8 +278,10 @@ def _drop_others(folder: Path, names: set[str]) -> None:
     found = sorted((folder / "data").glob("*.parquet"))
     foreign = [str(path) for path in found if not _note(folder, path.stem).is_file()]
     if foreign:
-        raise TripletError(f"{folder} holds Parquet files of something else: choose another "
-                           f"folder, or move them away: {_list_some(foreign)}")
+        raise TripletError(
+            f"{folder} holds Parquet files of something else: choose another "
+            f"folder, or move them away: {_list_some(foreign)}"
+        )
     for path in found:
         if path.stem not in names:
             path.unlink()
@@ -235,24 +291,39 @@ def _drop_others(folder: Path, names: set[str]) -> None:
 def _features():
     from datasets import Features, Image, Value
 
-    return Features({"id": Value("string"), "group": Value("string")}
-                    | {key: Image() for key in PICTURES} | {key: Value("string") for key in TEXTS}
-                    | {"score": Value("float64"), "round": Value("int64"),
-                       "extra": Value("string")})
+    return Features(
+        {"id": Value("string"), "group": Value("string")}
+        | {key: Image() for key in PICTURES}
+        | {key: Value("string") for key in TEXTS}
+        | {"score": Value("float64"), "round": Value("int64"), "extra": Value("string")}
+    )
 
 
 def _write_shard(folder: Path, shard: _Shard, triplets, license: str) -> None:
     schema = _features().arrow_schema
-    facts = {"rows": 0, "bytes": 0, "areas": [], "sizes": Counter(), "classes": Counter(),
-             "kinds": Counter()}
+    facts = {
+        "rows": 0,
+        "bytes": 0,
+        "areas": [],
+        "sizes": Counter(),
+        "classes": Counter(),
+        "kinds": Counter(),
+    }
     problems, rows, size = [], [], 0
     path = folder / "data" / f"{shard.name}.parquet"
     beside = path.with_name(f".{path.name}.partial")
     path.unlink(missing_ok=True)
     try:
-        with ThreadPoolExecutor(os.cpu_count()) as pool, pq.ParquetWriter(
-                beside, schema, use_dictionary=list(TEXTS), write_statistics=["id"],
-                use_content_defined_chunking=True) as writer:  # so that the Hub finds old chunks
+        with (
+            ThreadPoolExecutor(os.cpu_count()) as pool,
+            pq.ParquetWriter(
+                beside,
+                schema,
+                use_dictionary=list(TEXTS),
+                write_statistics=["id"],
+                use_content_defined_chunking=True,
+            ) as writer,
+        ):  # so that the Hub finds old chunks
 
             def write_group():
                 found = list(pool.map(lambda triplet: _read_row(triplet, license), rows))
@@ -273,8 +344,11 @@ def _write_shard(folder: Path, shard: _Shard, triplets, license: str) -> None:
                 size += new
             write_group()
         if problems:
-            raise TripletError(f"{len(problems)} records are unsound; mend or remove them: "
-                               + "; ".join(map(str, problems[:5])), file=problems[0].file)
+            raise TripletError(
+                f"{len(problems)} records are unsound; mend or remove them: "
+                + "; ".join(map(str, problems[:5])),
+                file=problems[0].file,
+            )
         # The note first: a shard without one is somebody else's.
         write_json(_note(folder, shard.name), {"digest": shard.digest.hexdigest(), "facts": facts})
         os.replace(beside, path)
@@ -299,8 +373,11 @@ def _read_row(triplet: Triplet, license: str):
     for key, kind in kinds.items():
         row[key] = extra.pop(key) if type(extra.get(key)) is kind else None
     row["extra"] = json.dumps(extra, ensure_ascii=False, sort_keys=True)
-    return row, (_name_class(extra), describe_size(images["mask"]),
-                 round(float(np.mean(images["mask"] >= 128)), 5))
+    return row, (
+        _name_class(extra),
+        describe_size(images["mask"]),
+        round(float(np.mean(images["mask"] >= 128)), 5),
+    )
 
 
 def _name_class(extra: dict) -> str:
@@ -321,8 +398,10 @@ def _merge_facts(folder: Path, shards: list[_Shard]) -> dict[str, dict]:
     splits: dict[str, dict] = {}
     for shard in shards:
         facts = read_json(_note(folder, shard.name))["facts"]
-        facts |= {"shards": 1, "file_bytes": (folder / "data" / f"{shard.name}.parquet"
-                                              ).stat().st_size}
+        facts |= {
+            "shards": 1,
+            "file_bytes": (folder / "data" / f"{shard.name}.parquet").stat().st_size,
+        }
         merged = splits.setdefault(shard.split, {})
         for key, value in facts.items():
             value = Counter(value) if isinstance(value, dict) else value

@@ -82,7 +82,8 @@ class _Loader(yaml.SafeLoader):
         for key in keys:
             if keys.count(key) > 1 and key != "<<":
                 raise yaml.constructor.ConstructorError(
-                    None, None, f'"{key}" stands here twice', node.start_mark)
+                    None, None, f'"{key}" stands here twice', node.start_mark
+                )
         return super().construct_mapping(node, deep)
 
 
@@ -106,9 +107,13 @@ def find_recipe(name_or_path) -> Path:
         found = folder / f"{name_or_path}.yaml"
     if not found.is_file():
         known = sorted(p.stem for p in folder.glob("*.yaml"))
-        raise RecipeError(name_or_path, [
-            f"there is no such recipe{suggest(path.stem, known)}; notebooks/recipes has: "
-            f"{', '.join(known) or 'none'}"])
+        raise RecipeError(
+            name_or_path,
+            [
+                f"there is no such recipe{suggest(path.stem, known)}; notebooks/recipes has: "
+                f"{', '.join(known) or 'none'}"
+            ],
+        )
     return found.resolve()
 
 
@@ -132,8 +137,9 @@ def substitute(value, folders: dict[str, str]):
     return value
 
 
-def read_recipe(name_or_path, *, overrides: dict[str, dict[str, Any]] | None = None,
-                seed: int | None = None) -> Recipe:
+def read_recipe(
+    name_or_path, *, overrides: dict[str, dict[str, Any]] | None = None, seed: int | None = None
+) -> Recipe:
     """Read and check a recipe.
 
     Args:
@@ -152,8 +158,9 @@ def read_recipe(name_or_path, *, overrides: dict[str, dict[str, Any]] | None = N
         raise RecipeError(path, [f"not valid YAML: {error}"]) from error
     if not isinstance(table, dict) or not isinstance(table.get("stages"), dict):
         raise RecipeError(path, ["a recipe is a table with `stages`, a table of rows"])
-    problems = [f'unknown key "{key}"{suggest(key, _TOP_KEYS)}'
-                for key in table if key not in _TOP_KEYS]
+    problems = [
+        f'unknown key "{key}"{suggest(key, _TOP_KEYS)}' for key in table if key not in _TOP_KEYS
+    ]
     name = table.get("name", path.stem)
     if not _NAME.match(str(name)):
         problems.append(f'the name "{name}" is no folder name: letters, digits, - and _ only')
@@ -166,12 +173,24 @@ def read_recipe(name_or_path, *, overrides: dict[str, dict[str, Any]] | None = N
             problems.append(f'unknown stage "{stage}" in --set{suggest(stage, table["stages"])}')
     defaults = table.get("defaults") or {}
     used = {row.get("notebook") for row in table["stages"].values() if isinstance(row, dict)}
-    problems += [f'defaults: no stage uses the notebook "{key}"{suggest(key, used - {None})}'
-                 for key in defaults if key not in used]
+    problems += [
+        f'defaults: no stage uses the notebook "{key}"{suggest(key, used - {None})}'
+        for key in defaults
+        if key not in used
+    ]
     stages: list[StageRow] = []
     for stage, row in table["stages"].items():
-        _check_row(path, str(stage), row, seed, defaults, overrides.get(stage, {}),
-                   list(table["stages"]), stages, problems)
+        _check_row(
+            path,
+            str(stage),
+            row,
+            seed,
+            defaults,
+            overrides.get(stage, {}),
+            list(table["stages"]),
+            stages,
+            problems,
+        )
     if problems:
         raise RecipeError(path, problems)
     return Recipe(str(name), str(table.get("description", "")), seed, tuple(stages), path)
@@ -184,13 +203,18 @@ def _check_row(path, name, row, seed, defaults, override, order, stages, problem
     if not isinstance(row, dict) or not row.get("notebook"):
         problems.append(f'stage "{name}": a row is a table with at least `notebook`')
         return
-    problems += [f'stage "{name}": unknown key "{key}"{suggest(key, _ROW_KEYS)}'
-                 for key in row if key not in _ROW_KEYS]
+    problems += [
+        f'stage "{name}": unknown key "{key}"{suggest(key, _ROW_KEYS)}'
+        for key in row
+        if key not in _ROW_KEYS
+    ]
     notebook = _find_notebook(path, str(row["notebook"]))
     if notebook is None:
         known = [p.stem for p in (ROOT / "notebooks").glob("*.ipynb")]
-        problems.append(f'stage "{name}": there is no notebook "{row["notebook"]}"'
-                        f"{suggest(row['notebook'], known)}")
+        problems.append(
+            f'stage "{name}": there is no notebook "{row["notebook"]}"'
+            f"{suggest(row['notebook'], known)}"
+        )
         return
     try:
         known = read_parameters(notebook)
@@ -220,16 +244,19 @@ def _check_row(path, name, row, seed, defaults, override, order, stages, problem
                 problems.append(f'{where}: "{text}" has a "${{" without its "}}"')
             for target in REFERENCE.findall(text):
                 if target not in order:
-                    problems.append(f'{where} refers to an unknown stage "{target}"'
-                                    f"{suggest(target, order)}")
+                    problems.append(
+                        f'{where} refers to an unknown stage "{target}"{suggest(target, order)}'
+                    )
                 elif order.index(target) >= order.index(name):
-                    problems.append(f'{where} refers to "{target}", which runs no earlier than '
-                                    "this stage")
+                    problems.append(
+                        f'{where} refers to "{target}", which runs no earlier than this stage'
+                    )
                 elif target not in upstream:
                     upstream.append(target)
     parameters = {k: p.default for k, p in known.items() if k != "output_dir"} | given
-    stages.append(StageRow(name, notebook, str(row.get("row", "")), given, parameters,
-                           tuple(upstream)))
+    stages.append(
+        StageRow(name, notebook, str(row.get("row", "")), given, parameters, tuple(upstream))
+    )
 
 
 def _find_notebook(recipe: Path, name: str) -> Path | None:

@@ -74,8 +74,10 @@ def resolve_meta(path: str | Path) -> Path:
     if meta.is_file():
         return meta
     if list(meta.parent.glob("meta.*jsonl.partial")):
-        raise TripletError(f"{meta.parent} is an unfinished set: run again what writes it, it "
-                           "goes on where it stopped")
+        raise TripletError(
+            f"{meta.parent} is an unfinished set: run again what writes it, it "
+            "goes on where it stopped"
+        )
     near = sorted(str(found.parent) for found in meta.parent.glob(f"*/{META}"))
     hint = f"; there is {', '.join(near)}" if near else ": run the stage that writes this set"
     raise TripletError(f"there is no triplet set at {path} ({META} is missing){hint}")
@@ -99,8 +101,9 @@ def read_records(meta: Path) -> Iterator:
         if not head:  # an empty file has no records, as an empty list of lines
             return
         try:
-            yield from ijson.items(stream, "item" if head == b"[" else "", use_float=True,
-                                   multiple_values=head != b"[")
+            yield from ijson.items(
+                stream, "item" if head == b"[" else "", use_float=True, multiple_values=head != b"["
+            )
         except (ijson.JSONError, UnicodeDecodeError) as error:
             raise _describe_fault(meta, error) from None
 
@@ -120,8 +123,7 @@ def _describe_fault(meta: Path, error: Exception) -> TripletError:
 class _Locator:
     """Turns a record's paths into files; refuses what a set must not reach."""
 
-    def __init__(self, meta: Path, allow_absolute: bool, allow_outside: bool,
-                 look: bool = True):
+    def __init__(self, meta: Path, allow_absolute: bool, allow_outside: bool, look: bool = True):
         self.meta, self.look = meta, look  # look: whether the files are there
         self.folder = os.path.abspath(meta.parent)
         self.allow_absolute, self.allow_outside = allow_absolute, allow_outside
@@ -135,18 +137,25 @@ class _Locator:
         full = os.path.normpath(os.path.join(self.folder, value))
         parent, name = os.path.split(full)
         if "hidden" in Path(value).parts or "hidden" in Path(self._real(parent)).parts:
-            raise TripletError(f"{where}: {value} lies in a folder named hidden, which holds the "
-                               "built-in scenes' truth and is never read as a triplet")
+            raise TripletError(
+                f"{where}: {value} lies in a folder named hidden, which holds the "
+                "built-in scenes' truth and is never read as a triplet"
+            )
         if os.path.isabs(value):
             if not self.allow_absolute:
-                raise TripletError(f"{where}: {value} is an absolute path: make it relative to "
-                                   f"{self.folder}, or allow absolute paths on purpose")
+                raise TripletError(
+                    f"{where}: {value} is an absolute path: make it relative to "
+                    f"{self.folder}, or allow absolute paths on purpose"
+                )
         elif not self.allow_outside and os.path.commonpath([full, self.folder]) != self.folder:
-            raise TripletError(f"{where}: {value} leaves the set's folder {self.folder}: copy the "
-                               "file into the set, or allow outside paths on purpose")
+            raise TripletError(
+                f"{where}: {value} leaves the set's folder {self.folder}: copy the "
+                "file into the set, or allow outside paths on purpose"
+            )
         if self.look and name not in self._list(parent) and not os.path.exists(full):
-            raise TripletError(f"{full} is missing ({where}): restore it or remove its record",
-                               file=Path(full))
+            raise TripletError(
+                f"{full} is missing ({where}): restore it or remove its record", file=Path(full)
+            )
         return Path(full)
 
 
@@ -164,14 +173,22 @@ def _parse_record(record, number: int, locator: _Locator, require_gt: bool | Non
     keys = {"source": "source", "mask": "mask", "gt": "GT"}
     if "inpaint" in record:  # the authors' older layout: there `gt` is the picture given in
         keys = {"source": "gt", "mask": "mask", "gt": "inpaint"}
-    missing = [key for part, key in keys.items() if not record.get(key)
-               and (part != "gt" or require_gt)]
+    missing = [
+        key for part, key in keys.items() if not record.get(key) and (part != "gt" or require_gt)
+    ]
     if missing:
-        raise TripletError(f"{where} has no {' and no '.join(missing)} (its keys: "
-                           f"{', '.join(record)})" + ("; a pool without GT is no training set: "
-                           "generate removals and accept them first" * (missing == ["GT"])))
-    paths = {part: locator.find(record[key], where) if record.get(key) else None
-             for part, key in keys.items()}
+        raise TripletError(
+            f"{where} has no {' and no '.join(missing)} (its keys: "
+            f"{', '.join(record)})"
+            + (
+                "; a pool without GT is no training set: "
+                "generate removals and accept them first" * (missing == ["GT"])
+            )
+        )
+    paths = {
+        part: locator.find(record[key], where) if record.get(key) else None
+        for part, key in keys.items()
+    }
     extra = {k: v for k, v in record.items() if k not in _OWN_KEYS | set(keys.values())}
     if extra.get("score") is not None:
         try:
@@ -183,8 +200,13 @@ def _parse_record(record, number: int, locator: _Locator, require_gt: bool | Non
     return Triplet(name, paths["source"], paths["mask"], paths["gt"], group, extra)
 
 
-def read_triplets(meta_paths, *, require_gt: bool = True, allow_absolute: bool = False,
-                  allow_outside: bool = False) -> list[Triplet]:
+def read_triplets(
+    meta_paths,
+    *,
+    require_gt: bool = True,
+    allow_absolute: bool = False,
+    allow_outside: bool = False,
+) -> list[Triplet]:
     """Read one or several sets; pictures are not opened, but each file must be there.
 
     Args:
@@ -200,12 +222,24 @@ def read_triplets(meta_paths, *, require_gt: bool = True, allow_absolute: bool =
     Raises:
         TripletError: a set, a key or a file is missing, a path is refused, or an id occurs twice.
     """
-    return list(iter_triplets(meta_paths, require_gt=require_gt, allow_absolute=allow_absolute,
-                              allow_outside=allow_outside))
+    return list(
+        iter_triplets(
+            meta_paths,
+            require_gt=require_gt,
+            allow_absolute=allow_absolute,
+            allow_outside=allow_outside,
+        )
+    )
 
 
-def iter_triplets(meta_paths, *, require_gt: bool = True, allow_absolute: bool = False,
-                  allow_outside: bool = False, look: bool = True) -> Iterator[Triplet]:
+def iter_triplets(
+    meta_paths,
+    *,
+    require_gt: bool = True,
+    allow_absolute: bool = False,
+    allow_outside: bool = False,
+    look: bool = True,
+) -> Iterator[Triplet]:
     """As `read_triplets`, one by one: for sets that are larger than the memory.
 
     Args:
@@ -222,8 +256,7 @@ def iter_triplets(meta_paths, *, require_gt: bool = True, allow_absolute: bool =
             yield _name_once(triplet, record, number, seen, meta)
 
 
-def _name_once(triplet: Triplet, record: dict, number: int, seen: set[int],
-               meta: Path) -> Triplet:
+def _name_once(triplet: Triplet, record: dict, number: int, seen: set[int], meta: Path) -> Triplet:
     """Refuse an id given twice; number the ids made from equal file names (a/0.png, b/0.png).
 
     `seen` holds hashes: of 200,000 names they take a third of the names' memory.
@@ -231,10 +264,18 @@ def _name_once(triplet: Triplet, record: dict, number: int, seen: set[int],
     name = triplet.id
     if hash(name) in seen:
         if record.get("id") is not None:
-            first = next((n for n, other in enumerate(read_records(meta), 1)
-                          if isinstance(other, dict) and str(other.get("id")) == name), "?")
-            raise TripletError(f"{meta}, record {number}: id {name} occurs twice (first in record "
-                               f"{first}): give each record an id of its own")
+            first = next(
+                (
+                    n
+                    for n, other in enumerate(read_records(meta), 1)
+                    if isinstance(other, dict) and str(other.get("id")) == name
+                ),
+                "?",
+            )
+            raise TripletError(
+                f"{meta}, record {number}: id {name} occurs twice (first in record "
+                f"{first}): give each record an id of its own"
+            )
         name = f"{name}~{number}"
         group = name if record.get("group") is None else triplet.group
         triplet = replace(triplet, id=name, group=group)
@@ -242,8 +283,13 @@ def _name_once(triplet: Triplet, record: dict, number: int, seen: set[int],
     return triplet
 
 
-def load_images(triplet: Triplet, *, size: int | tuple[int, int] | None = None,
-                mode: str = "squash", center: bool = False) -> dict[str, np.ndarray | None]:
+def load_images(
+    triplet: Triplet,
+    *,
+    size: int | tuple[int, int] | None = None,
+    mode: str = "squash",
+    center: bool = False,
+) -> dict[str, np.ndarray | None]:
     """Open a triplet's pictures.
 
     Args:
@@ -262,14 +308,17 @@ def load_images(triplet: Triplet, *, size: int | tuple[int, int] | None = None,
     gt = None if triplet.gt is None else load_image(triplet.gt)
     for path, other in ((triplet.mask, mask), (triplet.gt, gt)):
         if other is not None and other.shape[:2] != source.shape[:2]:
-            raise TripletError(f"{path} is {describe_size(other)} px but {triplet.source} is "
-                               f"{describe_size(source)}: resize one, or remove the record",
-                               file=path)
+            raise TripletError(
+                f"{path} is {describe_size(other)} px but {triplet.source} is "
+                f"{describe_size(source)}: resize one, or remove the record",
+                file=path,
+            )
     check_mask(mask, triplet.mask)
     if isinstance(size, int):
         size = (size, size)
-    return fit_triplet({"source": source, "mask": mask, "gt": gt}, size or mask.shape, mode=mode,
-                       center=center)
+    return fit_triplet(
+        {"source": source, "mask": mask, "gt": gt}, size or mask.shape, mode=mode, center=center
+    )
 
 
 def describe_size(image: np.ndarray) -> str:
@@ -282,15 +331,27 @@ def check_mask(mask: np.ndarray, path: Path | str) -> None:
     file = path if isinstance(path, Path) else None
     if mask.max() < 128:
         hint = "multiply its values by 255" if 0 < mask.max() < 3 else "draw it again, white"
-        raise TripletError(f"{path} is an empty mask: no pixel reaches 128 (its brightest has "
-                           f"{mask.max()}); {hint}, or remove the record", file=file)
+        raise TripletError(
+            f"{path} is an empty mask: no pixel reaches 128 (its brightest has "
+            f"{mask.max()}); {hint}, or remove the record",
+            file=file,
+        )
     if mask.min() >= 128:
-        raise TripletError(f"{path} is white everywhere: nothing is left to continue; draw it "
-                           "again, or remove the record", file=file)
+        raise TripletError(
+            f"{path} is white everywhere: nothing is left to continue; draw it "
+            "again, or remove the record",
+            file=file,
+        )
 
 
-def check_set(meta: str | Path, *, allow_absolute: bool = False, allow_outside: bool = False,
-              workers: int = 1, progress: Callable[[int], None] | None = None) -> list[Problem]:
+def check_set(
+    meta: str | Path,
+    *,
+    allow_absolute: bool = False,
+    allow_outside: bool = False,
+    workers: int = 1,
+    progress: Callable[[int], None] | None = None,
+) -> list[Problem]:
     """Open every picture of a set and name each fault; an empty list is a sound set.
 
     A set has a GT in every record or in none.
@@ -303,8 +364,9 @@ def check_set(meta: str | Path, *, allow_absolute: bool = False, allow_outside: 
         TripletError: the set itself is missing or its meta file is no JSON.
     """
     meta = resolve_meta(meta)
-    with_gt = any(isinstance(r, dict) and (r.get("GT") or r.get("inpaint"))
-                  for r in read_records(meta))
+    with_gt = any(
+        isinstance(r, dict) and (r.get("GT") or r.get("inpaint")) for r in read_records(meta)
+    )
     locator = _Locator(meta, allow_absolute, allow_outside, look=False)
     found: dict[int, Problem] = {}
 
@@ -334,12 +396,17 @@ def check_set(meta: str | Path, *, allow_absolute: bool = False, allow_outside: 
 def _check_chunk(chunk: list[tuple[int, Triplet]]) -> tuple[int, dict[int, Problem]]:
     problems = {}
     for number, triplet in chunk:
-        gone = [path for path in (triplet.source, triplet.mask, triplet.gt)
-                if path and not path.exists()]
+        gone = [
+            path
+            for path in (triplet.source, triplet.mask, triplet.gt)
+            if path and not path.exists()
+        ]
         try:
             if gone:
-                raise TripletError(f"{gone[0]} is missing (record {number}): restore it or remove "
-                                   "its record", file=gone[0])
+                raise TripletError(
+                    f"{gone[0]} is missing (record {number}): restore it or remove its record",
+                    file=gone[0],
+                )
             load_images(triplet)
         except TripletError as error:
             problems[number] = Problem(error.file or triplet.source, str(error))

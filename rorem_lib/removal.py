@@ -109,11 +109,22 @@ def make_generator(seed: int, number: int) -> torch.Generator:
 
 
 @torch.no_grad()
-def remove_objects(pipe, images: list[np.ndarray], object_masks: list[np.ndarray], *,
-                   num_inference_steps: int = 20, guidance_scale: float = 1.0,
-                   strength: float = 1.0, seed: int = 0, numbers: list[int] | None = None,
-                   batch_size: int = 32, dilate: int = 0, paste_back: bool = False,
-                   mixed_precision: str = "auto", progress: bool = False) -> list[np.ndarray]:
+def remove_objects(
+    pipe,
+    images: list[np.ndarray],
+    object_masks: list[np.ndarray],
+    *,
+    num_inference_steps: int = 20,
+    guidance_scale: float = 1.0,
+    strength: float = 1.0,
+    seed: int = 0,
+    numbers: list[int] | None = None,
+    batch_size: int = 32,
+    dilate: int = 0,
+    paste_back: bool = False,
+    mixed_precision: str = "auto",
+    progress: bool = False,
+) -> list[np.ndarray]:
     """Remove what the masks cover.
 
     Args:
@@ -145,8 +156,10 @@ def remove_objects(pipe, images: list[np.ndarray], object_masks: list[np.ndarray
     fitted = []
     for number, (image, mask) in enumerate(zip(images, object_masks)):
         if image.shape[:2] != mask.shape[:2]:
-            raise ValueError(f"picture {number} is {image.shape[1]}x{image.shape[0]} px but its "
-                             f"mask {mask.shape[1]}x{mask.shape[0]}")
+            raise ValueError(
+                f"picture {number} is {image.shape[1]}x{image.shape[0]} px but its "
+                f"mask {mask.shape[1]}x{mask.shape[0]}"
+            )
         mask = masks.dilate_mask(masks.binarise_mask(mask), dilate)
         fitted.append((mask, *_fit(image, mask, native, multiple)))
     groups: dict[tuple, list[int]] = {}
@@ -158,16 +171,21 @@ def remove_objects(pipe, images: list[np.ndarray], object_masks: list[np.ndarray
     bar = tqdm(total=len(images), disable=not progress, unit="image", mininterval=1)
     for shape, places in groups.items():
         for begin in range(0, len(places), batch_size):
-            batch = places[begin:begin + batch_size]
+            batch = places[begin : begin + batch_size]
             with _compute_in(pipe, precision):
                 removed = pipe(
                     prompt_embeds=embeds.expand(len(batch), -1, -1),
                     pooled_prompt_embeds=pooled.expand(len(batch), -1),
                     image=[Image.fromarray(fitted[i][1]) for i in batch],
                     mask_image=[Image.fromarray(fitted[i][2]) for i in batch],
-                    height=shape[0], width=shape[1], num_inference_steps=num_inference_steps,
-                    guidance_scale=guidance_scale, strength=strength, output_type="np",
-                    generator=[make_generator(seed, numbers[i]) for i in batch]).images
+                    height=shape[0],
+                    width=shape[1],
+                    num_inference_steps=num_inference_steps,
+                    guidance_scale=guidance_scale,
+                    strength=strength,
+                    output_type="np",
+                    generator=[make_generator(seed, numbers[i]) for i in batch],
+                ).images
             for i, picture in zip(batch, (removed * 255).round().astype(np.uint8)):
                 mask, image, _ = fitted[i]
                 results[i] = _put_back(images[i], mask, image, picture)
@@ -190,6 +208,7 @@ def _compute_in(pipe, precision: str):
         def call(x, *args, **options):
             with sdxl.autocast(used, x.device):
                 return method(x, *args, **options)
+
         return call
 
     unet, vae = pipe.unet, pipe.vae
@@ -205,8 +224,9 @@ def _compute_in(pipe, precision: str):
             unet.forward = own
 
 
-def inpaint_classical(image: np.ndarray, mask: np.ndarray, *, method: str = "telea",
-                      radius: float = 5) -> np.ndarray:
+def inpaint_classical(
+    image: np.ndarray, mask: np.ndarray, *, method: str = "telea", radius: float = 5
+) -> np.ndarray:
     """OpenCV's Telea or Navier-Stokes ("ns") inpainting; [H, W, 3] uint8 in and out."""
     if method not in CLASSICAL:
         raise ValueError(f"unknown classical method {method!r}: take telea or ns")
@@ -230,12 +250,15 @@ def generate_candidates(config: GenerateConfig) -> dict:
     # Unlike `Accelerator`, it does not ask the environment whether it shall stay on the CPU, and
     # would take each of several CPU processes for the only one.
     state = PartialState(cpu=sharding.find_device() == "cpu")
-    triplets = read_triplets(config.meta_path, require_gt=False)[config.start:]
-    triplets = triplets[:config.count] if config.count else triplets
+    triplets = read_triplets(config.meta_path, require_gt=False)[config.start :]
+    triplets = triplets[: config.count] if config.count else triplets
     if not triplets:
         raise ValueError(f"no pictures at {config.meta_path} from number {config.start} on")
-    wanted = [(t, k, config.start + i) for i, t in enumerate(triplets)
-              for k in range(config.seeds_per_image)]
+    wanted = [
+        (t, k, config.start + i)
+        for i, t in enumerate(triplets)
+        for k in range(config.seeds_per_image)
+    ]
     names = [_name(t, k, config) for t, k, _ in wanted]
     if len(set(names)) < len(names):
         twice = Counter(names).most_common(1)[0][0]
@@ -247,34 +270,61 @@ def generate_candidates(config: GenerateConfig) -> dict:
     started, made = time.time(), 0
     methods = _list_methods(config)
     with TripletWriter(folder, part=f"rank{state.process_index}") as writer:
-        mine = [(t, k, n) for t, k, n in wanted[state.process_index::state.num_processes]
-                if _name(t, k, config) not in writer.done_ids]
+        mine = [
+            (t, k, n)
+            for t, k, n in wanted[state.process_index :: state.num_processes]
+            if _name(t, k, config) not in writer.done_ids
+        ]
         for turn, method in enumerate(methods):
             todo = [item for item in mine if item[2] % len(methods) == turn]
             remove = _open_method(method, config, state.device) if todo else None
             for begin in range(0, len(todo), 4 * config.batch_size):
-                part = todo[begin:begin + 4 * config.batch_size]
+                part = todo[begin : begin + 4 * config.batch_size]
                 pictures = [load_images(t) for t, _, _ in part]
-                wide = [masks.dilate_mask(masks.binarise_mask(p["mask"]), _find_dilation(k, config))
-                        for p, (_, k, _) in zip(pictures, part)]
-                removed = remove([p["source"] for p in pictures], wide,
-                                 [n * config.seeds_per_image + k for _, k, n in part])
+                wide = [
+                    masks.dilate_mask(masks.binarise_mask(p["mask"]), _find_dilation(k, config))
+                    for p, (_, k, _) in zip(pictures, part)
+                ]
+                removed = remove(
+                    [p["source"] for p in pictures],
+                    wide,
+                    [n * config.seeds_per_image + k for _, k, n in part],
+                )
                 for (triplet, k, _), result in zip(part, removed):
-                    extra = {**triplet.extra, "remover": method, "seed": k,
-                             "dilate": _find_dilation(k, config), "group": triplet.group}
-                    writer.add(id=_name(triplet, k, config), source=triplet.source,
-                               mask=triplet.mask, gt=result, **extra)
+                    extra = {
+                        **triplet.extra,
+                        "remover": method,
+                        "seed": k,
+                        "dilate": _find_dilation(k, config),
+                        "group": triplet.group,
+                    }
+                    writer.add(
+                        id=_name(triplet, k, config),
+                        source=triplet.source,
+                        mask=triplet.mask,
+                        gt=result,
+                        **extra,
+                    )
                 made += len(part)
                 rate = made / (time.time() - started)
-                logger.info("%d of %d removals  %.1f a second  %d s left", made, len(mine), rate,
-                            (len(mine) - made) / rate)
+                logger.info(
+                    "%d of %d removals  %.1f a second  %d s left",
+                    made,
+                    len(mine),
+                    rate,
+                    (len(mine) - made) / rate,
+                )
     state.wait_for_everyone()
     if state.is_main_process:
         TripletWriter(folder).close()
     seconds = time.time() - started
-    metrics = {"n_images": len(triplets), "n_removals": len(wanted), "seconds": round(seconds, 2),
-               "removals_per_second": round(made / seconds, 2),
-               "num_processes": state.num_processes}
+    metrics = {
+        "n_images": len(triplets),
+        "n_removals": len(wanted),
+        "seconds": round(seconds, 2),
+        "removals_per_second": round(made / seconds, 2),
+        "num_processes": state.num_processes,
+    }
     if state.is_main_process:
         write_json(Path(config.output_dir) / "train_metrics.json", metrics)
     state.wait_for_everyone()
@@ -295,13 +345,22 @@ def _open_method(method: str, config: GenerateConfig, device):
     if method in CLASSICAL:
         return lambda sources, object_masks, _: [
             inpaint_classical(source, mask, method=method)
-            for source, mask in zip(sources, object_masks, strict=True)]
+            for source, mask in zip(sources, object_masks, strict=True)
+        ]
     own = method == config.pretrained_model_name_or_path
     pipe = sdxl.load_pipeline(method, device=device, revision=own and config.revision or None)
     return lambda sources, object_masks, numbers: remove_objects(
-        pipe, sources, object_masks, num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale, strength=config.strength, seed=config.seed,
-        numbers=numbers, batch_size=config.batch_size, mixed_precision=config.mixed_precision)
+        pipe,
+        sources,
+        object_masks,
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+        strength=config.strength,
+        seed=config.seed,
+        numbers=numbers,
+        batch_size=config.batch_size,
+        mixed_precision=config.mixed_precision,
+    )
 
 
 def _open_candidates(folder: Path, config: GenerateConfig) -> None:
@@ -309,7 +368,8 @@ def _open_candidates(folder: Path, config: GenerateConfig) -> None:
     models = [Path(sdxl.resolve_model(m)) for m in _list_methods(config) if m not in CLASSICAL]
     settings = dataclasses.asdict(config) | {
         "weights": [hash_file(p) for m in models for p in sorted(m.glob("unet/*.safetensors"))],
-        "sets": [hash_file(resolve_meta(path)) for path in config.meta_path]}
+        "sets": [hash_file(resolve_meta(path)) for path in config.meta_path],
+    }
     for name in ("output_dir", "batch_size", "meta_path"):
         settings.pop(name)
     marker = folder / "settings.json"

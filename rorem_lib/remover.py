@@ -126,19 +126,27 @@ class RemoverConfig(options.LoopConfig):
     def make_spec(self) -> CacheSpec:
         """How pictures become latents."""
         return CacheSpec(
-            dtype=self.latent_dtype, resize_mode=self.resize_mode, center_crop=self.center_crop,
-            twins=self.random_flip, mask_variants=self.mask_variants,
-            mask_dilate_max=self.mask_dilate_max, mask_loosen=self.mask_loosen,
-            vae_precision=self.vae_precision)
+            dtype=self.latent_dtype,
+            resize_mode=self.resize_mode,
+            center_crop=self.center_crop,
+            twins=self.random_flip,
+            mask_variants=self.mask_variants,
+            mask_dilate_max=self.mask_dilate_max,
+            mask_loosen=self.mask_loosen,
+            vae_precision=self.vae_precision,
+        )
 
     def __post_init__(self):
         self.make_spec()  # which refuses what it cannot be
         if self.lora_rank and self.trainable_modules:
-            raise ValueError("lora_rank trains a LoRA and trainable_modules whole modules: "
-                             "take one of them")
+            raise ValueError(
+                "lora_rank trains a LoRA and trainable_modules whole modules: take one of them"
+            )
         if self.high_resolution_meta_path and self.high_resolution < self.resolution:
-            raise ValueError(f"high_resolution is {self.high_resolution} px and resolution "
-                             f"{self.resolution}: set high_resolution, to 1024 for RORem-mixed")
+            raise ValueError(
+                f"high_resolution is {self.high_resolution} px and resolution "
+                f"{self.resolution}: set high_resolution, to 1024 for RORem-mixed"
+            )
         for name in ("high_resolution_share", "mask_variant_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: take a share from 0 to 1")
@@ -150,9 +158,13 @@ class RemoverObjective(loop.Objective):
     def build_model(self):
         config = self.config
         self.pipe = sdxl.load_pipeline(
-            config.pretrained_model_name_or_path, unet=config.pretrained_unet,
-            vae=config.pretrained_vae_model_name_or_path, revision=config.revision or None,
-            variant=config.variant or None, device=self.device)
+            config.pretrained_model_name_or_path,
+            unet=config.pretrained_unet,
+            vae=config.pretrained_vae_model_name_or_path,
+            revision=config.revision or None,
+            variant=config.variant or None,
+            device=self.device,
+        )
         # Not the pipeline's own scheduler: an Euler one adds noise in another scaling.
         self.noise_schedule = DDPMScheduler.from_config(self.pipe.scheduler.config)
         self.embeds, self.pooled = sdxl.encode_prompt(self.pipe)  # once: the prompt is constant
@@ -162,8 +174,10 @@ class RemoverObjective(loop.Objective):
         if half and self.device.type == "cuda":  # a later cast would make a copy for each sample
             self.embeds = self.embeds.to(half)
         unet = speed.prepare_training(
-            self.pipe.unet, channels_last=config.channels_last,
-            xformers=config.enable_xformers_memory_efficient_attention)
+            self.pipe.unet,
+            channels_last=config.channels_last,
+            xformers=config.enable_xformers_memory_efficient_attention,
+        )
         if config.lora_rank:
             lora.add_lora(unet, config.lora_rank)
         elif config.trainable_modules:
@@ -185,19 +199,29 @@ class RemoverObjective(loop.Objective):
         given = [(config.meta_path, config.resolution, 1.0)]
         if config.high_resolution_meta_path:
             high = config.high_resolution_share
-            given = [(config.meta_path, config.resolution, 1 - high),
-                     (config.high_resolution_meta_path, config.high_resolution, high)]
+            given = [
+                (config.meta_path, config.resolution, 1 - high),
+                (config.high_resolution_meta_path, config.high_resolution, high),
+            ]
         shares = []
         for paths, resolution, share in given:
-            sets = [[t for t in read_triplets(path)
-                     if t.extra.get("score") is None or t.extra["score"] >= 0.5] for path in paths]
+            sets = [
+                [
+                    t
+                    for t in read_triplets(path)
+                    if t.extra.get("score") is None or t.extra["score"] >= 0.5
+                ]
+                for path in paths
+            ]
             if config.max_train_samples and not shares:
                 sets = _take(sets, config.max_train_samples)
             if sets := [part for part in sets if part]:
                 shares.append(Share(sets, resolution, share))
         if not shares:
-            raise ValueError(f"there is nothing to train on: the training set is empty "
-                             f"({', '.join(config.meta_path)})")
+            raise ValueError(
+                f"there is nothing to train on: the training set is empty "
+                f"({', '.join(config.meta_path)})"
+            )
         return shares
 
     def make_dataset(self):
@@ -205,12 +229,16 @@ class RemoverObjective(loop.Objective):
         shares, readers, shapes, least = self.list_shares(), [], [], []
         for share in shares:
             sizes = share.assign_shapes(
-                unit=sdxl.find_unit(self.pipe), buckets=config.aspect_buckets,
-                step=config.bucket_step, least=max(1, self.global_batch // 4))
+                unit=sdxl.find_unit(self.pipe),
+                buckets=config.aspect_buckets,
+                step=config.bucket_step,
+                least=max(1, self.global_batch // 4),
+            )
             for part, of_part in zip(share.sets, sizes):
                 readers.append(self._read(part, of_part, spec))
-                least += [config.removal_min_timestep if t.extra.get("accepted_by") else 0
-                          for t in part]
+                least += [
+                    config.removal_min_timestep if t.extra.get("accepted_by") else 0 for t in part
+                ]
             shapes.append([size for of_part in sizes for size in of_part])
         found, members, weights = weigh_buckets(shares, shapes)
         self.shapes = dict.fromkeys(found, 0.0)  # (h, w) in px -> share of the steps
@@ -218,21 +246,34 @@ class RemoverObjective(loop.Objective):
             self.shapes[shape] += weight / sum(weights)
         self.metrics["train_size"] = len(least)
         return TripletSamples(
-            readers, members=members, least=np.array(least), seed=config.seed,
-            order=BucketOrder([len(m) for m in members], weights, seed=config.seed,
-                              global_batch=self.global_batch),
-            flip=config.random_flip, variants=config.mask_variants,
+            readers,
+            members=members,
+            least=np.array(least),
+            seed=config.seed,
+            order=BucketOrder(
+                [len(m) for m in members], weights, seed=config.seed, global_batch=self.global_batch
+            ),
+            flip=config.random_flip,
+            variants=config.mask_variants,
             variant_share=config.mask_variant_share,
             timesteps=self.noise_schedule.config.num_train_timesteps,
-            picture_shape=None if config.cache_latents else (
-                self.pipe.vae.config.latent_channels, self.pipe.vae_scale_factor))
+            picture_shape=None
+            if config.cache_latents
+            else (self.pipe.vae.config.latent_channels, self.pipe.vae_scale_factor),
+        )
 
     def _read(self, triplets, sizes, spec):
         if not self.config.cache_latents:
             return PictureReader(triplets, sizes, spec)
         return open_store(
-            triplets, self.pipe.vae, sizes=sizes, spec=spec, root=self.config.latent_cache_dir,
-            rank=self.accelerator.process_index, world=self.accelerator.num_processes)
+            triplets,
+            self.pipe.vae,
+            sizes=sizes,
+            spec=spec,
+            root=self.config.latent_cache_dir,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+        )
 
     def tune_model(self, model):
         """Checkpointing and compilation, as the options or the memory say."""
@@ -243,11 +284,22 @@ class RemoverObjective(loop.Objective):
         if wish is None and device.type == "cuda":
             torch.cuda.empty_cache()  # what encoding left reserved is free
             states, gradients = sharding.count_states(self.accelerator, model, config)
-            memory = {"bytes_free": torch.cuda.mem_get_info(device)[0], "states_bytes": states,
-                      "gradients_bytes": gradients, "gradients_stay": self._keeps_gradients()}
-            wish = any(speed.choose_checkpointing(  # large pictures go in chunks
-                model, [size], max(1, self._count_at_once() // (size[0] * size[1] * factor**2)),
-                precision=precision, **memory) for size in sizes)
+            memory = {
+                "bytes_free": torch.cuda.mem_get_info(device)[0],
+                "states_bytes": states,
+                "gradients_bytes": gradients,
+                "gradients_stay": self._keeps_gradients(),
+            }
+            wish = any(
+                speed.choose_checkpointing(  # large pictures go in chunks
+                    model,
+                    [size],
+                    max(1, self._count_at_once() // (size[0] * size[1] * factor**2)),
+                    precision=precision,
+                    **memory,
+                )
+                for size in sizes
+            )
             # one choice for all processes: the fullest GPU decides
             votes = torch.tensor(float(wish), device=device)
             wish = bool(self.accelerator.reduce(votes, "sum") > 0)
@@ -258,8 +310,10 @@ class RemoverObjective(loop.Objective):
             speed.compile_unet(model)
         # Backward computes gradients of activations and of weights; frozen weights need none.
         passes = 3 if all(p.requires_grad for p in model.parameters()) else 2
-        return passes * sum(share * speed.count_flops(model, height // factor, width // factor)
-                            for (height, width), share in self.shapes.items())
+        return passes * sum(
+            share * speed.count_flops(model, height // factor, width // factor)
+            for (height, width), share in self.shapes.items()
+        )
 
     def make_validation(self):
         if not self.config.validation_steps:
@@ -277,8 +331,11 @@ class RemoverObjective(loop.Objective):
         """Whether gradients are there in a forward pass: of an earlier chunk, or in DDP's buckets,
         which stay."""
         at_once, batch = self._count_at_once(), self.config.train_batch_size
-        return (self.accelerator.num_processes > 1 or self.config.gradient_accumulation_steps > 1
-                or any(height * width * batch > at_once for height, width in self.shapes))
+        return (
+            self.accelerator.num_processes > 1
+            or self.config.gradient_accumulation_steps > 1
+            or any(height * width * batch > at_once for height, width in self.shapes)
+        )
 
     def _count_at_once(self) -> int:
         """Pixels that go through the UNet at once."""
@@ -298,10 +355,16 @@ class RemoverObjective(loop.Objective):
         height, width = size = tuple(side * factor for side in latents.shape[-2:])
         if size not in self.time_ids:  # made once a size: the host would wait for the GPU
             self.time_ids[size] = sdxl.make_time_ids(
-                height, width, top=config.crops_coords_top_left_h,
-                left=config.crops_coords_top_left_w, device=latents.device)
-        return {"text_embeds": self.pooled.expand(len(latents), -1),
-                "time_ids": self.time_ids[size].expand(len(latents), -1)}
+                height,
+                width,
+                top=config.crops_coords_top_left_h,
+                left=config.crops_coords_top_left_w,
+                device=latents.device,
+            )
+        return {
+            "text_embeds": self.pooled.expand(len(latents), -1),
+            "time_ids": self.time_ids[size].expand(len(latents), -1),
+        }
 
     def compute_loss(self, model, batch):
         scheduler, config = self.noise_schedule, self.config
@@ -311,8 +374,12 @@ class RemoverObjective(loop.Objective):
         velocity = scheduler.config.prediction_type == "v_prediction"
         target = scheduler.get_velocity(clean, noise, t) if velocity else noise
         inputs = torch.cat([noisy, mask, latents["masked"]], dim=1)
-        predicted = model(inputs, t, self.embeds.expand(len(clean), -1, -1),
-                          added_cond_kwargs=self.make_condition(clean)).sample.float()
+        predicted = model(
+            inputs,
+            t,
+            self.embeds.expand(len(clean), -1, -1),
+            added_cond_kwargs=self.make_condition(clean),
+        ).sample.float()
         error = (predicted - target).square()
         counts = (t >= batch["least"])[:, None, None, None]
         weight = torch.where(counts, 1 + config.mask_weight * mask, 1 - mask)
@@ -320,8 +387,9 @@ class RemoverObjective(loop.Objective):
         if config.snr_gamma:
             snr = compute_snr(scheduler, t).clamp(min=1e-4)
             error = error * snr.clamp(max=config.snr_gamma) / (snr + 1 if velocity else snr)
-        return error.mean(), tracking.split_by_time(error.detach(), t,
-                                                    scheduler.config.num_train_timesteps)
+        return error.mean(), tracking.split_by_time(
+            error.detach(), t, scheduler.config.num_train_timesteps
+        )
 
     def save_model(self, model, folder):
         if self.config.lora_rank:

@@ -23,9 +23,23 @@ from rorem_lib.stage import clean_metrics, format_time
 
 REPORT_FILE, SUMMARY_FILE = "report.html", "summary.json"
 TRAINING = ("02_train_remover", "05_train_discriminator", "07_distill_lora")
-METHOD_KEYS = ("name", "success_rate", "success_rate_discriminator", "psnr_hole", "psnr_shadow",
-               "seconds_per_image", "unet_calls", "success_interval", "psnr_background",
-               "ssim_hole", "kind", "row", "control", "num_inference_steps", "n")
+METHOD_KEYS = (
+    "name",
+    "success_rate",
+    "success_rate_discriminator",
+    "psnr_hole",
+    "psnr_shadow",
+    "seconds_per_image",
+    "unet_calls",
+    "success_interval",
+    "psnr_background",
+    "ssim_hole",
+    "kind",
+    "row",
+    "control",
+    "num_inference_steps",
+    "n",
+)
 DISCRIMINATOR_KEYS = ("auc", "candidates_success_rate", "accepted_precision", "accepted_share")
 
 
@@ -51,8 +65,18 @@ def read_stages(run_dir: Path, recipe) -> list[StageRecord]:
         done = (folder / "DONE").is_file()
         metrics = _read(folder / "metrics.json") if done else {}
         seconds = _read(folder / "stage.json").get("seconds") if done else None
-        stages.append(StageRecord(stage.name, Path(stage.notebook).stem, stage.row, folder,
-                                  stage.parameters, metrics, seconds, done))
+        stages.append(
+            StageRecord(
+                stage.name,
+                Path(stage.notebook).stem,
+                stage.row,
+                folder,
+                stage.parameters,
+                metrics,
+                seconds,
+                done,
+            )
+        )
     return stages
 
 
@@ -67,8 +91,13 @@ def _read(path: Path) -> dict:
 
 def _take(stages: list[StageRecord], notebook: str, **wish) -> list[StageRecord]:
     """The finished stages of a notebook (and of a row)."""
-    return [s for s in stages if s.done and s.notebook == notebook
-            and all(getattr(s, key) == value for key, value in wish.items())]
+    return [
+        s
+        for s in stages
+        if s.done
+        and s.notebook == notebook
+        and all(getattr(s, key) == value for key, value in wish.items())
+    ]
 
 
 # -------------------------------------------------------------------------------- the figures
@@ -87,34 +116,52 @@ def collect_rounds(stages: list[StageRecord]) -> list[dict]:
     few-step variants are none. Like the paper's, the initialization accepts all it is given.
     """
     evaluation = find_evaluation(stages)
-    planned = [m for s in stages if s.notebook == "08_evaluate"
-               for m in s.parameters.get("methods") or []]
+    planned = [
+        m for s in stages if s.notebook == "08_evaluate" for m in s.parameters.get("methods") or []
+    ]
     aside = {m.get("row") for m in planned if m.get("control") or tables.is_fast(m)} | {"control"}
-    measured = {m["row"]: m for m in tables.list_rounds(evaluation.metrics["methods"])
-                } if evaluation else {}
+    measured = (
+        {m["row"]: m for m in tables.list_rounds(evaluation.metrics["methods"])}
+        if evaluation
+        else {}
+    )
     trained = [s.row for s in stages if s.notebook == "02_train_remover" and s.row]
     leading = [row for row in measured if row not in trained]  # base: nothing trains it
     rounds = []
     for name in dict.fromkeys([*leading, *trained]):
         if name in aside and name not in measured:
             continue
-        chosen = _take(stages, "04_annotate", row=name) + _take(stages, "06_auto_annotate",
-                                                               row=name)
+        chosen = _take(stages, "04_annotate", row=name) + _take(
+            stages, "06_auto_annotate", row=name
+        )
         trainings = _take(stages, "02_train_remover", row=name)
         size = trainings[-1].metrics.get("train_size") if trainings else None
         candidates = accepted = None
         if chosen:
-            candidates = sum(s.metrics.get("n_labelled") or s.metrics.get("n_candidates") or 0
-                             for s in chosen)
+            candidates = sum(
+                s.metrics.get("n_labelled") or s.metrics.get("n_candidates") or 0 for s in chosen
+            )
             accepted = sum(s.metrics.get("n_accepted") or 0 for s in chosen)
         elif trainings and not any(s.row == name and s not in trainings for s in stages):
             candidates = accepted = size
         method = measured.get(name, {})
-        rounds.append({"name": name, "candidates": candidates, "accepted": accepted,
-                       "train_size": size,
-                       **{key: method.get(key) for key in (
-                           "success_rate", "success_rate_discriminator", "psnr_hole",
-                           "success_interval")}})
+        rounds.append(
+            {
+                "name": name,
+                "candidates": candidates,
+                "accepted": accepted,
+                "train_size": size,
+                **{
+                    key: method.get(key)
+                    for key in (
+                        "success_rate",
+                        "success_rate_discriminator",
+                        "psnr_hole",
+                        "success_interval",
+                    )
+                },
+            }
+        )
     return rounds
 
 
@@ -122,12 +169,28 @@ def collect_discriminator(stages: list[StageRecord]) -> dict:
     """The last discriminator and what its automatic acceptance was worth; earlier ones by round."""
     by_round = []
     for accepted in _take(stages, "06_auto_annotate"):
-        trained = [s for s in _take(stages, "05_train_discriminator")
-                   if stages.index(s) < stages.index(accepted)]
+        trained = [
+            s
+            for s in _take(stages, "05_train_discriminator")
+            if stages.index(s) < stages.index(accepted)
+        ]
         values = {**(trained[-1].metrics if trained else {}), **accepted.metrics}
-        by_round.append({"row": accepted.row, **{key: values.get(key) for key in (
-            *DISCRIMINATOR_KEYS, "candidates_success_rate_interval",
-            "accepted_precision_interval", "expected_precision", "n_candidates", "n_accepted")}})
+        by_round.append(
+            {
+                "row": accepted.row,
+                **{
+                    key: values.get(key)
+                    for key in (
+                        *DISCRIMINATOR_KEYS,
+                        "candidates_success_rate_interval",
+                        "accepted_precision_interval",
+                        "expected_precision",
+                        "n_candidates",
+                        "n_accepted",
+                    )
+                },
+            }
+        )
     last = {}
     for stage in _take(stages, "05_train_discriminator")[-1:]:
         last = {"auc": stage.metrics.get("auc"), "auc_interval": stage.metrics.get("auc_interval")}
@@ -141,22 +204,27 @@ def collect_summary(run_dir: Path, recipe, stages: list[StageRecord] | None = No
     evaluation = find_evaluation(stages)
     measured = evaluation.metrics if evaluation else {}
     seconds = {s.name: s.seconds for s in stages if s.seconds is not None}
-    return clean_metrics({
-        "recipe": recipe.name,
-        "rounds": collect_rounds(stages),
-        "methods": [{key: m.get(key) for key in METHOD_KEYS}
-                    for m in measured.get("methods", [])],
-        "source": measured.get("source"),
-        "comparisons": measured.get("comparisons", []),
-        "discriminator": collect_discriminator(stages),
-        "wall_seconds": {**seconds, "total": round(sum(seconds.values()), 2)},
-        "test_size": measured.get("test_size"),
-        "seed": recipe.seed if recipe.seed is not None else measured.get("seed"),
-        "judged_by": measured.get("judged_by"),
-        "user_study": study if (study := measured.get("user_study") or {}).get("answers") else None,
-        "simulated_labels": any(s.metrics.get("simulated") for s in stages),
-        "not_run": [s.name for s in stages if not s.done],
-    })
+    return clean_metrics(
+        {
+            "recipe": recipe.name,
+            "rounds": collect_rounds(stages),
+            "methods": [
+                {key: m.get(key) for key in METHOD_KEYS} for m in measured.get("methods", [])
+            ],
+            "source": measured.get("source"),
+            "comparisons": measured.get("comparisons", []),
+            "discriminator": collect_discriminator(stages),
+            "wall_seconds": {**seconds, "total": round(sum(seconds.values()), 2)},
+            "test_size": measured.get("test_size"),
+            "seed": recipe.seed if recipe.seed is not None else measured.get("seed"),
+            "judged_by": measured.get("judged_by"),
+            "user_study": study
+            if (study := measured.get("user_study") or {}).get("answers")
+            else None,
+            "simulated_labels": any(s.metrics.get("simulated") for s in stages),
+            "not_run": [s.name for s in stages if not s.done],
+        }
+    )
 
 
 # ------------------------------------------------------------------------------- what it shows
@@ -169,35 +237,50 @@ def describe_findings(summary: Mapping) -> list[str]:
     by_pair = {(c["first"], c["second"], c["measure"]): c for c in summary["comparisons"]}
     said = []
     if len(rounds) > 1:
-        said.append("Success after each round, judged by the simulated annotator: " + ", ".join(
-            f"{r['name']} {100 * r['success_rate']:.1f} %" for r in rounds) + ".")
+        said.append(
+            "Success after each round, judged by the simulated annotator: "
+            + ", ".join(f"{r['name']} {100 * r['success_rate']:.1f} %" for r in rounds)
+            + "."
+        )
     for (first, second, measure), c in by_pair.items():
         other = methods.get(second, {})
-        if measure != "accept" or methods.get(first, {}).get("row") != (rounds or [{}])[-1].get(
-                "name") or not (other.get("control") or other.get("kind") == "telea"):
+        if (
+            measure != "accept"
+            or methods.get(first, {}).get("row") != (rounds or [{}])[-1].get("name")
+            or not (other.get("control") or other.get("kind") == "telea")
+        ):
             continue
         verdict = "significant" if c["significant"] else "not significant"
-        said.append(f"{first} against {second}: {c['difference']:+.1f} points ({c['low']:+.1f} to "
-                    f"{c['high']:+.1f}), p = {c['p_value']:.2g}, {verdict}.")
+        said.append(
+            f"{first} against {second}: {c['difference']:+.1f} points ({c['low']:+.1f} to "
+            f"{c['high']:+.1f}), p = {c['p_value']:.2g}, {verdict}."
+        )
     for (first, second, measure), c in by_pair.items():
         if measure == "psnr_shadow":
             side = "nearer" if c["difference"] > 0 else "further from"
-            said.append(f"Where the shadow lies outside of the mask, {first} is {side} the truth "
-                        f"than the untouched {second}: {c['difference']:+.1f} dB "
-                        f"({c['low']:+.1f} to {c['high']:+.1f}).")
-    gaps = [(abs(m["success_rate"] - m["success_rate_discriminator"]), m["name"])
-            for m in methods.values()
-            if None not in (m["success_rate"], m["success_rate_discriminator"])]
+            said.append(
+                f"Where the shadow lies outside of the mask, {first} is {side} the truth "
+                f"than the untouched {second}: {c['difference']:+.1f} dB "
+                f"({c['low']:+.1f} to {c['high']:+.1f})."
+            )
+    gaps = [
+        (abs(m["success_rate"] - m["success_rate_discriminator"]), m["name"])
+        for m in methods.values()
+        if None not in (m["success_rate"], m["success_rate_discriminator"])
+    ]
     if gaps:
-        said.append(f"The discriminator's success rate is within {100 * max(gaps)[0]:.1f} points "
-                    "of the simulated annotator's for every method (furthest: "
-                    f"{max(gaps)[1]}).")
+        said.append(
+            f"The discriminator's success rate is within {100 * max(gaps)[0]:.1f} points "
+            "of the simulated annotator's for every method (furthest: "
+            f"{max(gaps)[1]})."
+        )
     judge = summary["discriminator"]
     if judge["accepted_precision"] is not None and judge["candidates_success_rate"]:
         said.append(
             f"Automatic acceptance kept {100 * judge['accepted_share']:.0f} % of the last round's "
             f"candidates; {100 * judge['accepted_precision']:.0f} % of what it kept is good, of "
-            f"all candidates {100 * judge['candidates_success_rate']:.0f} %.")
+            f"all candidates {100 * judge['candidates_success_rate']:.0f} %."
+        )
     return said
 
 
@@ -218,25 +301,41 @@ def write_report(run_dir: Path, recipe) -> Path:
     methods = evaluation.metrics["methods"] if evaluation else []
     study = summary["user_study"]
     versions = next((_read(s.folder / "stage.json") for s in reversed(stages) if s.done), {})
-    page = Environment(loader=PackageLoader("rorem_lib"), autoescape=True, trim_blocks=True,
-                       lstrip_blocks=True).get_template("report.html").render(
-        recipe=recipe, summary=summary, written=format_time(), versions=versions,
-        rate=tables.format_rate, number=tables.format_number,
-        findings=describe_findings(summary),
-        round_table=_to_html(tables.make_round_table(summary["rounds"]), summary["rounds"]),
-        method_table=_to_html(tables.make_method_table(methods, summary["source"]), methods),
-        comparison_table=_to_html(tables.make_comparison_table(summary["comparisons"]),
-                                  summary["comparisons"]),
-        study_table=_to_html(tables.make_study_table(study), [study]) if study else "",
-        study_figures=_embed_figures(evaluation, "user_study") if study else [],
-        pictures=_draw_figures(summary, methods),
-        cases=_embed_figures(evaluation, "cases_best", "cases_median", "cases_worst"),
-        failures=_embed_figures(evaluation, "failures"),
-        families=_embed_figures(evaluation, "families"),
-        acceptances=[(s, _embed_figures(s, "scores", "best_accepted", "worst_accepted"))
-                     for s in _take(stages, "06_auto_annotate")],
-        calibrations=[(s, _draw_calibration(s)) for s in _take(stages, "05_train_discriminator")],
-        losses=_draw_losses(stages), stages=[_describe_stage(s, run_dir) for s in stages])
+    page = (
+        Environment(
+            loader=PackageLoader("rorem_lib"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        )
+        .get_template("report.html")
+        .render(
+            recipe=recipe,
+            summary=summary,
+            written=format_time(),
+            versions=versions,
+            rate=tables.format_rate,
+            number=tables.format_number,
+            findings=describe_findings(summary),
+            round_table=_to_html(tables.make_round_table(summary["rounds"]), summary["rounds"]),
+            method_table=_to_html(tables.make_method_table(methods, summary["source"]), methods),
+            comparison_table=_to_html(
+                tables.make_comparison_table(summary["comparisons"]), summary["comparisons"]
+            ),
+            study_table=_to_html(tables.make_study_table(study), [study]) if study else "",
+            study_figures=_embed_figures(evaluation, "user_study") if study else [],
+            pictures=_draw_figures(summary, methods),
+            cases=_embed_figures(evaluation, "cases_best", "cases_median", "cases_worst"),
+            failures=_embed_figures(evaluation, "failures"),
+            families=_embed_figures(evaluation, "families"),
+            acceptances=[
+                (s, _embed_figures(s, "scores", "best_accepted", "worst_accepted"))
+                for s in _take(stages, "06_auto_annotate")
+            ],
+            calibrations=[
+                (s, _draw_calibration(s)) for s in _take(stages, "05_train_discriminator")
+            ],
+            losses=_draw_losses(stages),
+            stages=[_describe_stage(s, run_dir) for s in stages],
+        )
+    )
     write_json(run_dir / SUMMARY_FILE, summary)
     return write_text(run_dir / REPORT_FILE, page)
 
@@ -277,9 +376,14 @@ def _draw_calibration(stage: StageRecord) -> str:
     content = _read(stage.folder / CALIBRATION_FILE)
     if not (content.get("curve") or {}).get("predicted"):
         return ""
-    return _draw(figures.plot_calibration(content["curve"], content.get("roc"),
-                                          auc=stage.metrics.get("auc"),
-                                          auc_interval=stage.metrics.get("auc_interval")))
+    return _draw(
+        figures.plot_calibration(
+            content["curve"],
+            content.get("roc"),
+            auc=stage.metrics.get("auc"),
+            auc_interval=stage.metrics.get("auc_interval"),
+        )
+    )
 
 
 def _draw_losses(stages: list[StageRecord]) -> str:
@@ -294,8 +398,14 @@ def _draw_losses(stages: list[StageRecord]) -> str:
 
 def _read_history(folder: Path) -> list[dict]:
     """The logged steps of a stage's training; torn lines are left out."""
-    path = next((p for p in (folder / "metrics.jsonl", *sorted(folder.glob("*/metrics.jsonl")))
-                 if p.is_file()), None)
+    path = next(
+        (
+            p
+            for p in (folder / "metrics.jsonl", *sorted(folder.glob("*/metrics.jsonl")))
+            if p.is_file()
+        ),
+        None,
+    )
     if path is None:
         return []
     lines = []
@@ -312,13 +422,20 @@ def _read_history(folder: Path) -> list[dict]:
 def _embed_figures(stage: StageRecord | None, *names: str) -> list[tuple[str, str]]:
     """Those of a stage's saved figures that are there: (title, data URI)."""
     paths = [] if stage is None else [stage.folder / "figures" / f"{n}.png" for n in names]
-    return [(path.stem.replace("_", " "), _encode(path.read_bytes()))
-            for path in paths if path.is_file()]
+    return [
+        (path.stem.replace("_", " "), _encode(path.read_bytes()))
+        for path in paths
+        if path.is_file()
+    ]
 
 
 def _describe_stage(stage: StageRecord, run_dir: Path) -> dict:
     notebook = stage.folder / "notebook.ipynb"
-    return {"name": stage.name, "notebook": stage.notebook, "row": stage.row,
-            "seconds": stage.seconds, "done": stage.done,
-            "link": Path(os.path.relpath(notebook, run_dir)).as_posix()
-            if notebook.is_file() else None}
+    return {
+        "name": stage.name,
+        "notebook": stage.notebook,
+        "row": stage.row,
+        "seconds": stage.seconds,
+        "done": stage.done,
+        "link": Path(os.path.relpath(notebook, run_dir)).as_posix() if notebook.is_file() else None,
+    }

@@ -72,16 +72,24 @@ def read_state(row: StageRow, fingerprint: Fingerprint, folder: Path) -> StageSt
     except OSError:
         done = None
     if done == fingerprint.digest and (folder / "metrics.json").is_file():
-        return StageState(row, fingerprint, "done", "", record.get("seconds"),
-                          record.get("finished"), read_record(folder / "metrics.json"))
+        return StageState(
+            row,
+            fingerprint,
+            "done",
+            "",
+            record.get("seconds"),
+            record.get("finished"),
+            read_record(folder / "metrics.json"),
+        )
     if done or (started and started.get("base") != fingerprint.base):
-        note = describe_change((record if done else started).get("inputs", {}),
-                               fingerprint.inputs)
-        return StageState(row, fingerprint, "changed", note, record.get("seconds"),
-                          record.get("finished"))
+        note = describe_change((record if done else started).get("inputs", {}), fingerprint.inputs)
+        return StageState(
+            row, fingerprint, "changed", note, record.get("seconds"), record.get("finished")
+        )
     if started:
-        return StageState(row, fingerprint, started.get("state", "half-way"),
-                          started.get("error", ""))
+        return StageState(
+            row, fingerprint, started.get("state", "half-way"), started.get("error", "")
+        )
     return StageState(row, fingerprint, "to run")
 
 
@@ -96,8 +104,10 @@ def lock_run(run_dir: Path):
         lock.close()
         if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
             raise
-        raise RunLocked(f"another runner (pid {pid}) is at work in {run_dir}: wait for it, or end "
-                        f"it with: kill {pid}") from None
+        raise RunLocked(
+            f"another runner (pid {pid}) is at work in {run_dir}: wait for it, or end "
+            f"it with: kill {pid}"
+        ) from None
     lock.truncate(0)
     lock.write(str(os.getpid()))
     lock.flush()
@@ -129,8 +139,11 @@ def supersede_folder(folder: Path) -> None:
     shelf, fresh = folder.parent / ".superseded", folder.parent / f".{folder.name}.fresh"
     shelf.mkdir(exist_ok=True)
     place = shelf / folder.name
-    labels = [p for p in list_labels(folder)
-              if '"simulated": false' in p.read_text(encoding="utf-8", errors="replace")]
+    labels = [
+        p
+        for p in list_labels(folder)
+        if '"simulated": false' in p.read_text(encoding="utf-8", errors="replace")
+    ]
     if labels:
         place = shelf / f"{folder.name}-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
     shutil.rmtree(fresh, ignore_errors=True)
@@ -154,8 +167,14 @@ def open_folder(row: StageRow, fingerprint: Fingerprint, folder: Path) -> dict:
     elif read_record(folder / STARTED).get("base") != fingerprint.base:
         supersede_folder(folder)
     folder.mkdir(exist_ok=True)
-    started = {"stage": row.name, "fingerprint": fingerprint.digest, "base": fingerprint.base,
-               "inputs": fingerprint.inputs, "pid": os.getpid(), "started": format_time()}
+    started = {
+        "stage": row.name,
+        "fingerprint": fingerprint.digest,
+        "base": fingerprint.base,
+        "inputs": fingerprint.inputs,
+        "pid": os.getpid(),
+        "started": format_time(),
+    }
     write_json(folder / STARTED, started)
     for name in ("DONE", "metrics.json", "stage.json"):
         (folder / name).unlink(missing_ok=True)

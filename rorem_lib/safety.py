@@ -43,16 +43,22 @@ class SafetyChecker:
         revision = revision or (REVISION if model_id == CHECKER else None)
         try:
             with silence_libraries():
-                self._model = StableDiffusionSafetyChecker.from_pretrained(
-                    model_id, revision=revision).eval().to(self.device)
+                self._model = (
+                    StableDiffusionSafetyChecker.from_pretrained(model_id, revision=revision)
+                    .eval()
+                    .to(self.device)
+                )
                 self._processor = CLIPImageProcessor.from_pretrained(model_id, revision=revision)
         except OSError as error:
-            raise OSError(f"the safety checker {model_id} is in no folder, not in the Hub's cache "
-                          "and cannot be reached: run once with a network, give a folder, or go "
-                          f"without it ({str(error).splitlines()[0]})") from error
+            raise OSError(
+                f"the safety checker {model_id} is in no folder, not in the Hub's cache "
+                "and cannot be reached: run once with a network, give a folder, or go "
+                f"without it ({str(error).splitlines()[0]})"
+            ) from error
 
-    def find_unsafe(self, pictures: Iterable[np.ndarray], *, batch_size: int = 32
-                    ) -> Iterator[bool]:
+    def find_unsafe(
+        self, pictures: Iterable[np.ndarray], *, batch_size: int = 32
+    ) -> Iterator[bool]:
         """Whether each picture [H, W, 3] uint8, of any size, is unsafe; in order, lazily."""
         from rorem_lib.sdxl import silence_libraries
         from rorem_lib.workers import group_chunks
@@ -61,6 +67,7 @@ class SafetyChecker:
             inputs = self._processor(batch, return_tensors="pt").pixel_values.to(self.device)
             # It blackens what it is given to blacken; only its answer is wanted.
             with silence_libraries():
-                _, unsafe = self._model(clip_input=inputs,
-                                        images=[np.zeros((1, 1, 3)) for _ in batch])
+                _, unsafe = self._model(
+                    clip_input=inputs, images=[np.zeros((1, 1, 3)) for _ in batch]
+                )
             yield from unsafe

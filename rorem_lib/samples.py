@@ -34,12 +34,15 @@ class Share:
     resolution: int
     share: float = 1.0
 
-    def assign_shapes(self, *, unit: int, buckets: bool, step: int,
-                      least: int) -> list[list[tuple[int, int]]]:
+    def assign_shapes(
+        self, *, unit: int, buckets: bool, step: int, least: int
+    ) -> list[list[tuple[int, int]]]:
         """The training size (h, w) in px of every triplet, set by set."""
         if self.resolution % unit:
-            raise ValueError(f"a resolution of {self.resolution} px does not suit this model: take "
-                             f"a multiple of {unit}")
+            raise ValueError(
+                f"a resolution of {self.resolution} px does not suit this model: take "
+                f"a multiple of {unit}"
+            )
         square = (self.resolution, self.resolution)
         if not buckets:
             return [[square] * len(part) for part in self.sets]
@@ -58,9 +61,20 @@ class TripletSamples(Dataset):
     count) and `index` int64.
     """
 
-    def __init__(self, readers: Sequence, *, order: BucketOrder, members: list[np.ndarray],
-                 least: np.ndarray, seed: int, flip: bool, timesteps: int, variants: int = 0,
-                 variant_share: float = 0.5, picture_shape: tuple[int, int] | None = None):
+    def __init__(
+        self,
+        readers: Sequence,
+        *,
+        order: BucketOrder,
+        members: list[np.ndarray],
+        least: np.ndarray,
+        seed: int,
+        flip: bool,
+        timesteps: int,
+        variants: int = 0,
+        variant_share: float = 0.5,
+        picture_shape: tuple[int, int] | None = None,
+    ):
         self.readers, self.order, self.members, self.least = readers, order, members, least
         self.ends = np.cumsum([len(reader) for reader in readers])
         self.seed, self.flip, self.timesteps = seed, flip, timesteps
@@ -106,8 +120,9 @@ class PictureReader:
 
     def read(self, index: int, *, twin: int = 0, variant: int = 0) -> dict[str, torch.Tensor]:
         """`gt`, `source` [H, W, 3] and `mask` [H, W] uint8 of one triplet."""
-        pictures = prepare_pictures(self.triplets[index], self.sizes[index], self.spec,
-                                                 twin=twin, variant=variant)
+        pictures = prepare_pictures(
+            self.triplets[index], self.sizes[index], self.spec, twin=twin, variant=variant
+        )
         return {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in pictures.items()}
 
 

@@ -58,15 +58,19 @@ def resolve_model(model_id: str) -> str:
     """
     if str(model_id) == "builtin":
         if not (BUILTIN_FOLDER / "model_index.json").is_file():
-            raise FileNotFoundError(f"{BUILTIN_FOLDER} holds no model: reinstall the package, or "
-                                    "make it again with `python -m rorem_lib.pretrain all`")
+            raise FileNotFoundError(
+                f"{BUILTIN_FOLDER} holds no model: reinstall the package, or "
+                "make it again with `python -m rorem_lib.pretrain all`"
+            )
         return str(BUILTIN_FOLDER)
     path = Path(model_id)
     if path.is_absolute() or str(model_id).startswith((".", "~", "runs/")):
         path = path.expanduser()
         if not path.is_dir():
-            raise FileNotFoundError(f"there is no model folder {path}: run the stage that makes "
-                                    "it, or take `builtin` or a Hub id")
+            raise FileNotFoundError(
+                f"there is no model folder {path}: run the stage that makes "
+                "it, or take `builtin` or a Hub id"
+            )
         return str(path)
     return str(model_id)
 
@@ -88,15 +92,18 @@ def _open(cls, model_id: str, *, variant: str | None, **options):
         opened = cls.from_pretrained(model_id, **options)
     finally:
         diffusers_logging.set_verbosity(level)
-    logger.warning("%s has no files of the variant %s: those without a variant are taken",
-                   model_id, variant)
+    logger.warning(
+        "%s has no files of the variant %s: those without a variant are taken", model_id, variant
+    )
     return opened
 
 
 def _open_part(model_id: str, part: str, *, revision: str | None = None, **options):
     """A UNet or VAE from a folder or Hub id that holds it in `<part>/` or alone."""
-    name, kinds = {"unet": ("UNet", UNet2DConditionModel),
-                   "vae": ("VAE", (AutoencoderKL, AutoencoderTiny))}[part]
+    name, kinds = {
+        "unet": ("UNet", UNet2DConditionModel),
+        "vae": ("VAE", (AutoencoderKL, AutoencoderTiny)),
+    }[part]
     folder = resolve_model(model_id)
     where = {"revision": revision, "local_files_only": options["local_files_only"]}
     with explain_hub(folder, revision):
@@ -104,19 +111,28 @@ def _open_part(model_id: str, part: str, *, revision: str | None = None, **optio
             if has_file(folder, f"{inner}/config.json".strip("/"), **where):
                 break
         else:
-            raise FileNotFoundError(f"{folder} holds neither a pipeline (model_index.json) nor a "
-                                    f"{name} ({part}/config.json or config.json)")
+            raise FileNotFoundError(
+                f"{folder} holds neither a pipeline (model_index.json) nor a "
+                f"{name} ({part}/config.json or config.json)"
+            )
         opened = _open(AutoModel, folder, subfolder=inner or None, revision=revision, **options)
     if not isinstance(opened, kinds):
         raise ValueError(f"{model_id} is no {name}, it is a {type(opened).__name__}")
     return opened
 
 
-def load_pipeline(model_id: str = "builtin", *, unet: str = "", vae: str = "",
-                  revision: str | None = None, variant: str | None = None,
-                  dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu",
-                  base_model: str = BASE_MODEL,
-                  local_files_only: bool = False) -> StableDiffusionXLInpaintPipeline:
+def load_pipeline(
+    model_id: str = "builtin",
+    *,
+    unet: str = "",
+    vae: str = "",
+    revision: str | None = None,
+    variant: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    base_model: str = BASE_MODEL,
+    local_files_only: bool = False,
+) -> StableDiffusionXLInpaintPipeline:
     """Open an SDXL-inpainting pipeline.
 
     Args:
@@ -148,11 +164,14 @@ def load_pipeline(model_id: str = "builtin", *, unet: str = "", vae: str = "",
     parts = {}
     with silence_libraries():
         with explain_hub(folder, revision):
-            whole = has_file(folder, "model_index.json", revision=revision,
-                             local_files_only=local_files_only)
+            whole = has_file(
+                folder, "model_index.json", revision=revision, local_files_only=local_files_only
+            )
         if not whole and unet:
-            raise ValueError(f"{model_id} is no whole pipeline: with another UNet ({unet}) it has "
-                             "nothing to give; name the pipeline that the UNet goes into")
+            raise ValueError(
+                f"{model_id} is no whole pipeline: with another UNet ({unet}) it has "
+                "nothing to give; name the pipeline that the UNet goes into"
+            )
         if not whole:
             parts["unet"] = _open_part(model_id, "unet", revision=revision, **options)
             folder, revision = resolve_model(base_model), None
@@ -163,11 +182,14 @@ def load_pipeline(model_id: str = "builtin", *, unet: str = "", vae: str = "",
         with explain_hub(folder, revision):
             pipe = _open(AutoPipelineForInpainting, folder, revision=revision, **parts, **options)
     if pipe.unet.config.in_channels != 9:
-        raise ValueError(f"{unet or model_id} is no inpainting model: its UNet takes "
-                         f"{pipe.unet.config.in_channels} channels instead of 9")
+        raise ValueError(
+            f"{unet or model_id} is no inpainting model: its UNet takes "
+            f"{pipe.unet.config.in_channels} channels instead of 9"
+        )
     if (channels := pipe.vae.config.get("latent_channels", 4)) != 4:
-        raise ValueError(f"the VAE {vae or model_id} makes {channels} "
-                         "latent channels, the UNet takes 4")
+        raise ValueError(
+            f"the VAE {vae or model_id} makes {channels} latent channels, the UNet takes 4"
+        )
     for name in MODEL_PARTS[:-1]:
         getattr(pipe, name).requires_grad_(False).eval()
     pipe.set_progress_bar_config(disable=True)
@@ -208,8 +230,9 @@ def encode_prompt(pipe, prompt: str = "") -> tuple[torch.Tensor, torch.Tensor]:
     (RORem, sec. 3.3).
     """
     with torch.no_grad():
-        embeds, _, pooled, _ = pipe.encode_prompt(prompt, do_classifier_free_guidance=False,
-                                                  device=pipe.text_encoder.device)
+        embeds, _, pooled, _ = pipe.encode_prompt(
+            prompt, do_classifier_free_guidance=False, device=pipe.text_encoder.device
+        )
     return embeds.to(pipe.unet.device), pooled.to(pipe.unet.device)
 
 
@@ -224,8 +247,9 @@ def drop_text_encoders(pipe) -> None:
     torch.cuda.empty_cache()  # does nothing where CUDA was never used
 
 
-def make_time_ids(height: int, width: int, batch: int = 1, *, top: int = 0, left: int = 0,
-                  device="cpu") -> torch.Tensor:
+def make_time_ids(
+    height: int, width: int, batch: int = 1, *, top: int = 0, left: int = 0, device="cpu"
+) -> torch.Tensor:
     """SDXL's micro-conditioning [batch, 6]: original size, crop corner, target size (px).
 
     Args:
@@ -234,8 +258,9 @@ def make_time_ids(height: int, width: int, batch: int = 1, *, top: int = 0, left
         top, left: the corner at which a larger picture was cut.
         device: where the result goes.
     """
-    return torch.tensor([[height, width, top, left, height, width]], dtype=torch.float32,
-                        device=device).repeat(batch, 1)
+    return torch.tensor(
+        [[height, width, top, left, height, width]], dtype=torch.float32, device=device
+    ).repeat(batch, 1)
 
 
 def encode_images(vae, images: torch.Tensor, *, generator=None) -> torch.Tensor:
@@ -246,8 +271,11 @@ def encode_images(vae, images: torch.Tensor, *, generator=None) -> torch.Tensor:
     """
     encoded = vae.encode(images)
     if hasattr(encoded, "latent_dist"):
-        latents = (encoded.latent_dist.mode() if generator is None
-                   else encoded.latent_dist.sample(generator))
+        latents = (
+            encoded.latent_dist.mode()
+            if generator is None
+            else encoded.latent_dist.sample(generator)
+        )
     else:
         latents = encoded.latents
     return latents * vae.config.scaling_factor

@@ -40,9 +40,12 @@ def plot_sheet(triplets: Sequence[Triplet], *, title: str = "", columns: int = 8
     names = ["source", "GT"] if any(len(pair) == 2 for pair in shown) else ["source"]
     for pair in shown:
         pair += [None] * (len(names) - len(pair))
-    figure = plot_grid([sum(shown[row:row + columns], []) for row in range(0, len(shown), columns)],
-                       cell=cell, height=_find_height(sum(shown, []), cell),
-                       column_titles=names * columns)
+    figure = plot_grid(
+        [sum(shown[row : row + columns], []) for row in range(0, len(shown), columns)],
+        cell=cell,
+        height=_find_height(sum(shown, []), cell),
+        column_titles=names * columns,
+    )
     if title:
         height = figure.get_figheight()
         figure.text(0.5, 1 + 0.12 / height, title, ha="center", va="bottom", fontsize=11)
@@ -80,8 +83,13 @@ def plot_items(items: Mapping[str, Pictures], *, cell: int = 150) -> Figure:
         rows.append(row)
     titles = ["source", "mask, outlined", "mask", "GT", "change x 3, clipped"]
     names = ["\n".join(textwrap.wrap(name, 13)[:4]) if "\n" not in name else name for name in items]
-    return plot_grid(rows, row_titles=names, cell=cell, height=_find_height(sum(rows, []), cell),
-                     column_titles=titles[:max(map(len, rows))])
+    return plot_grid(
+        rows,
+        row_titles=names,
+        cell=cell,
+        height=_find_height(sum(rows, []), cell),
+        column_titles=titles[: max(map(len, rows))],
+    )
 
 
 def _find_height(pictures: Sequence[np.ndarray | None], cell: int) -> int:
@@ -97,16 +105,27 @@ def plot_rejections(reasons: Mapping[str, int], *, kept: int) -> Figure:
     figure, (axis,) = make_axes(7, 0.32 * len(names) + 0.9)
     axis.barh(names, counts, color=[BLUE] + [VERMILION] * len(reasons))
     for place, count in enumerate(counts):
-        axis.annotate(f"{count:,}  ({count / max(1, sum(counts)):.1%})", (count, place),
-                      xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+        axis.annotate(
+            f"{count:,}  ({count / max(1, sum(counts)):.1%})",
+            (count, place),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+        )
     axis.margins(x=0.2)
     axis.invert_yaxis()
     axis.set_xlabel("items", fontsize=9)
     return figure
 
 
-def plot_changes(inside: Sequence[float], outside: Sequence[float], *, min_change: float,
-                 max_change_outside: float) -> Figure:
+def plot_changes(
+    inside: Sequence[float],
+    outside: Sequence[float],
+    *,
+    min_change: float,
+    max_change_outside: float,
+) -> Figure:
     """How much source and GT differ inside of the masks, and outside, with the filters' limits.
 
     Args:
@@ -116,8 +135,9 @@ def plot_changes(inside: Sequence[float], outside: Sequence[float], *, min_chang
     """
     figure, axes = make_axes(7, 2.3, 2)
     for axis, values, limit, side, colour in (
-            (axes[0], inside, min_change, "inside", SKY),
-            (axes[1], outside, max_change_outside, "outside", ORANGE)):
+        (axes[0], inside, min_change, "inside", SKY),
+        (axes[1], outside, max_change_outside, "outside", ORANGE),
+    ):
         values = np.asarray(values, dtype=float)
         # medians are whole grey levels: a bar for each
         bins = np.arange(-0.5, max(limit, values.max()) + 1.5) if side == "outside" else 40

@@ -66,8 +66,9 @@ def summarise_set(meta: str | Path, *, sample: int = 64, seed: int = 0) -> SetSu
         if "width" in extra and "height" in extra:
             found.sizes[extra["width"], extra["height"]] += 1
         area = extra.get("mask_area")
-        found.mask_areas.append((load_image(triplet.mask, "L") >= 128).mean() if area is None
-                                else area)
+        found.mask_areas.append(
+            (load_image(triplet.mask, "L") >= 128).mean() if area is None else area
+        )
         for key in ("change_inside", "change_outside"):
             if extra.get(key) is not None:
                 getattr(found, key).append(extra[key])
@@ -81,15 +82,25 @@ def summarise_set(meta: str | Path, *, sample: int = 64, seed: int = 0) -> SetSu
 
 def tabulate_origins(summaries: Mapping[str, SetSummary]) -> pd.DataFrame:
     """Triplets by origin and licence, a column a set."""
-    table = pd.DataFrame({name: pd.Series(dict(s.origins), dtype=float)
-                          for name, s in summaries.items()}).fillna(0).astype(int)
+    table = (
+        pd.DataFrame(
+            {name: pd.Series(dict(s.origins), dtype=float) for name, s in summaries.items()}
+        )
+        .fillna(0)
+        .astype(int)
+    )
     table.index = pd.MultiIndex.from_tuples(list(table.index), names=["origin", "license"])
     return table
 
 
 def tabulate_classes(summaries: Mapping[str, SetSummary], *, top: int = 20) -> pd.DataFrame:
     """Triplets by class, the most frequent ones first, a column a set."""
-    table = pd.DataFrame({name: pd.Series(dict(s.classes), dtype=float)
-                          for name, s in summaries.items()}).fillna(0).astype(int)
+    table = (
+        pd.DataFrame(
+            {name: pd.Series(dict(s.classes), dtype=float) for name, s in summaries.items()}
+        )
+        .fillna(0)
+        .astype(int)
+    )
     order = table.sum(axis=1).sort_values(ascending=False, kind="stable").index[:top]
     return table.loc[order].rename_axis("class")

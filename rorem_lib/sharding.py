@@ -49,8 +49,10 @@ def make_handlers(device: str) -> list:
     if device == "cpu" and is_asked_for("DEEPSPEED"):
         limits["backend"] = "gloo"
     # one copy of the gradients instead of two: 10 GB of an SDXL's
-    return [InitProcessGroupKwargs(**limits),
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+    return [
+        InitProcessGroupKwargs(**limits),
+        DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+    ]
 
 
 def is_asked_for(name: str) -> bool:
@@ -59,7 +61,7 @@ def is_asked_for(name: str) -> bool:
 
 
 def find_kind(accelerator) -> str:
-    """"one", "DDP", "ZeRO-2" or "FSDP2" (also "ZeRO-1", "ZeRO-3", "FSDP1" before `prepare`)."""
+    """ "one", "DDP", "ZeRO-2" or "FSDP2" (also "ZeRO-1", "ZeRO-3", "FSDP1" before `prepare`)."""
     kind = accelerator.distributed_type
     if kind == DistributedType.DEEPSPEED:
         return f"ZeRO-{accelerator.state.deepspeed_plugin.zero_stage}"
@@ -80,23 +82,28 @@ def find_precision(accelerator) -> str:
 
 def count_global_batch(accelerator, config) -> int:
     """Samples an optimizer step, on all processes together."""
-    return (config.train_batch_size * config.gradient_accumulation_steps
-            * accelerator.num_processes)
+    return config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
 
 
 def describe(accelerator, config) -> str:
     """The line a training starts with, such as "8 processes, ZeRO-2, bf16, global batch 128"."""
     count, kind = accelerator.num_processes, find_kind(accelerator)
     precision = find_precision(accelerator)
-    words = [f"{count} process{'es' if count > 1 else ''}", *([kind] if kind != "one" else []),
-             "fp32" if precision == "no" else precision,
-             f"global batch {count_global_batch(accelerator, config)}"]
+    words = [
+        f"{count} process{'es' if count > 1 else ''}",
+        *([kind] if kind != "one" else []),
+        "fp32" if precision == "no" else precision,
+        f"global batch {count_global_batch(accelerator, config)}",
+    ]
     return ", ".join(words)
 
 
 def _is_half_on_cpu(accelerator) -> bool:
-    return (accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu"
-            and accelerator.distributed_type != DistributedType.DEEPSPEED)
+    return (
+        accelerator.mixed_precision == "fp16"
+        and accelerator.device.type == "cpu"
+        and accelerator.distributed_type != DistributedType.DEEPSPEED
+    )
 
 
 def prepare(accelerator, model, optimizer, config):
@@ -110,14 +117,19 @@ def prepare(accelerator, model, optimizer, config):
     """
     kind = find_kind(accelerator)
     if kind in ("FSDP1", "ZeRO-3"):
-        raise ValueError(f"{kind} is not supported: set fsdp_version to 2, or zero_stage to 2, in "
-                         "the file that --config_file names (fsdp2.yaml, deepspeed_zero2.yaml)")
+        raise ValueError(
+            f"{kind} is not supported: set fsdp_version to 2, or zero_stage to 2, in "
+            "the file that --config_file names (fsdp2.yaml, deepspeed_zero2.yaml)"
+        )
     if _is_half_on_cpu(accelerator):
         logger.warning("mixed_precision fp16 needs a GPU: this trains in float32")
     for name in ("FSDP", "DEEPSPEED"):
         if is_asked_for(name) and not is_divided(accelerator):
-            logger.warning("the hardware file asks for %s, which needs several GPUs: this trains "
-                           "with a whole copy of the model on each process", name)
+            logger.warning(
+                "the hardware file asks for %s, which needs several GPUs: this trains "
+                "with a whole copy of the model on each process",
+                name,
+            )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         # Only a data loader that goes through `prepare` would tell it the batch; "auto" means 1 for
         # the clipping, whatever max_grad_norm says; and the file's number of micro-batches would
@@ -133,14 +145,18 @@ def prepare(accelerator, model, optimizer, config):
         plugin = accelerator.state.fsdp_plugin
         if plugin.mixed_precision_policy is not None:  # sum gradients as DDP does, in float32
             plugin.mixed_precision_policy = dataclasses.replace(
-                plugin.mixed_precision_policy, reduce_dtype=torch.float32)
+                plugin.mixed_precision_policy, reduce_dtype=torch.float32
+            )
     return accelerator.prepare(model, optimizer)
 
 
 def _cast_inputs(module, args, kwargs):
     dtype = next(module.parameters()).dtype
-    return recursively_apply(lambda tensor: tensor.to(dtype), (args, kwargs),
-                             test_type=lambda x: torch.is_tensor(x) and x.is_floating_point())
+    return recursively_apply(
+        lambda tensor: tensor.to(dtype),
+        (args, kwargs),
+        test_type=lambda x: torch.is_tensor(x) and x.is_floating_point(),
+    )
 
 
 def backward(accelerator, loss: torch.Tensor, *, last: bool = True) -> None:
@@ -237,8 +253,9 @@ class Average(EMAModel):
     def load_state_dict(self, state_dict: dict) -> None:
         before = self.shadow_params
         super().load_state_dict(state_dict)
-        self.shadow_params = [_divide(whole, like)
-                              for whole, like in zip(self.shadow_params, before, strict=True)]
+        self.shadow_params = [
+            _divide(whole, like) for whole, like in zip(self.shadow_params, before, strict=True)
+        ]
 
 
 def _gather(tensor: torch.Tensor) -> torch.Tensor:
@@ -260,8 +277,10 @@ def copy_structure(accelerator, model):
     if not is_divided(accelerator):
         return None
     # deepcopy takes what is in `memo` as copied already: 10 GB that are not copied
-    memo = {id(p): torch.nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
-            for p in model.parameters()}
+    memo = {
+        id(p): torch.nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
+        for p in model.parameters()
+    }
     return copy.deepcopy(model, memo)
 
 
@@ -299,8 +318,14 @@ def _gather_masters(accelerator, module, state: dict) -> dict:
     """Replace ZeRO's bf16 copies by the float32 weights its optimizer steps."""
     from deepspeed.utils import safe_get_full_fp32_param
 
-    state = {name: tensor.float() if tensor.is_floating_point() else tensor
-             for name, tensor in state.items()} if accelerator.is_main_process else {}
+    state = (
+        {
+            name: tensor.float() if tensor.is_floating_point() else tensor
+            for name, tensor in state.items()
+        }
+        if accelerator.is_main_process
+        else {}
+    )
     for name, parameter in module.named_parameters():
         whole = safe_get_full_fp32_param(parameter)  # a sum over all processes
         if whole is not None and accelerator.is_main_process:

@@ -89,8 +89,10 @@ def judge_removal(source, mask, result, truth, *, limits: Limits = Limits()) -> 
         ValueError: the pictures' sizes differ.
     """
     if not source.shape == result.shape == truth.truth.shape:
-        raise ValueError(f"sizes differ: source {source.shape}, removal {result.shape}, "
-                         f"truth {truth.truth.shape}")
+        raise ValueError(
+            f"sizes differ: source {source.shape}, removal {result.shape}, "
+            f"truth {truth.truth.shape}"
+        )
     unit = source.shape[0] / 64
     lab_source, lab_result, lab_truth = map(_to_lab, (source, result, truth.truth))
     change, trace = lab_result - lab_truth, lab_source - lab_truth
@@ -108,8 +110,9 @@ def judge_removal(source, mask, result, truth, *, limits: Limits = Limits()) -> 
     colour = float(np.linalg.norm(change[hole].mean(axis=0)))
 
     # Fine detail well inside of the hole: at its edge, the surroundings would be measured too.
-    inside = cv2.erode(hole.astype(np.uint8), np.ones((3, 3), np.uint8),
-                       iterations=round(2 * unit)) > 0
+    inside = (
+        cv2.erode(hole.astype(np.uint8), np.ones((3, 3), np.uint8), iterations=round(2 * unit)) > 0
+    )
     inside = inside if inside.sum() >= 30 * unit**2 else hole
     detail = []
     for picture in (lab_result, lab_truth):
@@ -123,9 +126,15 @@ def judge_removal(source, mask, result, truth, *, limits: Limits = Limits()) -> 
     shadow = None
     if (effect > 10).sum() >= 12 * unit**2:
         shadow = _remaining(change, trace, (effect > 10).astype(np.float32))
-    measures = {"residue": residue, "shadow": shadow, "content": content,
-                "content_limit": content_limit, "colour": colour, "detail": ratio,
-                "missing": missing}
+    measures = {
+        "residue": residue,
+        "shadow": shadow,
+        "content": content,
+        "content_limit": content_limit,
+        "colour": colour,
+        "detail": ratio,
+        "missing": missing,
+    }
     failed = {
         "incomplete removal": residue > limits.residue,
         "wrong content": content > content_limit or ratio > limits.grain,
@@ -137,8 +146,15 @@ def judge_removal(source, mask, result, truth, *, limits: Limits = Limits()) -> 
     return Verdict(reason is None, reason, measures)
 
 
-def simulate_labels(candidates_meta, hidden_dir, folder, *, annotator: str = "simulated",
-                    limits: Limits = Limits(), queue: Iterable | None = None) -> list[dict]:
+def simulate_labels(
+    candidates_meta,
+    hidden_dir,
+    folder,
+    *,
+    annotator: str = "simulated",
+    limits: Limits = Limits(),
+    queue: Iterable | None = None,
+) -> list[dict]:
     """Label candidates as the simulated annotator; each label is in the log before the next.
 
     Args:
@@ -170,10 +186,22 @@ def simulate_labels(candidates_meta, hidden_dir, folder, *, annotator: str = "si
         if name in done or item.repeat:
             continue
         pictures = load_images(triplets[name])
-        verdict = judge_removal(pictures["source"], pictures["mask"], pictures["gt"],
-                                read_truth(hidden_dir, name), limits=limits)
-        log.append(name, "accept" if verdict.accept else "reject", reason=verdict.reason,
-                   order=item.order, simulated=True, content_file=triplets[name].gt)
-        verdicts.append({"id": name, "accept": verdict.accept, "reason": verdict.reason,
-                         **verdict.measures})
+        verdict = judge_removal(
+            pictures["source"],
+            pictures["mask"],
+            pictures["gt"],
+            read_truth(hidden_dir, name),
+            limits=limits,
+        )
+        log.append(
+            name,
+            "accept" if verdict.accept else "reject",
+            reason=verdict.reason,
+            order=item.order,
+            simulated=True,
+            content_file=triplets[name].gt,
+        )
+        verdicts.append(
+            {"id": name, "accept": verdict.accept, "reason": verdict.reason, **verdict.measures}
+        )
     return verdicts

@@ -25,12 +25,31 @@ from torch.utils.flop_counter import FlopCounterMode
 # What a GPU multiplies at most in bf16 without sparsity and with float32 sums, TFLOP a second, by
 # words of its name; the first row that fits counts. From the makers' data sheets.
 PEAK_TFLOPS = (
-    ("H100 PCIe", 756), ("H100 NVL", 835), ("H100", 989), ("H200 NVL", 835),
-    ("H200", 989), ("GH200", 989), ("H800 PCIe", 756), ("H800", 989),
-    ("H20", 148), ("B200", 2250), ("A100", 312), ("A800", 312), ("A40", 149.7),
-    ("A30", 165), ("A10", 125), ("L40S", 362), ("L40", 181), ("L4", 121),
-    ("RTX 6000 Ada", 364), ("RTX A6000", 154.8), ("RTX 5090", 209.5), ("RTX 4090", 165.2),
-    ("RTX 3090", 71), ("MI300X", 1307))
+    ("H100 PCIe", 756),
+    ("H100 NVL", 835),
+    ("H100", 989),
+    ("H200 NVL", 835),
+    ("H200", 989),
+    ("GH200", 989),
+    ("H800 PCIe", 756),
+    ("H800", 989),
+    ("H20", 148),
+    ("B200", 2250),
+    ("A100", 312),
+    ("A800", 312),
+    ("A40", 149.7),
+    ("A30", 165),
+    ("A10", 125),
+    ("L40S", 362),
+    ("L40", 181),
+    ("L4", 121),
+    ("RTX 6000 Ada", 364),
+    ("RTX A6000", 154.8),
+    ("RTX 5090", 209.5),
+    ("RTX 4090", 165.2),
+    ("RTX 3090", 71),
+    ("MI300X", 1307),
+)
 # mallopt's M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
 _KEEP_MEMORY = ((-4, 0), (-1, 2**31 - 1), (-2, 2**28))
 # Gradients of activations, work space and fragments, as a factor on what is kept for backward.
@@ -95,8 +114,10 @@ class SharedPromptAttention:
         if not self.fused:  # B samples with N queries each are one sample with B x N of them
             flat = hidden_states.flatten(0, 1)[None]
             return self.stock(attn, flat, states).view_as(hidden_states)
-        query, key, value = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (
-            attn.to_q(hidden_states), attn.to_k(states), attn.to_v(states)))
+        query, key, value = (
+            x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            for x in (attn.to_q(hidden_states), attn.to_k(states), attn.to_v(states))
+        )
         key, value = (x.expand(batch, -1, -1, -1) for x in (key, value))
         result = F.scaled_dot_product_attention(query, key, value)
         result = attn.to_out[0](result.transpose(1, 2).flatten(2))
@@ -124,25 +145,37 @@ def set_attention(unet, *, xformers: bool = False) -> None:
             raise ValueError(
                 f"{wish}: xformers is not installed: run `pip install -c requirements/"
                 'constraints.txt -e ".[xformers]"`, or leave the option off (attention is fused '
-                "without it)")
+                "without it)"
+            )
         if unet.device.type != "cuda":
-            raise ValueError(f"{wish} needs an NVIDIA GPU and the model is on "
-                             f"{unet.device.type}: leave the option off")
+            raise ValueError(
+                f"{wish} needs an NVIDIA GPU and the model is on "
+                f"{unet.device.type}: leave the option off"
+            )
         unet.enable_xformers_memory_efficient_attention()
         return
     fused = unet.device.type != "cpu"
     stock = AttnProcessor2_0() if fused else AttnProcessor()
     shared = SharedPromptAttention(fused=fused)
-    unet.set_attn_processor({
-        f"{name}.processor": shared if _is_plain_cross_attention(module) else stock
-        for name, module in unet.named_modules() if isinstance(module, Attention)})
+    unet.set_attn_processor(
+        {
+            f"{name}.processor": shared if _is_plain_cross_attention(module) else stock
+            for name, module in unet.named_modules()
+            if isinstance(module, Attention)
+        }
+    )
 
 
 def _is_plain_cross_attention(attn: Attention) -> bool:
     """Whether a layer is as SDXL's are: no norms or residuals of its own."""
     extras = (attn.group_norm, attn.spatial_norm, attn.norm_cross, attn.norm_q, attn.norm_k)
-    return (attn.is_cross_attention and not any(extras) and not attn.residual_connection
-            and attn.rescale_output_factor == 1 and attn.scale_qk)
+    return (
+        attn.is_cross_attention
+        and not any(extras)
+        and not attn.residual_connection
+        and attn.rescale_output_factor == 1
+        and attn.scale_qk
+    )
 
 
 def prepare_training(unet, *, xformers: bool = False, channels_last: bool | None = None):
@@ -176,10 +209,12 @@ def compile_unet(unet, *, backend: str = "inductor") -> None:
     variable, names = ("CC", ("gcc", "clang", "cc")) if gpu else ("CXX", ("g++", "clang++", "c++"))
     wish = os.environ.get(variable, "").split()[:1]
     if backend == "inductor" and not any(map(shutil.which, wish or names)):
-        raise ValueError(f"torch_compile needs a {'C' if gpu else 'C++'} compiler and there is "
-                         f"no {' or '.join(wish or names)} here: install one (for example "
-                         f"`apt-get install g++`), name it in {variable}, or set torch_compile "
-                         "to false")
+        raise ValueError(
+            f"torch_compile needs a {'C' if gpu else 'C++'} compiler and there is "
+            f"no {' or '.join(wish or names)} here: install one (for example "
+            f"`apt-get install g++`), name it in {variable}, or set torch_compile "
+            "to false"
+        )
     # All blocks share one line of code, so the limit counts the graphs of all of them together.
     dynamo = torch._dynamo.config
     for limit in ("recompile_limit", "accumulated_recompile_limit"):
@@ -221,8 +256,10 @@ def find_peak_flops(device) -> float | None:
         except ValueError:
             peak = math.nan
         if not 0 < peak < math.inf:
-            raise ValueError(f"ROREM_PEAK_TFLOPS is {given!r}: give the device's peak in TFLOP a "
-                             "second, for example 989, or unset it")
+            raise ValueError(
+                f"ROREM_PEAK_TFLOPS is {given!r}: give the device's peak in TFLOP a "
+                "second, for example 989, or unset it"
+            )
         return peak * 1e12
     device = torch.device(device)
     if device.type != "cuda":
@@ -230,12 +267,14 @@ def find_peak_flops(device) -> float | None:
     words = torch.cuda.get_device_name(device).replace("-", " ").split()
     if {"D", "Laptop", "MIG"} & set(words):  # less than the name promises
         return None
-    return next((peak * 1e12 for name, peak in PEAK_TFLOPS if set(name.split()) <= set(words)),
-                None)
+    return next(
+        (peak * 1e12 for name, peak in PEAK_TFLOPS if set(name.split()) <= set(words)), None
+    )
 
 
-def count_activation_bytes(unet, height: int, width: int, *, precision: str = "no",
-                           encoder_tokens: int = 77) -> int:
+def count_activation_bytes(
+    unet, height: int, width: int, *, precision: str = "no", encoder_tokens: int = 77
+) -> int:
     """Bytes of activations that one image keeps for the backward pass without checkpointing.
 
     Every storage counts once; weights do not count. Frozen layers keep less, so LoRA's need is
@@ -269,9 +308,17 @@ def count_activation_bytes(unet, height: int, width: int, *, precision: str = "n
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def choose_checkpointing(unet, sizes: Sequence[tuple[int, int]], batch_size: int, *,
-                         bytes_free: int, states_bytes: int, gradients_bytes: int,
-                         gradients_stay: bool, precision: str) -> bool:
+def choose_checkpointing(
+    unet,
+    sizes: Sequence[tuple[int, int]],
+    batch_size: int,
+    *,
+    bytes_free: int,
+    states_bytes: int,
+    gradients_bytes: int,
+    gradients_stay: bool,
+    precision: str,
+) -> bool:
     """Whether gradient checkpointing is needed for a micro-batch to fit in memory.
 
     Checkpointing computes the forward pass twice (a third more work), so it is for those who must.
@@ -296,16 +343,21 @@ def choose_checkpointing(unet, sizes: Sequence[tuple[int, int]], batch_size: int
         need += 2 * sum(p.numel() for p in unet.parameters())
     activations = batch_size * max(
         count_activation_bytes(unet, height, width, precision=precision)
-        for height, width in set(sizes))
-    need += max(ACTIVATION_MARGIN * activations + gradients_stay * gradients_bytes,
-                activations / 2 + gradients_bytes)
+        for height, width in set(sizes)
+    )
+    need += max(
+        ACTIVATION_MARGIN * activations + gradients_stay * gradients_bytes,
+        activations / 2 + gradients_bytes,
+    )
     return need > bytes_free
 
 
 def _copy_to_meta(unet):
     """A copy without data: same layers, LoRA included, same `requires_grad`."""
-    memo = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
-            for p in unet.parameters()}
+    memo = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+        for p in unet.parameters()
+    }
     memo |= {id(b): torch.empty_like(b, device="meta") for b in unet.buffers()}
     return copy.deepcopy(unet, memo)
 
@@ -315,6 +367,7 @@ def _imitate_autocast(model, *, norms: bool) -> None:
 
     Matrix products take half precision. Norms take float32 on GPUs (`norms`), not on CPUs.
     """
+
     def cast(dtype):
         return lambda module, inputs: (inputs[0].to(dtype), *inputs[1:])
 
@@ -342,8 +395,12 @@ def _run_once(model, height: int, width: int, tokens: int) -> None:
     config = model.config
     pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
     with torch.device("meta"):
-        model(torch.empty(1, config.in_channels, height, width),
-              torch.empty(1, dtype=torch.int64),
-              torch.empty(1, tokens, config.cross_attention_dim),
-              added_cond_kwargs={"text_embeds": torch.empty(1, pooled),
-                                 "time_ids": torch.empty(1, 6)})
+        model(
+            torch.empty(1, config.in_channels, height, width),
+            torch.empty(1, dtype=torch.int64),
+            torch.empty(1, tokens, config.cross_attention_dim),
+            added_cond_kwargs={
+                "text_embeds": torch.empty(1, pooled),
+                "time_ids": torch.empty(1, 6),
+            },
+        )

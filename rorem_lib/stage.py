@@ -46,14 +46,22 @@ def describe_environment() -> dict:
             versions[package] = None
     commit = _ask_git("rev-parse", "HEAD")
     changes = _ask_git("status", "--porcelain", "--untracked-files=no") if commit else None
-    return {"versions": versions, "commit": commit,
-            "dirty": None if changes is None else bool(changes)}
+    return {
+        "versions": versions,
+        "commit": commit,
+        "dirty": None if changes is None else bool(changes),
+    }
 
 
 def _ask_git(*arguments: str) -> str | None:
     try:
-        answer = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True,
-                                text=True, timeout=20, stdin=subprocess.DEVNULL)
+        answer = subprocess.run(
+            ["git", "-C", str(ROOT), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            stdin=subprocess.DEVNULL,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return answer.stdout.strip() if answer.returncode == 0 else None
@@ -124,6 +132,7 @@ class Stage:
 
         shown = time.monotonic()
         with tqdm(unit=unit, disable=self.batch) as bar:
+
             def update(done: int, total: int, note: str = "") -> None:
                 nonlocal shown
                 bar.total = total
@@ -143,11 +152,18 @@ class Stage:
         if not self.batch and not (self.folder / STARTED).exists():
             write_json(self.folder / "metrics.json", clean_metrics(metrics))
             ended = time.time()
-            write_json(self.folder / "stage.json", {
-                "stage": "alone", "notebook": self.notebook,
-                "parameters": clean_metrics(self.parameters), **describe_environment(),
-                "seconds": round(ended - self.started, 2),
-                "started": format_time(self.started), "finished": format_time(ended)})
+            write_json(
+                self.folder / "stage.json",
+                {
+                    "stage": "alone",
+                    "notebook": self.notebook,
+                    "parameters": clean_metrics(self.parameters),
+                    **describe_environment(),
+                    "seconds": round(ended - self.started, 2),
+                    "started": format_time(self.started),
+                    "finished": format_time(ended),
+                },
+            )
             write_text(self.folder / "DONE", f"alone {datetime.now(UTC).isoformat()}\n")
         else:
             write_json(self.folder / "metrics.json", clean_metrics(metrics))
@@ -170,8 +186,11 @@ def start_stage(output_dir, *, notebook: str) -> Stage:
         for name in ("DONE", "metrics.json"):
             (folder / name).unlink(missing_ok=True)
     except OSError as error:
-        raise OSError(error.errno, f"the stage's folder {folder} can't be written: "
-                                   f"{error.strerror}; choose another output_dir") from error
+        raise OSError(
+            error.errno,
+            f"the stage's folder {folder} can't be written: "
+            f"{error.strerror}; choose another output_dir",
+        ) from error
     log = logging.getLogger("rorem_lib")
     if not log.handlers:
         handler = logging.StreamHandler(sys.stdout)

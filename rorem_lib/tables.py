@@ -36,8 +36,9 @@ def is_fast(method: Mapping) -> bool:
 
 def find_final(methods: Sequence[Mapping]) -> Mapping | None:
     """The final remover: the last round, or the last remover where no method is a round."""
-    slow = [m for m in methods if m["kind"] == "remover" and not m.get("control")
-            and not is_fast(m)]
+    slow = [
+        m for m in methods if m["kind"] == "remover" and not m.get("control") and not is_fast(m)
+    ]
     return (list_rounds(methods) or slow or [None])[-1]
 
 
@@ -61,8 +62,13 @@ def list_pairs(methods: Sequence[Mapping]) -> list[tuple[str, str]]:
     return [p for p in dict.fromkeys(pairs) if p[0] != p[1]]
 
 
-def compare_methods(results: pd.DataFrame, pairs: Sequence[tuple[str, str]], *,
-                    measure: str = "accept", seed: int = 0) -> list[dict]:
+def compare_methods(
+    results: pd.DataFrame,
+    pairs: Sequence[tuple[str, str]],
+    *,
+    measure: str = "accept",
+    seed: int = 0,
+) -> list[dict]:
     """Paired comparisons on the pictures both methods have.
 
     Args:
@@ -82,8 +88,15 @@ def compare_methods(results: pd.DataFrame, pairs: Sequence[tuple[str, str]], *,
         both = columns[[first, second]].dropna().astype(float)
         if len(both):
             comparison = compare_paired(both[first], both[second], seed=seed)
-            comparisons.append({"first": first, "second": second, "measure": measure,
-                                **asdict(comparison), "significant": comparison.significant})
+            comparisons.append(
+                {
+                    "first": first,
+                    "second": second,
+                    "measure": measure,
+                    **asdict(comparison),
+                    "significant": comparison.significant,
+                }
+            )
     return comparisons
 
 
@@ -98,10 +111,12 @@ def compare_all(evaluation, *, seed: int = 0) -> list[dict]:
     final = find_final(methods)
     if final is not None:
         others = [m["name"] for m in methods if m["kind"] != "remover" or m.get("control")]
-        comparisons += compare_methods(results, [(final["name"], o) for o in others],
-                                       measure="psnr_hole", seed=seed)
-        comparisons += compare_methods(results, [(final["name"], SOURCE)], measure="psnr_shadow",
-                                       seed=seed)
+        comparisons += compare_methods(
+            results, [(final["name"], o) for o in others], measure="psnr_hole", seed=seed
+        )
+        comparisons += compare_methods(
+            results, [(final["name"], SOURCE)], measure="psnr_shadow", seed=seed
+        )
     return comparisons
 
 
@@ -130,18 +145,23 @@ def make_method_table(methods: Sequence[Mapping], source: Mapping | None = None)
     """
     rows = [] if source is None else [{"name": "source (untouched)", **source}]
     lpips = any(m.get("lpips_hole") is not None for m in methods)
-    table = pd.DataFrame([{
-        "method": m["name"],
-        SUCCESS: format_rate(m.get("success_rate"), m.get("success_interval")),
-        GUESSED: format_rate(m.get("success_rate_discriminator")),
-        "PSNR hole (dB)": format_number(m.get("psnr_hole")),
-        "PSNR shadow (dB)": format_number(m.get("psnr_shadow")),
-        "PSNR background (dB)": format_number(m.get("psnr_background")),
-        "SSIM hole": format_number(m.get("ssim_hole"), 3),
-        **({"LPIPS hole": format_number(m.get("lpips_hole"), 4)} if lpips else {}),
-        "s an image": format_number(m.get("seconds_per_image"), 4),
-        "UNet calls": format_number(m.get("unet_calls"), 0),
-    } for m in [*rows, *methods]])
+    table = pd.DataFrame(
+        [
+            {
+                "method": m["name"],
+                SUCCESS: format_rate(m.get("success_rate"), m.get("success_interval")),
+                GUESSED: format_rate(m.get("success_rate_discriminator")),
+                "PSNR hole (dB)": format_number(m.get("psnr_hole")),
+                "PSNR shadow (dB)": format_number(m.get("psnr_shadow")),
+                "PSNR background (dB)": format_number(m.get("psnr_background")),
+                "SSIM hole": format_number(m.get("ssim_hole"), 3),
+                **({"LPIPS hole": format_number(m.get("lpips_hole"), 4)} if lpips else {}),
+                "s an image": format_number(m.get("seconds_per_image"), 4),
+                "UNet calls": format_number(m.get("unet_calls"), 0),
+            }
+            for m in [*rows, *methods]
+        ]
+    )
     return table.set_index("method") if len(table) else table
 
 
@@ -153,37 +173,67 @@ def make_round_table(rounds: Sequence[Mapping]) -> pd.DataFrame:
             `success_interval`, `success_rate_discriminator`, `psnr_hole`; None or missing where a
             round has none.
     """
-    table = pd.DataFrame([{
-        "round": r["name"],
-        "candidates": format_number(r.get("candidates"), 0),
-        "accepted": format_number(r.get("accepted"), 0)
-        + (f" ({100 * r['accepted'] / r['candidates']:.0f} %)"
-           if r.get("accepted") is not None and r.get("candidates") else ""),
-        "training size": format_number(r.get("train_size"), 0),
-        SUCCESS: format_rate(r.get("success_rate"), r.get("success_interval")),
-        GUESSED: format_rate(r.get("success_rate_discriminator")),
-        "PSNR hole (dB)": format_number(r.get("psnr_hole")),
-    } for r in rounds], columns=["round", "candidates", "accepted", "training size", SUCCESS,
-                                 GUESSED, "PSNR hole (dB)"])
+    table = pd.DataFrame(
+        [
+            {
+                "round": r["name"],
+                "candidates": format_number(r.get("candidates"), 0),
+                "accepted": format_number(r.get("accepted"), 0)
+                + (
+                    f" ({100 * r['accepted'] / r['candidates']:.0f} %)"
+                    if r.get("accepted") is not None and r.get("candidates")
+                    else ""
+                ),
+                "training size": format_number(r.get("train_size"), 0),
+                SUCCESS: format_rate(r.get("success_rate"), r.get("success_interval")),
+                GUESSED: format_rate(r.get("success_rate_discriminator")),
+                "PSNR hole (dB)": format_number(r.get("psnr_hole")),
+            }
+            for r in rounds
+        ],
+        columns=[
+            "round",
+            "candidates",
+            "accepted",
+            "training size",
+            SUCCESS,
+            GUESSED,
+            "PSNR hole (dB)",
+        ],
+    )
     return table.set_index("round")
 
 
 def make_comparison_table(comparisons: Sequence[Mapping]) -> pd.DataFrame:
     """Paired comparisons: differences with 95 % bootstrap intervals, McNemar's exact p."""
-    names = {"accept": "success, simulated annotator", "psnr_hole": "PSNR hole",
-             "psnr_shadow": "PSNR shadow"}
-    return pd.DataFrame([{
-        "first": c["first"], "minus": c["second"],
-        "measure": names.get(c["measure"], c["measure"]),
-        "difference": f"{c['difference']:+.1f} points" if c["p_value"] is not None
-        else f"{c['difference']:+.2f} dB",
-        "95 % interval": (f"{c['low']:+.1f} to {c['high']:+.1f}" if c["p_value"] is not None
-                          else f"{c['low']:+.2f} to {c['high']:+.2f}"),
-        "p (McNemar)": _format_p(c["p_value"]),
-        "only first / only second": MISSING if c["p_value"] is None
-        else f"{c['only_first']} / {c['only_second']}",
-        "pictures": c["n"],
-    } for c in comparisons])
+    names = {
+        "accept": "success, simulated annotator",
+        "psnr_hole": "PSNR hole",
+        "psnr_shadow": "PSNR shadow",
+    }
+    return pd.DataFrame(
+        [
+            {
+                "first": c["first"],
+                "minus": c["second"],
+                "measure": names.get(c["measure"], c["measure"]),
+                "difference": f"{c['difference']:+.1f} points"
+                if c["p_value"] is not None
+                else f"{c['difference']:+.2f} dB",
+                "95 % interval": (
+                    f"{c['low']:+.1f} to {c['high']:+.1f}"
+                    if c["p_value"] is not None
+                    else f"{c['low']:+.2f} to {c['high']:+.2f}"
+                ),
+                "p (McNemar)": _format_p(c["p_value"]),
+                "only first / only second": MISSING
+                if c["p_value"] is None
+                else f"{c['only_first']} / {c['only_second']}",
+                "pictures": c["n"],
+            }
+            for c in comparisons
+        ]
+    )
 
 
 def make_study_table(study: Mapping) -> pd.DataFrame:
@@ -193,21 +243,35 @@ def make_study_table(study: Mapping) -> pd.DataFrame:
         study: what `user_study.summarise_study` returns.
     """
     if study["preferences"]:
-        return pd.DataFrame([{
-            "first": p["first"], "second": p["second"], "pictures": p["n"],
-            "answers": p["n_answers"],
-            "first better / same / second better (%)": " / ".join(
-                f"{100 * p[x]:.0f}" for x in ("prefers_first", "same", "prefers_second")),
-            "preference for the first (%)": format_rate(p["preference"], p["interval"]),
-            "p (sign test)": _format_p(p["p_value"]),
-        } for p in study["preferences"]]).set_index("first")
-    table = pd.DataFrame([{
-        "method": m["name"], "pictures": m["n"],
-        "success, people (%)": format_rate(m["success_rate"], m["success_interval"]),
-        SUCCESS: format_rate(m["simulated_rate"]),
-        "both say the same (%)": format_rate(m["same_verdict"]),
-    } for m in study["methods"]], columns=["method", "pictures", "success, people (%)", SUCCESS,
-                                           "both say the same (%)"])
+        return pd.DataFrame(
+            [
+                {
+                    "first": p["first"],
+                    "second": p["second"],
+                    "pictures": p["n"],
+                    "answers": p["n_answers"],
+                    "first better / same / second better (%)": " / ".join(
+                        f"{100 * p[x]:.0f}" for x in ("prefers_first", "same", "prefers_second")
+                    ),
+                    "preference for the first (%)": format_rate(p["preference"], p["interval"]),
+                    "p (sign test)": _format_p(p["p_value"]),
+                }
+                for p in study["preferences"]
+            ]
+        ).set_index("first")
+    table = pd.DataFrame(
+        [
+            {
+                "method": m["name"],
+                "pictures": m["n"],
+                "success, people (%)": format_rate(m["success_rate"], m["success_interval"]),
+                SUCCESS: format_rate(m["simulated_rate"]),
+                "both say the same (%)": format_rate(m["same_verdict"]),
+            }
+            for m in study["methods"]
+        ],
+        columns=["method", "pictures", "success, people (%)", SUCCESS, "both say the same (%)"],
+    )
     return table.set_index("method")
 
 
@@ -224,13 +288,21 @@ def make_family_table(results: pd.DataFrame, methods: Sequence[Mapping]) -> pd.D
     judged = results[results.accept.notna() & results.family.notna()]
     new = judged.family.isin(NEW)
     groups = {"known": judged[~new], "new": judged[new]}
-    groups |= {f"{family}{' *' if family in NEW else ''}": rows
-               for family, rows in judged.groupby("family")}
+    groups |= {
+        f"{family}{' *' if family in NEW else ''}": rows
+        for family, rows in judged.groupby("family")
+    }
     names = [m["name"] for m in methods]
-    table = pd.DataFrame({
-        f"{group} ({rows.id.nunique()})":
-            rows.groupby("method").accept.agg(lambda c: float(np.mean(c.astype(bool))))
-        for group, rows in groups.items() if len(rows)}, dtype=float)
+    table = pd.DataFrame(
+        {
+            f"{group} ({rows.id.nunique()})": rows.groupby("method").accept.agg(
+                lambda c: float(np.mean(c.astype(bool)))
+            )
+            for group, rows in groups.items()
+            if len(rows)
+        },
+        dtype=float,
+    )
     table = table.reindex([n for n in names if n in table.index])
     table.attrs["methods"] = list(methods)
     return table
@@ -242,8 +314,11 @@ def split_success(results: pd.DataFrame, name: str) -> dict:
     new, split = rows.family.isin(NEW), {}
     for title, part in (("known", rows[~new]), ("new", rows[new])):
         good, n = int(part.accept.astype(bool).sum()), len(part)
-        split[title] = {"success_rate": good / n if n else None, "n": n,
-                        "interval": list(wilson_interval(good, n))}
+        split[title] = {
+            "success_rate": good / n if n else None,
+            "n": n,
+            "interval": list(wilson_interval(good, n)),
+        }
     return split
 
 
@@ -257,14 +332,18 @@ def choose_cases(results: pd.DataFrame, name: str, *, count: int = 3) -> dict[st
     rows = results[results.method == name].dropna(subset=["psnr_hole"])
     rows = rows.sort_values("psnr_hole", ascending=False, kind="stable")
     middle = sorted(range(len(rows)), key=lambda place: abs(place - (len(rows) - 1) / 2))
-    ranked = {"best": list(range(len(rows))), "median": middle,
-              "worst": list(range(len(rows)))[::-1]}
+    ranked = {
+        "best": list(range(len(rows))),
+        "median": middle,
+        "worst": list(range(len(rows)))[::-1],
+    }
     ids, families = rows.id.tolist(), rows.family.tolist()
     cases, shown = {}, set()
     for title, places in ranked.items():
         places = [p for p in places if ids[p] not in shown]
-        fresh = [p for n, p in enumerate(places)
-                 if families[p] not in {families[q] for q in places[:n]}]
+        fresh = [
+            p for n, p in enumerate(places) if families[p] not in {families[q] for q in places[:n]}
+        ]
         cases[title] = [ids[p] for p in (*fresh, *(q for q in places if q not in fresh))][:count]
         shown |= set(cases[title])
     return cases

@@ -52,7 +52,8 @@ def check_finite(value, name: str, step: int) -> None:
     if value is not None and not math.isfinite(float(value)):
         raise FloatingPointError(
             f"the {name} is {float(value)} at step {step}: lower learning_rate, or use bf16 or "
-            "float32 in the place of fp16, and begin anew or from a checkpoint before this step")
+            "float32 in the place of fp16, and begin anew or from a checkpoint before this step"
+        )
 
 
 def _append_line(path: Path, line: dict) -> None:
@@ -81,8 +82,14 @@ class Tracker:
             None leaves `mfu` out.
     """
 
-    def __init__(self, accelerator, config, folder: Path, batch_total: int,
-                 flops_per_image: float | None = None):
+    def __init__(
+        self,
+        accelerator,
+        config,
+        folder: Path,
+        batch_total: int,
+        flops_per_image: float | None = None,
+    ):
         self.accelerator, self.config, self.folder = accelerator, config, Path(folder)
         self.batch_total, self.flops_per_image = batch_total, flops_per_image
         self.device = torch.device(accelerator.device)
@@ -109,8 +116,10 @@ class Tracker:
             ValueError: the names are not those of the first call.
         """
         if self.window and values.keys() != self.window.keys():
-            raise ValueError(f"an objective logged {', '.join(values)} after "
-                             f"{', '.join(self.window)}: the names must stay the same")
+            raise ValueError(
+                f"an objective logged {', '.join(values)} after "
+                f"{', '.join(self.window)}: the names must stay the same"
+            )
         for name, value in values.items():
             self.window.setdefault(name, []).append(value.detach())
         self.micro_batches += 1
@@ -161,18 +170,27 @@ class Tracker:
         norm = None if norm is None else float(norm)
         if norm is not None and math.isfinite(norm):
             line["grad_norm"] = round(norm, 4)
-        line |= {"images_per_second": round(steps * self.batch_total / seconds, 2),
-                 "seconds_left": round((self.config.max_train_steps - step) * seconds / steps, 1),
-                 "memory_gb": round(memory / 1e9, 3)}
+        line |= {
+            "images_per_second": round(steps * self.batch_total / seconds, 2),
+            "seconds_left": round((self.config.max_train_steps - step) * seconds / steps, 1),
+            "memory_gb": round(memory / 1e9, 3),
+        }
         if self.peak and self.flops_per_image:
             done = self.flops_per_image * self.micro_batches * self.config.train_batch_size
             line["mfu"] = round(done / seconds / self.peak, 4)
         if self.accelerator.is_main_process:
             _append_line(self.folder / "metrics.jsonl", line)
-            logger.info("step %d/%d  loss %.4f  lr %.2g  %.1f images/s%s  %.1f GB  %d s left", step,
-                        self.config.max_train_steps, line["loss"], lr, line["images_per_second"],
-                        f"  MFU {line['mfu']:.1%}" if "mfu" in line else "", line["memory_gb"],
-                        line["seconds_left"])
+            logger.info(
+                "step %d/%d  loss %.4f  lr %.2g  %.1f images/s%s  %.1f GB  %d s left",
+                step,
+                self.config.max_train_steps,
+                line["loss"],
+                lr,
+                line["images_per_second"],
+                f"  MFU {line['mfu']:.1%}" if "mfu" in line else "",
+                line["memory_gb"],
+                line["seconds_left"],
+            )
         self.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=step)
         self.begin()
         return line
@@ -182,8 +200,10 @@ class Tracker:
         rows = []
         for values in self.window.values():
             # A scalar that is NaN is a loss gone wrong; only a sample's NaN means absent.
-            absent = [value.isnan() if value.ndim else torch.zeros_like(value, dtype=torch.bool)
-                      for value in values]
+            absent = [
+                value.isnan() if value.ndim else torch.zeros_like(value, dtype=torch.bool)
+                for value in values
+            ]
             flat = torch.cat([value.flatten().float() for value in values])
             here = ~torch.cat([mask.flatten() for mask in absent])
             if self.accelerator.scaler is not None:  # it skips a step that overflows
@@ -225,13 +245,18 @@ def check_report_to(name: str) -> None:
     if name == "none" or name in installed or (name == "all" and installed):
         return
     if name == "all" or name in EXTRA_TRACKERS:
-        raise ValueError(f"report_to is {name}, which is not installed: run `pip install -c "
-                         'requirements/constraints.txt -e ".[trackers]"`, or set report_to to none')
+        raise ValueError(
+            f"report_to is {name}, which is not installed: run `pip install -c "
+            'requirements/constraints.txt -e ".[trackers]"`, or set report_to to none'
+        )
     if name in LOGGER_TYPE_TO_CLASS:
-        raise ValueError(f"report_to is {name}, which is not installed: install its package, or "
-                         f"take one of {', '.join(EXTRA_TRACKERS)} or none")
-    raise ValueError(f"report_to is {name!r}: take none, all or one of "
-                     f"{', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
+        raise ValueError(
+            f"report_to is {name}, which is not installed: install its package, or "
+            f"take one of {', '.join(EXTRA_TRACKERS)} or none"
+        )
+    raise ValueError(
+        f"report_to is {name!r}: take none, all or one of {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}"
+    )
 
 
 def start_trackers(accelerator, config) -> None:
@@ -244,12 +269,14 @@ def start_trackers(accelerator, config) -> None:
             value = ", ".join(map(str, value))
         settings[name] = value if isinstance(value, (bool, int, float, str)) else str(value)
     Path(accelerator.logging_dir).mkdir(parents=True, exist_ok=True)
-    accelerator.init_trackers("rorem", config=settings,
-                              init_kwargs={"wandb": {"dir": accelerator.logging_dir}})
+    accelerator.init_trackers(
+        "rorem", config=settings, init_kwargs={"wandb": {"dir": accelerator.logging_dir}}
+    )
 
 
-def describe_out_of_memory(error: BaseException, config,
-                           sizes: Sequence[tuple[int, int]] = ()) -> str | None:
+def describe_out_of_memory(
+    error: BaseException, config, sizes: Sequence[tuple[int, int]] = ()
+) -> str | None:
     """What to lower when a training's memory did not suffice.
 
     Args:
@@ -261,8 +288,11 @@ def describe_out_of_memory(error: BaseException, config,
         A sentence, or None where the error is another one.
     """
     text = str(error).lower()
-    if not (isinstance(error, (torch.OutOfMemoryError, MemoryError))
-            or isinstance(error, RuntimeError) and any(sign in text for sign in OOM_SIGNS)):
+    if not (
+        isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        or isinstance(error, RuntimeError)
+        and any(sign in text for sign in OOM_SIGNS)
+    ):
         return None
     on_gpu = isinstance(error, torch.OutOfMemoryError) or text.startswith(("cu", "hip"))
 
@@ -270,8 +300,10 @@ def describe_out_of_memory(error: BaseException, config,
     ways = []
     if batch > 1:
         part = next(n for n in range(2, batch + 1) if batch % n == 0)
-        ways.append(f"train_batch_size {batch // part} with gradient_accumulation_steps "
-                    f"{times * part} (the training stays the same)")
+        ways.append(
+            f"train_batch_size {batch // part} with gradient_accumulation_steps "
+            f"{times * part} (the training stays the same)"
+        )
     if not getattr(config, "gradient_checkpointing", True):
         ways.append("gradient_checkpointing")
     if on_gpu and not getattr(config, "use_8bit_adam", True):
@@ -279,8 +311,10 @@ def describe_out_of_memory(error: BaseException, config,
     if not getattr(config, "lora_rank", 1) and not hasattr(config, "rank"):
         ways.append("lora_rank 64 (in the place of all weights)")
     if on_gpu and not any(map(sharding.is_asked_for, ("DEEPSPEED", "FSDP"))):
-        ways.append("several GPUs with `accelerate launch --config_file notebooks/recipes/"
-                    "accelerate/deepspeed_zero2.yaml`")
+        ways.append(
+            "several GPUs with `accelerate launch --config_file notebooks/recipes/"
+            "accelerate/deepspeed_zero2.yaml`"
+        )
     if not sizes:
         names = ["resolution"]
         if getattr(config, "high_resolution_meta_path", ()):
@@ -291,8 +325,11 @@ def describe_out_of_memory(error: BaseException, config,
         height, width = max(sizes, key=math.prod)
         where += f" at {width} x {height} px"
         ways.append("a lower resolution")
-    advice = (f"any of this lowers what is needed: {', '.join(ways)}" if ways else
-              "there is nothing left to lower")
+    advice = (
+        f"any of this lowers what is needed: {', '.join(ways)}"
+        if ways
+        else "there is nothing left to lower"
+    )
     return f"out of memory{where} with train_batch_size {batch}: {advice}"
 
 
@@ -304,8 +341,11 @@ def merge_chunks(parts: list[tuple[float, dict]]) -> dict:
     merged = {}
     for name, value in parts[0][1].items():
         values = [shown[name].detach() for _, shown in parts]
-        merged[name] = torch.cat(values) if value.ndim else sum(
-            share * v for (share, _), v in zip(parts, values))
+        merged[name] = (
+            torch.cat(values)
+            if value.ndim
+            else sum(share * v for (share, _), v in zip(parts, values))
+        )
     return merged
 
 

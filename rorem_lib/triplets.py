@@ -69,8 +69,9 @@ class TripletWriter:
     def done_ids(self) -> set[str]:
         """Ids that are in the set already."""
         old = set() if self._restart else {record["id"] for record in self._read_old()}
-        return old.union(str(record["id"]) for path in self._list_journals()
-                         for _, record in read_lines(path))
+        return old.union(
+            str(record["id"]) for path in self._list_journals() for _, record in read_lines(path)
+        )
 
     def __enter__(self) -> TripletWriter:
         return self
@@ -106,8 +107,13 @@ class TripletWriter:
 
     def add_triplet(self, triplet: Triplet, **changes) -> None:
         """Take over a triplet of another set, its files reused, some keys changed or added."""
-        known = {"id": triplet.id, "source": triplet.source, "mask": triplet.mask,
-                 "gt": triplet.gt, "group": triplet.group}
+        known = {
+            "id": triplet.id,
+            "source": triplet.source,
+            "mask": triplet.mask,
+            "gt": triplet.gt,
+            "group": triplet.group,
+        }
         self.add(**{**triplet.extra, **known, **changes})
 
     def close(self, *, drop: Collection[str] = ()) -> Path:
@@ -125,13 +131,21 @@ class TripletWriter:
             for old in self._read_old():
                 new = index[old["id"]] if old["id"] in index else {}
                 # only files named after the id are this record's own
-                leftover |= {old[key] for key in FOLDERS.values()
-                             if old.get(key) and old[key] != new.get(key)
-                             and Path(old[key]).stem == old["id"]}
+                leftover |= {
+                    old[key]
+                    for key in FOLDERS.values()
+                    if old.get(key)
+                    and old[key] != new.get(key)
+                    and Path(old[key]).stem == old["id"]
+                }
             for name in filter(index.__contains__, drop):
                 leftover |= {index[name][key] for key in FOLDERS.values() if key in index[name]}
-            write_list(meta, _keep_files(
-                (record for record in index.items() if record["id"] not in drop), leftover))
+            write_list(
+                meta,
+                _keep_files(
+                    (record for record in index.items() if record["id"] not in drop), leftover
+                ),
+            )
         for journal in (*self._list_journals(), self._aside):
             journal.unlink(missing_ok=True)
         for path in (*leftover, *self.folder.glob("*/.*.partial")):  # the latter a kill left
@@ -181,16 +195,20 @@ def write_files(folder: str | Path, /, *, id: str, source, mask, gt=None, **extr
     """
     folder = Path(folder)
     if not id or id != Path(id).name or id.startswith(".") or len(id.encode()) > 200:
-        raise TripletError(f"{id!r} cannot name a triplet's files: take 1 to 200 letters "
-                           "without '/' and without a leading dot")
+        raise TripletError(
+            f"{id!r} cannot name a triplet's files: take 1 to 200 letters "
+            "without '/' and without a leading dot"
+        )
     foreign = extra.keys() & {"GT", "inpaint"}
     if foreign:
         raise TripletError(f"{id}: {', '.join(foreign)} cannot be extra keys")
     parts = {"source": source, "mask": mask} | ({} if gt is None else {"gt": gt})
     arrays = {part: a for part, a in parts.items() if isinstance(a, np.ndarray)}
     if len({a.shape[:2] for a in arrays.values()}) > 1:
-        raise TripletError(f"{id}: sizes differ: " + ", ".join(
-            f"{part} {describe_size(a)}" for part, a in arrays.items()))
+        raise TripletError(
+            f"{id}: sizes differ: "
+            + ", ".join(f"{part} {describe_size(a)}" for part, a in arrays.items())
+        )
     if "mask" in arrays:
         check_mask(mask, f"mask of {id}")
     record = {"id": id}
@@ -207,8 +225,9 @@ def _write_part(folder: Path, name: str, part: str, value) -> str:
         return f"{FOLDERS[part]}/{name}.png"
     real = os.path.realpath(value)
     if "hidden" in real.split(os.sep):
-        raise TripletError(f"{value} lies in a hidden folder: the scenes' truth never "
-                           "becomes a triplet")
+        raise TripletError(
+            f"{value} lies in a hidden folder: the scenes' truth never becomes a triplet"
+        )
     if not os.path.isfile(real):
         raise TripletError(f"{value} is missing: {name} cannot be written without it")
     path = place / f"{name}{Path(value).suffix.lower() or '.png'}"
@@ -228,8 +247,9 @@ def merge_sets(metas: Iterable[str | Path], folder: str | Path) -> Path:
     metas, used = [resolve_meta(path) for path in metas], set()
     for meta in metas:  # its files would be replaced while they are read
         if meta.parent.resolve() == Path(folder).resolve():
-            raise TripletError(f"{folder} is one of the sets to be merged: give the merged set a "
-                               "folder of its own")
+            raise TripletError(
+                f"{folder} is one of the sets to be merged: give the merged set a folder of its own"
+            )
     for _ in iter_triplets(metas, require_gt=False):
         pass  # what can be seen without opening pictures, before a set that is there is touched
     with TripletWriter(folder, restart=True) as writer:
@@ -242,8 +262,9 @@ def merge_sets(metas: Iterable[str | Path], folder: str | Path) -> Path:
     return writer.folder / META
 
 
-def split_by_group(triplets: Iterable[Triplet], share: float,
-                   seed: int = 0) -> tuple[list[Triplet], list[Triplet]]:
+def split_by_group(
+    triplets: Iterable[Triplet], share: float, seed: int = 0
+) -> tuple[list[Triplet], list[Triplet]]:
     """Split in two without cutting a group.
 
     Groups are ordered by a hash of (seed, group), so a set that grows keeps most of its split.
@@ -273,5 +294,7 @@ def split_by_group(triplets: Iterable[Triplet], share: float,
         taken += sizes[group]
     if 0 < share < 1 and len(order) > 1:
         first = (first or {order[0]}) - ({order[-1]} if len(first) == len(order) else set())
-    return ([t for t in triplets if t.group in first],
-            [t for t in triplets if t.group not in first])
+    return (
+        [t for t in triplets if t.group in first],
+        [t for t in triplets if t.group not in first],
+    )

@@ -50,8 +50,14 @@ class Trial:
     removals: tuple[Path, ...]
 
 
-def make_trials(removals: Mapping[str, Mapping[str, Path]], kind: str, *,
-                methods: Sequence[str] = (), pictures: int = 0, seed: int = 0) -> list[Trial]:
+def make_trials(
+    removals: Mapping[str, Mapping[str, Path]],
+    kind: str,
+    *,
+    methods: Sequence[str] = (),
+    pictures: int = 0,
+    seed: int = 0,
+) -> list[Trial]:
     """The questions of a study.
 
     Args:
@@ -69,8 +75,9 @@ def make_trials(removals: Mapping[str, Mapping[str, Path]], kind: str, *,
     if kind not in KINDS:
         raise ValueError(f"a user study asks for one of {', '.join(KINDS)}, not {kind!r}")
     if unknown := set(methods) - removals.keys():
-        raise ValueError(f"no such methods: {', '.join(sorted(unknown))}; there are "
-                         f"{', '.join(removals)}")
+        raise ValueError(
+            f"no such methods: {', '.join(sorted(unknown))}; there are {', '.join(removals)}"
+        )
     removals = {name: paths for name, paths in removals.items() if not methods or name in methods}
     if len(removals) < (2 if kind == "preference" else 1):
         raise ValueError(f"a study of {kind} has too few methods: {', '.join(removals) or 'none'}")
@@ -82,20 +89,33 @@ def make_trials(removals: Mapping[str, Mapping[str, Path]], kind: str, *,
     if kind == "preference":
         groups = list(itertools.combinations(sorted(removals), 2))
     trials = []
-    for picture in drawn[:pictures or None]:
+    for picture in drawn[: pictures or None]:
         contents = {name: hash_content(paths[picture]) for name, paths in removals.items()}
         for names in groups:
             words = [str(seed), kind, picture, *names, *(contents[name] for name in names)]
             digest = hashlib.sha256("\n".join(words).encode()).digest()
             sides = names[::-1] if digest[-1] % 2 else names
-            trials.append(Trial(digest[:8].hex(), picture, sides,
-                                tuple(Path(removals[name][picture]) for name in sides)))
+            trials.append(
+                Trial(
+                    digest[:8].hex(),
+                    picture,
+                    sides,
+                    tuple(Path(removals[name][picture]) for name in sides),
+                )
+            )
     return trials
 
 
-def open_study(folder: str | Path, trials: Sequence[Trial], triplets: Iterable[Triplet],
-               annotator: str = "", *, keys: Mapping[str, str] | None = None,
-               repeat_share: float = 0.02, seed: int = 0) -> Annotator | widgets.VBox:
+def open_study(
+    folder: str | Path,
+    trials: Sequence[Trial],
+    triplets: Iterable[Triplet],
+    annotator: str = "",
+    *,
+    keys: Mapping[str, str] | None = None,
+    repeat_share: float = 0.02,
+    seed: int = 0,
+) -> Annotator | widgets.VBox:
     """The widget of one annotator, who sees every trial, in an order of their own.
 
     Args:
@@ -114,15 +134,32 @@ def open_study(folder: str | Path, trials: Sequence[Trial], triplets: Iterable[T
     by_id = {triplet.id: triplet for triplet in triplets}
     lacking = sorted({trial.picture for trial in trials} - by_id.keys())
     if lacking or not trials:
-        raise ValueError("there is nothing to ask: no trials" if not trials else
-                         f"{len(lacking)} pictures are not in the test set (first: {lacking[0]})")
+        raise ValueError(
+            "there is nothing to ask: no trials"
+            if not trials
+            else f"{len(lacking)} pictures are not in the test set (first: {lacking[0]})"
+        )
     if not annotator:
-        return ask_name(lambda name: open_study(folder, trials, by_id.values(), name, keys=keys,
-                                                repeat_share=repeat_share, seed=seed))
+        return ask_name(
+            lambda name: open_study(
+                folder,
+                trials,
+                by_id.values(),
+                name,
+                keys=keys,
+                repeat_share=repeat_share,
+                seed=seed,
+            )
+        )
     log = LabelLog(folder, annotator)
     _keep_trials(log.folder / TRIALS_FILE, trials)
-    queue = order_items([t.id for t in trials], overlap_share=0, repeat_share=repeat_share,
-                        annotator=annotator, seed=seed)
+    queue = order_items(
+        [t.id for t in trials],
+        overlap_share=0,
+        repeat_share=repeat_share,
+        annotator=annotator,
+        seed=seed,
+    )
     shown = [replace(by_id[t.picture], id=t.id, gt=t.removals[0]) for t in trials]
     rivals = {t.id: t.removals[1] for t in trials if len(t.removals) > 1}
     return Annotator(log, queue, shown, keys=keys, rivals=rivals)
@@ -137,9 +174,10 @@ def _keep_trials(path: Path, trials: Sequence[Trial]) -> None:
     try:
         write_json(path, known | told)
     except OSError as error:
-        raise LabelError(f"{path} cannot be written ({error.strerror or error}): without it no "
-                         "answer could be read. Free some space or make the folder writable"
-                         ) from error
+        raise LabelError(
+            f"{path} cannot be written ({error.strerror or error}): without it no "
+            "answer could be read. Free some space or make the folder writable"
+        ) from error
 
 
 def read_answers(folder: str | Path, trials: Iterable[Trial]) -> tuple[pd.DataFrame, list[Label]]:
@@ -152,16 +190,25 @@ def read_answers(folder: str | Path, trials: Iterable[Trial]) -> tuple[pd.DataFr
     """
     known = {trial.id: trial for trial in trials}
     labels = [x for x in read_labels(folder) if x.id in known and not x.simulated]
-    rows = [{"trial": x.id, "picture": known[x.id].picture, "annotator": x.annotator,
-             "label": x.label, "first": known[x.id].methods[0],
-             "second": known[x.id].methods[1] if len(known[x.id].methods) > 1 else None}
-            for x in labels if x.label != "skip" and not x.repeat]
+    rows = [
+        {
+            "trial": x.id,
+            "picture": known[x.id].picture,
+            "annotator": x.annotator,
+            "label": x.label,
+            "first": known[x.id].methods[0],
+            "second": known[x.id].methods[1] if len(known[x.id].methods) > 1 else None,
+        }
+        for x in labels
+        if x.label != "skip" and not x.repeat
+    ]
     columns = ["trial", "picture", "annotator", "label", "first", "second"]
     return pd.DataFrame(rows, columns=columns), labels
 
 
-def summarise_study(folder: str | Path, trials: Sequence[Trial], results: pd.DataFrame, *,
-                    seed: int = 0) -> dict:
+def summarise_study(
+    folder: str | Path, trials: Sequence[Trial], results: pd.DataFrame, *, seed: int = 0
+) -> dict:
     """What people said, and whether the simulated annotator says the same.
 
     Args:
@@ -187,20 +234,30 @@ def summarise_study(folder: str | Path, trials: Sequence[Trial], results: pd.Dat
         methods = summarise_successes(successes, results)
         pairs = list(itertools.combinations([row["name"] for row in methods], 2))
         measure = "success, people"
-        comparisons = compare_methods(successes.rename(columns={"accept": measure}), pairs,
-                                      measure=measure, seed=seed)
-    return {"trials": len(trials), "answers": len(answers),
-            "annotators": answers["annotator"].nunique(),
-            "lost": len(read_labels(folder)) - len(labels), "alpha": agreement["alpha"],
-            "self_consistency": agreement["self_consistency"], "methods": methods,
-            "comparisons": comparisons, "preferences": preferences}
+        comparisons = compare_methods(
+            successes.rename(columns={"accept": measure}), pairs, measure=measure, seed=seed
+        )
+    return {
+        "trials": len(trials),
+        "answers": len(answers),
+        "annotators": answers["annotator"].nunique(),
+        "lost": len(read_labels(folder)) - len(labels),
+        "alpha": agreement["alpha"],
+        "self_consistency": agreement["self_consistency"],
+        "methods": methods,
+        "comparisons": comparisons,
+        "preferences": preferences,
+    }
 
 
 def collect_successes(trials: Iterable[Trial], labels: Iterable[Label]) -> pd.DataFrame:
     """The majority's verdicts: `id` of the picture, `method`, `accept`; ties are left out."""
     decided = merge_votes(labels)
-    rows = [{"id": t.picture, "method": t.methods[0], "accept": decided[t.id] == "accept"}
-            for t in trials if t.id in decided]
+    rows = [
+        {"id": t.picture, "method": t.methods[0], "accept": decided[t.id] == "accept"}
+        for t in trials
+        if t.id in decided
+    ]
     return pd.DataFrame(rows, columns=["id", "method", "accept"])
 
 
@@ -222,10 +279,16 @@ def summarise_successes(successes: pd.DataFrame, results: pd.DataFrame) -> list[
         good, n = int(part["accept"].sum()), len(part)
         known = part.dropna(subset="simulated").astype({"simulated": bool})
         same = known["simulated"] == known["accept"]
-        rows.append({"name": name, "n": n, "success_rate": good / n,
-                     "success_interval": list(wilson_interval(good, n)),
-                     "simulated_rate": float(known["simulated"].mean()) if len(known) else None,
-                     "same_verdict": float(same.mean()) if len(known) else None})
+        rows.append(
+            {
+                "name": name,
+                "n": n,
+                "success_rate": good / n,
+                "success_interval": list(wilson_interval(good, n)),
+                "simulated_rate": float(known["simulated"].mean()) if len(known) else None,
+                "same_verdict": float(same.mean()) if len(known) else None,
+            }
+        )
     return sorted(rows, key=lambda row: -row["success_rate"])
 
 
@@ -247,20 +310,31 @@ def summarise_preferences(answers: pd.DataFrame, *, seed: int = 0) -> list[dict]
     """
     swapped = answers["first"] > answers["second"]
     left = answers["label"].map({"left": 1.0, "same": 0.5, "right": 0.0})
-    table = pd.DataFrame({
-        "first": answers["first"].where(~swapped, answers["second"]),
-        "second": answers["second"].where(~swapped, answers["first"]),
-        "picture": answers["picture"], "score": left.where(~swapped, 1 - left)})
+    table = pd.DataFrame(
+        {
+            "first": answers["first"].where(~swapped, answers["second"]),
+            "second": answers["second"].where(~swapped, answers["first"]),
+            "picture": answers["picture"],
+            "score": left.where(~swapped, 1 - left),
+        }
+    )
     rows = []
     for (first, second), part in table.groupby(["first", "second"]):
         means = part.groupby("picture")["score"].mean()
         for_first, for_second = int((means > 0.5).sum()), int((means < 0.5).sum())
         decided = for_first + for_second
-        rows.append({
-            "first": first, "second": second, "n": len(means), "n_answers": len(part),
-            "prefers_first": float((part["score"] == 1).mean()),
-            "same": float((part["score"] == 0.5).mean()),
-            "prefers_second": float((part["score"] == 0).mean()),
-            "preference": float(means.mean()), "interval": list(bootstrap_mean(means, seed=seed)),
-            "p_value": float(binomtest(for_first, decided).pvalue) if decided else 1.0})
+        rows.append(
+            {
+                "first": first,
+                "second": second,
+                "n": len(means),
+                "n_answers": len(part),
+                "prefers_first": float((part["score"] == 1).mean()),
+                "same": float((part["score"] == 0.5).mean()),
+                "prefers_second": float((part["score"] == 0).mean()),
+                "preference": float(means.mean()),
+                "interval": list(bootstrap_mean(means, seed=seed)),
+                "p_value": float(binomtest(for_first, decided).pvalue) if decided else 1.0,
+            }
+        )
     return rows

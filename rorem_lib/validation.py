@@ -87,11 +87,19 @@ class Validation:
         """
         unet = extract_model_from_parallel(model, keep_torch_compile=False)
         removals = remove_scenes(
-            self.pipe, unet, self.scenes, side=self.side, seed=self.config.seed,
+            self.pipe,
+            unet,
+            self.scenes,
+            side=self.side,
+            seed=self.config.seed,
             num_inference_steps=self.num_inference_steps,
-            precision=sharding.find_precision(self.accelerator))
-        scores = {scene.name: round(metrics.psnr_hole(removal, scene.gt, scene.mask), 4)
-                  for scene, removal in zip(self.scenes, removals) if scene.gt is not None}
+            precision=sharding.find_precision(self.accelerator),
+        )
+        scores = {
+            scene.name: round(metrics.psnr_hole(removal, scene.gt, scene.mask), 4)
+            for scene, removal in zip(self.scenes, removals)
+            if scene.gt is not None
+        }
         mean = round(float(np.mean(list(scores.values()))), 4) if scores else None
         values = {"validation_psnr_hole": mean} if scores else {}
         if self.accelerator.is_main_process:
@@ -130,22 +138,30 @@ def load_scenes(config, *, side: int, unit: int) -> list[Scene]:
         ValueError: as `Validation`.
     """
     if config.num_validation_images < 1:
-        raise ValueError(f"num_validation_images {config.num_validation_images}: take at least 1, "
-                         "or validation_steps 0 for no validation")
+        raise ValueError(
+            f"num_validation_images {config.num_validation_images}: take at least 1, "
+            "or validation_steps 0 for no validation"
+        )
     place = config.validation_meta_path
     try:
         if not place:
             place = resolve_meta([*config.meta_path, *config.high_resolution_meta_path][0])
             beside = place.resolve().parent.parent / "test" / "meta.json"
             place = beside if beside.is_file() else place
-        triplets = list(islice((t for t in iter_triplets(place, require_gt=False) if _counts(t)),
-                               config.num_validation_images))
+        triplets = list(
+            islice(
+                (t for t in iter_triplets(place, require_gt=False) if _counts(t)),
+                config.num_validation_images,
+            )
+        )
         if not triplets:
             raise TripletError(f"{place} holds no triplets")
         return [_fit_scene(triplet, side, unit) for triplet in triplets]
     except TripletError as error:
-        raise ValueError(f"there are no scenes to validate on: {error}; name another set in "
-                         "validation_meta_path, or set validation_steps to 0") from error
+        raise ValueError(
+            f"there are no scenes to validate on: {error}; name another set in "
+            "validation_meta_path, or set validation_steps to 0"
+        ) from error
 
 
 def _counts(triplet: Triplet) -> bool:
@@ -161,17 +177,27 @@ def _fit_scene(triplet: Triplet, side: int, unit: int) -> Scene:
     scale = side / min(height, width)
     size = [max(side, round(x * scale / unit) * unit) for x in (width, height)]
     way = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-    source, gt = (x if x is None else cv2.resize(x, size, interpolation=way)
-                  for x in (pictures["source"], pictures["gt"]))
+    source, gt = (
+        x if x is None else cv2.resize(x, size, interpolation=way)
+        for x in (pictures["source"], pictures["gt"])
+    )
     # as in removals of larger pictures: any part of a pixel of the hole counts
     way = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
     mask = np.where(cv2.resize(pictures["mask"], size, interpolation=way) > 0, 255, 0)
     return Scene(triplet.id, source, mask.astype(np.uint8), gt)
 
 
-def remove_scenes(pipe, unet, scenes: Sequence[Scene], *, side: int, seed: int,
-                  num_inference_steps: int = 20, precision: str = "no",
-                  batch_size: int = 4) -> list[np.ndarray]:
+def remove_scenes(
+    pipe,
+    unet,
+    scenes: Sequence[Scene],
+    *,
+    side: int,
+    seed: int,
+    num_inference_steps: int = 20,
+    precision: str = "no",
+    batch_size: int = 4,
+) -> list[np.ndarray]:
     """Removals of scenes by a UNet that is being trained, which is left as it was.
 
     Args:
@@ -188,11 +214,20 @@ def remove_scenes(pipe, unet, scenes: Sequence[Scene], *, side: int, seed: int,
     Returns:
         [H, W, 3] uint8, each of its scene's size.
     """
-    with _keep_random_states(unet.device), _lend_parts(pipe, unet, side), \
-            _evaluate(unet, precision):
-        return remove_objects(pipe, [scene.source for scene in scenes],
-                              [scene.mask for scene in scenes], seed=seed, batch_size=batch_size,
-                              num_inference_steps=num_inference_steps, mixed_precision="no")
+    with (
+        _keep_random_states(unet.device),
+        _lend_parts(pipe, unet, side),
+        _evaluate(unet, precision),
+    ):
+        return remove_objects(
+            pipe,
+            [scene.source for scene in scenes],
+            [scene.mask for scene in scenes],
+            seed=seed,
+            batch_size=batch_size,
+            num_inference_steps=num_inference_steps,
+            mixed_precision="no",
+        )
 
 
 @contextlib.contextmanager
@@ -256,17 +291,21 @@ def compose_grid(scenes: Sequence[Scene], removals: Sequence[np.ndarray]) -> np.
     Returns:
         [H, W, 3] uint8. Cells are as large as the largest scene, at most `CELL` px a side.
     """
-    rows = [[masks.outline_mask(scene.source, scene.mask), removal]
-            + ([] if scene.gt is None else [scene.gt]) for scene, removal in zip(scenes, removals)]
+    rows = [
+        [masks.outline_mask(scene.source, scene.mask), removal]
+        + ([] if scene.gt is None else [scene.gt])
+        for scene, removal in zip(scenes, removals)
+    ]
     rows = [[_shrink(picture) for picture in row] for row in rows]
     height, width = (max(row[0].shape[axis] for row in rows) for axis in (0, 1))
     columns = max(map(len, rows))
-    grid = np.full((len(rows) * (height + GAP) - GAP, columns * (width + GAP) - GAP, 3), 255,
-                   np.uint8)
+    grid = np.full(
+        (len(rows) * (height + GAP) - GAP, columns * (width + GAP) - GAP, 3), 255, np.uint8
+    )
     for r, row in enumerate(rows):
         for c, picture in enumerate(row):
             top, left = r * (height + GAP), c * (width + GAP)
-            grid[top:top + picture.shape[0], left:left + picture.shape[1]] = picture
+            grid[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
     return grid
 
 

@@ -55,8 +55,10 @@ def map_processes(function: Callable, arguments: Iterable, *, workers: int = 1) 
                 queue.append(executor.submit(function, argument))
             yield result
     except BrokenProcessPool as error:
-        raise RuntimeError("a worker process died, killed or out of memory: take fewer workers; "
-                           "started again, the work goes on") from error
+        raise RuntimeError(
+            "a worker process died, killed or out of memory: take fewer workers; "
+            "started again, the work goes on"
+        ) from error
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
 
@@ -103,8 +105,14 @@ class Progress:
         if not self.active or now - self.logged < 10:
             return
         self.logged, rate = now, self.done / (now - self.began)
-        logger.info("%s: %s of %s, %.4g a second, %s left", self.what, f"{self.done:,}",
-                    f"{self.total:,}", rate, _format_time((self.total - self.done) / rate))
+        logger.info(
+            "%s: %s of %s, %.4g a second, %s left",
+            self.what,
+            f"{self.done:,}",
+            f"{self.total:,}",
+            rate,
+            _format_time((self.total - self.done) / rate),
+        )
 
 
 def _format_time(seconds: float) -> str:
@@ -164,7 +172,8 @@ def wait_for(list_waited: Callable[[], Iterable[Path]]) -> None:
             if path not in seen or beat != seen[path][0]:
                 seen[path] = beat, time.monotonic()
             elif time.monotonic() - seen[path][1] > PATIENCE:
-                raise TimeoutError(errno.ETIMEDOUT, f"no sign of life for {PATIENCE:.0f} s",
-                                   str(path))
+                raise TimeoutError(
+                    errno.ETIMEDOUT, f"no sign of life for {PATIENCE:.0f} s", str(path)
+                )
         time.sleep(pause)
         pause = min(2, 1.5 * pause)

@@ -14,10 +14,21 @@ import time
 from pathlib import Path
 
 LIBRARY = Path(__file__).resolve().parents[1] / "rorem_lib"
-RUNNER = ("__init__", "files", "parameters", "recipes", "fingerprints", "run_folder", "stage",
-          "execution", "launch", "pipeline", "cli")
+RUNNER = (
+    "__init__",
+    "files",
+    "parameters",
+    "recipes",
+    "fingerprints",
+    "run_folder",
+    "stage",
+    "execution",
+    "launch",
+    "pipeline",
+    "cli",
+)
 
-TRAINER = '''
+TRAINER = """
 import argparse, json, os, signal, sys, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,18 +67,20 @@ def main():
 
 if __name__ == "__main__":
     main()
-'''
+"""
 
 MODULES = {
     "shapes": "SIDES = 3\n",
     "colours": "from rorem_lib import shapes\n\ndef count():\n    return shapes.SIDES\n",
     "trainer": TRAINER,
     "labels": "class LabelsMissing(RuntimeError):\n    pass\n",
-    "report": ("def write_report(run_dir, recipe):\n"
-               "    path = run_dir / 'report.html'\n"
-               "    old = path.read_text() if path.exists() else ''\n"
-               "    path.write_text(old + recipe.name + ' ')\n"
-               "    return path\n"),
+    "report": (
+        "def write_report(run_dir, recipe):\n"
+        "    path = run_dir / 'report.html'\n"
+        "    old = path.read_text() if path.exists() else ''\n"
+        "    path.write_text(old + recipe.name + ' ')\n"
+        "    return path\n"
+    ),
 }
 
 NOTEBOOKS = {
@@ -87,7 +100,7 @@ NOTEBOOKS = {
         "from rorem_lib.pipeline import resolve_path, start_stage\n"
         "from rorem_lib.trainer import TrainerConfig\n"
         'stage = start_stage(output_dir, notebook="02_train")',
-        'config = TrainerConfig(str(stage.folder), max_train_steps, pause, trouble)\n'
+        "config = TrainerConfig(str(stage.folder), max_train_steps, pause, trouble)\n"
         'metrics = launch_job("trainer", config)',
         "stage.finish(metrics)",
     ],
@@ -124,13 +137,21 @@ def write_notebook(path: Path, cells: list[str], *, outputs=()) -> Path:
     """A notebook whose first code cell is tagged `parameters`."""
     content = [{"cell_type": "markdown", "metadata": {}, "id": "title", "source": ["# Title"]}]
     for number, source in enumerate(cells):
-        content.append({"cell_type": "code", "execution_count": None, "id": f"cell{number}",
-                        "metadata": {"tags": ["parameters"]} if number == 0 else {},
-                        "outputs": list(outputs), "source": source.splitlines(keepends=True)})
+        content.append(
+            {
+                "cell_type": "code",
+                "execution_count": None,
+                "id": f"cell{number}",
+                "metadata": {"tags": ["parameters"]} if number == 0 else {},
+                "outputs": list(outputs),
+                "source": source.splitlines(keepends=True),
+            }
+        )
     kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"cells": content, "metadata": kernel, "nbformat": 4,
-                                "nbformat_minor": 5}))
+    path.write_text(
+        json.dumps({"cells": content, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5})
+    )
     return path
 
 
@@ -150,8 +171,10 @@ class Kit:
             (self.library / f"{name}.py").write_text(source)
         for name, cells in NOTEBOOKS.items():
             write_notebook(root / "notebooks" / f"{name}.ipynb", cells)
-        shutil.copytree(LIBRARY.parent / "notebooks" / "recipes" / "accelerate",
-                        root / "notebooks" / "recipes" / "accelerate")
+        shutil.copytree(
+            LIBRARY.parent / "notebooks" / "recipes" / "accelerate",
+            root / "notebooks" / "recipes" / "accelerate",
+        )
         self.write_recipe(RECIPE)
 
     def write_recipe(self, text: str) -> None:
@@ -162,9 +185,15 @@ class Kit:
         return os.environ | {"PYTHONPATH": str(self.root), "PYTHONUNBUFFERED": "1"}
 
     def start(self, *words: str, module: str = "rorem_lib.cli", **options) -> subprocess.Popen:
-        return subprocess.Popen([sys.executable, "-m", module, *words], cwd=self.root, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                env=self.environment, **options)
+        return subprocess.Popen(
+            [sys.executable, "-m", module, *words],
+            cwd=self.root,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=self.environment,
+            **options,
+        )
 
     def call(self, *words: str, code: int = 0) -> str:
         """Run `rorem WORDS` to its end, check its exit code, return what it printed."""
@@ -174,16 +203,25 @@ class Kit:
         return output
 
     def python(self, source: str, **options) -> subprocess.Popen:
-        return subprocess.Popen([sys.executable, "-c", source], cwd=self.root, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                env=self.environment, **options)
+        return subprocess.Popen(
+            [sys.executable, "-c", source],
+            cwd=self.root,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=self.environment,
+            **options,
+        )
 
     def states(self) -> dict[str, str]:
         """Stage -> state, from `rorem status`."""
         lines = self.call("status", "small").splitlines()[1:]
         words = ("done", "changed", "half-way", "failed", "waiting", "to run", "running")
-        return {line.split()[0]: next(w for w in words if f"  {w}" in line) for line in lines
-                if line.startswith("  ")}
+        return {
+            line.split()[0]: next(w for w in words if f"  {w}" in line)
+            for line in lines
+            if line.startswith("  ")
+        }
 
     def find_processes(self) -> set[int]:
         """Pids of the processes that have this kit in their environment; zombies don't count."""

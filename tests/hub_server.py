@@ -33,8 +33,10 @@ class File:
     def blob_id(self):
         data = self.data
         if self.lfs:
-            data = (f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\n"
-                    f"size {len(data)}\n").encode()
+            data = (
+                f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\n"
+                f"size {len(data)}\n"
+            ).encode()
         return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
     @property
@@ -146,11 +148,21 @@ class HubServer:
     def start_client(self, home, code, **environment):
         """A process that runs `code` against this server, with a cache of its own in `home`."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-        kept |= {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HOME": str(home),
-                 "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "ROREM_BATCH": "1"}
-        return subprocess.Popen([sys.executable, "-c", PRELUDE + textwrap.dedent(code)],
-                                env=kept | environment, stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE, text=True)
+        kept |= {
+            "HF_ENDPOINT": self.url,
+            "HF_HOME": str(home),
+            "HOME": str(home),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "ROREM_BATCH": "1",
+        }
+        return subprocess.Popen(
+            [sys.executable, "-c", PRELUDE + textwrap.dedent(code)],
+            env=kept | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
     def run_client(self, home, code, **environment):
         """What the client's code has shown, as a list; `errors` keeps what it wrote to stderr."""
@@ -161,7 +173,7 @@ class HubServer:
 
     @contextmanager
     def run(self):
-        thread = threading.Thread(target=self._server.serve_forever, args=(.05,), daemon=True)
+        thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
         thread.start()
         try:
             yield self
@@ -226,7 +238,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         limit = self.hub.take_break(self.command, self.request_log.path)
         for start in range(0, len(data), 1 << 14):
-            part = data[start:start + (1 << 14)]
+            part = data[start : start + (1 << 14)]
             if limit is not None and self.request_log.size + len(part) > limit:
                 self.wfile.flush()
                 raise Broken
@@ -240,12 +252,14 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer(200, data, **headers)
         start = self.request_log.start = int(found[1])
         stop = min(len(data), int(found[2]) + 1 if found[2] else len(data))
-        return self.answer(206, data[start:stop], **headers,
-                           Content_Range=f"bytes {start}-{stop - 1}/{len(data)}")
+        return self.answer(
+            206, data[start:stop], **headers, Content_Range=f"bytes {start}-{stop - 1}/{len(data)}"
+        )
 
     def refuse(self, status, code, message=""):
-        self.answer(status, {"error": message or code}, X_Error_Code=code,
-                    X_Error_Message=message or code)
+        self.answer(
+            status, {"error": message or code}, X_Error_Code=code, X_Error_Message=message or code
+        )
 
     @property
     def is_known(self):
@@ -268,10 +282,21 @@ class _Handler(BaseHTTPRequestHandler):
     def get_info(self, body, repo, revision=None):
         if opened := self.open_repo(repo, revision):
             found, sha = opened
-            self.answer(200, {
-                "_id": "0", "id": repo, "sha": sha, "private": found.private, "gated": found.gated,
-                "downloads": 0, "likes": 0, "tags": [], "lastModified": "2025-01-01T00:00:00.000Z",
-                "siblings": [{"rfilename": path} for path in sorted(found.commits[sha])]})
+            self.answer(
+                200,
+                {
+                    "_id": "0",
+                    "id": repo,
+                    "sha": sha,
+                    "private": found.private,
+                    "gated": found.gated,
+                    "downloads": 0,
+                    "likes": 0,
+                    "tags": [],
+                    "lastModified": "2025-01-01T00:00:00.000Z",
+                    "siblings": [{"rfilename": path} for path in sorted(found.commits[sha])],
+                },
+            )
 
     def get_tree(self, body, repo, revision, folder=None):
         if opened := self.open_repo(repo, revision):
@@ -283,14 +308,22 @@ class _Handler(BaseHTTPRequestHandler):
                 if not path.startswith(prefix):
                     continue
                 parents = rest.split("/")[:-1]
-                folders |= {prefix + "/".join(parents[:n + 1]) for n in range(
-                    len(parents) if recursive else min(1, len(parents)))}
+                folders |= {
+                    prefix + "/".join(parents[: n + 1])
+                    for n in range(len(parents) if recursive else min(1, len(parents)))
+                }
                 if recursive or not parents:
                     entries.append(file.describe(path))
             if folder and not entries and not folders:
                 return self.refuse(404, "EntryNotFound")
-            self.answer(200, [{"type": "directory", "path": p, "oid": "0" * 40, "size": 0}
-                              for p in sorted(folders)] + entries)
+            self.answer(
+                200,
+                [
+                    {"type": "directory", "path": p, "oid": "0" * 40, "size": 0}
+                    for p in sorted(folders)
+                ]
+                + entries,
+            )
 
     def get_paths(self, body, repo, revision):
         if opened := self.open_repo(repo, revision):
@@ -299,10 +332,16 @@ class _Handler(BaseHTTPRequestHandler):
                 paths = json.loads(body)["paths"]
             else:
                 paths = parse_qs(body.decode()).get("paths", [])
-            self.answer(200, [tree[p].describe(p) if p in tree else
-                              {"type": "directory", "path": p, "oid": "0" * 40, "size": 0}
-                              for p in paths
-                              if p in tree or any(q.startswith(f"{p}/") for q in tree)])
+            self.answer(
+                200,
+                [
+                    tree[p].describe(p)
+                    if p in tree
+                    else {"type": "directory", "path": p, "oid": "0" * 40, "size": 0}
+                    for p in paths
+                    if p in tree or any(q.startswith(f"{p}/") for q in tree)
+                ],
+            )
 
     def get_file(self, body, repo, revision, path):
         if opened := self.open_repo(repo, revision):
@@ -311,10 +350,10 @@ class _Handler(BaseHTTPRequestHandler):
                 return self.refuse(401, "GatedRepo", "Access to this dataset is restricted")
             file = found.commits[sha].get(path)
             if not file:
-                return self.answer(404, {"error": "no entry"}, X_Error_Code="EntryNotFound",
-                                   X_Repo_Commit=sha)
-            self.answer_range(file.data, X_Repo_Commit=sha,
-                              ETag=f'"{file.content_id}"')
+                return self.answer(
+                    404, {"error": "no entry"}, X_Error_Code="EntryNotFound", X_Repo_Commit=sha
+                )
+            self.answer_range(file.data, X_Repo_Commit=sha, ETag=f'"{file.content_id}"')
 
     # ------------------------------------------------------------------------------- writing
 
@@ -326,8 +365,9 @@ class _Handler(BaseHTTPRequestHandler):
         url = {"url": f"{self.hub.url}/datasets/{repo}", "id": "0", "name": repo}
         if repo in self.hub.repos:
             return self.answer(409, url | {"error": "You already created this dataset repo"})
-        self.hub.repos[repo] = Repo(private=asked.get("visibility") == "private"
-                                    or asked.get("private", False))
+        self.hub.repos[repo] = Repo(
+            private=asked.get("visibility") == "private" or asked.get("private", False)
+        )
         self.hub.repos[repo].commit({".gitattributes": b"*.parquet filter=lfs\n"})
         self.answer(200, url)
 
@@ -340,24 +380,48 @@ class _Handler(BaseHTTPRequestHandler):
 
     def validate_card(self, body):
         valid = json.loads(body)["content"].startswith("---\n")
-        self.answer(200 if valid else 400, {"errors": [] if valid else [{"message": "no header"}],
-                                            "warnings": []})
+        self.answer(
+            200 if valid else 400,
+            {"errors": [] if valid else [{"message": "no header"}], "warnings": []},
+        )
 
     def preupload(self, body, repo, revision):
         if opened := self.open_repo(repo, revision, write=True):
             tree = opened[0].commits[opened[1]]
-            self.answer(200, {"files": [
-                {"path": f["path"], "shouldIgnore": False,
-                 "uploadMode": "lfs" if f["path"].endswith(".parquet") else "regular",
-                 **({"oid": tree[f["path"]].content_id} if f["path"] in tree else {})}
-                for f in json.loads(body)["files"]]})
+            self.answer(
+                200,
+                {
+                    "files": [
+                        {
+                            "path": f["path"],
+                            "shouldIgnore": False,
+                            "uploadMode": "lfs" if f["path"].endswith(".parquet") else "regular",
+                            **({"oid": tree[f["path"]].content_id} if f["path"] in tree else {}),
+                        }
+                        for f in json.loads(body)["files"]
+                    ]
+                },
+            )
 
     def batch(self, body, repo):
         if self.open_repo(repo, write=True):
-            objects = [{"oid": o["oid"], "size": o["size"], **({} if o["oid"] in self.hub.objects
-                        else {"actions": {"upload": {"href": f"{self.hub.url}/lfs/{o['oid']}"},
-                                          "verify": {"href": f"{self.hub.url}/lfs-verify"}}})}
-                       for o in json.loads(body)["objects"]]
+            objects = [
+                {
+                    "oid": o["oid"],
+                    "size": o["size"],
+                    **(
+                        {}
+                        if o["oid"] in self.hub.objects
+                        else {
+                            "actions": {
+                                "upload": {"href": f"{self.hub.url}/lfs/{o['oid']}"},
+                                "verify": {"href": f"{self.hub.url}/lfs-verify"},
+                            }
+                        }
+                    ),
+                }
+                for o in json.loads(body)["objects"]
+            ]
             self.answer(200, {"transfer": "basic", "objects": objects})
 
     def put_object(self, body, oid):
@@ -388,8 +452,14 @@ class _Handler(BaseHTTPRequestHandler):
             elif line["key"] == "deletedFile":
                 files[value["path"]] = None
         sha = opened[0].commit(files, revision)
-        self.answer(200, {"success": True, "commitOid": sha,
-                          "commitUrl": f"{self.hub.url}/datasets/{repo}/commit/{sha}"})
+        self.answer(
+            200,
+            {
+                "success": True,
+                "commitOid": sha,
+                "commitUrl": f"{self.hub.url}/datasets/{repo}/commit/{sha}",
+            },
+        )
 
     # ------------------------------------------------------------------------- Google Drive
 
@@ -397,18 +467,28 @@ class _Handler(BaseHTTPRequestHandler):
         name = self.query["id"][0]
         found = self.hub.drive.get(name, "Sorry, the file you have requested does not exist.")
         if isinstance(found, str):
-            return self.answer(200, f'<p class="uc-error-subcaption">{found}</p>'.encode(),
-                               Content_Type="text/html; charset=utf-8")
+            return self.answer(
+                200,
+                f'<p class="uc-error-subcaption">{found}</p>'.encode(),
+                Content_Type="text/html; charset=utf-8",
+            )
         if page == "uc" and len(found) > 1000:  # too large for Google's virus scan: ask first
-            return self.answer(200, (
-                '<html><form id="download-form" method="get" '
-                'action="https://drive.usercontent.google.com/download">'
-                f'<input type="hidden" name="id" value="{name}"><input type="hidden" '
-                'name="confirm" value="t"></form></html>').encode(),
-                Content_Type="text/html; charset=utf-8")
-        return self.answer_range(found, Content_Type="application/octet-stream",
-                                 Content_Disposition='attachment; filename="set.tar.gz"',
-                                 Last_Modified="Wed, 01 Jan 2025 00:00:00 GMT")
+            return self.answer(
+                200,
+                (
+                    '<html><form id="download-form" method="get" '
+                    'action="https://drive.usercontent.google.com/download">'
+                    f'<input type="hidden" name="id" value="{name}"><input type="hidden" '
+                    'name="confirm" value="t"></form></html>'
+                ).encode(),
+                Content_Type="text/html; charset=utf-8",
+            )
+        return self.answer_range(
+            found,
+            Content_Type="application/octet-stream",
+            Content_Disposition='attachment; filename="set.tar.gz"',
+            Last_Modified="Wed, 01 Jan 2025 00:00:00 GMT",
+        )
 
 
 _REPO, _REVISION = r"(?P<repo>[\w.-]+/[\w.-]+)", r"(?P<revision>[\w.-]+)"

@@ -34,7 +34,8 @@ KINDS = {  # OpenImages' class: its label, the photograph, the object's box ther
     "Woman": ("/m/03bt1vf", 0, (150, 6, 306, 200)),
     "Coffee cup": ("/m/02p5f1q", 1, (74, 16, 482, 392)),
     "Cat": ("/m/01yrx", 3, (30, 0, 368, 298)),
-    "Flower": ("/m/0c9ph5", 5, (166, 80, 450, 366))}
+    "Flower": ("/m/0c9ph5", 5, (166, 80, 450, 366)),
+}
 LAYOUTS: dict[str, Callable[[Path], dict]] = {}
 
 
@@ -49,8 +50,11 @@ def write_raw(name: str, folder: str | Path) -> dict:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     source = name if name == "open_images" else name.rpartition("_")[0]
-    known = {"source": source if name.startswith(("rord", "mulan")) else name, "options": {},
-             "truth": None}
+    known = {
+        "source": source if name.startswith(("rord", "mulan")) else name,
+        "options": {},
+        "truth": None,
+    }
     found = known | LAYOUTS[name](folder)
     return {"groups": found["counts"]} | found
 
@@ -97,23 +101,34 @@ def place_object(kind: str, size: tuple[int, int], left: float, scale: float = 0
     w = round(h * (x1 - x0) / (y1 - y0))
     x, y = round(left * (width - w)), round(0.94 * height) - h
     layer = np.zeros((height, width, 4), np.uint8)
-    layer[y:y + h, x:x + w, :3] = cv2.resize(load_photos()[photo][y0:y1, x0:x1], (w, h),
-                                             interpolation=cv2.INTER_AREA)
+    layer[y : y + h, x : x + w, :3] = cv2.resize(
+        load_photos()[photo][y0:y1, x0:x1], (w, h), interpolation=cv2.INTER_AREA
+    )
     angles = np.linspace(0, 2 * np.pi, 48, endpoint=False)
     circle = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     middle, axes = np.array([x + w / 2, y + h / 2]), np.array([w / 2, h / 2])
-    inner = cv2.fillPoly(np.zeros((height, width), np.uint8),
-                         [np.rint(middle + circle * (axes - 4)).astype(np.int32)], 255)
+    inner = cv2.fillPoly(
+        np.zeros((height, width), np.uint8),
+        [np.rint(middle + circle * (axes - 4)).astype(np.int32)],
+        255,
+    )
     layer[..., 3] = cv2.GaussianBlur(inner, (5, 5), 1)
     return layer, middle + circle * (axes - 1)
 
 
-def make_scene(number: int, size: tuple[int, int] = SIZE, *, shadow: bool = True,
-               step: int = 0, scale: float = 0.55) -> Scene:
+def make_scene(
+    number: int,
+    size: tuple[int, int] = SIZE,
+    *,
+    shadow: bool = True,
+    step: int = 0,
+    scale: float = 0.55,
+) -> Scene:
     """An object before a view of another photograph; with every `step` it has moved on."""
     gt = make_view(number, size)
-    kind = next(kind for kind in np.roll(list(KINDS), -number).tolist()
-                if KINDS[kind][1] != number % 6)
+    kind = next(
+        kind for kind in np.roll(list(KINDS), -number).tolist() if KINDS[kind][1] != number % 6
+    )
     left = 0.2 + 0.35 * (number % 3) / 2 + 0.1 * step
     layer, outline = place_object(kind, size, left, scale)
     mask = cv2.fillPoly(np.zeros(size[::-1], np.uint8), [np.rint(outline).astype(np.int32)], 255)
@@ -147,14 +162,15 @@ def film(picture: np.ndarray, seed: int) -> np.ndarray:
 
 def put(path: Path, array: np.ndarray, **options) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array).save(path, **({"quality": 95} if path.suffix == ".jpg" else {}),
-                                **options)
+    Image.fromarray(array).save(
+        path, **({"quality": 95} if path.suffix == ".jpg" else {}), **options
+    )
     return path
 
 
 def cut_short(path: Path) -> None:
     """What a download that broke off leaves."""
-    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 def layout(write):
@@ -176,11 +192,23 @@ def _name_video(number: int) -> str:
 def _write_label(path: Path, *polygons: tuple[str, np.ndarray], width: int = SIZE[0]) -> None:
     """Polygons are (Class_ID, [N, 2] px of the picture); the label is drawn on 1920 px."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({
-        "Raw_Data_Info.": {"Raw_Data_ID": path.stem, "Resolution": "1920, 1080"},
-        "Learning_Data_Info.": {"Annotation": [
-            {"Class_ID": kind, "segmentation": np.rint(points * 1920 / width).ravel().tolist()}
-            for kind, points in polygons]}}), encoding="utf-8")
+    path.write_text(
+        json.dumps(
+            {
+                "Raw_Data_Info.": {"Raw_Data_ID": path.stem, "Resolution": "1920, 1080"},
+                "Learning_Data_Info.": {
+                    "Annotation": [
+                        {
+                            "Class_ID": kind,
+                            "segmentation": np.rint(points * 1920 / width).ravel().tolist(),
+                        }
+                        for kind, points in polygons
+                    ]
+                },
+            }
+        ),
+        encoding="utf-8",
+    )
 
 
 _FILMED = (240, 135)
@@ -194,17 +222,23 @@ def _rord_raw(folder):
         for step in range(3):
             scene, stem = make_scene(number, _FILMED, step=step), f"{video}_F{40 * step + 1:04d}"
             put(folder / f"S1/jpg/{video}/{stem}.jpg", film(scene.source, 10 * number + step))
-            _write_label(folder / f"S1/M/{video}/{stem}_M.json", ("BO3", _GROUND),
-                         ("F38", scene.outline))
+            _write_label(
+                folder / f"S1/M/{video}/{stem}_M.json", ("BO3", _GROUND), ("F38", scene.outline)
+            )
         put(folder / f"S1/jpg/{video}/{video}_G0001.jpg", film(scene.gt, 10 * number + 9))
     middle = [folder / f"S1/M/{_name_video(n)}/{_name_video(n)}_F0041_M.json" for n in range(7)]
     middle[4].unlink()
     _write_label(middle[5], ("BO3", _GROUND), ("F38", np.array([[30, 40], [60, 80]])))
     cut_short(middle[6])
-    return {"counts": {"labelled": 4},
-            "rejected": {"no mask": 1, "no object": 1, "unreadable": 1},
-            "truth": _truth("labelled", f"S1-{_name_video(1)}-{_name_video(1)}_F0041",
-                            make_scene(1, _FILMED, step=1))}
+    return {
+        "counts": {"labelled": 4},
+        "rejected": {"no mask": 1, "no object": 1, "unreadable": 1},
+        "truth": _truth(
+            "labelled",
+            f"S1-{_name_video(1)}-{_name_video(1)}_F0041",
+            make_scene(1, _FILMED, step=1),
+        ),
+    }
 
 
 @layout
@@ -218,8 +252,9 @@ def _rord_960(folder):
             gt = np.roll(scene.gt, 5, axis=1) if number == 6 else scene.gt  # the tripod was moved
             put(part / f"gt/{video}/{stem}.jpg", film(gt, seed + 1000))
             put(part / f"mask/{video}/{stem}_M.png", 255 - scene.effect)
-            _write_label(part / f"label/{video}/{stem}.json", ("BO3", _GROUND),
-                         ("F38", scene.outline))
+            _write_label(
+                part / f"label/{video}/{stem}.json", ("BO3", _GROUND), ("F38", scene.outline)
+            )
         put(part / f"img/{video}/{video}_G0001.jpg", film(scene.gt, seed + 9))
 
     def middle(number, kind, ending):
@@ -232,10 +267,16 @@ def _rord_960(folder):
     cut_short(middle(7, "img", ".jpg"))
     middle(9, "label", ".json").unlink()
     middle(9, "mask", "_M.png").unlink()
-    return {"counts": {"labelled": 5, "test": 1},
-            "rejected": {"misaligned": 1, "no mask": 1, "no object": 1, "unreadable": 1},
-            "truth": _truth("labelled", f"train-{_name_video(4)}-{_name_video(4)}_F0041",
-                            make_scene(4, _FILMED, step=1), "effect")}
+    return {
+        "counts": {"labelled": 5, "test": 1},
+        "rejected": {"misaligned": 1, "no mask": 1, "no object": 1, "unreadable": 1},
+        "truth": _truth(
+            "labelled",
+            f"train-{_name_video(4)}-{_name_video(4)}_F0041",
+            make_scene(4, _FILMED, step=1),
+            "effect",
+        ),
+    }
 
 
 @layout
@@ -251,11 +292,13 @@ def _rord_preprocessed(folder):
     (folder / f"train/mask/{_name_video(5)}_F0002.png").unlink()
     (folder / f"train/gt/{_name_video(6)}_F0002.png").unlink()
     cut_short(folder / f"train/img/{_name_video(7)}_F0002.png")
-    return {"counts": {"labelled": 11, "test": 2}, "groups": {"labelled": 7, "test": 1},
-            "options": {"frames": 1},
-            "rejected": {"no GT": 1, "no mask": 1, "unreadable": 1},
-            "truth": _truth("test", f"test-{_name_video(4)}_F0002",
-                            make_scene(4, _FILMED, step=1))}
+    return {
+        "counts": {"labelled": 11, "test": 2},
+        "groups": {"labelled": 7, "test": 1},
+        "options": {"frames": 1},
+        "rejected": {"no GT": 1, "no mask": 1, "unreadable": 1},
+        "truth": _truth("test", f"test-{_name_video(4)}_F0002", make_scene(4, _FILMED, step=1)),
+    }
 
 
 # ---------------------------------------------------------------------------------------- MULAN
@@ -263,10 +306,13 @@ def _rord_preprocessed(folder):
 
 def _make_stack(number: int, count: int) -> tuple[np.ndarray, list[np.ndarray], list[str]]:
     """A background, layers that overlap, the last on top, and their captions."""
-    kinds = [kind for kind in np.roll(list(KINDS), -number).tolist()
-             if KINDS[kind][1] != number % 6][:count]
-    layers = [place_object(kind, SIZE, 0.12 + 0.25 * at, 0.7 - 0.12 * at)[0]
-              for at, kind in enumerate(kinds)]
+    kinds = [
+        kind for kind in np.roll(list(KINDS), -number).tolist() if KINDS[kind][1] != number % 6
+    ][:count]
+    layers = [
+        place_object(kind, SIZE, 0.12 + 0.25 * at, 0.7 - 0.12 * at)[0]
+        for at, kind in enumerate(kinds)
+    ]
     for layer in layers:
         layer[layer[..., 3] == 0] = 0
     return make_view(number), layers, [f"a {kind.lower()}, cut out" for kind in kinds]
@@ -274,8 +320,13 @@ def _make_stack(number: int, count: int) -> tuple[np.ndarray, list[np.ndarray], 
 
 def _mulan_truth(name: str, background, layers, count: int) -> tuple:
     mask = cv2.dilate((layers[count - 1][..., 3] > 1).astype(np.uint8) * 255, np.ones((5, 5)))
-    return ("labelled", name, lay(background, *layers[:count]), mask,
-            lay(background, *layers[:count - 1]))
+    return (
+        "labelled",
+        name,
+        lay(background, *layers[:count]),
+        mask,
+        lay(background, *layers[: count - 1]),
+    )
 
 
 def _name_picture(number: int) -> str:
@@ -292,8 +343,10 @@ def _mulan_annotations(folder):
         shown = np.array(Image.open(put(photo, shown)))
 
         def take_apart(rgb, seen, shown=shown):
-            return {"original_image_mask": seen,
-                    "inpainted_delta": rgb - shown * seen[..., None].astype(np.uint8)}
+            return {
+                "original_image_mask": seen,
+                "inpainted_delta": rgb - shown * seen[..., None].astype(np.uint8),
+            }
 
         over = np.cumsum([layer[..., 3] > 0 for layer in layers[::-1]], axis=0)[::-1]
         instances = {}
@@ -301,11 +354,15 @@ def _mulan_annotations(folder):
             own = layer[..., 3] == 255
             seen = own & (over[key] == 1)
             instances[key] = {"blip2": caption, "instance_alpha": layer[..., 3]} | take_apart(
-                layer[..., :3], seen)
-        annotation = {"captioning": {"llava": "13b", "blip2": "opt", "clip": "L14"},
-                      "background": {"llava": "N/A", "blip2": "a photograph"} | take_apart(
-                          background, over[0] == 0),
-                      "image": {"llava": "N/A", "blip2": "things"}, "instances": instances}
+                layer[..., :3], seen
+            )
+        annotation = {
+            "captioning": {"llava": "13b", "blip2": "opt", "clip": "L14"},
+            "background": {"llava": "N/A", "blip2": "a photograph"}
+            | take_apart(background, over[0] == 0),
+            "image": {"llava": "N/A", "blip2": "things"},
+            "instances": instances,
+        }
         if number == 5:
             annotation["instances"] = {}
         path = folder / "annotations" / f"{name}.p.zl"
@@ -314,9 +371,12 @@ def _mulan_annotations(folder):
     photo.unlink()
     cut_short(folder / "annotations" / f"{_name_picture(6)}.p.zl")
     background, layers, _ = _make_stack(2, 3)
-    return {"options": {"images": "photographs"}, "counts": {"labelled": 5},
-            "rejected": {"no instance": 1, "no photograph": 1, "unreadable": 1},
-            "truth": _mulan_truth(_name_picture(2), background, layers, 3)}
+    return {
+        "options": {"images": "photographs"},
+        "counts": {"labelled": 5},
+        "rejected": {"no instance": 1, "no photograph": 1, "unreadable": 1},
+        "truth": _mulan_truth(_name_picture(2), background, layers, 3),
+    }
 
 
 @layout
@@ -325,8 +385,9 @@ def _mulan_decomposed(folder):
     rows = ["paths,blip2,llava"]
     for number in range(8):
         background, layers, captions = _make_stack(number, 1 + number % 3)
-        for at, (layer, caption) in enumerate(zip([background, *layers], ["a photograph"]
-                                                  + captions)):
+        for at, (layer, caption) in enumerate(
+            zip([background, *layers], ["a photograph"] + captions)
+        ):
             path = folder / "coco" / f"{_name_picture(number)}-layer_{at}.png"
             if number == 6:  # one instance: saved without its alpha
                 layer = layer[..., :3]
@@ -336,9 +397,13 @@ def _mulan_decomposed(folder):
     (folder / "coco" / f"{_name_picture(4)}-layer_1.png").unlink()  # of two instances
     cut_short(folder / "coco" / f"{_name_picture(3)}-layer_1.png")  # of one
     background, layers, _ = _make_stack(5, 3)
-    return {"options": {"remove": "each"}, "counts": {"labelled": 11}, "groups": {"labelled": 5},
-            "rejected": {"unreadable": 2, "missing file": 1},
-            "truth": _mulan_truth(f"{_name_picture(5)}-2", background, layers, 2)}
+    return {
+        "options": {"remove": "each"},
+        "counts": {"labelled": 11},
+        "groups": {"labelled": 5},
+        "rejected": {"unreadable": 2, "missing file": 1},
+        "truth": _mulan_truth(f"{_name_picture(5)}-2", background, layers, 2),
+    }
 
 
 # -------------------------------------------------------------- pictures with masks, without GT
@@ -346,8 +411,7 @@ def _mulan_decomposed(folder):
 
 @layout
 def _open_images(folder):
-    header = ("MaskPath,ImageID,LabelName,BoxID,BoxXMin,BoxXMax,BoxYMin,BoxYMax,PredictedIoU,"
-              "Clicks")
+    header = "MaskPath,ImageID,LabelName,BoxID,BoxXMin,BoxXMax,BoxYMin,BoxYMax,PredictedIoU,Clicks"
     rows = {"train": [header], "validation": [header]}
     for number in range(11):
         split, image = "validation" if number > 8 else "train", f"{number:x}a1b2c3d4e5f6071"
@@ -361,33 +425,53 @@ def _open_images(folder):
             put(picture, scene.source)
         label = "/m/0dzct" if number == 6 else KINDS[scene.kind][0]
         mask = f"{image}_{label[1:].replace('/', '')}_{number:08x}.png"
-        path = put(folder / f"{split}-masks-{image[0]}" / mask,
-                   cv2.resize(scene.mask, (200, 134), interpolation=cv2.INTER_NEAREST))
+        path = put(
+            folder / f"{split}-masks-{image[0]}" / mask,
+            cv2.resize(scene.mask, (200, 134), interpolation=cv2.INTER_NEAREST),
+        )
         Image.open(path).convert("1").save(path)
-        (x0, y0), (x1, y1) = (f(axis=0) / (256, 171) for f in (scene.outline.min,
-                                                               scene.outline.max))
-        rows[split].append(f"{mask},{image},{label},{number:08x},{x0:.6f},{x1:.6f},{y0:.6f},"
-                           f"{y1:.6f},0.86864,0.5 0.6 1;0.8 0.5 0")
+        (x0, y0), (x1, y1) = (
+            f(axis=0) / (256, 171) for f in (scene.outline.min, scene.outline.max)
+        )
+        rows[split].append(
+            f"{mask},{image},{label},{number:08x},{x0:.6f},{x1:.6f},{y0:.6f},"
+            f"{y1:.6f},0.86864,0.5 0.6 1;0.8 0.5 0"
+        )
     for split, lines in rows.items():
         name = f"{split}-annotations-object-segmentation.csv"
         (folder / name).write_text("\n".join(lines) + "\n")
-    (folder / "class-descriptions.csv").write_text("\n".join(
-        [f"{label},{name}" for name, (label, *_) in KINDS.items()] + ["/m/0dzct,Human face"]))
+    (folder / "class-descriptions.csv").write_text(
+        "\n".join(
+            [f"{label},{name}" for name, (label, *_) in KINDS.items()] + ["/m/0dzct,Human face"]
+        )
+    )
     (folder / "train/4a1b2c3d4e5f6071.jpg").unlink()  # its owner has withdrawn it
     cut_short(folder / "train/5a1b2c3d4e5f6071.jpg")
     scene = make_scene(1, (256, 171), shadow=False)
-    return {"counts": {"pool": 5, "test": 2},
-            "rejected": {"mask of another shape": 1, "missing file": 1, "unreadable": 1},
-            "truth": _truth("pool", f"1a1b2c3d4e5f6071_{KINDS[scene.kind][0][1:].replace('/', '')}"
-                                    f"_{1:08x}", scene, gt=False)}
+    return {
+        "counts": {"pool": 5, "test": 2},
+        "rejected": {"mask of another shape": 1, "missing file": 1, "unreadable": 1},
+        "truth": _truth(
+            "pool",
+            f"1a1b2c3d4e5f6071_{KINDS[scene.kind][0][1:].replace('/', '')}_{1:08x}",
+            scene,
+            gt=False,
+        ),
+    }
 
 
 @layout
 def _high_resolution(folder):
     """DIV2K and Flickr2K, at a third of their size, with masks that somebody drew."""
-    places = ["DIV2K_train_HR/0001", "DIV2K_train_HR/0002", "DIV2K_train_HR/0003",
-              "DIV2K_train_HR/0004", "DIV2K_valid_HR/0801", "Flickr2K/Flickr2K_HR/000001",
-              "Flickr2K/Flickr2K_HR/000002"]
+    places = [
+        "DIV2K_train_HR/0001",
+        "DIV2K_train_HR/0002",
+        "DIV2K_train_HR/0003",
+        "DIV2K_train_HR/0004",
+        "DIV2K_valid_HR/0801",
+        "Flickr2K/Flickr2K_HR/000001",
+        "Flickr2K/Flickr2K_HR/000002",
+    ]
     for number, place in enumerate(places):
         scene = make_scene(number, (640, 427) if number != 3 else (320, 213), scale=0.35)
         put(folder / f"{place}.png", scene.source)
@@ -398,9 +482,12 @@ def _high_resolution(folder):
         elif number != 2:
             put(folder / f"masks/{stem}.png", scene.mask * (number != 6))
     put(folder / "masks/0900.png", scene.mask)
-    return {"options": {"size": 256, "min_side": 256, "margin": 16},
-            "counts": {"pool": 4, "test": 1}, "groups": {"pool": 3, "test": 1},
-            "rejected": {"empty mask": 1, "no mask": 1, "no picture": 1, "small picture": 1}}
+    return {
+        "options": {"size": 256, "min_side": 256, "margin": 16},
+        "counts": {"pool": 4, "test": 1},
+        "groups": {"pool": 3, "test": 1},
+        "rejected": {"empty mask": 1, "no mask": 1, "no picture": 1, "small picture": 1},
+    }
 
 
 # -------------------------------------------------------------------------------- cut-outs, sets
@@ -411,15 +498,18 @@ def _composites(folder):
     for number, kind in enumerate(KINDS):
         layer, outline = place_object(kind, (440, 400), 0.5, 0.9)
         (x0, y0), (x1, y1) = outline.min(axis=0).astype(int), outline.max(axis=0).astype(int)
-        put(folder / "cutouts" / kind / f"{number:04d}.png", layer[y0:y1 + 1, x0:x1 + 1])
+        put(folder / "cutouts" / kind / f"{number:04d}.png", layer[y0 : y1 + 1, x0 : x1 + 1])
     put(folder / "cutouts/Cat/from the web.png", make_view(3))  # nobody has cut it out
     for number in (1, 2, 4, 7, 8, 10):
         put(folder / f"backgrounds/{number:04d}.jpg", make_view(number, (300, 225)))
     put(folder / "backgrounds/0013.jpg", make_view(13, (150, 100)))
     cut_short(folder / "backgrounds/0010.jpg")
-    return {"options": {"count": 24, "size": 160, "license": "CC0-1.0"},
-            "counts": {"labelled": 14}, "groups": {"labelled": 5},
-            "rejected": {"no alpha": 3, "small background": 4, "unreadable": 3}}
+    return {
+        "options": {"count": 24, "size": 160, "license": "CC0-1.0"},
+        "counts": {"labelled": 14},
+        "groups": {"labelled": 5},
+        "rejected": {"no alpha": 3, "small background": 4, "unreadable": 3},
+    }
 
 
 @layout
@@ -430,8 +520,11 @@ def _upstream(folder):
         place = list(records)[min(number // 4, 2)]
         scene, name = make_scene(number, shadow=place == "RORD"), f"{number:05d}"
         old = place == "discriminator"
-        parts = {"gt": "gt", "mask": "mask", "inpaint": "inpaint"} if old else {
-            "source": "source", "mask": "mask", "GT": "GT"}
+        parts = (
+            {"gt": "gt", "mask": "mask", "inpaint": "inpaint"}
+            if old
+            else {"source": "source", "mask": "mask", "GT": "GT"}
+        )
         for key, picture in zip(parts, (scene.source, scene.mask, scene.gt)):
             put(folder / place / parts[key] / f"{name}.png", picture)
         record = {key: f"{part}/{name}.png" for key, part in parts.items()}
@@ -443,10 +536,13 @@ def _upstream(folder):
     for place, found in records.items():
         lines = [json.dumps(record) for record in found]
         (folder / place / "meta.json").write_text(
-            "\n".join(lines) if place == "Mulan" else f"[{', '.join(lines)}]")
-    return {"counts": {"labelled": 7},
-            "rejected": {"bad record": 1, "empty mask": 1, "missing file": 1, "unreadable": 1},
-            "truth": _truth("labelled", "discriminator-00009", make_scene(9, shadow=False))}
+            "\n".join(lines) if place == "Mulan" else f"[{', '.join(lines)}]"
+        )
+    return {
+        "counts": {"labelled": 7},
+        "rejected": {"bad record": 1, "empty mask": 1, "missing file": 1, "unreadable": 1},
+        "truth": _truth("labelled", "discriminator-00009", make_scene(9, shadow=False)),
+    }
 
 
 @layout
@@ -460,11 +556,19 @@ def _parquet(folder):
         with TripletWriter(sets / place) as writer:
             for number in numbers:
                 scene = make_scene(number)
-                writer.add(id=f"t{number}", source=scene.source, mask=scene.mask, gt=scene.gt,
-                           group=f"room {number // 2}", origin="my photographs",
-                           license="CC-BY-4.0", **{"class": scene.kind})
-    publish_sets({place.name: place for place in sorted(sets.iterdir())}, folder,
-                 repo_id="somebody/removals")
+                writer.add(
+                    id=f"t{number}",
+                    source=scene.source,
+                    mask=scene.mask,
+                    gt=scene.gt,
+                    group=f"room {number // 2}",
+                    origin="my photographs",
+                    license="CC-BY-4.0",
+                    **{"class": scene.kind},
+                )
+    publish_sets(
+        {place.name: place for place in sorted(sets.iterdir())}, folder, repo_id="somebody/removals"
+    )
     for path in (sets, folder / ".publishing"):
         shutil.rmtree(path)
     file = folder / "data/labelled-00000-of-00001.parquet"
@@ -473,9 +577,12 @@ def _parquet(folder):
     rows[4]["GT"] = None
     rows[5]["source"]["bytes"] = rows[5]["source"]["bytes"][:4000]
     pq.write_table(pa.Table.from_pylist(rows, table.schema), file)
-    return {"counts": {"labelled": 4, "test": 2}, "groups": {"labelled": 2, "test": 1},
-            "rejected": {"no GT": 1, "unreadable": 1},
-            "truth": _truth("labelled", "t2", make_scene(2))}
+    return {
+        "counts": {"labelled": 4, "test": 2},
+        "groups": {"labelled": 2, "test": 1},
+        "rejected": {"no GT": 1, "unreadable": 1},
+        "truth": _truth("labelled", "t2", make_scene(2)),
+    }
 
 
 @layout
@@ -490,11 +597,17 @@ def _ober(folder):
         scene, split = make_scene(number // 2 if number < 4 else number), "train"
         subset, path = "OBER-Cap", f"{number // 2:04d}_{number % 2 + 1}.jpg"
         if number > 5:
-            split, subset, path = "test", ("OBER-Test", "OBER-Wild", "RORD-Val-343")[number - 6], (
-                "0001.jpg", "0002.jpg", f"{_name_video(8)}_F0109.jpg")[number - 6]
-        data = {"input": encode(film(scene.source, number), "JPEG"),
-                "gt": encode(film(scene.gt, number + 99), "JPEG"),
-                "object_mask": encode(scene.mask), "object_effect_mask": encode(scene.effect)}
+            split, subset, path = (
+                "test",
+                ("OBER-Test", "OBER-Wild", "RORD-Val-343")[number - 6],
+                ("0001.jpg", "0002.jpg", f"{_name_video(8)}_F0109.jpg")[number - 6],
+            )
+        data = {
+            "input": encode(film(scene.source, number), "JPEG"),
+            "gt": encode(film(scene.gt, number + 99), "JPEG"),
+            "object_mask": encode(scene.mask),
+            "object_effect_mask": encode(scene.effect),
+        }
         if number == 5:
             data["gt"] = data["gt"][:3000]
         row = {key: {"bytes": value, "path": path} for key, value in data.items()}
@@ -503,12 +616,18 @@ def _ober(folder):
         rows[split].append(row | {"subset": subset, "split": split})
     (folder / "data").mkdir()
     for split, found in rows.items():
-        pq.write_table(pa.Table.from_pylist(found), folder / f"data/{split}-00000-of-00001.parquet",
-                       row_group_size=4)
-    return {"options": {"mask": "effect"}, "counts": {"labelled": 5, "test": 2},
-            "groups": {"labelled": 3, "test": 2}, "rejected": {"no GT": 1, "unreadable": 1},
-            "truth": _truth("test", f"RORD-Val-343-{_name_video(8)}_F0109", make_scene(8),
-                            "effect")}
+        pq.write_table(
+            pa.Table.from_pylist(found),
+            folder / f"data/{split}-00000-of-00001.parquet",
+            row_group_size=4,
+        )
+    return {
+        "options": {"mask": "effect"},
+        "counts": {"labelled": 5, "test": 2},
+        "groups": {"labelled": 3, "test": 2},
+        "rejected": {"no GT": 1, "unreadable": 1},
+        "truth": _truth("test", f"RORD-Val-343-{_name_video(8)}_F0109", make_scene(8), "effect"),
+    }
 
 
 # ----------------------------------------------------------------------------- the peers' folders
@@ -518,13 +637,20 @@ def _ober(folder):
 def _removal_bench(folder):
     for number in range(6):
         scene = make_scene(number)
-        for part, picture in (("images", scene.source), ("gt", scene.gt), ("masks", scene.mask),
-                              ("results_omnieraser_base", scene.gt)):
+        for part, picture in (
+            ("images", scene.source),
+            ("gt", scene.gt),
+            ("masks", scene.mask),
+            ("results_omnieraser_base", scene.gt),
+        ):
             put(folder / part / f"{number:04d}.png", picture)
     (folder / "masks/0004.png").unlink()
     cut_short(folder / "gt/0005.png")
-    return {"counts": {"test": 4}, "rejected": {"missing file": 1, "unreadable": 1},
-            "truth": _truth("test", "0002", make_scene(2))}
+    return {
+        "counts": {"test": 4},
+        "rejected": {"missing file": 1, "unreadable": 1},
+        "truth": _truth("test", "0002", make_scene(2)),
+    }
 
 
 @layout
@@ -539,9 +665,11 @@ def _syn4removal(folder):
     (folder / "train/gt/00000005.jpg").unlink()
     cut_short(folder / "train/paste/00000006.jpg")
     (folder / "train/result.json").write_text(json.dumps(details))
-    return {"counts": {"labelled": 5}, "rejected": {"missing file": 1, "unreadable": 1},
-            "truth": _truth("labelled", "train-00000003",
-                            make_scene(3, (160, 160), shadow=False))}
+    return {
+        "counts": {"labelled": 5},
+        "rejected": {"missing file": 1, "unreadable": 1},
+        "truth": _truth("labelled", "train-00000003", make_scene(3, (160, 160), shadow=False)),
+    }
 
 
 @layout
@@ -551,8 +679,11 @@ def _omnieraser(folder):
         put(folder / "img" / name, film(scene.source, number))
         put(folder / "gt_new" / name, film(scene.gt if number != 5 else scene.gt[:120], number + 9))
         put(folder / "sam_mask" / name, scene.mask if number != 6 else scene.mask * 0 + 255)
-    return {"counts": {"labelled": 5}, "rejected": {"sizes differ": 1, "white mask": 1},
-            "truth": _truth("labelled", "video004_0004", make_scene(4))}
+    return {
+        "counts": {"labelled": 5},
+        "rejected": {"sizes differ": 1, "white mask": 1},
+        "truth": _truth("labelled", "video004_0004", make_scene(4)),
+    }
 
 
 @layout
@@ -561,18 +692,23 @@ def _corne(folder):
     for number in range(7):
         scene, name = make_scene(number), f"{number:06d}.png"
         for part, path, picture in (
-                ("shot", f"shot/{name}", scene.source), ("bg", f"bg/{name}", scene.gt),
-                ("mask", f"masks/mask_{name}", scene.effect),
-                ("mask_sam", f"mask_sam/{name}", scene.mask)):
+            ("shot", f"shot/{name}", scene.source),
+            ("bg", f"bg/{name}", scene.gt),
+            ("mask", f"masks/mask_{name}", scene.effect),
+            ("mask_sam", f"mask_sam/{name}", scene.mask),
+        ):
             put(folder / path, picture)
             lists[part].append(f"/storage/corne/{path}")  # of the machine that made them
     (folder / "bg/000005.png").unlink()
     put(folder / "bg/000006.png", make_scene(6).source)  # the edit that changed nothing
     for part, lines in lists.items():
         (folder / f"{part}_list.txt").write_text("\n".join(lines) + "\n")
-    return {"options": {"mask": "effect"}, "counts": {"labelled": 5},
-            "rejected": {"missing file": 1, "unchanged": 1},
-            "truth": _truth("labelled", "000001", make_scene(1), "effect")}
+    return {
+        "options": {"mask": "effect"},
+        "counts": {"labelled": 5},
+        "rejected": {"missing file": 1, "unchanged": 1},
+        "truth": _truth("labelled", "000001", make_scene(1), "effect"),
+    }
 
 
 if __name__ == "__main__":
@@ -580,7 +716,20 @@ if __name__ == "__main__":
         sys.exit(f"usage: raw_data.py LAYOUT FOLDER; layouts: {', '.join(LAYOUTS)}")
     place = Path(sys.argv[2]).absolute()
     made = write_raw(sys.argv[1], place)
-    print(shlex.join([
-        ".venv/bin/papermill", "notebooks/01_assemble_dataset.ipynb", "out.ipynb", "-p", "source",
-        made["source"], "-p", "input_dir", str(place), "-y",
-        json.dumps({"source_options": made["options"]})]))
+    print(
+        shlex.join(
+            [
+                ".venv/bin/papermill",
+                "notebooks/01_assemble_dataset.ipynb",
+                "out.ipynb",
+                "-p",
+                "source",
+                made["source"],
+                "-p",
+                "input_dir",
+                str(place),
+                "-y",
+                json.dumps({"source_options": made["options"]}),
+            ]
+        )
+    )

@@ -23,8 +23,11 @@ class NotingObjective(remover.RemoverObjective):
 
     def split_batch(self, batch):
         rank = self.accelerator.process_index
-        seen = {"index": batch["index"].tolist(), "timestep": batch["timestep"].tolist(),
-                "size": list(batch["noise"].shape[-2:])}
+        seen = {
+            "index": batch["index"].tolist(),
+            "timestep": batch["timestep"].tolist(),
+            "size": list(batch["noise"].shape[-2:]),
+        }
         with open(Path(self.config.output_dir, f"seen-{rank}.jsonl"), "a") as stream:
             stream.write(json.dumps(seen) + "\n")
         return super().split_batch(batch)
@@ -56,17 +59,20 @@ def train_and_die(config, place: str, count: int = 1) -> None:
 
     def die_in(here, function):
         """`function`, after which the folder's files are cut in half."""
+
         def call(first, second, *rest):
             result = function(first, second, *rest)
             if is_due(here):
-                files = sorted(p for p in Path(rest[0] if rest else second).rglob("*")
-                               if p.is_file())
+                files = sorted(
+                    p for p in Path(rest[0] if rest else second).rglob("*") if p.is_file()
+                )
                 for path in files[1::2]:
                     path.unlink()
                 for path in files[::4]:
                     os.truncate(path, path.stat().st_size // 2)
                 die()
             return result
+
         return call
 
     def die_before(here, function):
@@ -74,10 +80,11 @@ def train_and_die(config, place: str, count: int = 1) -> None:
             if is_due(here):
                 die()
             return function(*given)
+
         return call
 
     def die_in_shard(shard, data, *rest):
-        save_shard(shard, data[:len(data) // 2] if is_due("in cache") else data, *rest)
+        save_shard(shard, data[: len(data) // 2] if is_due("in cache") else data, *rest)
 
     def die_and_replace(old, new, **options):
         if place == "in cache" and left[0] == 0:

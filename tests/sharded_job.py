@@ -35,12 +35,20 @@ from rorem_lib import checkpoints, loop, order, sharding
 def make_unet() -> UNet2DConditionModel:
     """SDXL-inpainting's kinds of layers, 100 K parameters."""
     return UNet2DConditionModel(
-        sample_size=8, in_channels=9, out_channels=4, block_out_channels=(8, 16),
+        sample_size=8,
+        in_channels=9,
+        out_channels=4,
+        block_out_channels=(8, 16),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), layers_per_block=1,
-        cross_attention_dim=8, norm_num_groups=4, attention_head_dim=4,
-        addition_embed_type="text_time", addition_time_embed_dim=4,
-        projection_class_embeddings_input_dim=4 * 6 + 8)
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=8,
+        norm_num_groups=4,
+        attention_head_dim=4,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=4 * 6 + 8,
+    )
 
 
 def build_model(name: str):
@@ -49,8 +57,11 @@ def build_model(name: str):
     unet = make_unet()
     if name == "lora":
         unet.requires_grad_(False)
-        unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"],
-                                    init_lora_weights="gaussian"))
+        unet.add_adapter(
+            LoraConfig(
+                r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights="gaussian"
+            )
+        )
     return unet
 
 
@@ -59,11 +70,19 @@ def make_batch(positions):
     parts = []
     for position in positions:
         rng = np.random.default_rng(position)
-        parts.append((rng.standard_normal((9, 8, 8), dtype=np.float32),
-                      rng.standard_normal((4, 8, 8), dtype=np.float32) * 30, rng.integers(1000)))
+        parts.append(
+            (
+                rng.standard_normal((9, 8, 8), dtype=np.float32),
+                rng.standard_normal((4, 8, 8), dtype=np.float32) * 30,
+                rng.integers(1000),
+            )
+        )
     inputs, targets, times = zip(*parts)
-    return (torch.from_numpy(np.stack(inputs)), torch.from_numpy(np.stack(targets)),
-            torch.tensor([int(t) for t in times]))
+    return (
+        torch.from_numpy(np.stack(inputs)),
+        torch.from_numpy(np.stack(targets)),
+        torch.tensor([int(t) for t in times]),
+    )
 
 
 def compute_loss(model, name, batch):
@@ -72,8 +91,15 @@ def compute_loss(model, name, batch):
         predicted = model(inputs.movedim(1, -1)).movedim(-1, 1)
     else:
         count = len(inputs)
-        predicted = model(inputs, times, torch.ones(count, 3, 8), added_cond_kwargs={
-            "text_embeds": torch.ones(count, 8), "time_ids": torch.full((count, 6), 8.0)}).sample
+        predicted = model(
+            inputs,
+            times,
+            torch.ones(count, 3, 8),
+            added_cond_kwargs={
+                "text_embeds": torch.ones(count, 8),
+                "time_ids": torch.full((count, 6), 8.0),
+            },
+        ).sample
     return (predicted.float() - targets).square().mean()
 
 
@@ -85,8 +111,12 @@ def divide_on_cpu() -> None:
 
 def die_at(place: str) -> None:
     """SIGKILL in the second checkpoint: "in save_state", "before rename" or "in removal"."""
-    count, save_state, replace, remove = [], Accelerator.save_state, checkpoints.replace_folder, (
-        checkpoints.remove_folder)
+    count, save_state, replace, remove = (
+        [],
+        Accelerator.save_state,
+        checkpoints.replace_folder,
+        (checkpoints.remove_folder),
+    )
 
     def die(here):
         if here == place and len(count) == 2:
@@ -122,10 +152,13 @@ def run(options: dict) -> dict:
     kind, name = options["kind"], options.get("model", "unet")
     if kind == "FSDP2":
         divide_on_cpu()
-    accelerator = Accelerator(mixed_precision=config.mixed_precision,
-                              gradient_accumulation_plugin=GradientAccumulationPlugin(
-                                  num_steps=config.gradient_accumulation_steps),
-                              kwargs_handlers=sharding.make_handlers("cpu"))
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=config.gradient_accumulation_steps
+        ),
+        kwargs_handlers=sharding.make_handlers("cpu"),
+    )
     assert sharding.find_kind(accelerator) == kind, sharding.find_kind(accelerator)
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -134,8 +167,11 @@ def run(options: dict) -> dict:
     if options.get("channels_last"):
         model.to(memory_format=torch.channels_last)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = (torch.optim.SGD(trained, lr=1.0) if options.get("sgd") else
-                 torch.optim.AdamW(trained, lr=config.learning_rate, fused=options.get("fused")))
+    optimizer = (
+        torch.optim.SGD(trained, lr=1.0)
+        if options.get("sgd")
+        else torch.optim.AdamW(trained, lr=config.learning_rate, fused=options.get("fused"))
+    )
     structure = sharding.copy_structure(accelerator, model)
     model, optimizer = sharding.prepare(accelerator, model, optimizer, config)
     scheduler = get_scheduler("linear", optimizer, num_training_steps=100, num_warmup_steps=0)
@@ -147,16 +183,22 @@ def run(options: dict) -> dict:
         accelerator.register_for_checkpointing(ema)
     step = first = checkpoints.load_checkpoint(accelerator, config, train_size=24)
     states = {"before": copy_state(accelerator, model)}
-    result = {"kind": kind, "processes": accelerator.num_processes, "first": first,
-              "line": sharding.describe(accelerator, config),
-              "count": sum(p.numel() for p in trained), "losses": [], "norms": [], "rates": []}
+    result = {
+        "kind": kind,
+        "processes": accelerator.num_processes,
+        "first": first,
+        "line": sharding.describe(accelerator, config),
+        "count": sum(p.numel() for p in trained),
+        "losses": [],
+        "norms": [],
+        "rates": [],
+    }
     for positions in order.Positions(config, accelerator, first):
         with accelerator.accumulate(model):
             noise = 1 + 0.01 * torch.randn(()).item()  # of the state a checkpoint restores
             chunks, losses = options.get("chunks", 1), []
             for number, chunk in enumerate(np.array_split(positions, chunks), 1):
-                with (contextlib.nullcontext() if number == chunks
-                      else accelerator.no_sync(model)):
+                with contextlib.nullcontext() if number == chunks else accelerator.no_sync(model):
                     with accelerator.autocast():
                         loss = noise * compute_loss(model, name, make_batch(chunk))
                     sharding.backward(accelerator, loss / chunks, last=number == chunks)

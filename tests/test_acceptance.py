@@ -108,14 +108,16 @@ def test_threshold_keeps_to_the_least_share():
 def test_lower_bound_is_stricter_than_the_point():
     scores, labels = make_scores(300)
     point = acceptance.choose_threshold(scores, labels, target_precision=0.7, min_share=0.05)
-    lower = acceptance.choose_threshold(scores, labels, target_precision=0.7, min_share=0.05,
-                                        bound="lower")
+    lower = acceptance.choose_threshold(
+        scores, labels, target_precision=0.7, min_share=0.05, bound="lower"
+    )
     assert lower.value > point.value and lower.precision_interval[0] >= 0.7
 
 
 def test_equal_probabilities_are_accepted_together():
-    found = acceptance.choose_threshold([0.5] * 4, [True, True, False, False],
-                                        target_precision=0.5, min_share=0.2)
+    found = acceptance.choose_threshold(
+        [0.5] * 4, [True, True, False, False], target_precision=0.5, min_share=0.2
+    )
     assert found.share == 1
 
 
@@ -190,10 +192,14 @@ def test_calibration_file_survives_the_round_trip(tmp_path):
         calibration, probabilities = acceptance.calibrate_scores(scores, labels, method=method)
         accept = acceptance.choose_threshold(probabilities, labels)
         path = acceptance.write_calibration(
-            tmp_path, calibration, accept=accept,
+            tmp_path,
+            calibration,
+            accept=accept,
             rate_threshold=acceptance.rate_threshold(probabilities, labels),
             curve=acceptance.describe_curve(probabilities, labels),
-            roc=acceptance.describe_roc(scores, labels), rates=(0.8, 0.3))
+            roc=acceptance.describe_roc(scores, labels),
+            rates=(0.8, 0.3),
+        )
         for place in (tmp_path, tmp_path / "discriminator", path):
             read, content = acceptance.read_calibration(place)
             assert read.apply(scores) == pytest.approx(calibration.apply(scores))

@@ -29,23 +29,33 @@ def test_the_accept_share_is_estimated_without_what_was_drawn_by_uncertainty(
     monkeypatch.setenv("ROREM_BATCH", "1")
     stage = tmp_path / "stage"
     log = LabelLog(stage / "labels", "anna")
-    for place, (label, order) in enumerate([("accept", "audit"), ("reject", "audit")]
-                                           + [("reject", "uncertainty")] * 3):
+    for place, (label, order) in enumerate(
+        [("accept", "audit"), ("reject", "audit")] + [("reject", "uncertainty")] * 3
+    ):
         log.append(f"c{place}", label, order=order)
     with TripletWriter(tmp_path / "scores") as writer:
         for triplet in read_triplets(candidates):
             writer.add_triplet(triplet, score=0.5)
-    execute_notebook(ROOT / "notebooks" / "04_annotate.ipynb", tmp_path / "done.ipynb",
-                     {"output_dir": str(stage), "candidates": str(candidates), "annotator": "anna",
-                      "order": "uncertainty", "scores": str(tmp_path / "scores"),
-                      "labels_wanted": 5},
-                     say=lambda text: None)
+    execute_notebook(
+        ROOT / "notebooks" / "04_annotate.ipynb",
+        tmp_path / "done.ipynb",
+        {
+            "output_dir": str(stage),
+            "candidates": str(candidates),
+            "annotator": "anna",
+            "order": "uncertainty",
+            "scores": str(tmp_path / "scores"),
+            "labels_wanted": 5,
+        },
+        say=lambda text: None,
+    )
     metrics = json.loads((stage / "metrics.json").read_text())
     assert (metrics["accept_share"], metrics["n_labelled"]) == (0.5, 5)
     drawn = [x.extra["label_order"] for x in read_triplets(stage / "scored")]
     assert drawn == ["audit"] * 2 + ["uncertainty"] * 3
     assert [x.extra["fair_sample"] for x in read_triplets(stage / "scored")] == [True] * 2 + [
-        False] * 3
+        False
+    ] * 3
 
 
 def test_batch_run_stops_for_labels_and_goes_on_when_they_are_there(
@@ -71,8 +81,13 @@ def test_batch_run_stops_for_labels_and_goes_on_when_they_are_there(
     assert failure.value.name == "LabelsMissing"
     assert "4 of 5 labels are missing: open notebooks/04_annotate.ipynb" in str(failure.value)
     assert str(candidates) in str(failure.value) and not (stage / "metrics.json").exists()
-    for words in ("mode = 'interactive'", "overlap_share = 0.0", "keys = {'accept': 'j'}",
-                  "audit_share = 0.15", "policy = 'majority'"):
+    for words in (
+        "mode = 'interactive'",
+        "overlap_share = 0.0",
+        "keys = {'accept': 'j'}",
+        "audit_share = 0.15",
+        "policy = 'majority'",
+    ):
         assert words in str(failure.value)
 
     for place, label in enumerate(["reject", "accept", "skip", "reject"], 1):

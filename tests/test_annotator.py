@@ -223,7 +223,8 @@ def test_an_adjudicator_hears_the_votes_after_the_decision(tmp_path, triplets):
     assert session.state["id"] == "c1" and session.state["wanted"] == 2
     session.fetch([0, 1])
     told = json.dumps([content for content, _ in session.sent]) + json.dumps(
-        widget.get_state(), default=str)
+        widget.get_state(), default=str
+    )
     assert "ben" not in told and "cleo" not in told, "the votes are hidden until it is decided"
     session.press("reject", reason="blur")
     assert session.state["notice"] == "saved: blur; others said: ben accept, cleo reject"
@@ -292,7 +293,7 @@ def test_what_others_have_done_meanwhile_is_not_asked_for(tmp_path, triplets, mo
     folder, ben = tmp_path / "labels", LabelLog(tmp_path / "labels", "ben")
     given = {"overlap_share": 0.2, "seed": 1}  # one of six
     widget = open_annotator(folder, triplets, "anna", wanted=5, **given)
-    shared, = (item.id for item in widget._queue if item.shared)
+    (shared,) = (item.id for item in widget._queue if item.shared)
     session = Session(folder, triplets, widget=widget)
     widget._pool = Now()
     theirs = [item.id for item in widget._queue[3:] if not item.shared][:2]
@@ -330,8 +331,13 @@ class Now:
 
 
 def test_without_a_name_it_is_asked_for(tmp_path, triplets):
-    box = open_annotator(tmp_path / "labels", triplets, order="stratified", wanted=3,
-                         strata={t.id: "all" for t in triplets})
+    box = open_annotator(
+        tmp_path / "labels",
+        triplets,
+        order="stratified",
+        wanted=3,
+        strata={t.id: "all" for t in triplets},
+    )
     row, trouble = box.children
     name, start = row.children
     start.click()
@@ -342,7 +348,7 @@ def test_without_a_name_it_is_asked_for(tmp_path, triplets):
     assert not list((tmp_path / "labels").glob("*")) and len(box.children) == 2
     name.value = " anna "
     name._handle_custom_msg({"event": "submit"}, [])  # Enter in the field
-    widget, = box.children
+    (widget,) = box.children
     assert widget.settings["focus"] is True
     assert widget.settings["annotator"] == "anna"
     assert widget.measure_progress()["wanted"] == 3
@@ -372,8 +378,9 @@ def test_items_are_sent_when_asked_for_and_a_broken_file_stops_nothing(session, 
 
 def test_a_decision_brings_its_answer_and_then_the_picture_it_asked_for(session, monkeypatch):
     for place in (3, 4):
-        answer = session.ask(kind="label", label="accept", place=place - 3, id=f"c{place - 3}",
-                             want=[place])
+        answer = session.ask(
+            kind="label", label="accept", place=place - 3, id=f"c{place - 3}", want=[place]
+        )
         while answer["kind"] != "item":
             time.sleep(0.01)
             answer = session.sent[-1][0]
@@ -397,14 +404,16 @@ def test_the_picture_after_those_asked_for_is_made_before_the_decision(tmp_path,
     made.result(timeout=10)
     assert place == session.state["upcoming"][-1] == 3
     before = len(session.sent)
-    session.widget.receive({"kind": "label", "label": "accept", "place": 0, "id": "c0",
-                            "want": [3]})
+    session.widget.receive(
+        {"kind": "label", "label": "accept", "place": 0, "id": "c0", "want": [3]}
+    )
     kinds = [x["kind"] for x, _ in session.sent[before:]]  # at once: nobody waited for it
     assert kinds == ["state", "item"] and session.sent[-1] == made.result()
     before, place = len(session.sent), session.sent[before][0]["upcoming"][-1]
     session.widget._ahead[1].result(timeout=10)
-    session.widget.receive({"kind": "label", "label": "accept", "place": 1, "id": "c1",
-                            "want": [place], "calm": True})
+    session.widget.receive(
+        {"kind": "label", "label": "accept", "place": 1, "id": "c1", "want": [place], "calm": True}
+    )
     assert session.sent[before:] == [(session.sent[-1][0], None)]  # the answer alone: first of all
     while len(session.sent) < before + 2:
         time.sleep(0.01)
@@ -424,13 +433,20 @@ def test_what_a_browser_would_show_otherwise_comes_as_training_reads_it(triplets
     picture = Image.open(triplets[0].source)
     turned = Image.Exif()
     turned[ExifTags.Base.Orientation] = 6
-    xmp = (b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/'
-           b'22-rdf-syntax-ns#"><rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" '
-           b'tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>')
+    xmp = (
+        b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/'
+        b'22-rdf-syntax-ns#"><rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" '
+        b'tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
+    )
     camera = Image.Exif()
     camera[ExifTags.Base.Make] = "Eastman"
-    for options, plain in (({}, True), ({"exif": camera}, True), ({"exif": turned}, False),
-                           ({"xmp": xmp}, False), ({"transparency": (1, 2, 3)}, False)):
+    for options, plain in (
+        ({}, True),
+        ({"exif": camera}, True),
+        ({"exif": turned}, False),
+        ({"xmp": xmp}, False),
+        ({"transparency": (1, 2, 3)}, False),
+    ):
         kind = "PNG" if "transparency" in options else "JPEG"
         picture.save(triplets[0].source, kind, **options)
         info, pictures = encode_item(triplets[0])

@@ -30,8 +30,13 @@ def folder(tmp_path):
             scene = render_scene([4, number], role="pool")
             removal = cv2.inpaint(scene.image, scene.mask, 5, cv2.INPAINT_TELEA)
             writer.add(id=f"c{number:02}", source=scene.image, mask=scene.mask, gt=removal)
-    write_notebook(tmp_path, output_dir=str(tmp_path / "stage"), annotator="anna",
-                   candidates=str(tmp_path / "candidates"), labels_wanted=10)
+    write_notebook(
+        tmp_path,
+        output_dir=str(tmp_path / "stage"),
+        annotator="anna",
+        candidates=str(tmp_path / "candidates"),
+        labels_wanted=10,
+    )
     return tmp_path
 
 
@@ -54,8 +59,11 @@ def page(lab, chromium_path):
 
 
 def signal_kernel(server, number):
-    kernel, = (process for process in psutil.Process(server.pid).children(recursive=True)
-               if "ipykernel_launcher" in " ".join(process.cmdline()))
+    (kernel,) = (
+        process
+        for process in psutil.Process(server.pid).children(recursive=True)
+        if "ipykernel_launcher" in " ".join(process.cmdline())
+    )
     os.kill(kernel.pid, number)
 
 
@@ -64,8 +72,13 @@ def test_a_kernel_killed_while_keys_come_loses_nothing_it_called_saved(page, lab
     with TripletWriter(folder / "candidates") as writer:  # enough to be killed among them
         for number in range(600):
             writer.add_triplet(triplet, id=f"d{number:03}")
-    write_notebook(folder, output_dir=str(folder / "stage"), annotator="anna",
-                   candidates=str(folder / "candidates"), repeat_share=0.0)
+    write_notebook(
+        folder,
+        output_dir=str(folder / "stage"),
+        annotator="anna",
+        candidates=str(folder / "candidates"),
+        repeat_share=0.0,
+    )
     me = Annotating(page, lab[0], folder)
     page.reload()
     me.start()
@@ -187,8 +200,11 @@ def test_labelling_by_keyboard_in_jupyterlab(page, lab, folder):
 
     # without NumLock the pad's keys are arrows: they move the picture and label nothing
     plain = me.grab_canvas(1)
-    for key, code, back in (("ArrowDown", "Numpad2", "ArrowUp"), ("ArrowLeft", "Numpad4",
-                             "ArrowRight"), ("+", "NumpadAdd", "-")):
+    for key, code, back in (
+        ("ArrowDown", "Numpad2", "ArrowUp"),
+        ("ArrowLeft", "Numpad4", "ArrowRight"),
+        ("+", "NumpadAdd", "-"),
+    ):
         page.evaluate(
             """([selector, key, code]) => document.querySelector(selector).dispatchEvent(
                 new KeyboardEvent("keydown", { key, code, bubbles: true }))""",
@@ -237,8 +253,9 @@ def test_labelling_by_keyboard_in_jupyterlab(page, lab, folder):
     expected.append((me.press("3"), "reject", "blur"))
     assert me.widget.locator(".note").input_value() == ""
     me.widget.locator("[data-action=reason_1]").focus()
-    expected.append((me.change(lambda: page.keyboard.down("Enter")), "reject",
-                     "incomplete removal"))
+    expected.append(
+        (me.change(lambda: page.keyboard.down("Enter")), "reject", "incomplete removal")
+    )
     for _ in range(3):
         page.keyboard.down("Enter")  # held
         page.wait_for_timeout(30)
@@ -329,8 +346,13 @@ def test_panes_show_the_files_and_keys_leave_jupyterlabs_bar_alone(page, lab, fo
     with TripletWriter(folder / "fine") as writer:
         for number in range(6):
             writer.add(id=f"f{number}", source=fine[0], mask=mask, gt=np.asarray(removal))
-    write_notebook(folder, output_dir=str(folder / "stage"), annotator="anna",
-                   candidates=str(folder / "fine"), repeat_share=0.0)
+    write_notebook(
+        folder,
+        output_dir=str(folder / "stage"),
+        annotator="anna",
+        candidates=str(folder / "fine"),
+        repeat_share=0.0,
+    )
     me = Annotating(page, lab[0], folder)
     page.reload()
     me.start()
@@ -365,11 +387,18 @@ def test_panes_show_the_files_and_keys_leave_jupyterlabs_bar_alone(page, lab, fo
 
 
 def test_two_removals_beside_the_source_in_the_evaluation_notebook(page, lab, folder):
-    write_notebook(folder, "08_evaluate", output_dir=str(folder / "stage"), annotator="",
-                   user_study="preference", study_methods=["Telea", "Navier-Stokes"],
-                   test_set="builtin:test", limit=6, study_pictures=4,
-                   methods=[{"name": "Telea", "kind": "telea"},
-                            {"name": "Navier-Stokes", "kind": "ns"}])
+    write_notebook(
+        folder,
+        "08_evaluate",
+        output_dir=str(folder / "stage"),
+        annotator="",
+        user_study="preference",
+        study_methods=["Telea", "Navier-Stokes"],
+        test_set="builtin:test",
+        limit=6,
+        study_pictures=4,
+        methods=[{"name": "Telea", "kind": "telea"}, {"name": "Navier-Stokes", "kind": "ns"}],
+    )
     me = Annotating(page, lab[0], folder, "user_study")
     page.reload()
     me.run_notebook()
@@ -392,8 +421,10 @@ def test_two_removals_beside_the_source_in_the_evaluation_notebook(page, lab, fo
     page.keyboard.press("d")
     assert (me.grab_canvas(1), me.grab_canvas(2)) == (left, right)
     me.take_picture("user_study_light")
-    expected = [(me.press(key), label, None) for key, label in
-                (("1", "left"), ("2", "same"), ("3", "right"))]
+    expected = [
+        (me.press(key), label, None)
+        for key, label in (("1", "left"), ("2", "same"), ("3", "right"))
+    ]
     undone = me.press("u") and me.shown
     expected.append((undone, "undo", None))
     assert undone == expected[2][0]
@@ -410,7 +441,7 @@ def test_two_removals_beside_the_source_in_the_evaluation_notebook(page, lab, fo
     told = json.loads((folder / "stage" / "user_study" / "trials.json").read_text())
     lefts = [told[expected[0][0]]["methods"][0], told[undone]["methods"][0]]
     wins = {name: lefts.count(name) / 3 for name in ("Navier-Stokes", "Telea")}
-    row, = study["preferences"]
+    (row,) = study["preferences"]
     assert (row["first"], row["second"], row["n"]) == ("Navier-Stokes", "Telea", 3)
     assert row["prefers_first"] == pytest.approx(wins["Navier-Stokes"])
     assert row["prefers_second"] == pytest.approx(wins["Telea"])

@@ -46,8 +46,11 @@ def _make_zip(path, files=FILES):
 
 
 def _read_tree(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*")
-            if path.is_file() and path.name != archives.MARKER}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != archives.MARKER
+    }
 
 
 def _assert_nothing_left(tmp_path, *names):
@@ -57,12 +60,17 @@ def _assert_nothing_left(tmp_path, *names):
 # ------------------------------------------------------------------------------ what is unpacked
 
 
-@pytest.mark.parametrize("name, make", [
-    ("x.tar", lambda p: _make_tar(p, mode="w")), ("x.tar.gz", _make_tar),
-    ("x.tar.bz2", lambda p: _make_tar(p, mode="w:bz2")),
-    ("x.txz", lambda p: _make_tar(p, mode="w:xz")), ("x.zip", _make_zip),
-    ("no ending", _make_tar),
-])
+@pytest.mark.parametrize(
+    "name, make",
+    [
+        ("x.tar", lambda p: _make_tar(p, mode="w")),
+        ("x.tar.gz", _make_tar),
+        ("x.tar.bz2", lambda p: _make_tar(p, mode="w:bz2")),
+        ("x.txz", lambda p: _make_tar(p, mode="w:xz")),
+        ("x.zip", _make_zip),
+        ("no ending", _make_tar),
+    ],
+)
 def test_archives_are_unpacked_byte_by_byte(tmp_path, name, make):
     folder = extract_archive(make(tmp_path / name), tmp_path / "deep" / "out")
     assert _read_tree(folder) == FILES
@@ -73,8 +81,9 @@ def test_archives_are_unpacked_byte_by_byte(tmp_path, name, make):
 def test_folders_without_files_and_dotted_names_are_kept(tmp_path):
     member = tarfile.TarInfo("./a/.b/..c")
     member.type = tarfile.DIRTYPE
-    folder = extract_archive(_make_tar(tmp_path / "x.tar", extra=[member], mode="w"),
-                             tmp_path / "out")
+    folder = extract_archive(
+        _make_tar(tmp_path / "x.tar", extra=[member], mode="w"), tmp_path / "out"
+    )
     assert (folder / "a" / ".b" / "..c").is_dir()
 
 
@@ -87,16 +96,23 @@ def test_names_in_zip_files_that_do_not_say_their_encoding(tmp_path):
     assert _read_tree(extract_archive(path, tmp_path / "out")) == {"图.txt": b"1", "é.txt": b"2"}
 
 
-@pytest.mark.parametrize("suffixes", [
-    [".part01", ".part02", ".part03"], [".001", ".002", ".003"], [".aa", ".ab", ".ac"],
-    [".part-aa", ".part-ab", ".part-ac"], ["aa", "ab", "ac"], [".0", ".1", ".2"],
-])
+@pytest.mark.parametrize(
+    "suffixes",
+    [
+        [".part01", ".part02", ".part03"],
+        [".001", ".002", ".003"],
+        [".aa", ".ab", ".ac"],
+        [".part-aa", ".part-ab", ".part-ac"],
+        ["aa", "ab", "ac"],
+        [".0", ".1", ".2"],
+    ],
+)
 @pytest.mark.parametrize("name, make", [("x.tar.gz", _make_tar), ("x.zip", _make_zip)])
 def test_split_archives_are_read_as_one(tmp_path, name, make, suffixes):
     data = make(tmp_path / "whole").read_bytes()
     (tmp_path / "whole").unlink()
     for number, suffix in enumerate(suffixes):
-        (tmp_path / (name + suffix)).write_bytes(data[number * 120_000:][:120_000])
+        (tmp_path / (name + suffix)).write_bytes(data[number * 120_000 :][:120_000])
     (first,) = find_archives(tmp_path)
     assert first.name == name + suffixes[0]
     assert archive_stem(first.name) == "x"
@@ -116,12 +132,20 @@ def test_more_than_nine_parts_are_in_the_order_of_their_numbers(tmp_path):
     for number in range(1, 12):
         (tmp_path / f"x.tar.part{number}").write_bytes(b"%d" % number)
     assert [p.read_bytes() for p in list_parts(tmp_path / "x.tar.part3")] == [
-        b"%d" % n for n in range(1, 12)]
+        b"%d" % n for n in range(1, 12)
+    ]
 
 
 def test_archives_are_found_by_their_names(tmp_path):
-    for name in ("b/x.tar.gz", "a.zip", "c.7z", "d.part1.rar", "train.parquet", "e.tar.png",
-                 "README.md"):
+    for name in (
+        "b/x.tar.gz",
+        "a.zip",
+        "c.7z",
+        "d.part1.rar",
+        "train.parquet",
+        "e.tar.png",
+        "README.md",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     assert [p.name for p in find_archives(tmp_path)] == ["a.zip", "x.tar.gz", "c.7z", "d.part1.rar"]
@@ -167,7 +191,7 @@ def test_killed_halfway_it_starts_again(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)])
     while not (tmp_path / ".out.partial" / "010").exists():
         assert process.poll() is None
-        time.sleep(.01)
+        time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "out").exists()
@@ -189,8 +213,9 @@ def test_no_member_leaves_the_folder(tmp_path, name, make):
     _assert_nothing_left(tmp_path, "x")
 
 
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE,
-                                  tarfile.CHRTYPE, tarfile.BLKTYPE])
+@pytest.mark.parametrize(
+    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE]
+)
 def test_links_and_devices_in_a_tar_are_refused(tmp_path, kind):
     member = tarfile.TarInfo("thing")
     member.type, member.linkname = kind, "empty"
@@ -210,8 +235,9 @@ def test_links_in_a_zip_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("make", [_make_tar, _make_zip])
-@pytest.mark.parametrize("limit, words", [({"max_bytes": 300_001}, "max_bytes"),
-                                          ({"max_members": 2}, "max_members")])
+@pytest.mark.parametrize(
+    "limit, words", [({"max_bytes": 300_001}, "max_bytes"), ({"max_members": 2}, "max_members")]
+)
 def test_limits_hold_for_what_is_written(tmp_path, make, limit, words):
     path = make(tmp_path / "x")
     with pytest.raises(ArchiveError, match=words):
@@ -224,7 +250,7 @@ def test_a_zip_that_lies_about_its_sizes_is_stopped(tmp_path):
     path = _make_zip(tmp_path / "x.zip", {"zeros": bytes(10_000_000)})
     raw = bytearray(path.read_bytes())
     at = raw.index(b"PK\x01\x02")
-    raw[at + 24:at + 28] = (100).to_bytes(4, "little")  # the size that the directory names
+    raw[at + 24 : at + 28] = (100).to_bytes(4, "little")  # the size that the directory names
     path.write_bytes(raw)
     with pytest.raises(ArchiveError):
         extract_archive(path, tmp_path / "out", max_bytes=1000)
@@ -234,7 +260,7 @@ def test_a_zip_that_lies_about_its_sizes_is_stopped(tmp_path):
 def _cut_at_a_member(path):
     """A plain tar without its last member and its end: each header that is left is sound."""
     with tarfile.open(path) as archive:
-        return path.read_bytes()[:archive.getmembers()[-1].offset]
+        return path.read_bytes()[: archive.getmembers()[-1].offset]
 
 
 def _damage_header(path):
@@ -245,14 +271,33 @@ def _damage_header(path):
     return bytes(raw)
 
 
-@pytest.mark.parametrize("mode, spoil", [
-    ("w:gz", lambda p: p.read_bytes()[:200_000]), ("w:gz", lambda p: p.read_bytes()[:-4]),
-    ("w:bz2", lambda p: p.read_bytes()[:200_000]), ("w:xz", lambda p: p.read_bytes()[:200_000]),
-    ("w", lambda p: p.read_bytes()[:200_000]), ("w", _cut_at_a_member), ("w", _damage_header),
-    ("w", lambda p: b"no archive at all"), ("w", lambda p: b""),
-    ("w:gz", lambda p: gzip.compress(gzip.decompress(p.read_bytes()))[:-8] + b"12345678"),
-], ids=["gz", "gz end", "bz2", "xz", "tar", "tar between members", "tar header", "text", "empty",
-        "gz checksum"])
+@pytest.mark.parametrize(
+    "mode, spoil",
+    [
+        ("w:gz", lambda p: p.read_bytes()[:200_000]),
+        ("w:gz", lambda p: p.read_bytes()[:-4]),
+        ("w:bz2", lambda p: p.read_bytes()[:200_000]),
+        ("w:xz", lambda p: p.read_bytes()[:200_000]),
+        ("w", lambda p: p.read_bytes()[:200_000]),
+        ("w", _cut_at_a_member),
+        ("w", _damage_header),
+        ("w", lambda p: b"no archive at all"),
+        ("w", lambda p: b""),
+        ("w:gz", lambda p: gzip.compress(gzip.decompress(p.read_bytes()))[:-8] + b"12345678"),
+    ],
+    ids=[
+        "gz",
+        "gz end",
+        "bz2",
+        "xz",
+        "tar",
+        "tar between members",
+        "tar header",
+        "text",
+        "empty",
+        "gz checksum",
+    ],
+)
 def test_damaged_tars_are_named_and_leave_nothing(tmp_path, mode, spoil):
     path = _make_tar(tmp_path / "x.tar", mode=mode)
     path.write_bytes(spoil(path))
@@ -261,9 +306,14 @@ def test_damaged_tars_are_named_and_leave_nothing(tmp_path, mode, spoil):
     _assert_nothing_left(tmp_path, "x.tar")
 
 
-@pytest.mark.parametrize("spoil", [
-    lambda raw: raw[:200_000], lambda raw: raw[:1000] + bytes(50) + raw[1050:],
-], ids=["cut", "content"])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda raw: raw[:200_000],
+        lambda raw: raw[:1000] + bytes(50) + raw[1050:],
+    ],
+    ids=["cut", "content"],
+)
 def test_damaged_zips_are_named_and_leave_nothing(tmp_path, spoil):
     path = _make_zip(tmp_path / "x.zip")
     path.write_bytes(spoil(path.read_bytes()))
@@ -282,11 +332,14 @@ def test_a_zip_with_a_password_is_to_be_unpacked_by_hand(tmp_path):
         extract_archive(path, tmp_path / "out")
 
 
-@pytest.mark.parametrize("head, words", [
-    (b"Rar!\x1a\x07\x00", "rar archive.*unrar x x.bin"),
-    (b"\x28\xb5\x2f\xfd", "zstd.*tar --zstd -xf x.bin"),
-    (b"7z\xbc\xaf\x27\x1c", "pip install py7zr.*7z x x.bin"),
-])
+@pytest.mark.parametrize(
+    "head, words",
+    [
+        (b"Rar!\x1a\x07\x00", "rar archive.*unrar x x.bin"),
+        (b"\x28\xb5\x2f\xfd", "zstd.*tar --zstd -xf x.bin"),
+        (b"7z\xbc\xaf\x27\x1c", "pip install py7zr.*7z x x.bin"),
+    ],
+)
 def test_other_kinds_are_named_with_what_to_do(tmp_path, monkeypatch, head, words):
     monkeypatch.setitem(sys.modules, "py7zr", None)
     (tmp_path / "x.bin").write_bytes(head + bytes(100))

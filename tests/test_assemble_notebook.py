@@ -29,14 +29,19 @@ APART = {"composites", "omnieraser"}  # have tests of their own
 
 def run(folder, **parameters):
     """Execute the notebook into `folder`, with the metrics that it wrote."""
-    execute_notebook(NOTEBOOK, folder / "notebook.ipynb", {"output_dir": str(folder), **parameters},
-                     say=lambda text: None)
+    execute_notebook(
+        NOTEBOOK,
+        folder / "notebook.ipynb",
+        {"output_dir": str(folder), **parameters},
+        say=lambda text: None,
+    )
     return json.loads((folder / "metrics.json").read_text())
 
 
 def list_outputs(notebook):
-    return [output for cell in nbformat.read(notebook, 4).cells
-            for output in cell.get("outputs", ())]
+    return [
+        output for cell in nbformat.read(notebook, 4).cells for output in cell.get("outputs", ())
+    ]
 
 
 def read_sets(folder, counts):
@@ -48,8 +53,12 @@ def test_raw_data_becomes_sets_with_provenance_and_every_fault_is_named(name, tm
     folder, data = tmp_path / "out", tmp_path / "原始 data" / name
     folder.mkdir()
     raw = raw_data.write_raw(name, data)
-    metrics = run(folder, source=raw["source"] if name in NAMED else "auto", input_dir=str(data),
-                  source_options=raw["options"])
+    metrics = run(
+        folder,
+        source=raw["source"] if name in NAMED else "auto",
+        input_dir=str(data),
+        source_options=raw["options"],
+    )
     assert metrics["source"] == raw["source"] and metrics["raw"] == str(data)
     assert {key: metrics[f"n_{key}"] for key in raw["counts"]} == raw["counts"]
     sets = read_sets(folder, raw["counts"])
@@ -69,11 +78,17 @@ def _check_folder(folder, data, raw, sets):
         for triplet in found:
             _check_record(triplet, data, pool)
     assert json.loads((folder / "metrics.json").read_text())["rejected"] == raw["rejected"]
-    _check_rejections(folder, data, raw["rejected"],
-                      {t.id for found in sets.values() for t in found})
+    _check_rejections(
+        folder, data, raw["rejected"], {t.id for found in sets.values() for t in found}
+    )
     figures = {path.stem: cv2.imread(str(path)) for path in (folder / "figures").iterdir()}
-    assert set(figures) == {"source", "rejections", "mask_areas", *(f"sheet_{key}" for key in sets),
-                            *(["changes"] * (not pool))}
+    assert set(figures) == {
+        "source",
+        "rejections",
+        "mask_areas",
+        *(f"sheet_{key}" for key in sets),
+        *(["changes"] * (not pool)),
+    }
     for name, drawn in figures.items():
         assert drawn.shape[0] > 60 and drawn.std() > 5, f"{name} is empty"
 
@@ -99,9 +114,13 @@ def _check_rejections(folder, data, reasons, kept):
     for line in lines:
         assert line["id"] not in kept and line["set"] in ("labelled", "pool", "test")
         assert line["group"] and len(line["message"]) > 10
-    shown = html.unescape(" ".join(output["data"].get("text/html", "")
-                                   for output in list_outputs(folder / "notebook.ipynb")
-                                   if "data" in output))
+    shown = html.unescape(
+        " ".join(
+            output["data"].get("text/html", "")
+            for output in list_outputs(folder / "notebook.ipynb")
+            if "data" in output
+        )
+    )
     for line in lines:  # the table shows paths below the raw data's folder
         line["message"] = line["message"].replace(f"{data}/", "")
     for reason in reasons:
@@ -127,8 +146,15 @@ def test_composites_change_nothing_but_the_object_and_its_effect(tmp_path):
     folder.mkdir()
     raw = raw_data.write_raw("composites", data)
     backgrounds = {path.name for path in (data / "backgrounds").iterdir()}
-    metrics = run(folder, source="auto", input_dir=str(data), source_options=raw["options"],
-                  test_share=0.5, max_side=120, workers=2)
+    metrics = run(
+        folder,
+        source="auto",
+        input_dir=str(data),
+        source_options=raw["options"],
+        test_share=0.5,
+        max_side=120,
+        workers=2,
+    )
     sets = read_sets(folder, ("labelled", "test"))
     _check_folder(folder, data, raw, sets)
     groups = {key: {t.group for t in found} for key, found in sets.items()}
@@ -154,12 +180,39 @@ def test_an_archive_is_unpacked_read_and_published(tmp_path):
     with tarfile.open(tmp_path / "RORem.tar.gz", "w:gz") as archive:
         archive.add(tmp_path / "download", "RORem_dataset/sets")
     subprocess.run(
-        [sys.executable, "-m", "papermill", NOTEBOOK, tmp_path / "done.ipynb", "-k", "python3",
-         "-p", "source", "auto", "-p", "input_dir", tmp_path / "RORem.tar.gz",
-         "-p", "output_dir", tmp_path / "out", "-y", "{source_options: {metas: [RORD, Mulan]}}",
-         "-p", "publish_as", "me/removals", "-p", "publish_license", "CC-BY-4.0",
-         "-p", "publish_acceptance", "made for a test"],
-        check=True, capture_output=True, cwd=tmp_path)
+        [
+            sys.executable,
+            "-m",
+            "papermill",
+            NOTEBOOK,
+            tmp_path / "done.ipynb",
+            "-k",
+            "python3",
+            "-p",
+            "source",
+            "auto",
+            "-p",
+            "input_dir",
+            tmp_path / "RORem.tar.gz",
+            "-p",
+            "output_dir",
+            tmp_path / "out",
+            "-y",
+            "{source_options: {metas: [RORD, Mulan]}}",
+            "-p",
+            "publish_as",
+            "me/removals",
+            "-p",
+            "publish_license",
+            "CC-BY-4.0",
+            "-p",
+            "publish_acceptance",
+            "made for a test",
+        ],
+        check=True,
+        capture_output=True,
+        cwd=tmp_path,
+    )
     assert (tmp_path / "out/DONE").read_text().startswith("alone")
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     assert metrics["raw"] == str(tmp_path / "RORem.tar.gz") and metrics["n_labelled"] == 5
@@ -182,11 +235,14 @@ def test_pictures_of_an_evaluation_set_are_left_out(tmp_path):
     raw = raw_data.write_raw("omnieraser", data)
     scene = raw_data.make_scene(2)
     with TripletWriter(tmp_path / "eval") as writer:  # smaller, and of another camera
-        source, gt = (cv2.resize(raw_data.film(picture, 7), (180, 120)) for picture in (
-            scene.source, scene.gt))
+        source, gt = (
+            cv2.resize(raw_data.film(picture, 7), (180, 120))
+            for picture in (scene.source, scene.gt)
+        )
         writer.add(id="held out", source=source, gt=gt, mask=cv2.resize(scene.mask, (180, 120)))
-    metrics = run(folder, source="auto", input_dir=str(data),
-                  evaluation_sets=[str(tmp_path / "eval")])
+    metrics = run(
+        folder, source="auto", input_dir=str(data), evaluation_sets=[str(tmp_path / "eval")]
+    )
     raw["rejected"] |= {"near-duplicate": 1}
     sets = read_sets(folder, raw["counts"])
     _check_folder(folder, data, raw, sets)
@@ -199,19 +255,32 @@ def test_pictures_of_an_evaluation_set_are_left_out(tmp_path):
 
 
 def test_raw_data_can_be_written_to_try_the_notebook_on(tmp_path):
-    done = subprocess.run([sys.executable, raw_data.__file__, "mulan_annotations", "raw"],
-                          check=True, capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, raw_data.__file__, "mulan_annotations", "raw"],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
     command = shlex.split(done.stdout)
     assert command[1] == str(NOTEBOOK.relative_to(ROOT)) and "input_dir" in command
-    source = open_source("auto", command[command.index("input_dir") + 1],
-                         **json.loads(command[-1])["source_options"])
+    source = open_source(
+        "auto", command[command.index("input_dir") + 1], **json.loads(command[-1])["source_options"]
+    )
     assert source.name == "mulan" and len(list(source.list_items())) == 8
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"source_options": {"frmaes": 3}}, "the source rord has no option frmaes; it has frames=0"),
-    ({"input_dir": "figures"}, "has none of the layouts that can be imported; it holds a.txt"),
-    ({"min_side": 4000}, "every item was rejected, most for: small picture")])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (
+            {"source_options": {"frmaes": 3}},
+            "the source rord has no option frmaes; it has frames=0",
+        ),
+        ({"input_dir": "figures"}, "has none of the layouts that can be imported; it holds a.txt"),
+        ({"min_side": 4000}, "every item was rejected, most for: small picture"),
+    ],
+)
 def test_what_cannot_be_assembled_is_said_in_the_notebook(changes, words, tmp_path):
     raw_data.write_raw("rord_960", tmp_path / "raw")
     (tmp_path / "figures").mkdir()
@@ -221,6 +290,9 @@ def test_what_cannot_be_assembled_is_said_in_the_notebook(changes, words, tmp_pa
     with pytest.raises(NotebookFailed) as failure:
         run(tmp_path, **given)
     assert words in str(failure.value) and not (tmp_path / "metrics.json").exists()
-    errors = [output for output in list_outputs(tmp_path / "notebook.ipynb")
-              if output["output_type"] == "error"]
+    errors = [
+        output
+        for output in list_outputs(tmp_path / "notebook.ipynb")
+        if output["output_type"] == "error"
+    ]
     assert len(errors) == 1 and words in errors[0]["evalue"]

@@ -69,8 +69,11 @@ def _reasons(folder):
 
 
 def _hash_tree(folder):
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def test_triplets_carry_their_provenance_and_files_are_taken_over(tmp_path):
@@ -83,8 +86,11 @@ def test_triplets_carry_their_provenance_and_files_are_taken_over(tmp_path):
     assert (first.id, first.group, second.id) == ("a", "video 3", "照片 1")
     assert os.path.samefile(first.source, tmp_path / "raw/source/a.png")
     extra = first.extra
-    assert (extra["origin"], extra["license"], extra["file"]) == ("RORem_dataset", "CC0-1.0",
-                                                                  "source/a.png")
+    assert (extra["origin"], extra["license"], extra["file"]) == (
+        "RORem_dataset",
+        "CC0-1.0",
+        "source/a.png",
+    )
     raw = (tmp_path / "raw/source/a.png").read_bytes()
     assert extra["sha256"] == hashlib.sha256(raw).hexdigest()
     assert extra["mask_area"] == pytest.approx(900 / SIZE**2, abs=1e-5)
@@ -100,11 +106,27 @@ def test_triplets_carry_their_provenance_and_files_are_taken_over(tmp_path):
 def faulty(tmp_path):
     """A raw set in which every item but `good` and the odd-but-sound ones has a fault."""
     raw = tmp_path / "raw"
-    names = ["good", "truncated", "missing", "zero", "cmyk", "deep", "turned", "palette", "other",
-             "empty", "white", "speck", "unchanged", "moved", "elsewhere", "text"]
+    names = [
+        "good",
+        "truncated",
+        "missing",
+        "zero",
+        "cmyk",
+        "deep",
+        "turned",
+        "palette",
+        "other",
+        "empty",
+        "white",
+        "speck",
+        "unchanged",
+        "moved",
+        "elsewhere",
+        "text",
+    ]
     records = _write_raw(raw, names)
     data = (raw / "GT/truncated.png").read_bytes()
-    (raw / "GT/truncated.png").write_bytes(data[:len(data) // 2])
+    (raw / "GT/truncated.png").write_bytes(data[: len(data) // 2])
     (raw / "mask/missing.png").unlink()
     (raw / "source/zero.png").write_bytes(b"")
     (raw / "source/text.png").write_text("<html>404</html>")
@@ -120,8 +142,10 @@ def faulty(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     for part in ("source", "GT"):  # stored lying, meant upright
-        picture = cv2.rotate(cv2.resize(load_image(raw / part / "turned.png"), (80, 120)),
-                             cv2.ROTATE_90_COUNTERCLOCKWISE)
+        picture = cv2.rotate(
+            cv2.resize(load_image(raw / part / "turned.png"), (80, 120)),
+            cv2.ROTATE_90_COUNTERCLOCKWISE,
+        )
         Image.fromarray(picture).save(raw / part / "turned.jpg", exif=exif, quality=95)
         (raw / part / "turned.png").unlink()
     records[6] |= {"source": "source/turned.jpg", "GT": "GT/turned.jpg"}
@@ -143,29 +167,52 @@ def faulty(tmp_path):
 
 
 def test_each_fault_is_rejected_with_its_reason_and_file_and_none_ends_the_run(faulty, tmp_path):
-    result = assemble_sets(UpstreamSource(str(faulty)), tmp_path / "out",
-                           filters=FilterConfig(min_mask_area=0.001), workers=2)
+    result = assemble_sets(
+        UpstreamSource(str(faulty)),
+        tmp_path / "out",
+        filters=FilterConfig(min_mask_area=0.001),
+        workers=2,
+    )
     found = _reasons(tmp_path / "out")
     assert {name: record["reason"] for name, record in found.items()} == {
-        "truncated": "unreadable", "missing": "missing file", "zero": "unreadable",
-        "text": "unreadable", "other": "sizes differ", "empty": "empty mask",
-        "white": "white mask", "speck": "mask area", "unchanged": "unchanged",
-        "moved": "misaligned", "elsewhere": "changed outside", "record17": "bad record"}
+        "truncated": "unreadable",
+        "missing": "missing file",
+        "zero": "unreadable",
+        "text": "unreadable",
+        "other": "sizes differ",
+        "empty": "empty mask",
+        "white": "white mask",
+        "speck": "mask area",
+        "unchanged": "unchanged",
+        "moved": "misaligned",
+        "elsewhere": "changed outside",
+        "record17": "bad record",
+    }
     assert sum(result.reasons.values()) == len(found) and result.reasons["unreadable"] == 3
-    for name, file in (("truncated", "GT/truncated.png"), ("missing", "mask/missing.png"),
-                       ("zero", "source/zero.png"), ("text", "source/text.png")):
+    for name, file in (
+        ("truncated", "GT/truncated.png"),
+        ("missing", "mask/missing.png"),
+        ("zero", "source/zero.png"),
+        ("text", "source/text.png"),
+    ):
         assert file in found[name]["message"]
     assert "104x104" in found["other"]["message"]
     assert float(found["moved"]["message"].split()[4]) == pytest.approx(3, abs=0.5)
     kept = {triplet.id: load_images(triplet) for triplet in read_triplets(result.sets["labelled"])}
     assert sorted(kept) == ["cmyk", "deep", "good", "palette", "turned"]
     assert kept["turned"]["source"].shape == (120, 80, 3)
-    assert np.abs(kept["cmyk"]["source"].astype(int)
-                  - cv2.GaussianBlur(_texture(4), (0, 0), 4)).mean() < 3
+    assert (
+        np.abs(kept["cmyk"]["source"].astype(int) - cv2.GaussianBlur(_texture(4), (0, 0), 4)).mean()
+        < 3
+    )
     assert np.array_equal(kept["palette"]["mask"], _mask())
     # What programs read in ways of their own was encoded plainly.
-    for name, part in (("turned", "source"), ("cmyk", "source"), ("deep", "source"),
-                       ("palette", "mask")):
+    for name, part in (
+        ("turned", "source"),
+        ("cmyk", "source"),
+        ("deep", "source"),
+        ("palette", "mask"),
+    ):
         with Image.open(tmp_path / f"out/labelled/{part}/{name}.png") as image:
             assert image.mode in ("RGB", "L") and not image.getexif()
     assert check_set(tmp_path / "out" / "labelled") == []
@@ -187,18 +234,24 @@ def test_near_duplicates_are_found_within_the_set_and_against_evaluation_sets(tm
     with TripletWriter(tmp_path / "evaluation") as writer:
         writer.add(id="x", source=cv2.resize(_texture(1), (160, 160)), mask=_mask(160))
     for _ in range(2):  # the second run finds the first one's result
-        result = assemble_sets(UpstreamSource(str(raw)), tmp_path / "out",
-                               evaluation_sets=[tmp_path / "evaluation"])
+        result = assemble_sets(
+            UpstreamSource(str(raw)), tmp_path / "out", evaluation_sets=[tmp_path / "evaluation"]
+        )
         assert [t.id for t in read_triplets(result.sets["labelled"])] == ["a", "c", "e"]
         found = _reasons(tmp_path / "out")
         assert {name: r["reason"] for name, r in found.items()} == dict.fromkeys(
-            "bd", "near-duplicate")
+            "bd", "near-duplicate"
+        )
         assert "looks like a of labelled" in found["d"]["message"]
         assert "evaluation/source/x.png, a picture of an evaluation set" in found["b"]["message"]
         assert sorted(p.name for p in (tmp_path / "out/labelled/source").iterdir()) == [
-            "a.png", "c.png", "e.png"]
-    result = assemble_sets(UpstreamSource(str(raw)), tmp_path / "out",
-                           filters=FilterConfig(duplicate_distance=-1))
+            "a.png",
+            "c.png",
+            "e.png",
+        ]
+    result = assemble_sets(
+        UpstreamSource(str(raw)), tmp_path / "out", filters=FilterConfig(duplicate_distance=-1)
+    )
     assert result.counts == {"labelled": 5}
 
 
@@ -230,7 +283,9 @@ def test_other_settings_begin_anew_and_a_foreign_set_is_left_alone(tmp_path):
     again = assemble_sets(source, tmp_path / "out", limit=2, max_side=48)
     assert again.counts == {"labelled": 2}
     assert [p.name for p in sorted((tmp_path / "out/labelled/mask").iterdir())] == [
-        "a.png", "b.png"]
+        "a.png",
+        "b.png",
+    ]
     pictures = load_images(read_triplets(again.sets["labelled"])[0])
     assert pictures["gt"].shape == (48, 48, 3) and pictures["mask"].sum() == 225 * 255
     with TripletWriter(tmp_path / "mine" / "labelled") as writer:
@@ -291,8 +346,12 @@ def _start(raw, out):
     script = raw.parent / "run.py"
     script.write_text(code)
     root = Path(__file__).resolve().parents[1]
-    return subprocess.Popen([sys.executable, script, raw, out], stdout=subprocess.PIPE, text=True,
-                            env={**os.environ, "PYTHONPATH": str(root)})
+    return subprocess.Popen(
+        [sys.executable, script, raw, out],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
 
 
 def test_killed_and_started_again_gives_the_undisturbed_result(tmp_path):
@@ -320,8 +379,10 @@ def test_killed_and_started_again_gives_the_undisturbed_result(tmp_path):
     assert process.wait() == 0 and first > half > 0
     whole = _hash_tree(tmp_path / "whole")
     assert _hash_tree(tmp_path / "out") == whole
-    assert len(read_triplets(tmp_path / "out/labelled")) + len(
-        read_triplets(tmp_path / "out/test")) == 400 - 32
+    assert (
+        len(read_triplets(tmp_path / "out/labelled")) + len(read_triplets(tmp_path / "out/test"))
+        == 400 - 32
+    )
     assert not any("partial" in name or "old" in name for name in whole)
 
 

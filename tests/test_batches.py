@@ -23,7 +23,7 @@ def _write(folder, count, gt=True):
         for number in range(count):
             source = rng.integers(0, 256, (30 + number, 40, 3), dtype=np.uint8)
             mask = np.zeros(source.shape[:2], np.uint8)
-            mask[5:15, 5:15 + number] = 255
+            mask[5:15, 5 : 15 + number] = 255
             writer.add(id=f"{number:03d}", source=source, mask=mask, gt=source // 2 if gt else None)
     return read_triplets(folder, require_gt=gt)
 
@@ -50,7 +50,8 @@ def test_batches_are_what_opening_one_by_one_gives(tmp_path, batch_size, threads
 def test_a_pool_has_no_gt_and_nothing_gives_no_batch(tmp_path):
     pool = _write(tmp_path, 3, gt=False)
     assert [set(batch) for batch in read_batches(load, [pool[:2], pool[2:]])] == [
-        {"source", "mask"}] * 2
+        {"source", "mask"}
+    ] * 2
     assert list(read_batches(load, [])) == []
 
 
@@ -66,8 +67,12 @@ def test_slow_pictures_keep_their_place():
         time.sleep(0.05 * (number % 3 == 0))
         return {"mask": np.full((2, 2), number, np.uint8), "gt": None}
 
-    found = np.concatenate([batch["mask"][:, 0, 0] for batch in read_batches(
-        load_slowly, group_chunks(range(12), 5), threads=4)])
+    found = np.concatenate(
+        [
+            batch["mask"][:, 0, 0]
+            for batch in read_batches(load_slowly, group_chunks(range(12), 5), threads=4)
+        ]
+    )
     assert found.tolist() == list(range(12))
 
 
@@ -75,8 +80,9 @@ def test_slow_pictures_keep_their_place():
 def test_so_many_batches_are_decoded_ahead_and_no_more(options, ahead, tmp_path):
     triplets = _write(tmp_path, 12)
     taken = []
-    reader = read_batches(load, group_chunks((taken.append(t) or t for t in triplets), 2),
-                          **options)
+    reader = read_batches(
+        load, group_chunks((taken.append(t) or t for t in triplets), 2), **options
+    )
     for number in range(1, 4):
         next(reader)
         assert len(taken) == 2 * (number + ahead)
@@ -84,11 +90,18 @@ def test_so_many_batches_are_decoded_ahead_and_no_more(options, ahead, tmp_path)
     assert len(taken) == 2 * (3 + ahead)
 
 
-@pytest.mark.parametrize("damage, words", [
-    (lambda t: t.mask.write_bytes(b""), r"mask/006\.png is empty"),
-    (lambda t: t.gt.unlink(), r"GT/006\.png does not exist"),
-    (lambda t: save_image(t.gt, np.zeros((9, 9, 3), np.uint8)), r"GT/006\.png is 9x9 px but .*006"),
-], ids=["empty", "missing", "another size"])
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lambda t: t.mask.write_bytes(b""), r"mask/006\.png is empty"),
+        (lambda t: t.gt.unlink(), r"GT/006\.png does not exist"),
+        (
+            lambda t: save_image(t.gt, np.zeros((9, 9, 3), np.uint8)),
+            r"GT/006\.png is 9x9 px but .*006",
+        ),
+    ],
+    ids=["empty", "missing", "another size"],
+)
 def test_what_cannot_be_read_is_named_in_its_turn(tmp_path, damage, words):
     triplets = _write(tmp_path, 11)
     damage(triplets[6])

@@ -23,8 +23,15 @@ import random_training  # noqa: E402
 
 from rorem_lib import loop, sdxl, speed  # noqa: E402
 
-ROWS = {"upstream": True, "uncached": True, "cached": True, "no_checkpointing": False,
-        "own_prompts": False, "compiled": False, "compiled_checkpointing": True}
+ROWS = {
+    "upstream": True,
+    "uncached": True,
+    "cached": True,
+    "no_checkpointing": False,
+    "own_prompts": False,
+    "compiled": False,
+    "compiled_checkpointing": True,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -36,8 +43,12 @@ def not_sent_to_the_cpu(monkeypatch):
 def tiny_result():
     """What `--tiny --device cpu` prints."""
     done = subprocess.run(
-        [sys.executable, FOLDER / "bench_gpu.py", "--tiny", "--device", "cpu"], text=True,
-        capture_output=True, timeout=500, env=os.environ | {"ROREM_PEAK_TFLOPS": "1"})
+        [sys.executable, FOLDER / "bench_gpu.py", "--tiny", "--device", "cpu"],
+        text=True,
+        capture_output=True,
+        timeout=500,
+        env=os.environ | {"ROREM_PEAK_TFLOPS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 
@@ -45,11 +56,21 @@ def tiny_result():
 @pytest.fixture
 def small_sdxl(monkeypatch):
     """SDXL's kinds of layers and widths of its inputs, but few channels."""
-    monkeypatch.setattr(random_training, "UNET", random_training.UNET | {
-        "block_out_channels": (32, 64, 64), "transformer_layers_per_block": [1, 1, 1],
-        "attention_head_dim": [1, 2, 2]})
-    monkeypatch.setattr(random_training, "VAE", random_training.VAE | {
-        "block_out_channels": (32, 32, 32, 32), "layers_per_block": 1})
+    monkeypatch.setattr(
+        random_training,
+        "UNET",
+        random_training.UNET
+        | {
+            "block_out_channels": (32, 64, 64),
+            "transformer_layers_per_block": [1, 1, 1],
+            "attention_head_dim": [1, 2, 2],
+        },
+    )
+    monkeypatch.setattr(
+        random_training,
+        "VAE",
+        random_training.VAE | {"block_out_channels": (32, 32, 32, 32), "layers_per_block": 1},
+    )
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setenv("ROREM_PEAK_TFLOPS", "1")
 
@@ -68,7 +89,8 @@ def test_every_row_trains_the_built_in_model(tiny_result):
         assert 0 < row["ratio"]["median"] < math.inf, name
         assert 0 < row["mfu"] < 1 and row["memory_gb"] > 0, name
         assert row["images_per_second"] / rows["upstream"]["images_per_second"] == pytest.approx(
-            row["ratio"]["median"], abs=1e-3), name
+            row["ratio"]["median"], abs=1e-3
+        ), name
     assert rows["upstream"]["ratio"]["all"] == [1.0]
     assert tiny_result["best"]["ratio"] == max(rows[n]["ratio"]["median"] for n in ROWS)
     assert tiny_result["best"]["mfu"] == max(rows[n]["mfu"] for n in ROWS)
@@ -76,8 +98,10 @@ def test_every_row_trains_the_built_in_model(tiny_result):
 
 
 def test_what_is_not_installed_is_skipped_and_said(tiny_result):
-    for table, name, package in (("rows", "xformers", "xformers"),
-                                 ("memory", "adamw_8bit", "bitsandbytes")):
+    for table, name, package in (
+        ("rows", "xformers", "xformers"),
+        ("memory", "adamw_8bit", "bitsandbytes"),
+    ):
         row = tiny_result[table][name]
         if bench_gpu.is_installed(package):  # xformers trains on GPUs alone
             assert "images_per_second" in row or "needs an NVIDIA GPU" in row["error"]
@@ -127,18 +151,25 @@ def test_a_full_size_row_trains_with_sdxl_s_kind_of_vae_and_prompt(small_sdxl, m
 
 def test_upstream_samples_both_latents_and_ours_takes_the_mode(small_sdxl):
     pipe = random_training.make_pipeline(sdxl.load_pipeline(), "cpu")
-    pictures = {name: torch.stack(2 * [x]) for name, x in random_training.RandomReader(
-        (64, 64), 0, torch.float16).read(3).items()}
+    pictures = {
+        name: torch.stack(2 * [x])
+        for name, x in random_training.RandomReader((64, 64), 0, torch.float16).read(3).items()
+    }
     found = {}
-    for name, cls in (("upstream", random_training.UpstreamObjective),
-                      ("uncached", random_training.RandomObjective)):
+    for name, cls in (
+        ("upstream", random_training.UpstreamObjective),
+        ("uncached", random_training.RandomObjective),
+    ):
         case = make_case(name)
         objective = cls(case.make_config(Path("unused")), case)
         objective.pipe = pipe
         objective.accelerator = SimpleNamespace(device=torch.device("cpu"), mixed_precision="no")
         found[name] = objective.encode_batch(pictures)
         assert {k: tuple(v.shape) for k, v in found[name].items()} == {
-            "gt": (2, 4, 8, 8), "masked": (2, 4, 8, 8), "mask": (2, 1, 8, 8)}
+            "gt": (2, 4, 8, 8),
+            "masked": (2, 4, 8, 8),
+            "mask": (2, 1, 8, 8),
+        }
         assert found[name]["mask"].unique().tolist() == [0, 1]
     for part in ("gt", "masked"):  # the two samples are of the same picture
         assert not torch.equal(*found["upstream"][part])
@@ -167,9 +198,19 @@ def test_too_little_memory_is_a_result_and_not_an_error(small_sdxl, monkeypatch)
     assert "gradient_checkpointing" in found["out_of_memory"]
 
 
-@pytest.mark.parametrize(("most", "tried", "least"), [
-    (0, 4, 0), (1, 5, 1), (5, 5, 5), (8, 6, 8), (13, 6, 13), (100, 9, 89), (512, 7, 512),
-    (10**9, 7, 512)])
+@pytest.mark.parametrize(
+    ("most", "tried", "least"),
+    [
+        (0, 4, 0),
+        (1, 5, 1),
+        (5, 5, 5),
+        (8, 6, 8),
+        (13, 6, 13),
+        (100, 9, 89),
+        (512, 7, 512),
+        (10**9, 7, 512),
+    ],
+)
 def test_the_largest_batch_is_found_to_an_eighth(most, tried, least):
     asked = []
 
@@ -189,18 +230,29 @@ def test_rows_take_turns_and_ratios_are_of_one_turn():
     def run(function, case):
         if function is not random_training.measure_case:
             return {}
-        name = ("upstream" if case.upstream else
-                "compiled" if case.options.get("torch_compile") else "cached")
+        name = (
+            "upstream"
+            if case.upstream
+            else "compiled"
+            if case.options.get("torch_compile")
+            else "cached"
+        )
         if case.memory_share < 1:  # the search
-            return ({"images_per_second": 1.0} if case.batch <= most[name] else
-                    {"out_of_memory": "…"})
+            return (
+                {"images_per_second": 1.0} if case.batch <= most[name] else {"out_of_memory": "…"}
+            )
         calls.append((name, case.batch))
         turn = len(calls)  # the machine gets slower
-        return {"images_per_second": (2.0 if case.upstream else 6.0) / ((turn + 1) // 2),
-                "mfu": 0.1, "memory_gb": float(turn), "gradient_checkpointing": True}
+        return {
+            "images_per_second": (2.0 if case.upstream else 6.0) / ((turn + 1) // 2),
+            "mfu": 0.1,
+            "memory_gb": float(turn),
+            "gradient_checkpointing": True,
+        }
 
-    options = SimpleNamespace(tiny=False, repeats=3, steps=10, rows=["cached", "compiled"],
-                              batch=None)
+    options = SimpleNamespace(
+        tiny=False, repeats=3, steps=10, rows=["cached", "compiled"], batch=None
+    )
     result = bench_gpu.run_all(options, {"name": "none"}, run=run)
     assert calls[:6] == 3 * [("upstream", 10), ("cached", calls[1][1])]
     assert 36 <= calls[1][1] <= 40
@@ -216,12 +268,20 @@ def test_a_batch_that_is_given_is_not_searched():
         if function is not random_training.measure_case:
             return {}
         assert case.memory_share == 1 and case.batch == 16
-        return ({"batch": 16, "out_of_memory": "…"} if case.options.get("torch_compile") else
-                {"images_per_second": 2.0, "mfu": 0.1, "memory_gb": 1.0,
-                 "gradient_checkpointing": True})
+        return (
+            {"batch": 16, "out_of_memory": "…"}
+            if case.options.get("torch_compile")
+            else {
+                "images_per_second": 2.0,
+                "mfu": 0.1,
+                "memory_gb": 1.0,
+                "gradient_checkpointing": True,
+            }
+        )
 
-    options = SimpleNamespace(tiny=False, repeats=1, steps=10, rows=["cached", "compiled"],
-                              batch=16)
+    options = SimpleNamespace(
+        tiny=False, repeats=1, steps=10, rows=["cached", "compiled"], batch=16
+    )
     rows = bench_gpu.run_all(options, {"name": "none"}, run=run)["rows"]
     assert rows["cached"]["batch"] == 16 and rows["cached"]["ratio"]["median"] == 1.0
     assert rows["compiled"] == {"batch": 16, "out_of_memory": "…"}
@@ -256,12 +316,15 @@ def test_what_a_configuration_raises_is_its_row(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------ orders of labels
 
 
-@pytest.mark.parametrize("curve, target, labels", [
-    ([0.5, 0.6, 0.7, 0.8], 0.7, 300),
-    ([0.5, 0.6, 0.7, 0.8], 0.65, math.sqrt(150 * 300)),  # half way, in doublings
-    ([0.5, 0.6, 0.7, 0.8], 0.4, 75),
-    ([0.5, 0.6, 0.7, 0.8], 0.85, math.inf),
-    ([0.5, 0.7, 0.6, 0.8], 0.575, math.sqrt(75 * 150)),  # 0.7 and 0.6 count as 0.65 twice
-])
+@pytest.mark.parametrize(
+    "curve, target, labels",
+    [
+        ([0.5, 0.6, 0.7, 0.8], 0.7, 300),
+        ([0.5, 0.6, 0.7, 0.8], 0.65, math.sqrt(150 * 300)),  # half way, in doublings
+        ([0.5, 0.6, 0.7, 0.8], 0.4, 75),
+        ([0.5, 0.6, 0.7, 0.8], 0.85, math.inf),
+        ([0.5, 0.7, 0.6, 0.8], 0.575, math.sqrt(75 * 150)),  # 0.7 and 0.6 count as 0.65 twice
+    ],
+)
 def test_labels_needed_for_a_quality(curve, target, labels):
     assert bench_orders.count_needed(np.array(curve), target) == pytest.approx(labels)

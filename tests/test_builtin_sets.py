@@ -33,8 +33,11 @@ PACKAGE = Path(rorem_lib.__file__).parent
 
 
 def _hashes(folder):
-    return {str(p.relative_to(folder)): hash_file(p) for p in sorted(Path(folder).rglob("*"))
-            if p.is_file()}
+    return {
+        str(p.relative_to(folder)): hash_file(p)
+        for p in sorted(Path(folder).rglob("*"))
+        if p.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +54,14 @@ def test_the_sets_are_sound_and_say_where_they_come_from(written):
         assert [t.id for t in triplets] == [f"{name}-{n:06d}" for n in range(count)]
         for triplet in triplets:
             assert triplet.group == triplet.id
-            assert triplet.extra.keys() == {"origin", "license", "family", "kind", "mask_kind",
-                                            "effect"}
+            assert triplet.extra.keys() == {
+                "origin",
+                "license",
+                "family",
+                "kind",
+                "mask_kind",
+                "effect",
+            }
             assert triplet.extra["license"] == "CC0-1.0"
     origins = [t.extra["origin"] for t in read_triplets(written / "labelled")]
     assert origins == ["scenes/rord", "scenes/mulan"] * 6
@@ -89,16 +98,24 @@ def test_truth_of_a_removal_made_with_several_seeds(written):
 
 
 def test_no_scene_is_in_two_sets(written):
-    sources = [load_images(t)["source"].tobytes() for name in SMALL
-               for t in read_triplets(written / name, require_gt=False)]
+    sources = [
+        load_images(t)["source"].tobytes()
+        for name in SMALL
+        for t in read_triplets(written / name, require_gt=False)
+    ]
     assert len(set(sources)) == len(sources)
 
 
 def test_equal_seeds_give_equal_bytes_with_one_process_or_two(written, tmp_path, monkeypatch):
     monkeypatch.setattr(builtin_sets, "_CHUNK", 7)
     reports = []
-    write_scene_sets(tmp_path, seed=9, **SMALL, workers=2,
-                     progress=lambda done, total: reports.append((done, total)))
+    write_scene_sets(
+        tmp_path,
+        seed=9,
+        **SMALL,
+        workers=2,
+        progress=lambda done, total: reports.append((done, total)),
+    )
     assert _hashes(tmp_path) == _hashes(written)
     assert reports == sorted(reports) and reports[-1] == (28, 28)
 
@@ -112,8 +129,7 @@ def test_another_seed_or_size_is_written_anew(tmp_path):
     assert "hidden/pool/truth/pool-000002.png" not in after
     assert after["labelled/meta.json"] == before["labelled/meta.json"]
     write_scene_sets(tmp_path, seed=2, labelled=4, pool=2, high_resolution=0, test=0)
-    assert (_hashes(tmp_path)["pool/source/pool-000001.png"]
-            != after["pool/source/pool-000001.png"])
+    assert _hashes(tmp_path)["pool/source/pool-000001.png"] != after["pool/source/pool-000001.png"]
     assert read_triplets(tmp_path / "test", require_gt=False) == []
 
 
@@ -133,8 +149,10 @@ def test_sizes_make_sense(tmp_path, wrong):
 
 def test_killed_half_way_it_goes_on_to_the_same_files(tmp_path):
     sizes = {"labelled": 40, "pool": 60, "high_resolution": 5, "test": 30}
-    code = ("import sys; from rorem_lib.sources.builtin_sets import write_scene_sets; "
-            f"write_scene_sets(sys.argv[1], seed=3, **{sizes})")
+    code = (
+        "import sys; from rorem_lib.sources.builtin_sets import write_scene_sets; "
+        f"write_scene_sets(sys.argv[1], seed=3, **{sizes})"
+    )
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "killed")])
     target = tmp_path / "killed" / "pool" / "source"
     while process.poll() is None and len(list(target.glob("pool-*.png"))) < 20:
@@ -191,22 +209,29 @@ def test_builtin_candidates_are_removals_of_the_pool_with_their_truth(cache, mon
 
     def generate(config):
         with TripletWriter(Path(config.output_dir) / "candidates") as writer:
-            for triplet in read_triplets(config.meta_path, require_gt=False)[:config.count]:
+            for triplet in read_triplets(config.meta_path, require_gt=False)[: config.count]:
                 writer.add_triplet(triplet, gt=load_images(triplet)["source"])
 
     # stand-ins: importing the real ones takes longer than all of this module's tests
-    monkeypatch.setitem(sys.modules, "rorem_lib.sdxl", SimpleNamespace(
-        resolve_model=lambda model_id: cache.parent / "model"))
-    monkeypatch.setitem(sys.modules, "rorem_lib.removal", SimpleNamespace(
-        GenerateConfig=SimpleNamespace, generate_candidates=generate))
+    monkeypatch.setitem(
+        sys.modules,
+        "rorem_lib.sdxl",
+        SimpleNamespace(resolve_model=lambda model_id: cache.parent / "model"),
+    )
+    monkeypatch.setitem(
+        sys.modules,
+        "rorem_lib.removal",
+        SimpleNamespace(GenerateConfig=SimpleNamespace, generate_candidates=generate),
+    )
     monkeypatch.setattr(builtin_sets, "CANDIDATES", 6)
     meta = builtin_set("candidates")
     triplets = read_triplets("builtin:candidates")
     assert [t.id for t in triplets] == [f"pool-{n:06d}" for n in range(6)]
     hidden, pool = hidden_of(meta), hidden_of(builtin_set("pool"))
     for triplet in triplets:
-        assert np.array_equal(read_truth(hidden, triplet.id).truth,
-                              read_truth(pool, triplet.id).truth)
+        assert np.array_equal(
+            read_truth(hidden, triplet.id).truth, read_truth(pool, triplet.id).truth
+        )
 
 
 # ----------------------------------------------------------------------------- nothing leaks
@@ -225,8 +250,11 @@ def _names(tree):
 
 
 def _users(name):
-    return {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py")
-            if name in _names(ast.parse(path.read_text(encoding="utf-8")))}
+    return {
+        str(path.relative_to(PACKAGE))
+        for path in PACKAGE.rglob("*.py")
+        if name in _names(ast.parse(path.read_text(encoding="utf-8")))
+    }
 
 
 def test_only_the_simulated_annotator_and_the_evaluation_read_the_truth():
@@ -239,8 +267,13 @@ def test_only_the_simulated_annotator_and_the_evaluation_read_the_truth():
 def test_only_pre_training_renders_scenes_besides_and_looks_at_the_pictures_alone():
     assert _users("render_scene") <= {"pretrain.py", "sources/scenes.py", "sources/builtin_sets.py"}
     tree = ast.parse((PACKAGE / "pretrain.py").read_text(encoding="utf-8"))
-    seen = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)
-            and isinstance(node.value, ast.Name) and node.value.id == "scene"}
+    seen = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "scene"
+    }
     assert seen and seen <= {"image", "mask"}
     constants = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
     assert "pretrain" in constants and "test" not in constants

@@ -31,9 +31,17 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def make_run(folder, **changes):
     """A training of one process: 6 steps of 4 samples, a checkpoint every second step."""
-    given = {"kind": "one", "output_dir": str(folder), "max_train_steps": 6, "train_batch_size": 4,
-             "mixed_precision": "no", "ema_decay": 0.9, "checkpointing_steps": 2,
-             "checkpoints_total_limit": 2, "learning_rate": 1e-3}
+    given = {
+        "kind": "one",
+        "output_dir": str(folder),
+        "max_train_steps": 6,
+        "train_batch_size": 4,
+        "mixed_precision": "no",
+        "ema_decay": 0.9,
+        "checkpointing_steps": 2,
+        "checkpoints_total_limit": 2,
+        "learning_rate": 1e-3,
+    }
     return given | changes
 
 
@@ -72,11 +80,19 @@ def whole(tmp_path_factory):
 
 def test_a_unet_is_kept_in_diffusers_layout(whole):
     assert [p.name for p in checkpoints.list_checkpoints(whole)] == [
-        "checkpoint-2", "checkpoint-4", "checkpoint-6"]
+        "checkpoint-2",
+        "checkpoint-4",
+        "checkpoint-6",
+    ]
     assert list_files(whole / "checkpoint-6") == [
-        "custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl", "optimizer.bin",
-        "random_states_0.pkl", "step.json", "unet/config.json",
-        "unet/diffusion_pytorch_model.safetensors"]
+        "custom_checkpoint_0.pkl",
+        "custom_checkpoint_1.pkl",
+        "optimizer.bin",
+        "random_states_0.pkl",
+        "step.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+    ]
     unet = UNet2DConditionModel.from_pretrained(whole / "checkpoint-6" / "unet")
     after = load(whole)
     assert all(torch.equal(w, after[k]) for k, w in unet.state_dict().items())
@@ -93,8 +109,11 @@ def test_other_models_are_kept_under_their_own_names(tmp_path):
     after = load(tmp_path)
     assert weights.keys() == {"0.weight", "0.bias", "2.weight", "2.bias"}
     assert all(torch.equal(w, after[k]) for k, w in weights.items())
-    resumed = run(make_run(tmp_path / "on", model="plain", resume_from_checkpoint=str(
-        tmp_path / "checkpoint-4")))
+    resumed = run(
+        make_run(
+            tmp_path / "on", model="plain", resume_from_checkpoint=str(tmp_path / "checkpoint-4")
+        )
+    )
     assert resumed["first"] == 4
     assert_same(tmp_path, tmp_path / "on")
 
@@ -103,8 +122,11 @@ def test_of_adapters_the_frozen_base_is_not_kept(tmp_path):
     run(make_run(tmp_path, model="lora"))
     weights = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
     assert weights and all("lora_" in name for name in weights)
-    run(make_run(tmp_path / "on", model="lora",
-                 resume_from_checkpoint=str(tmp_path / "checkpoint-4")))
+    run(
+        make_run(
+            tmp_path / "on", model="lora", resume_from_checkpoint=str(tmp_path / "checkpoint-4")
+        )
+    )
     assert_same(tmp_path, tmp_path / "on")
     weights.popitem()
     file = tmp_path / "checkpoint-4" / "model.safetensors"
@@ -113,8 +135,11 @@ def test_of_adapters_the_frozen_base_is_not_kept(tmp_path):
     record["files"]["model.safetensors"] = file.stat().st_size
     (tmp_path / "checkpoint-4" / "step.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match="its adapters are not those of this training"):
-        run(make_run(tmp_path / "no", model="lora",
-                     resume_from_checkpoint=str(tmp_path / "checkpoint-4")))
+        run(
+            make_run(
+                tmp_path / "no", model="lora", resume_from_checkpoint=str(tmp_path / "checkpoint-4")
+            )
+        )
 
 
 # ------------------------------------------------------------------------- numbers of processes
@@ -126,10 +151,17 @@ def pair(tmp_path_factory, whole):
     that ends at its second checkpoint, where the other than the main process cannot write."""
     folder = tmp_path_factory.mktemp("pair")
     two = {"train_batch_size": 2, "checkpoints_total_limit": 0}
-    done = launch("DDP", [
-        make_run(folder / "two", **two),
-        make_run(folder / "from_one", **two, resume_from_checkpoint=str(whole / "checkpoint-2")),
-        make_run(folder / "full", **two, full=[1, 1000])], folder)
+    done = launch(
+        "DDP",
+        [
+            make_run(folder / "two", **two),
+            make_run(
+                folder / "from_one", **two, resume_from_checkpoint=str(whole / "checkpoint-2")
+            ),
+            make_run(folder / "full", **two, full=[1, 1000]),
+        ],
+        folder,
+    )
     assert (folder / "from_one" / "result.json").exists(), done.stderr[-4000:]
     return folder, done
 
@@ -144,16 +176,24 @@ def assert_near(one, other, start, share=0.05):
 def test_two_processes_checkpoint_opens_on_one_and_the_other_way(pair, whole, tmp_path, caplog):
     pair, _ = pair
     assert list_files(pair / "two" / "checkpoint-4") == [
-        *list_files(whole / "checkpoint-4")[:4], "random_states_1.pkl",
-        *list_files(whole / "checkpoint-4")[4:]]
+        *list_files(whole / "checkpoint-4")[:4],
+        "random_states_1.pkl",
+        *list_files(whole / "checkpoint-4")[4:],
+    ]
     start = load(pair / "from_one", "before")
     unet = load_file(whole / "checkpoint-2" / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(start[k], unet[k]) for k in unet)
     assert_near(pair / "from_one", whole, whole)
     (tmp_path / "checkpoint-2").symlink_to(pair / "two" / "checkpoint-2")
     with caplog.at_level(logging.WARNING):  # batch 2 x 2 accumulated x 1 process: the same 4
-        resumed = run(make_run(tmp_path, train_batch_size=2, gradient_accumulation_steps=2,
-                               checkpoints_total_limit=0))
+        resumed = run(
+            make_run(
+                tmp_path,
+                train_batch_size=2,
+                gradient_accumulation_steps=2,
+                checkpoints_total_limit=0,
+            )
+        )
     assert "made by 2 processes, these are 1: torch's random state begins anew" in caplog.text
     assert resumed["first"] == 2 and len(resumed["losses"]) == 8 and len(resumed["norms"]) == 4
     assert_near(tmp_path, whole, whole)
@@ -175,9 +215,13 @@ def test_other_settings_are_refused_unless_the_checkpoint_is_named(whole, tmp_pa
         run(make_run(tmp_path / "c", ema_decay=0.0, **named))
 
 
-@pytest.mark.parametrize(("name", "before", "words"), [
-    ("precision", "fp16", "the precision was fp16 and is no"),
-    ("train_size", 20, "the number of samples was 20 and is 24")])
+@pytest.mark.parametrize(
+    ("name", "before", "words"),
+    [
+        ("precision", "fp16", "the precision was fp16 and is no"),
+        ("train_size", 20, "the number of samples was 20 and is 24"),
+    ],
+)
 def test_what_no_option_says_is_compared_too(whole, tmp_path, name, before, words):
     shutil.copytree(whole / "checkpoint-4", tmp_path / "checkpoint-4")
     file = tmp_path / "checkpoint-4" / "step.json"
@@ -214,8 +258,9 @@ class Anything:
 
 
 def test_a_process_that_does_not_see_the_checkpoint_says_so(whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "broadcast_object_list",
-                        lambda found: [tmp_path / "checkpoint-4"])
+    monkeypatch.setattr(
+        checkpoints, "broadcast_object_list", lambda found: [tmp_path / "checkpoint-4"]
+    )
     with pytest.raises(FileNotFoundError, match="process 0 does not see .* processes share"):
         run(make_run(whole))
 
@@ -226,14 +271,23 @@ def test_moments_are_laid_out_as_the_weights_are_now(tmp_path, first):
         return make_run(folder, checkpoints_total_limit=0, fused=True, channels_last=last, **more)
 
     run(make(tmp_path / "whole", first))
-    run(make(tmp_path / "on", not first,
-             resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2")))
+    run(
+        make(
+            tmp_path / "on",
+            not first,
+            resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"),
+        )
+    )
     assert_near(tmp_path / "on", tmp_path / "whole", tmp_path / "whole", share=1e-3)
 
 
-@pytest.mark.parametrize(("kind", "count", "words"), [
-    ("FSDP2", 1, "made by FSDP2, this is one: start it with the hardware file"),
-    ("ZeRO-2", 1, "made by ZeRO-2, this is one")])
+@pytest.mark.parametrize(
+    ("kind", "count", "words"),
+    [
+        ("FSDP2", 1, "made by FSDP2, this is one: start it with the hardware file"),
+        ("ZeRO-2", 1, "made by ZeRO-2, this is one"),
+    ],
+)
 def test_divided_checkpoints_are_not_taken_for_whole_ones(whole, tmp_path, kind, count, words):
     folder = tmp_path / "checkpoint-4"
     folder.mkdir()
@@ -245,8 +299,9 @@ def test_divided_checkpoints_are_not_taken_for_whole_ones(whole, tmp_path, kind,
 
 def test_zero_goes_on_with_its_number_of_processes_only():
     with pytest.raises(ValueError, match="made by 8 processes: ZeRO goes on with that many"):
-        checkpoints._compare_kind(Path("c"), {"kind": "ZeRO-2", "num_processes": 8}, "ZeRO-2",
-                                  same=False)
+        checkpoints._compare_kind(
+            Path("c"), {"kind": "ZeRO-2", "num_processes": 8}, "ZeRO-2", same=False
+        )
 
 
 # ------------------------------------------------------------------------------------------ names
@@ -294,9 +349,15 @@ def killed(tmp_path_factory):
         folder = tmp_path_factory.mktemp("killed")
         given = make_run(folder, checkpoints_total_limit=1, die=place)
         (folder / "runs.json").write_text(json.dumps([given]))
-        jobs[place] = folder, subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "sharded_job.py"), str(folder / "runs.json")],
-            env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True)
+        jobs[place] = (
+            folder,
+            subprocess.Popen(
+                [sys.executable, str(ROOT / "tests" / "sharded_job.py"), str(folder / "runs.json")],
+                env=os.environ | {"PYTHONPATH": str(ROOT)},
+                stderr=subprocess.PIPE,
+                text=True,
+            ),
+        )
     for _, job in jobs.values():
         _, errors = job.communicate(timeout=300)
         assert job.returncode == -signal.SIGKILL, errors
@@ -346,14 +407,25 @@ def test_a_process_whose_disk_is_full_stops_both(pair):
     assert list_names(folder / "full") == ["checkpoint-2"]
 
 
-@pytest.mark.parametrize(("error", "full"), [
-    (OSError(errno.ENOSPC, "x"), True), (OSError(errno.EDQUOT, "x"), True),
-    (OSError(errno.EACCES, "x"), False), (RuntimeError("size mismatch"), False),
-    (RuntimeError("[enforce fail at inline_container.cc:778] . PytorchStreamWriter failed writing "
-                  "file data/0: file write failed"), True),
-    (RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"), True),
-    (SafetensorError("I/O error: No space left on device (os error 28)"), True),
-    (SafetensorError("Error while serializing: InvalidHeader"), False)])
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (OSError(errno.ENOSPC, "x"), True),
+        (OSError(errno.EDQUOT, "x"), True),
+        (OSError(errno.EACCES, "x"), False),
+        (RuntimeError("size mismatch"), False),
+        (
+            RuntimeError(
+                "[enforce fail at inline_container.cc:778] . PytorchStreamWriter failed writing "
+                "file data/0: file write failed"
+            ),
+            True,
+        ),
+        (RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"), True),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), True),
+        (SafetensorError("Error while serializing: InvalidHeader"), False),
+    ],
+)
 def test_what_a_full_disk_looks_like(error, full):
     assert disk.is_full(error) is full
 
@@ -363,8 +435,10 @@ def test_what_a_full_disk_looks_like(error, full):
 
 def test_the_limit_is_kept_and_an_abandoned_future_goes(whole, tmp_path, caplog):
     run(make_run(tmp_path))
-    assert [p.name for p in checkpoints.list_checkpoints(tmp_path)] == ["checkpoint-4",
-                                                                        "checkpoint-6"]
+    assert [p.name for p in checkpoints.list_checkpoints(tmp_path)] == [
+        "checkpoint-4",
+        "checkpoint-6",
+    ]
     with caplog.at_level(logging.WARNING):
         run(make_run(tmp_path, resume_from_checkpoint="none", max_train_steps=2))
     assert "removing" in caplog.text and "checkpoint-6: it is of an earlier run" in caplog.text
@@ -376,10 +450,14 @@ def test_in_the_end_the_newest_unets_stay_and_are_not_resumed(tmp_path, caplog):
     (tmp_path / "checkpoint-5.partial").mkdir()
     config = make_config(tmp_path)
     checkpoints.finish_checkpoints(config)
-    assert [n for n in list_names(tmp_path) if n.startswith("checkpoint")] == ["checkpoint-4",
-                                                                               "checkpoint-6"]
+    assert [n for n in list_names(tmp_path) if n.startswith("checkpoint")] == [
+        "checkpoint-4",
+        "checkpoint-6",
+    ]
     assert list_files(tmp_path / "checkpoint-6") == [
-        "unet/config.json", "unet/diffusion_pytorch_model.safetensors"]
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+    ]
     UNet2DConditionModel.from_pretrained(tmp_path / "checkpoint-4", subfolder="unet")
     with caplog.at_level(logging.INFO):
         assert checkpoints.find_checkpoint(config) is None
@@ -399,10 +477,15 @@ def test_step_json_is_written_when_all_else_is_on_the_disk(tmp_path, monkeypatch
     """A machine that loses its power must not leave `step.json` beside files of zeros."""
     order, flush, write = [], disk.flush, checkpoints.write_json
     monkeypatch.setattr(disk, "flush", lambda path: (order.append(path.name), flush(path)))
-    monkeypatch.setattr(checkpoints, "write_json", lambda path, value: (
-        order.append(path.name), write(path, value)))
+    monkeypatch.setattr(
+        checkpoints, "write_json", lambda path, value: (order.append(path.name), write(path, value))
+    )
     run(make_run(tmp_path, max_train_steps=2, model="plain"))
     files = set(list_files(tmp_path / "checkpoint-2")) - {"step.json"}
-    assert set(order[:len(files)]) == files
-    assert order[len(files):] == ["checkpoint-2.partial", "step.json", "checkpoint-2.partial",
-                                  tmp_path.name]
+    assert set(order[: len(files)]) == files
+    assert order[len(files) :] == [
+        "checkpoint-2.partial",
+        "step.json",
+        "checkpoint-2.partial",
+        tmp_path.name,
+    ]

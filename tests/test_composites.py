@@ -22,9 +22,9 @@ def _textured(seed, height=120, width=140):
 def _figure(colour=(200, 40, 40), height=150, width=60):
     """A body on two legs, [height, width, 4], with a soft edge and empty space around it."""
     alpha = np.zeros((height + 20, width + 20), np.float32)
-    alpha[10:10 + height * 2 // 3, 10:10 + width] = 1
+    alpha[10 : 10 + height * 2 // 3, 10 : 10 + width] = 1
     for left in (10, 10 + width * 3 // 4):
-        alpha[10:10 + height, left:left + width // 4] = 1
+        alpha[10 : 10 + height, left : left + width // 4] = 1
     alpha = cv2.GaussianBlur(alpha, (0, 0), 1.5)
     rgb = np.zeros((*alpha.shape, 3)) + colour
     return np.dstack([rgb, alpha * 255]).astype(np.uint8)
@@ -110,14 +110,20 @@ def test_gt_is_a_square_of_the_background_never_enlarged(folder):
     _save(folder / "backgrounds" / "only.png", background)
     lefts = set()
     for made in _render(folder):
-        matches = [x for x in range(55) if np.array_equal(background[:, x:x + 96], made.gt.array)]
+        matches = [x for x in range(55) if np.array_equal(background[:, x : x + 96], made.gt.array)]
         assert len(matches) == 1
         lefts.add(matches[0])
     assert len(lefts) > 3
 
 
-@pytest.mark.parametrize("options", [{"shadow": 1, "reflection": 0}, {"shadow": 0, "reflection": 1},
-                                     {"shadow": 0, "reflection": 0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"shadow": 1, "reflection": 0},
+        {"shadow": 0, "reflection": 1},
+        {"shadow": 0, "reflection": 0},
+    ],
+)
 def test_source_equals_gt_where_neither_object_nor_effect_is(folder, monkeypatch, options):
     strengths = []
 
@@ -163,16 +169,27 @@ def test_the_old_background_does_not_show_at_the_rim(folder):
     flat = np.full((96, 96, 3), 100, np.uint8)
     for path in (folder / "backgrounds").iterdir():
         _save(path, flat)
-    green = [(made.source.array[..., 1] > 104).sum()  # more than 160 px each without the cleaning
-             for made in _render(folder, relight=0, shadow=0, reflection=0)]
+    green = [
+        (made.source.array[..., 1] > 104).sum()  # more than 160 px each without the cleaning
+        for made in _render(folder, relight=0, shadow=0, reflection=0)
+    ]
     assert max(green) <= 8
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2])
 def test_no_more_than_the_edge_margin_leaves_the_picture(folder, share):
     _save(folder / "cutouts" / "figure.png", _block())
-    made = _render(folder, edge_margin=share, dilate=0, feather=0, max_rotation=0, effect_masks=0,
-                   min_scale=0.5, max_scale=0.5, count=40)
+    made = _render(
+        folder,
+        edge_margin=share,
+        dilate=0,
+        feather=0,
+        max_rotation=0,
+        effect_masks=0,
+        min_scale=0.5,
+        max_scale=0.5,
+        count=40,
+    )
     areas = [int((m.mask.array > 0).sum()) for m in made]
     assert max(areas) == 48 * 48 and min(areas) >= (1 - share) * 48 * 48
     assert (min(areas) < 48 * 48) == (share > 0)
@@ -200,9 +217,19 @@ def test_a_shadow_only_darkens_and_touches_the_object(folder):
 
 
 def test_what_has_a_shadow_stands_in_the_lower_half(folder):
-    feet = [np.nonzero(made.mask.array)[0].max() + 1 for made in _render(
-        folder, shadow=1, reflection=0, effect_masks=0, dilate=0, min_scale=0.2,
-        max_scale=0.25, count=24)]
+    feet = [
+        np.nonzero(made.mask.array)[0].max() + 1
+        for made in _render(
+            folder,
+            shadow=1,
+            reflection=0,
+            effect_masks=0,
+            dilate=0,
+            min_scale=0.2,
+            max_scale=0.25,
+            count=24,
+        )
+    ]
     assert 46 <= min(feet) < 60 and 80 < max(feet) <= 92
 
 
@@ -212,8 +239,16 @@ def test_the_side_towards_the_shadow_is_the_darker_one(folder):
         _save(path, flat)
     _save(folder / "cutouts" / "figure.png", _block((120, 120, 120)))
     sides = Counter()
-    for made in _render(folder, relight=1, shadow=1, reflection=0, effect_masks=0, dilate=0,
-                        max_rotation=0, count=16):
+    for made in _render(
+        folder,
+        relight=1,
+        shadow=1,
+        reflection=0,
+        effect_masks=0,
+        dilate=0,
+        max_rotation=0,
+        count=16,
+    ):
         rows, columns = np.nonzero(made.mask.array)
         dark = (_change(made) < -10) & (made.mask.array == 0)
         falls = np.sign(np.nonzero(dark)[1].mean() - columns.mean())
@@ -252,7 +287,7 @@ def test_the_ground_goes_through_both_feet_of_a_tilted_object():
     alpha[10:40, 5:10] = alpha[10:52, 65:70] = 1
     standing = compositing.stand(np.zeros((60, 80, 3), np.float32), alpha, 0, 0, 200)
     touched = (standing.alpha > 0.5) & (standing.above < 1.5)
-    assert touched[:, :-standing.x + 20].any() and touched[:, -standing.x + 60:].any()
+    assert touched[:, : -standing.x + 20].any() and touched[:, -standing.x + 60 :].any()
     assert (standing.above[standing.alpha > 0.5] > 0).all()
 
 
@@ -260,13 +295,22 @@ def test_a_reflection_is_upside_down(folder):
     cutout = _block((0, 0, 255))
     cutout[:50, :, :3] = (255, 0, 0)
     _save(folder / "cutouts" / "figure.png", cutout)
-    for made in _render(folder, shadow=0, reflection=1, relight=0, effect_masks=0, max_rotation=0,
-                        dilate=0, max_scale=0.45, edge_margin=0):
+    for made in _render(
+        folder,
+        shadow=0,
+        reflection=1,
+        relight=0,
+        effect_masks=0,
+        max_rotation=0,
+        dilate=0,
+        max_scale=0.45,
+        edge_margin=0,
+    ):
         rows, columns = np.nonzero(made.mask.array)
         column = int(columns.mean())
-        redder = (made.source.array.astype(int) - made.gt.array)[:, column - 5:column + 5]
+        redder = (made.source.array.astype(int) - made.gt.array)[:, column - 5 : column + 5]
         redder = (redder[..., 0] - redder[..., 2]).mean(axis=1)
-        below = redder[rows.max() + 4:]
+        below = redder[rows.max() + 4 :]
         assert made.extra["effect"] == "reflection"
         assert below[:10].mean() < -8
         if len(below) > 35:
@@ -274,16 +318,27 @@ def test_a_reflection_is_upside_down(folder):
 
 
 def test_effects_come_in_the_given_shares(folder):
-    effects = Counter(made.extra["effect"] for made in _render(
-        folder, shadow=0.5, reflection=0.3, count=120, size=48))
+    effects = Counter(
+        made.extra["effect"]
+        for made in _render(folder, shadow=0.5, reflection=0.3, count=120, size=48)
+    )
     assert abs(effects["shadow"] - 60) < 18 and abs(effects["reflection"] - 36) < 16
     assert effects["none"] > 10
 
 
 def test_an_effect_that_nobody_sees_is_none(folder):
     _save(folder / "cutouts" / "figure.png", _block())
-    for made in _render(folder, shadow=1, reflection=0, min_scale=1, max_scale=1, max_rotation=0,
-                        edge_margin=0, feather=0, effect_masks=1):
+    for made in _render(
+        folder,
+        shadow=1,
+        reflection=0,
+        min_scale=1,
+        max_scale=1,
+        max_rotation=0,
+        edge_margin=0,
+        feather=0,
+        effect_masks=1,
+    ):
         assert made.extra["effect"] == "none" and made.extra["mask_kind"] == "object"
 
 
@@ -308,8 +363,10 @@ def test_masks_with_the_effect_cover_it_and_the_others_do_not(folder):
 
 
 def test_about_half_of_the_masks_have_the_effect(folder):
-    kinds = Counter(made.extra["mask_kind"] for made in _render(
-        folder, shadow=1, reflection=0, count=80, size=48))
+    kinds = Counter(
+        made.extra["mask_kind"]
+        for made in _render(folder, shadow=1, reflection=0, count=80, size=48)
+    )
     assert 25 <= kinds["object"] <= 55
 
 
@@ -335,10 +392,10 @@ def test_every_file_is_used_once_before_any_is_used_again(folder):
     cutouts = [item.place[1] for item in items]
     backgrounds = [item.place[2] for item in items]
     for start in range(0, 30, 5):
-        assert len(set(cutouts[start:start + 5])) == 5
+        assert len(set(cutouts[start : start + 5])) == 5
     for start in range(0, 30, 3):
-        assert len(set(backgrounds[start:start + 3])) == 3
-    assert len({tuple(cutouts[i:i + 5]) for i in range(0, 30, 5)}) > 1
+        assert len(set(backgrounds[start : start + 3])) == 3
+    assert len({tuple(cutouts[i : i + 5]) for i in range(0, 30, 5)}) > 1
     assert len(set(zip(cutouts, backgrounds, strict=True))) > 9
     assert [item.id for item in items[:2]] == ["composite-000000", "composite-000001"]
     assert [item.group for item in items] == backgrounds
@@ -409,12 +466,16 @@ def test_a_turned_cutout_is_upright(folder):
 # --------------------------------------------------------------------------------- what is refused
 
 
-@pytest.mark.parametrize("array, reason", [
-    (_figure()[..., :3], "no alpha"),
-    (np.dstack([_figure()[..., :3], np.full((170, 80), 255, np.uint8)]), "no alpha"),
-    (np.dstack([_figure()[..., :3], np.full((170, 80), 60, np.uint8)]), "no alpha"),
-    (_figure(height=15, width=6), "small cut-out"),
-], ids=["RGB", "opaque", "empty", "small"])
+@pytest.mark.parametrize(
+    "array, reason",
+    [
+        (_figure()[..., :3], "no alpha"),
+        (np.dstack([_figure()[..., :3], np.full((170, 80), 255, np.uint8)]), "no alpha"),
+        (np.dstack([_figure()[..., :3], np.full((170, 80), 60, np.uint8)]), "no alpha"),
+        (_figure(height=15, width=6), "small cut-out"),
+    ],
+    ids=["RGB", "opaque", "empty", "small"],
+)
 def test_what_is_no_cutout_is_rejected(folder, array, reason):
     _save(folder / "cutouts" / "figure.png", array)
     with pytest.raises(Rejected, match="figure.png") as caught:
@@ -440,12 +501,16 @@ def test_small_backgrounds_are_rejected(folder):
 
 
 @pytest.mark.parametrize("part", ["cutouts/figure.png", "backgrounds/0.png"])
-@pytest.mark.parametrize("damage, words", [
-    (lambda data: b"", "is empty"),
-    (lambda data: data[:len(data) // 2], "truncated or damaged"),
-    (lambda data: b"no picture", "is no picture"),
-    (None, "does not exist"),
-], ids=["empty", "truncated", "text", "gone"])
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lambda data: b"", "is empty"),
+        (lambda data: data[: len(data) // 2], "truncated or damaged"),
+        (lambda data: b"no picture", "is no picture"),
+        (None, "does not exist"),
+    ],
+    ids=["empty", "truncated", "text", "gone"],
+)
 def test_unreadable_files_are_named(folder, part, damage, words):
     for other in (folder / "backgrounds").glob("[12].png"):
         other.unlink()
@@ -477,15 +542,18 @@ def test_missing_folders_are_named_with_what_is_expected(tmp_path):
         next(_source(tmp_path, backgrounds=str(tmp_path)).list_items())
 
 
-@pytest.mark.parametrize("options, words", [
-    ({"count": 0}, "count is a whole number from 1"),
-    ({"size": 512.5}, "size is a whole number"),
-    ({"min_scale": "0.2"}, "min_scale is a number from 0.01 to 1, not '0.2'"),
-    ({"min_scale": 0.7}, "min_scale 0.7 is above max_scale 0.6"),
-    ({"relight": 2}, "relight is a number from 0 to 1"),
-    ({"edge_margin": 0.9}, "edge_margin is a number from 0 to 0.5"),
-    ({"shadow": 0.8, "reflection": 0.3}, "together are at most 1"),
-])
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"count": 0}, "count is a whole number from 1"),
+        ({"size": 512.5}, "size is a whole number"),
+        ({"min_scale": "0.2"}, "min_scale is a number from 0.01 to 1, not '0.2'"),
+        ({"min_scale": 0.7}, "min_scale 0.7 is above max_scale 0.6"),
+        ({"relight": 2}, "relight is a number from 0 to 1"),
+        ({"edge_margin": 0.9}, "edge_margin is a number from 0 to 0.5"),
+        ({"shadow": 0.8, "reflection": 0.3}, "together are at most 1"),
+    ],
+)
 def test_bad_options_are_named(options, words):
     with pytest.raises(ValueError, match=words):
         CompositesSource("x", **options)

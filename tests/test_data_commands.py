@@ -34,17 +34,28 @@ def _mask():
 def _write_set(folder, names, seed=0, **extra):
     with TripletWriter(folder) as writer:
         for number, name in enumerate(names):
-            writer.add(id=name, source=_picture(seed + number), mask=_mask(),
-                       gt=_picture(seed + number + 100), seed=seed + number, **extra)
+            writer.add(
+                id=name,
+                source=_picture(seed + number),
+                mask=_mask(),
+                gt=_picture(seed + number + 100),
+                seed=seed + number,
+                **extra,
+            )
     return folder
 
 
 def _run(*words, cwd=None, **environment):
     kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     kept |= {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-m", "rorem_lib.cli", "data", *map(str, words)],
-                          cwd=cwd, text=True, capture_output=True, timeout=60,
-                          env=kept | environment)
+    done = subprocess.run(
+        [sys.executable, "-m", "rorem_lib.cli", "data", *map(str, words)],
+        cwd=cwd,
+        text=True,
+        capture_output=True,
+        timeout=60,
+        env=kept | environment,
+    )
     assert "Traceback" not in done.stderr + done.stdout, done.stderr
     return done
 
@@ -67,9 +78,11 @@ def test_sound_sets_end_with_0_however_they_are_named(tmp_path):
     _write_set(tmp_path / "two", ["c"])
     line = f"{first}: 2 triplets, all sound\n"
     for words, cwd, said in (
-            ([first], None, line), ([first / "meta.json"], None, line),
-            (["."], first, ".: 2 triplets, all sound\n"),
-            ([tmp_path], None, f"{tmp_path / 'two'}: 1 triplets, all sound\n{line}")):
+        ([first], None, line),
+        ([first / "meta.json"], None, line),
+        (["."], first, ".: 2 triplets, all sound\n"),
+        ([tmp_path], None, f"{tmp_path / 'two'}: 1 triplets, all sound\n{line}"),
+    ):
         done = _run("check", *words, "--workers", 1, cwd=cwd)
         assert (done.returncode, done.stdout, done.stderr) == (0, said, "")
 
@@ -81,7 +94,7 @@ def faulty(tmp_path):
     (folder / "source/03.png").write_bytes(b"")
     (folder / "mask/40.png").unlink()
     data = (folder / "GT/66.png").read_bytes()
-    (folder / "GT/66.png").write_bytes(data[:len(data) // 2])
+    (folder / "GT/66.png").write_bytes(data[: len(data) // 2])
     save_image(folder / "mask/67.png", _mask() * 0)
     records = json.loads((folder / "meta.json").read_text())
     records[10] = {"id": "10"}
@@ -97,11 +110,19 @@ def test_each_fault_is_named_once_on_stdout_by_any_number_of_processes(faulty):
     assert one.returncode == 1 and one.stderr == ""
     *lines, last = one.stdout.splitlines()
     assert last == f"{faulty}: 70 triplets, 7 faulty"
-    for line, (file, reason) in zip(lines, [
-            ("source/03.png", "is empty (0 bytes)"), ("meta.json", "record 11 has no source"),
-            ("meta.json", "record 12 is no object"), ("meta.json", "leaves the set's folder"),
-            ("mask/40.png", "is missing (record 41)"), ("GT/66.png", "is truncated or damaged"),
-            ("mask/67.png", "is an empty mask")], strict=True):
+    for line, (file, reason) in zip(
+        lines,
+        [
+            ("source/03.png", "is empty (0 bytes)"),
+            ("meta.json", "record 11 has no source"),
+            ("meta.json", "record 12 is no object"),
+            ("meta.json", "leaves the set's folder"),
+            ("mask/40.png", "is missing (record 41)"),
+            ("GT/66.png", "is truncated or damaged"),
+            ("mask/67.png", "is an empty mask"),
+        ],
+        strict=True,
+    ):
         assert line.count(str(faulty / file)) == 1 and reason in line
 
 
@@ -120,10 +141,11 @@ def test_what_is_no_set_is_one_line_on_stderr(tmp_path):
     (damaged / "meta.json").write_text('[{"source": "a.png",\n "mask"')
     (half / "meta.jsonl.partial").write_text("{}\n")
     for place, words in (
-            (tmp_path / "nowhere", "there is no triplet set at {} (meta.json is missing)"),
-            (tmp_path / "empty", "there is no triplet set at {} (meta.json is missing)"),
-            (damaged, "{}/meta.json is neither JSON nor JSON lines (line 2:"),
-            (half, "{} is an unfinished set: run again")):
+        (tmp_path / "nowhere", "there is no triplet set at {} (meta.json is missing)"),
+        (tmp_path / "empty", "there is no triplet set at {} (meta.json is missing)"),
+        (damaged, "{}/meta.json is neither JSON nor JSON lines (line 2:"),
+        (half, "{} is an unfinished set: run again"),
+    ):
         done = _run("check", place)
         assert (done.returncode, done.stdout) == (1, "")
         assert done.stderr.startswith("rorem: " + words.format(place))
@@ -137,8 +159,12 @@ def test_paths_that_leave_the_set_are_faults_unless_allowed(tmp_path):
     records[0]["source"] = "../x.png"
     records[1]["GT"] = str(tmp_path / "x.png")
     (folder / "meta.json").write_text(json.dumps(records))
-    for words, faults in (([], 2), (["--allow-outside"], 1), (["--allow-absolute"], 1),
-                          (["--allow-outside", "--allow-absolute"], 0)):
+    for words, faults in (
+        ([], 2),
+        (["--allow-outside"], 1),
+        (["--allow-absolute"], 1),
+        (["--allow-outside", "--allow-absolute"], 0),
+    ):
         done = _run("check", folder, "--workers", 1, *words)
         assert len(done.stdout.splitlines()) == faults + 1
         assert done.returncode == (1 if faults else 0)
@@ -163,9 +189,12 @@ def test_an_interruption_ends_with_130(tmp_path):
     folder = _write_set(tmp_path / "set", ["a"])
     (folder / "source/a.png").unlink()
     os.mkfifo(folder / "source/a.png")  # whoever reads it waits
-    process = subprocess.Popen([sys.executable, "-m", "rorem_lib.cli", "data", "check", folder,
-                                "--workers", "1"], stderr=subprocess.PIPE, text=True,
-                               env=os.environ | {"PYTHONPATH": str(ROOT)})
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rorem_lib.cli", "data", "check", folder, "--workers", "1"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     with open(folder / "source/a.png", "wb"):  # goes on as soon as it is read
         process.send_signal(signal.SIGINT)
         errors = process.communicate(timeout=60)[1]
@@ -230,14 +259,19 @@ def test_a_merge_that_fails_leaves_the_set_that_was_there(tmp_path):
     assert _seeds(target) == {"a": 0} and not list(target.glob("*.partial"))
 
 
-@pytest.mark.parametrize("place", [
-    pytest.param(0, id="the first"),
-    pytest.param(1, id="the last"),
-])
+@pytest.mark.parametrize(
+    "place",
+    [
+        pytest.param(0, id="the first"),
+        pytest.param(1, id="the last"),
+    ],
+)
 def test_merging_into_one_of_the_inputs_loses_nothing(tmp_path, place):
     """Whether it is done or refused."""
-    sets = [_write_set(tmp_path / "one", ["a", "b"]),
-            _write_set(tmp_path / "two", ["b", "c"], seed=10)]
+    sets = [
+        _write_set(tmp_path / "one", ["a", "b"]),
+        _write_set(tmp_path / "two", ["b", "c"], seed=10),
+    ]
     target = sets[place]
     before = _seeds(target)
     done = _run("merge", target, *sets, "--workers", 1)
@@ -261,11 +295,16 @@ def assembled(tmp_path_factory):
         (raw / part).mkdir(parents=True)
     for number in range(10):
         source = _picture(number)
-        for part, picture in (("source", source), ("mask", _mask()),
-                              ("GT", np.where(_mask()[..., None] > 0, 0, source))):
+        for part, picture in (
+            ("source", source),
+            ("mask", _mask()),
+            ("GT", np.where(_mask()[..., None] > 0, 0, source)),
+        ):
             save_image(raw / part / f"{number}.png", picture)
-        records.append({part: f"{part}/{number}.png" for part in ("source", "mask", "GT")}
-                       | {"license": "CC0-1.0", "split": "test" if number > 6 else "train"})
+        records.append(
+            {part: f"{part}/{number}.png" for part in ("source", "mask", "GT")}
+            | {"license": "CC0-1.0", "split": "test" if number > 6 else "train"}
+        )
     save_image(raw / "mask/1.png", _mask() * 0)
     (raw / "GT/2.png").unlink()
     (raw / "meta.json").write_text(json.dumps(records))
@@ -274,24 +313,41 @@ def assembled(tmp_path_factory):
     return folder / "out"
 
 
-def test_publishing_writes_shards_of_every_set_and_a_card_with_what_was_rejected(assembled,
-                                                                                  tmp_path):
-    words = ["publish", assembled, "--repo-id", "me/removals", "--output-dir", tmp_path / "out",
-             "--acceptance", "By *two* people."]
+def test_publishing_writes_shards_of_every_set_and_a_card_with_what_was_rejected(
+    assembled, tmp_path
+):
+    words = [
+        "publish",
+        assembled,
+        "--repo-id",
+        "me/removals",
+        "--output-dir",
+        tmp_path / "out",
+        "--acceptance",
+        "By *two* people.",
+    ]
     done = _run(*words)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"{tmp_path / 'out'}: shards of labelled, test, and README.md\n"
     shards = sorted((tmp_path / "out/data").iterdir())
-    assert [path.name for path in shards] == ["labelled-00000-of-00001.parquet",
-                                              "test-00000-of-00001.parquet"]
+    assert [path.name for path in shards] == [
+        "labelled-00000-of-00001.parquet",
+        "test-00000-of-00001.parquet",
+    ]
     for path, name in zip(shards, ("labelled", "test")):
         triplets = read_triplets(assembled / name)
         rows = pq.read_table(path).to_pylist()
         assert [row["id"] for row in rows] == [triplet.id for triplet in triplets]
         assert [row["GT"]["bytes"] for row in rows] == [t.gt.read_bytes() for t in triplets]
     card = (tmp_path / "out/README.md").read_text()
-    for text in ("By *two* people.", "`min_mask_area` 0.0005", "8 items were kept; rejected were:",
-                 "| empty mask | 1 |", "| missing file | 1 |", 'load_dataset("me/removals"'):
+    for text in (
+        "By *two* people.",
+        "`min_mask_area` 0.0005",
+        "8 items were kept; rejected were:",
+        "| empty mask | 1 |",
+        "| missing file | 1 |",
+        'load_dataset("me/removals"',
+    ):
         assert text in card, text
     times = [path.stat().st_mtime_ns for path in shards]
     assert _run(*words).returncode == 0
@@ -312,12 +368,19 @@ def test_the_licence_must_be_known_and_the_default_folder_is_beside_the_set(tmp_
 
 
 def test_without_a_hub_an_upload_says_so_and_keeps_the_shards(assembled, tmp_path):
-    words = ["publish", assembled, "--repo-id", "me/removals", "--output-dir", tmp_path / "out",
-             "--upload"]
+    words = [
+        "publish",
+        assembled,
+        "--repo-id",
+        "me/removals",
+        "--output-dir",
+        tmp_path / "out",
+        "--upload",
+    ]
     for environment, said in (
-            ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set: unset it"),
-            ({"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"},
-             "Connection refused")):
+        ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set: unset it"),
+        ({"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}, "Connection refused"),
+    ):
         done = _run(*words, HF_HOME=str(tmp_path), **environment)
         assert done.returncode == 1 and "shards of labelled, test" in done.stdout
         assert done.stderr.startswith("rorem: ") and said in done.stderr
@@ -329,10 +392,22 @@ def test_without_a_hub_an_upload_says_so_and_keeps_the_shards(assembled, tmp_pat
 def test_uploads_are_private_unless_public_is_said(assembled, tmp_path, public):
     with HubServer().run() as hub:
         hub.token = "secret"
-        done = _run("publish", assembled, "--repo-id", "me/removals", "--output-dir",
-                    tmp_path / "out", "--upload", *["--public"] * public, HF_HUB_OFFLINE="0",
-                    HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path), HF_TOKEN="secret",
-                    HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1")
+        done = _run(
+            "publish",
+            assembled,
+            "--repo-id",
+            "me/removals",
+            "--output-dir",
+            tmp_path / "out",
+            "--upload",
+            *["--public"] * public,
+            HF_HUB_OFFLINE="0",
+            HF_ENDPOINT=hub.url,
+            HF_HOME=str(tmp_path),
+            HF_TOKEN="secret",
+            HF_HUB_DISABLE_XET="1",
+            HF_HUB_DISABLE_TELEMETRY="1",
+        )
     assert done.returncode == 0, done.stderr
     repo = hub.repos["me/removals"]
     commit = repo.branches["main"]
@@ -347,8 +422,9 @@ def test_uploads_are_private_unless_public_is_said(assembled, tmp_path, public):
 
 def test_the_current_folder_and_a_meta_file_can_be_published(tmp_path):
     folder = _write_set(tmp_path / "train", ["a"], license="CC0-1.0")
-    for number, (name, cwd) in enumerate(((".", folder), ("meta.json", folder),
-                                          ("train/meta.json", tmp_path))):
+    for number, (name, cwd) in enumerate(
+        ((".", folder), ("meta.json", folder), ("train/meta.json", tmp_path))
+    ):
         out = tmp_path / str(number)
         done = _run("publish", name, "--repo-id", "me/x", "--output-dir", out, cwd=cwd)
         assert done.returncode == 0, done.stderr
@@ -360,11 +436,23 @@ def test_the_current_folder_and_a_meta_file_can_be_published(tmp_path):
 
 def test_help_names_every_command_and_option():
     for words, parts in (
-            ([], ["check", "merge", "publish", "open every picture"]),
-            (["check"], ["folder", "--allow-absolute", "--allow-outside", "--workers"]),
-            (["merge"], ["folder", "sets", "--workers"]),
-            (["publish"], ["folder", "--repo-id OWNER/NAME", "--output-dir", "--license",
-                           "--acceptance", "--upload", "--public", "HF_TOKEN"])):
+        ([], ["check", "merge", "publish", "open every picture"]),
+        (["check"], ["folder", "--allow-absolute", "--allow-outside", "--workers"]),
+        (["merge"], ["folder", "sets", "--workers"]),
+        (
+            ["publish"],
+            [
+                "folder",
+                "--repo-id OWNER/NAME",
+                "--output-dir",
+                "--license",
+                "--acceptance",
+                "--upload",
+                "--public",
+                "HF_TOKEN",
+            ],
+        ),
+    ):
         done = _run(*words, "--help")
         assert (done.returncode, done.stderr) == (0, "")
         for part in parts:
@@ -372,9 +460,14 @@ def test_help_names_every_command_and_option():
 
 
 def test_wrong_options_end_with_2():
-    for words, said in (([], "COMMAND"), (["check"], "folder"), (["merge", "x"], "sets"),
-                        (["publish", "x"], "--repo-id"), (["check", "x", "--workers", "many"],
-                                                          "--workers"), (["mend", "x"], "mend")):
+    for words, said in (
+        ([], "COMMAND"),
+        (["check"], "folder"),
+        (["merge", "x"], "sets"),
+        (["publish", "x"], "--repo-id"),
+        (["check", "x", "--workers", "many"], "--workers"),
+        (["mend", "x"], "mend"),
+    ):
         done = _run(*words)
         assert done.returncode == 2 and done.stdout == ""
         assert said in done.stderr.splitlines()[-1]

@@ -30,25 +30,43 @@ def scored(tiny_set, tmp_path_factory):
             removal = pictures["gt"].copy()
             if not good:
                 removal[pictures["mask"] > 0] = (220, 20, 20)
-            writer.add(id=triplet.id, source=pictures["source"], mask=pictures["mask"], gt=removal,
-                       score=float(good))
+            writer.add(
+                id=triplet.id,
+                source=pictures["source"],
+                mask=pictures["mask"],
+                gt=removal,
+                score=float(good),
+            )
     return writer.folder
 
 
 @pytest.fixture
 def config(tiny_model, scored, tmp_path):
     return DiscriminatorConfig(
-        output_dir=str(tmp_path / "out"), meta_path=[str(scored)], resolution=32, max_train_steps=4,
-        pretrained_model_name_or_path=str(tiny_model), train_batch_size=4, logging_steps=1,
-        learning_rate=3e-3, mixed_precision="no", checkpointing_steps=2, head_channels=32)
+        output_dir=str(tmp_path / "out"),
+        meta_path=[str(scored)],
+        resolution=32,
+        max_train_steps=4,
+        pretrained_model_name_or_path=str(tiny_model),
+        train_batch_size=4,
+        logging_steps=1,
+        learning_rate=3e-3,
+        mixed_precision="no",
+        checkpointing_steps=2,
+        head_channels=32,
+    )
 
 
 @pytest.fixture
 def small(tiny_model):
     torch.manual_seed(5)
-    return Discriminator(sdxl.load_pipeline(str(tiny_model)), rank=2, lora_targets=["to_q", "to_v"],
-                         head_channels=16,
-                         origin={"base_model": str(tiny_model), "revision": "", "resolution": 32})
+    return Discriminator(
+        sdxl.load_pipeline(str(tiny_model)),
+        rank=2,
+        lora_targets=["to_q", "to_v"],
+        head_channels=16,
+        origin={"base_model": str(tiny_model), "revision": "", "resolution": 32},
+    )
 
 
 def make_inputs(count, side=8):
@@ -87,7 +105,10 @@ def test_its_folder_opens_and_scores_the_same(config, scored, tmp_path, monkeypa
     train_discriminator(config)
     folder = tmp_path / "out" / "discriminator"
     assert sorted(p.name for p in folder.iterdir()) == [
-        "config.json", "head.safetensors", "pytorch_lora_weights.safetensors"]
+        "config.json",
+        "head.safetensors",
+        "pytorch_lora_weights.safetensors",
+    ]
     opened = Discriminator.from_pretrained(str(folder))
     assert not opened.training
     scores = score_triplets(opened, read_triplets(scored))
@@ -113,8 +134,9 @@ def test_scores_do_not_depend_on_the_batch(small, scored):
     assert scores.shape == (10,) and scores.dtype == np.float32
     assert ((scores > 0) & (scores < 1)).all() and scores.std() > 1e-5
     for batch_size in (1, 3):
-        assert np.allclose(scores, score_triplets(small, triplets, batch_size=batch_size),
-                           atol=1e-5)
+        assert np.allclose(
+            scores, score_triplets(small, triplets, batch_size=batch_size), atol=1e-5
+        )
     assert np.allclose(scores[::-1], score_triplets(small, triplets[::-1]), atol=1e-5)
     assert score_triplets(small, []).shape == (0,)
 
@@ -176,15 +198,19 @@ def test_shifts_move_everything_at_once(config):
         still = {n: x.float().numpy() for n, x in dataset.store.read(index).items()}
         assert set(still) == {"gt", "mask", "source"}
         side = still["gt"].shape[-1]
-        found = [(y, x) for y in range(side) for x in range(side)
-                 if all(np.array_equal(sample[n], np.roll(still[n], (y, x), axis=(1, 2)))
-                        for n in still)]
+        found = [
+            (y, x)
+            for y in range(side)
+            for x in range(side)
+            if all(np.array_equal(sample[n], np.roll(still[n], (y, x), axis=(1, 2))) for n in still)
+        ]
         assert len(found) == 1, "removal, mask and source are shifted apart"
         shifts.add(found[0])
     assert len(shifts) > 15
     config.random_shift = False
-    assert np.array_equal(dataset[0]["gt"], dataset.store.read(
-        dataset.order.find_index(0))["gt"].float().numpy())
+    assert np.array_equal(
+        dataset[0]["gt"], dataset.store.read(dataset.order.find_index(0))["gt"].float().numpy()
+    )
 
 
 def test_classes_can_be_balanced(config, scored, tmp_path):
@@ -236,8 +262,14 @@ def test_its_settings_say_what_it_was_made_of(config, tmp_path, tiny_model):
     train_discriminator(config)
     folder = tmp_path / "out" / "discriminator"
     settings = json.loads((folder / "config.json").read_text())
-    assert settings == {"rank": 4, "lora_targets": ["to_q", "conv1"], "head_channels": 32,
-                        "base_model": str(tiny_model), "revision": "", "resolution": 32}
+    assert settings == {
+        "rank": 4,
+        "lora_targets": ["to_q", "conv1"],
+        "head_channels": 32,
+        "base_model": str(tiny_model),
+        "revision": "",
+        "resolution": 32,
+    }
     names = load_file(folder / module.LORA_FILE)
     assert all("to_q" in n or "conv1" in n for n in names)
     assert any("conv1" in n for n in names)

@@ -20,9 +20,18 @@ LORA = "lora/pytorch_lora_weights.safetensors"
 @pytest.fixture
 def config(tiny_model, tiny_set, tmp_path):
     return DistillConfig(
-        output_dir=str(tmp_path / "out"), meta_path=[str(tiny_set)], resolution=32, rank=2,
-        pretrained_model_name_or_path=str(tiny_model), max_train_steps=4, train_batch_size=4,
-        learning_rate=1e-2, logging_steps=1, checkpointing_steps=2, mixed_precision="no")
+        output_dir=str(tmp_path / "out"),
+        meta_path=[str(tiny_set)],
+        resolution=32,
+        rank=2,
+        pretrained_model_name_or_path=str(tiny_model),
+        max_train_steps=4,
+        train_batch_size=4,
+        learning_rate=1e-2,
+        logging_steps=1,
+        checkpointing_steps=2,
+        mixed_precision="no",
+    )
 
 
 @pytest.fixture
@@ -37,8 +46,13 @@ def make_batch(count=3, side=8):
     generator = torch.Generator().manual_seed(2)
     noise, clean, masked = (torch.randn(count, 4, side, side, generator=generator) for _ in "abc")
     mask = (torch.rand(count, 1, side, side, generator=generator) > 0.5).float()
-    return {"gt": clean, "noise": noise, "masked": masked, "mask": mask,
-            "timestep": torch.tensor([7, 512, 999])[:count]}
+    return {
+        "gt": clean,
+        "noise": noise,
+        "masked": masked,
+        "mask": mask,
+        "timestep": torch.tensor([7, 512, 999])[:count],
+    }
 
 
 def test_only_the_lora_is_trained_and_it_is(config, tiny_model, tmp_path, monkeypatch):
@@ -52,15 +66,17 @@ def test_only_the_lora_is_trained_and_it_is(config, tiny_model, tmp_path, monkey
 
     monkeypatch.setattr(DistillObjective, "build_model", remember)
     train_lora(config)
-    moved = {n for n, p in kept["model"].named_parameters()
-             if not torch.equal(p, kept["before"][n])}
+    moved = {
+        n for n, p in kept["model"].named_parameters() if not torch.equal(p, kept["before"][n])
+    }
     assert moved == {n for n in kept["before"] if "lora_" in n}
     kinds = {n.split(".lora_")[0].rsplit(".", 1)[-1] for n in moved}
     assert {"to_q", "conv1", "proj_in", "time_emb_proj"} <= kinds
 
 
-def test_stock_diffusers_opens_it_and_it_changes_the_removal(config, tiny_model, tiny_set,
-                                                             tmp_path):
+def test_stock_diffusers_opens_it_and_it_changes_the_removal(
+    config, tiny_model, tiny_set, tmp_path
+):
     train_lora(config)
     assert [p.name for p in (tmp_path / "out" / "lora").iterdir()] == [Path(LORA).name]
     pictures = load_images(read_triplets(tiny_set)[0])
@@ -72,14 +88,16 @@ def test_stock_diffusers_opens_it_and_it_changes_the_removal(config, tiny_model,
     load_lora(fast, tmp_path / "out" / "lora")
     theirs.load_lora_weights(tmp_path / "out" / LORA)
     assert isinstance(fast.scheduler, LCMScheduler)
-    results = [remove_objects(pipe, *inputs, **options)[0].astype(int)
-               for pipe in (plain, fast, theirs)]
+    results = [
+        remove_objects(pipe, *inputs, **options)[0].astype(int) for pipe in (plain, fast, theirs)
+    ]
     assert np.abs(results[1] - results[0]).mean() > 0.05
     assert np.abs(results[1] - results[2]).max() <= 2  # merged or not, it is the same LoRA
 
 
-def test_the_loaded_lora_predicts_what_the_trained_student_predicted(config, tiny_model, tmp_path,
-                                                                     monkeypatch):
+def test_the_loaded_lora_predicts_what_the_trained_student_predicted(
+    config, tiny_model, tmp_path, monkeypatch
+):
     kept, save, batch = {}, DistillObjective.save_model, make_batch()
     added = {"text_embeds": torch.ones(3, 16), "time_ids": sdxl.make_time_ids(32, 32, 3)}
 
@@ -98,8 +116,9 @@ def test_the_loaded_lora_predicts_what_the_trained_student_predicted(config, tin
     pipe = sdxl.load_pipeline(str(tiny_model))
     torch.testing.assert_close(predict(kept["objective"], pipe.unet), kept["teacher"])
     load_lora(pipe, tmp_path / "out" / "lora")
-    torch.testing.assert_close(predict(kept["objective"], pipe.unet), kept["student"],
-                               rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        predict(kept["objective"], pipe.unet), kept["student"], rtol=1e-3, atol=1e-4
+    )
     assert (kept["student"] - kept["teacher"]).abs().max() > 1e-3
 
 
@@ -122,8 +141,11 @@ def test_a_prediction_is_turned_into_clean_latents_and_noise(objective, kind):
     batch = make_batch()
     t = torch.tensor([19, 499, 799])
     noisy = scheduler.add_noise(batch["gt"], batch["noise"], t)
-    exact = batch["noise"] if kind == "epsilon" else scheduler.get_velocity(
-        batch["gt"], batch["noise"], t)
+    exact = (
+        batch["noise"]
+        if kind == "epsilon"
+        else scheduler.get_velocity(batch["gt"], batch["noise"], t)
+    )
     clean, noise = objective._clean(exact, noisy, t)
     torch.testing.assert_close(clean, batch["gt"], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(noise, batch["noise"], rtol=1e-3, atol=1e-3)
@@ -131,13 +153,17 @@ def test_a_prediction_is_turned_into_clean_latents_and_noise(objective, kind):
 
 def test_the_consistency_function_is_the_identity_at_time_zero(objective):
     batch = make_batch()
-    added = {"text_embeds": objective.pooled.expand(3, -1),
-             "time_ids": sdxl.make_time_ids(32, 32, 3)}
+    added = {
+        "text_embeds": objective.pooled.expand(3, -1),
+        "time_ids": sdxl.make_time_ids(32, 32, 3),
+    }
     with torch.no_grad():
-        start = objective._student(objective.model, batch["noise"], torch.zeros(3).long(), batch,
-                                   added)
-        late = objective._student(objective.model, batch["noise"], torch.full((3,), 999), batch,
-                                  added)
+        start = objective._student(
+            objective.model, batch["noise"], torch.zeros(3).long(), batch, added
+        )
+        late = objective._student(
+            objective.model, batch["noise"], torch.full((3,), 999), batch, added
+        )
     torch.testing.assert_close(start, batch["noise"])
     assert (late - batch["noise"]).abs().mean() > 0.1
 
@@ -174,14 +200,20 @@ def test_the_teacher_is_the_model_without_lora(objective):
     base = sdxl.load_pipeline(objective.config.pretrained_model_name_or_path).unet
     t = torch.tensor([19, 519, 999])
     noisy = objective.noise_schedule.add_noise(batch["gt"], batch["noise"], t)
-    added = {"text_embeds": objective.pooled.expand(3, -1),
-             "time_ids": sdxl.make_time_ids(32, 32, 3)}
+    added = {
+        "text_embeds": objective.pooled.expand(3, -1),
+        "time_ids": sdxl.make_time_ids(32, 32, 3),
+    }
     with torch.no_grad():
-        torch.testing.assert_close(objective._call(base, noisy, t, batch, added), teacher,
-                                   rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            objective._call(base, noisy, t, batch, added), teacher, rtol=1e-4, atol=1e-5
+        )
     loss.backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0
-               for n, p in objective.model.named_parameters() if "lora_" in n)
+    assert all(
+        p.grad is not None and p.grad.abs().sum() > 0
+        for n, p in objective.model.named_parameters()
+        if "lora_" in n
+    )
 
 
 def test_huber_is_below_the_square_for_large_errors(objective):

@@ -44,13 +44,21 @@ def make_oracle(sets, folder):
 def test_truth_succeeds_and_the_untouched_source_fails(sets, meta_path, tmp_path, monkeypatch):
     (tmp_path / "oracle").mkdir()
     oracle, real = make_oracle(sets, tmp_path / "oracle"), evaluation.run_method
-    untouched = MethodRun({t.id: t.source for t in read_triplets(meta_path, require_gt=False)},
-                          None, None)
+    untouched = MethodRun(
+        {t.id: t.source for t in read_triplets(meta_path, require_gt=False)}, None, None
+    )
     fakes = {"oracle": oracle, "untouched": untouched}
-    monkeypatch.setattr(evaluation, "run_method", lambda m, *a, **k:
-                        fakes[m.name] if m.name in fakes else real(m, *a, **k))
-    found = evaluate([Method("oracle"), Method("Telea", kind="telea"), Method("untouched")],
-                     meta_path, hidden_of(meta_path), tmp_path)
+    monkeypatch.setattr(
+        evaluation,
+        "run_method",
+        lambda m, *a, **k: fakes[m.name] if m.name in fakes else real(m, *a, **k),
+    )
+    found = evaluate(
+        [Method("oracle"), Method("Telea", kind="telea"), Method("untouched")],
+        meta_path,
+        hidden_of(meta_path),
+        tmp_path,
+    )
     best, telea, worst = found.methods
     assert best["success_rate"] == 1 and worst["success_rate"] == 0
     assert 0 <= telea["success_rate"] < 1
@@ -63,13 +71,28 @@ def test_truth_succeeds_and_the_untouched_source_fails(sets, meta_path, tmp_path
 
 
 def test_results_stand_in_the_files(meta_path, tmp_path):
-    found = evaluate([Method("Telea", kind="telea"), Method("NS", kind="ns")], meta_path,
-                     hidden_of(meta_path), tmp_path, limit=5)
+    found = evaluate(
+        [Method("Telea", kind="telea"), Method("NS", kind="ns")],
+        meta_path,
+        hidden_of(meta_path),
+        tmp_path,
+        limit=5,
+    )
     results = pd.read_csv(tmp_path / "results.csv")
     assert results.groupby("method").size().to_dict() == {"source": 5, "Telea": 5, "NS": 5}
     assert results.accept[results.method == "source"].isna().all()  # nobody judges the source
-    assert {"method", "id", "family", "effect", "accept", "reason", "psnr_hole", "psnr_shadow",
-            "psnr_background", "judge_residue"} <= set(results)
+    assert {
+        "method",
+        "id",
+        "family",
+        "effect",
+        "accept",
+        "reason",
+        "psnr_hole",
+        "psnr_shadow",
+        "psnr_background",
+        "judge_residue",
+    } <= set(results)
     assert results.family.notna().all()
     written = read_json(tmp_path / "methods.json")
     assert [m["name"] for m in written] == ["Telea", "NS"] and written == found.methods
@@ -77,8 +100,9 @@ def test_results_stand_in_the_files(meta_path, tmp_path):
 
 
 def test_measures_match_the_pictures(meta_path, tmp_path):
-    found = evaluate([Method("Telea", kind="telea")], meta_path, hidden_of(meta_path), tmp_path,
-                     limit=3)
+    found = evaluate(
+        [Method("Telea", kind="telea")], meta_path, hidden_of(meta_path), tmp_path, limit=3
+    )
     for triplet in read_triplets(meta_path, require_gt=False)[:3]:
         row = found.results[(found.results.method == "Telea") & (found.results.id == triplet.id)]
         removal = load_image(found.paths["Telea"][triplet.id])
@@ -94,8 +118,12 @@ def test_without_hidden_truth_nothing_is_judged(sets, meta_path, tmp_path):
     with TripletWriter(tmp_path / "paired") as writer:  # a set with GT has its own truth
         for triplet in read_triplets(meta_path, require_gt=False)[:3]:
             pictures = load_images(triplet)
-            writer.add(id=triplet.id, source=pictures["source"], mask=pictures["mask"],
-                       gt=read_truth(hidden_of(meta_path), triplet.id).truth)
+            writer.add(
+                id=triplet.id,
+                source=pictures["source"],
+                mask=pictures["mask"],
+                gt=read_truth(hidden_of(meta_path), triplet.id).truth,
+            )
     found = evaluate([Method("Telea", kind="telea")], tmp_path / "paired", None, tmp_path / "e")
     assert found.methods[0]["success_rate"] is None and found.methods[0]["psnr_hole"] > 5
 
@@ -103,12 +131,20 @@ def test_without_hidden_truth_nothing_is_judged(sets, meta_path, tmp_path):
 def test_discriminator_scores_are_calibrated_and_thresholded(meta_path, tmp_path, monkeypatch):
     scores = np.linspace(0.1, 0.9, COUNT)
     seen = []
-    monkeypatch.setattr("rorem_lib.discriminator.score_triplets",
-                        lambda model, triplets: seen.append(triplets) or scores)
-    found = evaluate([Method("Telea", kind="telea"), Method("NS", kind="ns")], meta_path,
-                     hidden_of(meta_path), tmp_path, discriminator=object(),
-                     calibration=Calibration("platt", 2.0, 0.0), success_threshold=0.8,
-                     accept_rates=(0.9, 0.1))
+    monkeypatch.setattr(
+        "rorem_lib.discriminator.score_triplets",
+        lambda model, triplets: seen.append(triplets) or scores,
+    )
+    found = evaluate(
+        [Method("Telea", kind="telea"), Method("NS", kind="ns")],
+        meta_path,
+        hidden_of(meta_path),
+        tmp_path,
+        discriminator=object(),
+        calibration=Calibration("platt", 2.0, 0.0),
+        success_threshold=0.8,
+        accept_rates=(0.9, 0.1),
+    )
     expected = scores**2 / (scores**2 + (1 - scores) ** 2)  # twice the logit
     rows = found.results[found.results.method == "NS"]
     assert rows.probability.to_numpy() == pytest.approx(expected)
@@ -153,9 +189,13 @@ def make_candidates(sets, folder, good):
             pictures = load_images(triplet)
             truth = read_truth(hidden_of(pool), triplet.id).truth
             for seed in range(2):
-                writer.add(id=f"{triplet.id}-s{seed}", source=triplet.source, mask=triplet.mask,
-                           gt=truth if triplet.id in good else pictures["source"],
-                           group=triplet.group)
+                writer.add(
+                    id=f"{triplet.id}-s{seed}",
+                    source=triplet.source,
+                    mask=triplet.mask,
+                    gt=truth if triplet.id in good else pictures["source"],
+                    group=triplet.group,
+                )
     return folder / "candidates" / "meta.json", hidden_of(pool)
 
 

@@ -7,14 +7,20 @@ import pytest
 from rorem_lib import evaluation_figures, figures
 
 METHODS = [
-    {"name": "Telea", "kind": "telea"}, {"name": "NS", "kind": "ns"},
+    {"name": "Telea", "kind": "telea"},
+    {"name": "NS", "kind": "ns"},
     {"name": "base", "kind": "remover", "row": "base"},
     {"name": "initialization", "kind": "remover", "row": "initialization"},
     {"name": "RORem", "kind": "remover", "row": "high resolution"},
     {"name": "control", "kind": "remover", "row": "control", "control": True},
     {"name": "4 steps", "kind": "remover", "scheduler": "lcm", "lora": "x", "row": "distillation"},
-    {"name": "LCM alone", "kind": "remover", "scheduler": "lcm", "row": "distillation",
-     "control": True},
+    {
+        "name": "LCM alone",
+        "kind": "remover",
+        "scheduler": "lcm",
+        "row": "distillation",
+        "control": True,
+    },
 ]
 
 
@@ -29,7 +35,7 @@ def render(figure):
 
 def shows(figure, colour):
     """Whether a pixel has this very colour."""
-    wanted = [int(colour[i:i + 2], 16) for i in (1, 3, 5)]
+    wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
     return bool((np.abs(render(figure).astype(int) - wanted).sum(axis=2) < 6).any())
 
 
@@ -52,10 +58,13 @@ def test_grid_shows_pictures_frames_and_gaps():
     red = np.zeros((64, 64, 3), np.uint8)
     red[..., 0] = 255
     mask = np.full((32, 64), 200, np.uint8)  # not square, one channel
-    figure = figures.plot_grid([[red, mask, None], [None, red, red]],
-                               column_titles=["source", "mask", "x"], row_titles=["a", "b"],
-                               captions=[["", "blur", ""], ["", "", "ok"]],
-                               frames=[[figures.BLUE, None, None], [None, None, None]])
+    figure = figures.plot_grid(
+        [[red, mask, None], [None, red, red]],
+        column_titles=["source", "mask", "x"],
+        row_titles=["a", "b"],
+        captions=[["", "blur", ""], ["", "", "ok"]],
+        frames=[[figures.BLUE, None, None], [None, None, None]],
+    )
     assert shows(figure, "#ff0000") and shows(figure, figures.BLUE) and shows(figure, "#c8c8c8")
     with pytest.raises(ValueError, match="no pictures"):
         figures.plot_grid([])
@@ -68,8 +77,9 @@ def test_grid_shrinks_large_pictures():
 
 def test_losses_leave_out_what_has_none():
     lines = [{"step": n, "loss": 1 / (n + 1)} for n in range(20)]
-    figure = figures.plot_losses({"a": lines, "b": [{"step": 1}], "c": lines, "d": lines,
-                                  "e": lines})
+    figure = figures.plot_losses(
+        {"a": lines, "b": [{"step": 1}], "c": lines, "d": lines, "e": lines}
+    )
     titles = [axis.get_title() for axis in figure.axes if axis.axison]
     assert titles == ["a", "c", "d", "e"]
     with pytest.raises(ValueError, match="no losses"):
@@ -77,11 +87,23 @@ def test_losses_leave_out_what_has_none():
 
 
 def test_success_and_failures_bear_missing_values():
-    measured = [{**m, "n": 10, "success_rate": 0.5, "success_interval": [0.2, 0.8],
-                 "success_rate_discriminator": 0.4, "failures": {"blur": 3, "odd reason": 2}}
-                for m in METHODS]
-    measured[0] |= {"success_rate": None, "success_interval": None, "failures": {},
-                    "success_rate_discriminator": None}
+    measured = [
+        {
+            **m,
+            "n": 10,
+            "success_rate": 0.5,
+            "success_interval": [0.2, 0.8],
+            "success_rate_discriminator": 0.4,
+            "failures": {"blur": 3, "odd reason": 2},
+        }
+        for m in METHODS
+    ]
+    measured[0] |= {
+        "success_rate": None,
+        "success_interval": None,
+        "failures": {},
+        "success_rate_discriminator": None,
+    }
     colours = evaluation_figures.assign_colours(METHODS)
     success = evaluation_figures.plot_success(measured)
     assert shows(success, colours["control"]) and not shows(success, colours["Telea"])
@@ -96,9 +118,16 @@ def test_success_and_failures_bear_missing_values():
 
 
 def test_rounds_bear_missing_values():
-    rounds = [{"name": "base", "success_rate": 0.1, "success_interval": [0.05, 0.2],
-               "success_rate_discriminator": None, "psnr_hole": 20.0},
-              {"name": "human 1", "success_rate": None, "psnr_hole": None}]
+    rounds = [
+        {
+            "name": "base",
+            "success_rate": 0.1,
+            "success_interval": [0.05, 0.2],
+            "success_rate_discriminator": None,
+            "psnr_hole": 20.0,
+        },
+        {"name": "human 1", "success_rate": None, "psnr_hole": None},
+    ]
     assert shows(evaluation_figures.plot_rounds(rounds), figures.BLUE)
     render(evaluation_figures.plot_rounds([{"name": "base"}]))
 
@@ -109,22 +138,42 @@ def test_scores_and_calibration():
         figure = figures.plot_scores(probabilities, 0.7, labels=labels, accepted=60)
         legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
         assert "threshold 0.70: 60 of 200 accepted" in legend
-    curve = {"predicted": [0.1, 0.8], "observed": [0.2, 0.7], "low": [0.1, 0.6],
-             "high": [0.3, 0.8], "count": [50, 50]}
+    curve = {
+        "predicted": [0.1, 0.8],
+        "observed": [0.2, 0.7],
+        "low": [0.1, 0.6],
+        "high": [0.3, 0.8],
+        "count": [50, 50],
+    }
     roc = {"false_accepts": [0, 0.2, 1], "true_accepts": [0, 0.7, 1], "thresholds": [1, 0.5, 0]}
     assert len(figures.plot_calibration(curve, roc, auc=0.75, auc_interval=[0.7, 0.8]).axes) == 2
     assert len(figures.plot_calibration(curve).axes) == 1
 
 
 def test_families_and_comparisons():
-    table = pd.DataFrame({"known (5)": [0.2, 0.8], "new (5)": [0.1, np.nan]},
-                         index=["Telea", "RORem"])
+    table = pd.DataFrame(
+        {"known (5)": [0.2, 0.8], "new (5)": [0.1, np.nan]}, index=["Telea", "RORem"]
+    )
     table.attrs["methods"] = METHODS
     colours = evaluation_figures.assign_colours(METHODS)
     assert shows(evaluation_figures.plot_families(table), colours["RORem"])
-    comparisons = [{"first": "a", "second": "b", "difference": 3.0, "low": 1.0, "high": 5.0,
-                    "significant": True},
-                   {"first": "a", "second": "c", "difference": 0.0, "low": -2.0, "high": 2.0,
-                    "significant": False}]
+    comparisons = [
+        {
+            "first": "a",
+            "second": "b",
+            "difference": 3.0,
+            "low": 1.0,
+            "high": 5.0,
+            "significant": True,
+        },
+        {
+            "first": "a",
+            "second": "c",
+            "difference": 0.0,
+            "low": -2.0,
+            "high": 2.0,
+            "significant": False,
+        },
+    ]
     figure = evaluation_figures.plot_comparisons(comparisons)
     assert shows(figure, figures.BLUE) and shows(figure, figures.GREY)

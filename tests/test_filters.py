@@ -18,8 +18,13 @@ from rorem_lib.sources.base import Picture, Pictures, Rejected
 from rorem_lib.sources.upstream import UpstreamSource
 from rorem_lib.triplets import TripletWriter
 
-PHOTOS = [*load_sample_images().images, photographs.astronaut(), photographs.coffee(),
-          photographs.rocket(), photographs.chelsea()]
+PHOTOS = [
+    *load_sample_images().images,
+    photographs.astronaut(),
+    photographs.coffee(),
+    photographs.rocket(),
+    photographs.chelsea(),
+]
 
 
 def _pictures(source, mask, gt):
@@ -28,7 +33,7 @@ def _pictures(source, mask, gt):
 
 def _mask(shape, side):
     mask = np.zeros(shape[:2], np.uint8)
-    mask[50:50 + side, 60:60 + side] = 255
+    mask[50 : 50 + side, 60 : 60 + side] = 255
     return mask
 
 
@@ -42,8 +47,10 @@ def test_each_limit_is_where_it_says():
     source = np.full((200, 200, 3), 100, np.uint8)
     gt, mask = source.copy(), _mask(source.shape, 40)  # 4 % of the picture
     gt[mask > 0] = 104
-    found = check_pictures(_pictures(source, mask, gt), FilterConfig(
-        min_mask_area=0.04, max_mask_area=0.041, min_change=4, min_side=200))
+    found = check_pictures(
+        _pictures(source, mask, gt),
+        FilterConfig(min_mask_area=0.04, max_mask_area=0.041, min_change=4, min_side=200),
+    )
     assert (found["mask_area"], found["change_inside"], found["change_outside"]) == (0.04, 4, 0)
     assert _reject(source, mask, gt, min_mask_area=0.0401) == "mask area"
     assert _reject(source, mask, gt, max_mask_area=0.0399) == "mask area"
@@ -58,7 +65,9 @@ def test_each_limit_is_where_it_says():
     check_pictures(_pictures(source, mask, lighter), FilterConfig(max_change_outside=6))
     assert _reject(source, mask, lighter, max_change_outside=5.9) == "changed outside"
     assert set(check_pictures(_pictures(source, mask, None), FilterConfig())) == {
-        "mask_area", "phash"}
+        "mask_area",
+        "phash",
+    }
 
 
 def test_grey_of_128_is_white_and_a_mask_over_almost_everything_has_no_outside():
@@ -84,9 +93,15 @@ def test_the_largest_shift_is_a_share_of_the_longer_side():
     assert _reject(photo, mask, gt, **limits | {"max_shift": shift / 1000 - 1e-6}) == "misaligned"
 
 
-@pytest.mark.parametrize("limits", [{"min_mask_area": 0.5, "max_mask_area": 0.4},
-                                    {"max_mask_area": 1.1}, {"duplicate_distance": 17},
-                                    {"min_change": -1}])
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"min_mask_area": 0.5, "max_mask_area": 0.4},
+        {"max_mask_area": 1.1},
+        {"duplicate_distance": 17},
+        {"min_change": -1},
+    ],
+)
 def test_impossible_limits_are_refused(limits):
     with pytest.raises(ValueError):
         FilterConfig(**limits)
@@ -122,11 +137,14 @@ def test_a_shift_is_measured_to_half_a_pixel_of_256(number):
     photo = cv2.resize(PHOTOS[number], (1024, 768), interpolation=cv2.INTER_AREA)
     mask = _mask(photo.shape, 240)
     for x, y in ((0.5, 0), (0, 1), (1.5, -1), (-2.5, 0.75), (3, 4)):
-        moved = cv2.warpAffine(photo, np.float32([[1, 0, 4 * x], [0, 1, 4 * y]]), (1024, 768),
-                               borderMode=cv2.BORDER_REFLECT)
+        moved = cv2.warpAffine(
+            photo,
+            np.float32([[1, 0, 4 * x], [0, 1, 4 * y]]),
+            (1024, 768),
+            borderMode=cv2.BORDER_REFLECT,
+        )
         moved[mask > 0] = 90
-        assert filters.measure_shift(photo, moved, mask) == pytest.approx(4 * np.hypot(x, y),
-                                                                          abs=2)
+        assert filters.measure_shift(photo, moved, mask) == pytest.approx(4 * np.hypot(x, y), abs=2)
 
 
 def test_what_lies_in_the_mask_moves_no_camera():
@@ -149,19 +167,26 @@ def _save_jpeg(picture, quality):
 def test_neither_noise_nor_compression_of_smooth_pictures_is_a_moved_camera(width, height):
     y, x = np.mgrid[:height, :width].astype(np.float32)
     mask = np.zeros((height, width), np.uint8)
-    mask[height // 3:height // 2, width // 3:width // 2] = 255
+    mask[height // 3 : height // 2, width // 3 : width // 2] = 255
     rng = np.random.default_rng(0)
     blobs = rng.integers(80, 180, (4, 5)).astype(np.float32)
-    ramps = {"flat": x * 0 + 120, "along": 60 + 120 * x / width,
-             "across": 60 + 60 * x / width + 60 * y / height,
-             "vignette": 200 - 100 * np.hypot(x / width - 0.5, y / height - 0.5),
-             "blobs": cv2.resize(blobs, (width, height), interpolation=cv2.INTER_CUBIC)}
+    ramps = {
+        "flat": x * 0 + 120,
+        "along": 60 + 120 * x / width,
+        "across": 60 + 60 * x / width + 60 * y / height,
+        "vignette": 200 - 100 * np.hypot(x / width - 0.5, y / height - 0.5),
+        "blobs": cv2.resize(blobs, (width, height), interpolation=cv2.INTER_CUBIC),
+    }
     called = []
     for name, ramp in ramps.items():
         for noise in (0, 1, 3):
             for quality in (90, 60, 30):
-                pair = [_save_jpeg(ramp[..., None] + light + rng.normal(
-                    0, noise, (height, width, 3)), quality) for light in (0, 3)]
+                pair = [
+                    _save_jpeg(
+                        ramp[..., None] + light + rng.normal(0, noise, (height, width, 3)), quality
+                    )
+                    for light in (0, 3)
+                ]
                 pair[1][mask > 0] = 10
                 if filters.measure_shift(*pair, mask) > FilterConfig().max_shift * width:
                     called.append((name, noise, quality))
@@ -175,9 +200,9 @@ def test_a_blurred_photograph_in_another_light_did_not_move():
     for share in (0.2, 0.5, 0.8):  # of each side
         low, high = (1 - share) / 2, (1 + share) / 2
         mask = np.zeros((height, width), np.uint8)
-        mask[int(height * low):int(height * high), int(width * low):int(width * high)] = 255
+        mask[int(height * low) : int(height * high), int(width * low) : int(width * high)] = 255
         other = photo * 0.85 + rng.normal(0, 2, photo.shape)
-        other[:height // 3, :width // 2] /= 2
+        other[: height // 3, : width // 2] /= 2
         other = _save_jpeg(other, 80)
         other[mask > 0] = 90
         assert filters.measure_shift(photo, other, mask) < FilterConfig().max_shift * width
@@ -210,10 +235,15 @@ def test_no_near_pair_is_missed(distance, monkeypatch):
     for late in range(200, 400, 2):  # planted: up to eight bits away from an earlier one
         bits = rng.choice(64, rng.integers(0, 9), replace=False)
         hashes[late] = hashes[late - 200] ^ np.bitwise_or.reduce(
-            np.uint64(1) << bits.astype(np.uint64), initial=np.uint64(0))
+            np.uint64(1) << bits.astype(np.uint64), initial=np.uint64(0)
+        )
     values = [int(value) for value in hashes]
-    near = {(a, b) for a in range(400) for b in range(a)
-            if (values[a] ^ values[b]).bit_count() <= distance}
+    near = {
+        (a, b)
+        for a in range(400)
+        for b in range(a)
+        if (values[a] ^ values[b]).bit_count() <= distance
+    }
     assert len(near) >= 5
     monkeypatch.setattr(filters, "look_alike", lambda one, two: True)
     found = list(find_duplicates(values, list(range(400)), str, distance=distance))
@@ -243,8 +273,9 @@ def test_groups_the_protected_part_and_chains(monkeypatch):
 def test_like_hashes_of_unlike_pictures_are_no_duplicates(tmp_path):
     for number, level in enumerate((40, 200, 43)):
         save_image(tmp_path / f"{number}.png", np.full((60, 80, 3), level, np.uint8))
-    hashes = [int(hash_picture(np.full((60, 80, 3), level, np.uint8)), 16)
-              for level in (40, 200, 43)]
+    hashes = [
+        int(hash_picture(np.full((60, 80, 3), level, np.uint8)), 16) for level in (40, 200, 43)
+    ]
     assert len(set(hashes)) == 1
     found = list(find_duplicates(hashes, [1, 2, 3], lambda n: tmp_path / f"{n}.png", distance=4))
     assert found == [(2, 0)]
@@ -260,8 +291,9 @@ def test_no_more_than_eight_pictures_of_a_hash_are_looked_at(monkeypatch):
 def test_a_hundred_thousand_hashes_take_seconds_and_lone_pictures_are_not_opened(monkeypatch):
     rng = np.random.default_rng(1)
     hashes = rng.integers(0, 2**64, 100_000, dtype=np.uint64)
-    hashes[90_000:90_100] = hashes[:100] ^ (np.uint64(7) << rng.integers(
-        0, 61, 100).astype(np.uint64))
+    hashes[90_000:90_100] = hashes[:100] ^ (
+        np.uint64(7) << rng.integers(0, 61, 100).astype(np.uint64)
+    )
     opened = []
     monkeypatch.setattr(filters, "look_alike", lambda one, two: True)
     began = time.monotonic()
@@ -276,17 +308,22 @@ def _write_flat(folder, *levels, gt=True):
     with TripletWriter(folder) as writer:
         for number, level in enumerate(levels):
             source = np.full((100, 100, 3), level, np.uint8)
-            writer.add(id=str(number), source=source, mask=mask,
-                       gt=np.where(mask[..., None] > 0, 0, source) if gt else None)
+            writer.add(
+                id=str(number),
+                source=source,
+                mask=mask,
+                gt=np.where(mask[..., None] > 0, 0, source) if gt else None,
+            )
     return folder
 
 
-@pytest.mark.parametrize("levels", [
-    (200,), (40, 200)])
+@pytest.mark.parametrize("levels", [(200,), (40, 200)])
 def test_every_evaluation_picture_is_compared_with(tmp_path, levels):
-    result = assemble_sets(UpstreamSource(str(_write_flat(tmp_path / "raw", 200, 120))),
-                           tmp_path / "out",
-                           evaluation_sets=[_write_flat(tmp_path / "test", *levels, gt=False)])
+    result = assemble_sets(
+        UpstreamSource(str(_write_flat(tmp_path / "raw", 200, 120))),
+        tmp_path / "out",
+        evaluation_sets=[_write_flat(tmp_path / "test", *levels, gt=False)],
+    )
     assert result.reasons == {"near-duplicate": 1} and result.counts == {"labelled": 1}
 
 

@@ -22,7 +22,7 @@ def _where(array):
 
 def _mask(width, height, box):
     mask = np.zeros((height, width), np.uint8)
-    mask[box[1]:box[3], box[0]:box[2]] = 255
+    mask[box[1] : box[3], box[0] : box[2]] = 255
     return mask
 
 
@@ -35,19 +35,28 @@ def _save(path, array):
 def root(tmp_path):
     """DIV2K and Flickr2K as they are unpacked, with small pictures and some masks."""
     root = tmp_path / "高清 图像"
-    for name in ("DIV2K_train_HR/0001", "DIV2K_train_HR/0002", "DIV2K_valid_HR/0801",
-                 "Flickr2K/Flickr2K_HR/000001"):
+    for name in (
+        "DIV2K_train_HR/0001",
+        "DIV2K_train_HR/0002",
+        "DIV2K_valid_HR/0801",
+        "Flickr2K/Flickr2K_HR/000001",
+    ):
         _save(root / f"{name}.png", _picture(400, 300))
-    for name, box in (("0001", (300, 20, 340, 60)), ("0001_1", (0, 0, 30, 30)),
-                      ("0001-2", (380, 280, 400, 300)), ("0801", (150, 100, 250, 180)),
-                      ("000001", (10, 200, 90, 290))):
+    for name, box in (
+        ("0001", (300, 20, 340, 60)),
+        ("0001_1", (0, 0, 30, 30)),
+        ("0001-2", (380, 280, 400, 300)),
+        ("0801", (150, 100, 250, 180)),
+        ("000001", (10, 200, 90, 290)),
+    ):
         _save(root / "masks" / f"{name}.png", _mask(400, 300, box))
     return root
 
 
 def _open(folder, number=0, **options):
-    source = HighResolutionSource(str(folder), **{"size": 128, "margin": 16, "min_side": 0,
-                                                  **options})
+    source = HighResolutionSource(
+        str(folder), **{"size": 128, "margin": 16, "min_side": 0, **options}
+    )
     source = pickle.loads(pickle.dumps(source))
     item = list(source.list_items())[number]
     return source.load_item(pickle.loads(pickle.dumps(item)))
@@ -61,9 +70,13 @@ def test_every_picture_with_each_of_its_masks_is_an_item(root):
     source = HighResolutionSource(str(root))
     items = list(source.list_items())
     assert [(item.id, item.group, item.split) for item in items] == [
-        ("DIV2K-0001-2", "DIV2K-0001", "train"), ("DIV2K-0001", "DIV2K-0001", "train"),
-        ("DIV2K-0001_1", "DIV2K-0001", "train"), ("DIV2K-0002", "DIV2K-0002", "train"),
-        ("DIV2K-0801", "DIV2K-0801", "test"), ("Flickr2K-000001", "Flickr2K-000001", None)]
+        ("DIV2K-0001-2", "DIV2K-0001", "train"),
+        ("DIV2K-0001", "DIV2K-0001", "train"),
+        ("DIV2K-0001_1", "DIV2K-0001", "train"),
+        ("DIV2K-0002", "DIV2K-0002", "train"),
+        ("DIV2K-0801", "DIV2K-0801", "test"),
+        ("Flickr2K-000001", "Flickr2K-000001", None),
+    ]
     with pytest.raises(Rejected, match=r"DIV2K_train_HR/0002\.png has no mask") as caught:
         source.load_item(items[3])
     assert caught.value.reason == "no mask"
@@ -114,8 +127,15 @@ def test_masks_of_no_picture_are_refused_not_forgotten(root):
 # ---------------------------------------------------------------------------------------- cropping
 
 
-@pytest.mark.parametrize("number, box", [(0, (380, 280, 400, 300)), (1, (300, 20, 340, 60)),
-                                         (2, (0, 0, 30, 30)), (4, (150, 100, 250, 180))])
+@pytest.mark.parametrize(
+    "number, box",
+    [
+        (0, (380, 280, 400, 300)),
+        (1, (300, 20, 340, 60)),
+        (2, (0, 0, 30, 30)),
+        (4, (150, 100, 250, 180)),
+    ],
+)
 def test_the_square_holds_the_mask_with_its_margin_at_native_resolution(root, number, box):
     pictures = _open(root, number)
     x, y = _where(pictures.source.array)
@@ -127,8 +147,7 @@ def test_the_square_holds_the_mask_with_its_margin_at_native_resolution(root, nu
     else:
         assert np.array_equal(x[0], np.arange(left, right)) and pictures.source.file is None
         assert np.array_equal(y[:, 0], np.arange(top, bottom))
-        assert np.array_equal(pictures.mask.array,
-                              _mask(400, 300, box)[top:bottom, left:right])
+        assert np.array_equal(pictures.mask.array, _mask(400, 300, box)[top:bottom, left:right])
     assert left <= max(0, box[0] - 16) and top <= max(0, box[1] - 16)
     assert right >= min(400, box[2] + 16) and bottom >= min(300, box[3] + 16)
     assert 0 <= left and 0 <= top and right <= 400 and bottom <= 300
@@ -202,8 +221,11 @@ def test_a_mask_of_another_shape_and_one_without_white_are_refused(root):
 
 
 def test_missing_masks_are_explained(root):
-    with pytest.raises(SourceError, match=r"holds no mask .*draw them, or let any segmentation "
-                                          r"model.*0001_1\.png"):
+    with pytest.raises(
+        SourceError,
+        match=r"holds no mask .*draw them, or let any segmentation "
+        r"model.*0001_1\.png",
+    ):
         next(HighResolutionSource(str(root), masks="nowhere").list_items())
     with pytest.raises(SourceError, match="given for the pictures and for the masks"):
         next(HighResolutionSource(str(root / "DIV2K_train_HR"), masks=".").list_items())
@@ -219,10 +241,16 @@ def test_missing_and_doubled_pictures_are_explained(root, tmp_path):
         next(HighResolutionSource(str(root)).list_items())
 
 
-@pytest.mark.parametrize("options, words", [
-    ({"size": 32}, "size must be a whole number of px, 64 or more"), ({"crop": "top"}, "crop must"),
-    ({"margin": -1}, "margin must"), ({"min_side": 0.5}, "min_side must"), ({"masks": ""}, "masks"),
-])
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"size": 32}, "size must be a whole number of px, 64 or more"),
+        ({"crop": "top"}, "crop must"),
+        ({"margin": -1}, "margin must"),
+        ({"min_side": 0.5}, "min_side must"),
+        ({"masks": ""}, "masks"),
+    ],
+)
 def test_options_out_of_range_are_named(options, words):
     with pytest.raises(ValueError, match=words):
         HighResolutionSource("x", **options)

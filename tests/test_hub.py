@@ -55,8 +55,15 @@ def _download(*calls):
 
 
 def test_a_broken_download_is_resumed_and_only_what_is_asked_for_is_loaded(hub, tmp_path):
-    commit = hub.add("o/d", {"data/train-1.bin": BIG, "data/train-2.bin": b"2" * 5000,
-                             "data/test-1.bin": b"t" * 5000, "README.md": b"hello"})
+    commit = hub.add(
+        "o/d",
+        {
+            "data/train-1.bin": BIG,
+            "data/train-2.bin": b"2" * 5000,
+            "data/test-1.bin": b"t" * 5000,
+            "README.md": b"hello",
+        },
+    )
     hub.break_connection("GET", "train-1.bin", 25_000_000)
     (first,) = hub.run_client(tmp_path, _download(("o/d", {"patterns": ["data/train-*"]})))
     assert first[:2] == [f"hub:o/d@{commit}", commit]
@@ -75,9 +82,15 @@ def test_offline_it_reads_the_cache_and_names_what_is_missing(hub, tmp_path):
     (online,) = hub.run_client(tmp_path, _download(asked))
     hub.log.clear()
     offline, other, revision, pinned = hub.run_client(
-        tmp_path, _download(asked, ("o/d", {}), ("o/d", {"revision": "v2"}),
-                            ("o/d", {"patterns": ["a.*"], "revision": commit})),
-        HF_HUB_OFFLINE="1")
+        tmp_path,
+        _download(
+            asked,
+            ("o/d", {}),
+            ("o/d", {"revision": "v2"}),
+            ("o/d", {"patterns": ["a.*"], "revision": commit}),
+        ),
+        HF_HUB_OFFLINE="1",
+    )
     assert offline == pinned == online
     for text, name in ((other, "o/d@main"), (revision, "o/d@v2")):
         assert text.startswith(f"{name} is not, or not all, in the cache {tmp_path}/hub")
@@ -92,7 +105,10 @@ def test_a_pinned_revision_stays_and_a_branch_moves(hub, tmp_path):
     found = hub.run_client(tmp_path, "import logging\nlogging.basicConfig(level=20)\n" + code)
     assert [commit for _, commit, *_ in found] == [old, new, new]
     assert [(Path(folder) / "a.txt").read_text() for _, _, folder, _ in found] == [
-        "old", "new", "new"]
+        "old",
+        "new",
+        "new",
+    ]
     assert f"main is commit {new} now" in hub.errors and f"{old} is commit" not in hub.errors
 
 
@@ -113,9 +129,17 @@ def test_what_the_hub_refuses_is_answered_with_what_to_do(hub, tmp_path):
     hub.add("o/gated", {"a.txt": b"a"}, gated=True)
     hub.add("o/private", {"a.txt": b"a"}, private=True)
     hub.add("o/open", {"a.txt": b"a"})
-    gated, private, absent, revision, nothing, name = hub.run_client(tmp_path, _download(
-        ("o/gated", {}), ("o/private", {}), ("o/absent", {}), ("o/open", {"revision": "v9"}),
-        ("o/open", {"patterns": ["*.zip"]}), ("no name", {})))
+    gated, private, absent, revision, nothing, name = hub.run_client(
+        tmp_path,
+        _download(
+            ("o/gated", {}),
+            ("o/private", {}),
+            ("o/absent", {}),
+            ("o/open", {"revision": "v9"}),
+            ("o/open", {"patterns": ["*.zip"]}),
+            ("no name", {}),
+        ),
+    )
     assert f"gated: accept its conditions on {hub.url}/datasets/o/gated, then run `hf auth" in gated
     for text in (private, absent):
         assert "on the Hub, or it is private: check the name" in text and "HF_TOKEN" in text
@@ -124,8 +148,9 @@ def test_what_the_hub_refuses_is_answered_with_what_to_do(hub, tmp_path):
     assert "'no name' names no dataset" in name
     (wrong,) = hub.run_client(tmp_path, _download(("o/gated", {})), HF_TOKEN="other")
     assert "401" in wrong and "the token is wrong or has expired" in wrong
-    let_in = hub.run_client(tmp_path, _download(("o/gated", {}), ("o/private", {})),
-                            HF_TOKEN="secret")
+    let_in = hub.run_client(
+        tmp_path, _download(("o/gated", {}), ("o/private", {})), HF_TOKEN="secret"
+    )
     assert [files for *_, files in let_in] == [["a.txt"], ["a.txt"]]
 
 
@@ -150,27 +175,42 @@ def test_what_a_killed_download_left_is_deleted_when_it_is_old(hub, tmp_path):
 
 def _open(hub, home, work, *specs, **environment):
     """[origin, commit, folder, {path: text}] of each spec."""
-    return hub.run_client(home, f"""
+    return hub.run_client(
+        home,
+        f"""
         from rorem_lib.sources.hub import open_remote
         for spec in {specs!r}:
             got = open_remote(spec, {str(work)!r})
             show([got.origin, got.commit, str(got.folder), {{
                 str(p.relative_to(got.folder)): p.read_text() for p in got.folder.rglob("*")
                 if p.is_file() and p.name != ".extracted.json"}}])
-    """, **environment)
+    """,
+        **environment,
+    )
 
 
 def test_archives_of_a_repository_are_unpacked_once_beside_its_other_files(hub, tmp_path):
     whole = _tar({"source/图.txt": b"1" * 3000})
-    commit = hub.add("o/d", {"README.md": b"hello", "set.tar.gz": _tar({"meta.json": b"[]"}),
-                             "sub/big.tar.gz.part01": whole[:60],
-                             "sub/big.tar.gz.part02": whole[60:], "set/own.txt": b"own"})
+    commit = hub.add(
+        "o/d",
+        {
+            "README.md": b"hello",
+            "set.tar.gz": _tar({"meta.json": b"[]"}),
+            "sub/big.tar.gz.part01": whole[:60],
+            "sub/big.tar.gz.part02": whole[60:],
+            "set/own.txt": b"own",
+        },
+    )
     work = tmp_path / "work"
     ((origin, found, folder, tree),) = _open(hub, tmp_path, work, "hub:o/d")
     assert (origin, found) == (f"hub:o/d@{commit}", commit)
     assert folder == str(work / f"o--d@{commit[:12]}")
-    assert tree == {"README.md": "hello", "set.tar.gz.unpacked/meta.json": "[]",
-                    "set/own.txt": "own", "sub/big/source/图.txt": "1" * 3000}
+    assert tree == {
+        "README.md": "hello",
+        "set.tar.gz.unpacked/meta.json": "[]",
+        "set/own.txt": "own",
+        "sub/big/source/图.txt": "1" * 3000,
+    }
     marked = Path(folder) / "sub" / "big" / "source" / "图.txt"
     marked.write_text("mine")
     ((*_, again),) = _open(hub, tmp_path, work, origin, HF_HUB_OFFLINE="1")
@@ -204,10 +244,15 @@ def test_local_folders_and_archives_are_opened_too(tmp_path):
         open_remote(str(tmp_path / "gone"), tmp_path / "work")
 
 
-@pytest.mark.parametrize("spec, words", [("hub:", "expected hub:owner/name"),
-                                         ("hub:@main", "expected hub:owner/name"),
-                                         ("drive:", "names no file on Google Drive"),
-                                         ("drive:a b", "names no file on Google Drive")])
+@pytest.mark.parametrize(
+    "spec, words",
+    [
+        ("hub:", "expected hub:owner/name"),
+        ("hub:@main", "expected hub:owner/name"),
+        ("drive:", "names no file on Google Drive"),
+        ("drive:a b", "names no file on Google Drive"),
+    ],
+)
 def test_specs_that_name_nothing_are_refused(tmp_path, spec, words):
     with pytest.raises(SourceError, match=words):
         open_remote(spec, tmp_path)
@@ -250,8 +295,10 @@ def test_what_an_earlier_process_loaded_from_drive_is_kept(hub, tmp_path):
 
 
 def test_what_drive_refuses_is_answered_with_what_to_do(hub, tmp_path):
-    hub.drive["busy"] = ("Too many users have viewed or downloaded this file recently. Please try "
-                         "accessing the file again later.")
+    hub.drive["busy"] = (
+        "Too many users have viewed or downloaded this file recently. Please try "
+        "accessing the file again later."
+    )
     hub.drive["page"] = "</p><p>Sign in"  # a page that gdown knows nothing of
     code = f"""
         from rorem_lib.sources.base import SourceError

@@ -31,25 +31,43 @@ def _write(root, name, text):
 def _write_parquet(root, name, *columns):
     (root / name).parent.mkdir(parents=True, exist_ok=True)
     value = {"bytes": b"x", "path": "0001.jpg"}
-    pq.write_table(pa.table({column: ["train" if column in ("subset", "split") else value]
-                             for column in columns}), root / name)
+    pq.write_table(
+        pa.table(
+            {column: ["train" if column in ("subset", "split") else value] for column in columns}
+        ),
+        root / name,
+    )
 
 
 def _rord_raw(root):
-    _touch(root, "Training/jpg/I-210618_I01001_W01/I-210618_I01001_W01_F0001.jpg",
-           "Training/jpg/I-210618_I01001_W01/I-210618_I01001_W01_F0002.jpg")
+    _touch(
+        root,
+        "Training/jpg/I-210618_I01001_W01/I-210618_I01001_W01_F0001.jpg",
+        "Training/jpg/I-210618_I01001_W01/I-210618_I01001_W01_F0002.jpg",
+    )
     _write(root, "Training/M/I-210618_I01001_W01/I-210618_I01001_W01_F0001_M.json", "{}")
 
 
 def _rord_mirror(root):
     scene = "I-210618_I01001_W01"
-    _touch(root, f"train/img/{scene}/{scene}_F0001.jpg", f"train/img/{scene}/{scene}_G0001.jpg",
-           f"train/gt/{scene}/{scene}_F0001.jpg", f"train/mask/{scene}/{scene}_F0001_M.png")
+    _touch(
+        root,
+        f"train/img/{scene}/{scene}_F0001.jpg",
+        f"train/img/{scene}/{scene}_G0001.jpg",
+        f"train/gt/{scene}/{scene}_F0001.jpg",
+        f"train/mask/{scene}/{scene}_F0001_M.png",
+    )
 
 
 def _rord_flat(root):
-    _touch(root, *(f"{split}/{part}/I-210618_I01001_W01_F0001.png" for split in ("train", "test")
-                   for part in ("img", "gt", "mask")))
+    _touch(
+        root,
+        *(
+            f"{split}/{part}/I-210618_I01001_W01_F0001.png"
+            for split in ("train", "test")
+            for part in ("img", "gt", "mask")
+        ),
+    )
 
 
 def _mulan(root):
@@ -58,16 +76,24 @@ def _mulan(root):
 
 def _open_images(root):
     name = "0a1b2c3d4e5f6071_m0k4j_9a041d52.png"
-    _write(root, "train-annotations-object-segmentation.csv",
-           "MaskPath,ImageID,LabelName,BoxID,BoxXMin,BoxXMax,BoxYMin,BoxYMax,PredictedIoU,Clicks\n"
-           f"{name},0a1b2c3d4e5f6071,/m/0k4j,9a041d52,0.2,0.7,0.2,0.7,0.8,0.9 0.6 1\n")
+    _write(
+        root,
+        "train-annotations-object-segmentation.csv",
+        "MaskPath,ImageID,LabelName,BoxID,BoxXMin,BoxXMax,BoxYMin,BoxYMax,PredictedIoU,Clicks\n"
+        f"{name},0a1b2c3d4e5f6071,/m/0k4j,9a041d52,0.2,0.7,0.2,0.7,0.8,0.9 0.6 1\n",
+    )
     _write(root, "class-descriptions.csv", "/m/0k4j,Car\n")
     _touch(root, f"train-masks-0/{name}", "train/0a1b2c3d4e5f6071.jpg")
 
 
 def _high_resolution(root):
-    _touch(root, "DIV2K_train_HR/0001.png", "Flickr2K/Flickr2K_HR/000001.png", "masks/0001.png",
-           "masks/000001.png")
+    _touch(
+        root,
+        "DIV2K_train_HR/0001.png",
+        "Flickr2K/Flickr2K_HR/000001.png",
+        "masks/0001.png",
+        "masks/000001.png",
+    )
 
 
 def _composites(root):
@@ -76,8 +102,11 @@ def _composites(root):
 
 def _upstream(root):
     _touch(root, *(f"{part}/x.png" for part in ("source", "mask", "GT")))
-    _write(root, "meta.json", json.dumps([{part: f"{part}/x.png"
-                                           for part in ("source", "mask", "GT")}]))
+    _write(
+        root,
+        "meta.json",
+        json.dumps([{part: f"{part}/x.png" for part in ("source", "mask", "GT")}]),
+    )
 
 
 def _parquet(root):
@@ -85,13 +114,31 @@ def _parquet(root):
 
 
 def _ober(root):
-    _write_parquet(root, "data/train-00000-of-00001.parquet", "input", "gt", "object_mask",
-                   "object_effect_mask", "subset", "split")
+    _write_parquet(
+        root,
+        "data/train-00000-of-00001.parquet",
+        "input",
+        "gt",
+        "object_mask",
+        "object_effect_mask",
+        "subset",
+        "split",
+    )
 
 
 def _ober_older(root):
-    _touch(root, *(f"0001/{part}_1.{kind}" for part, kind in (
-        ("input", "jpg"), ("gt", "jpg"), ("mask", "png"), ("shadow_mask", "png"))))
+    _touch(
+        root,
+        *(
+            f"0001/{part}_1.{kind}"
+            for part, kind in (
+                ("input", "jpg"),
+                ("gt", "jpg"),
+                ("mask", "png"),
+                ("shadow_mask", "png"),
+            )
+        ),
+    )
 
 
 def _peer(*parts):
@@ -99,11 +146,22 @@ def _peer(*parts):
 
 
 LAYOUTS = {
-    "rord raw": _rord_raw, "rord mirror": _rord_mirror, "rord flat": _rord_flat, "mulan": _mulan,
-    "open_images": _open_images, "high_resolution": _high_resolution, "composites": _composites,
-    "upstream": _upstream, "parquet": _parquet, "ober": _ober, "ober older": _ober_older,
-    "syn4removal": _peer("paste", "mask", "gt"), "removal_bench": _peer("images", "gt", "masks"),
-    "omnieraser": _peer("img", "gt_new", "sam_mask"), "corne": _peer("shot", "bg", "mask_sam")}
+    "rord raw": _rord_raw,
+    "rord mirror": _rord_mirror,
+    "rord flat": _rord_flat,
+    "mulan": _mulan,
+    "open_images": _open_images,
+    "high_resolution": _high_resolution,
+    "composites": _composites,
+    "upstream": _upstream,
+    "parquet": _parquet,
+    "ober": _ober,
+    "ober older": _ober_older,
+    "syn4removal": _peer("paste", "mask", "gt"),
+    "removal_bench": _peer("images", "gt", "masks"),
+    "omnieraser": _peer("img", "gt_new", "sam_mask"),
+    "corne": _peer("shot", "bg", "mask_sam"),
+}
 
 
 def test_every_importer_has_a_layout_here():
@@ -178,8 +236,17 @@ def test_a_named_importer_says_itself_what_it_misses(tmp_path):
 
 def test_only_so_many_folders_are_looked_into(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(importers, "CLASSES", {"mulan": type("Spy", (CLASSES["mulan"],), {
-        "recognises": classmethod(lambda kind, folder: seen.append(folder))})})
+    monkeypatch.setattr(
+        importers,
+        "CLASSES",
+        {
+            "mulan": type(
+                "Spy",
+                (CLASSES["mulan"],),
+                {"recognises": classmethod(lambda kind, folder: seen.append(folder))},
+            )
+        },
+    )
     for number in range(300):
         (tmp_path / f"{number:03d}/a/b").mkdir(parents=True)
     with pytest.raises(SourceError, match="none of the layouts"):
@@ -193,8 +260,9 @@ def test_an_unknown_source_or_option_is_answered_with_what_there_is(tmp_path):
         open_source("rords", tmp_path)
     with pytest.raises(SourceError) as caught:
         open_source("auto", tmp_path, masks="object", depth=3)
-    assert str(caught.value) == ("the source corne has no option depth, masks; it has "
-                                 "mask='object'")
+    assert str(caught.value) == (
+        "the source corne has no option depth, masks; it has mask='object'"
+    )
     with pytest.raises(SourceError, match="corne has no option Folder"):
         open_source("auto", tmp_path, Folder="x")
     with pytest.raises(ValueError, match="mask must be object or with_effect|mask must be object"):

@@ -20,8 +20,10 @@ def test_bootstrap_agrees_with_the_normal_interval():
     values = np.random.default_rng(0).normal(3, 2, 400)
     low, high = bootstrap_mean(values)
     half = 1.96 * values.std() / 20
-    assert (low, high) == (pytest.approx(values.mean() - half, abs=0.03),
-                           pytest.approx(values.mean() + half, abs=0.03))
+    assert (low, high) == (
+        pytest.approx(values.mean() - half, abs=0.03),
+        pytest.approx(values.mean() + half, abs=0.03),
+    )
     assert bootstrap_mean(values) == (low, high)
     assert bootstrap_mean([2.0] * 5) == (2, 2)
     with pytest.raises(ValueError, match="finite"):

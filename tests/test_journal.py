@@ -43,8 +43,9 @@ def test_later_lines_and_later_files_replace_earlier_ones(tmp_path):
         assert len(index) == 2 and "a" in index and "c" not in index
 
 
-@pytest.mark.parametrize("torn", [b"", b'{"id": "c"', b'{"id": "' + b"c" * 200_000,
-                                  b"c" * 65535])  # with the newline before it what is read at once
+@pytest.mark.parametrize(
+    "torn", [b"", b'{"id": "c"', b'{"id": "' + b"c" * 200_000, b"c" * 65535]
+)  # with the newline before it what is read at once
 def test_appending_goes_on_behind_the_last_whole_line(tmp_path, torn):
     path = tmp_path / "a.jsonl"
     for before in (b"", b'{"id": "a"}\n'):
@@ -58,7 +59,7 @@ def test_appending_goes_on_behind_the_last_whole_line(tmp_path, torn):
         writer.close()
         writer.close()
         with JournalIndex([path]) as index:
-            assert index.list_ids() == ["a", "b", "c"][not before:]
+            assert index.list_ids() == ["a", "b", "c"][not before :]
             assert index["b"] == returned
 
 
@@ -68,8 +69,9 @@ def test_positions_beyond_4_gb_are_found_in_each_of_several_files(tmp_path, monk
         with open(tmp_path / name, "wb") as stream:  # what is not written takes no space
             stream.seek(place)
             stream.write(b'{"id": "of %s"}\n' % name.encode())
-    monkeypatch.setattr(journal, "read_lines", lambda path: [
-        (places[path.name], {"id": f"of {path.name}"})])
+    monkeypatch.setattr(
+        journal, "read_lines", lambda path: [(places[path.name], {"id": f"of {path.name}"})]
+    )
     with JournalIndex([tmp_path / name for name in places]) as index:
         assert list(index.items()) == [{"id": f"of {name}"} for name in places]
 
@@ -153,8 +155,10 @@ def _list_files(folder):
 
 
 def _files_of(*names):
-    return sorted([f"{part}/{name}.png" for part in ("source", "mask", "GT") for name in names]
-                  + ["meta.json"])
+    return sorted(
+        [f"{part}/{name}.png" for part in ("source", "mask", "GT") for name in names]
+        + ["meta.json"]
+    )
 
 
 def test_a_set_is_the_same_whatever_the_order_the_journals_and_the_interruptions(tmp_path):
@@ -163,8 +167,9 @@ def test_a_set_is_the_same_whatever_the_order_the_journals_and_the_interruptions
         folder = tmp_path / str(number)
         folder.mkdir()
         for place, name in enumerate(order):
-            record = write_files(folder, id=name, source=_picture(ord(name)), mask=_mask(),
-                                 round=ord(name))
+            record = write_files(
+                folder, id=name, source=_picture(ord(name)), mask=_mask(), round=ord(name)
+            )
             writer = TripletWriter(folder, part=str(place) if number % 2 else "")
             assert name not in writer.done_ids  # written, and not in the set yet
             writer.add_record(record)
@@ -224,10 +229,13 @@ def test_records_without_ids_survive_a_writer(tmp_path, keys):
     for number, folder in enumerate("xy"):
         (tmp_path / folder).mkdir()
         save_image(tmp_path / folder / "0.png", _picture(number))
-    write_list(tmp_path / "meta.json", [
-        dict(zip(keys, (f"{folder}/0.png", "mask/a.png", "GT/a.png"))) for folder in "xy"])
+    write_list(
+        tmp_path / "meta.json",
+        [dict(zip(keys, (f"{folder}/0.png", "mask/a.png", "GT/a.png"))) for folder in "xy"],
+    )
     before = [(t.id, t.source) for t in read_triplets(tmp_path)]
     TripletWriter(tmp_path).close()
     assert [(t.id, t.source) for t in read_triplets(tmp_path)] == before
     assert [load_image(source).tolist() for _, source in before] == [
-        _picture(number).tolist() for number in range(2)]
+        _picture(number).tolist() for number in range(2)
+    ]

@@ -223,8 +223,16 @@ def test_foreign_lines_and_words_harm_no_other_label(tmp_path, caplog):
     log = LabelLog(tmp_path, "anna")
     log.append("c1", "accept")
     good = {"event": "label", "id": "c2", "label": "accept", "annotator": "anna"}
-    foreign = [good | change for change in (
-        {"id": ["c2"]}, {"annotator": None}, {"ms": "12"}, {"label": 1}, {"reason": 3})]
+    foreign = [
+        good | change
+        for change in (
+            {"id": ["c2"]},
+            {"annotator": None},
+            {"ms": "12"},
+            {"label": 1},
+            {"reason": 3},
+        )
+    ]
     newer = [good | {"id": "c1", "label": "unsure"}, good | {"id": "c1", "event": "undo"}]
     with open(log.path, "a", encoding="utf-8") as file:
         file.writelines(json.dumps(event) + "\n" for event in [*foreign, *newer, good])
@@ -256,15 +264,23 @@ def test_merge_policies():
 
 
 def test_adjudication_settles_a_conflict_under_every_policy():
-    votes = [vote("c0", "accept", "a"), vote("c0", "reject", "b", reason="blur"),
-             vote("c1", "accept", "a"), vote("c1", "reject", "c"), vote("c2", "accept", "a"),
-             vote("c2", "accept", "b")]
+    votes = [
+        vote("c0", "accept", "a"),
+        vote("c0", "reject", "b", reason="blur"),
+        vote("c1", "accept", "a"),
+        vote("c1", "reject", "c"),
+        vote("c2", "accept", "a"),
+        vote("c2", "accept", "b"),
+    ]
     queue, told = list_adjudication(votes, "judge")
     assert queue == [QueueItem("c0", ADJUDICATION), QueueItem("c1", ADJUDICATION)]
     assert told["c0"] == "a accept, b blur"
     assert [x.id for x in list_adjudication(votes, "b")[0]] == ["c1"], "b voted on c0"
-    settled = [*votes, vote("c0", "reject", "judge", order=ADJUDICATION),
-               vote("c1", "skip", "judge", order=ADJUDICATION)]
+    settled = [
+        *votes,
+        vote("c0", "reject", "judge", order=ADJUDICATION),
+        vote("c1", "skip", "judge", order=ADJUDICATION),
+    ]
     for policy in POLICIES:
         assert merge_votes(settled, policy)["c0"] == "reject"
     assert merge_votes(settled) == {"c0": "reject", "c2": "accept"}
@@ -452,14 +468,20 @@ def test_scored_and_accepted_sets(candidates, tmp_path):
 
 
 def test_a_scored_set_says_how_each_item_was_drawn(candidates, tmp_path):
-    given = [Label("c0", "accept", "a", order="audit"), Label("c1", "reject", "a", order="random"),
-             Label("c1", "reject", "b", order="uncertainty"), Label("c2", "skip", "a"),
-             Label("c3", "accept", "a", order="random"), Label("c3", "reject", "b", order="random"),
-             Label("c3", "reject", "c", order="adjudication")]
+    given = [
+        Label("c0", "accept", "a", order="audit"),
+        Label("c1", "reject", "a", order="random"),
+        Label("c1", "reject", "b", order="uncertainty"),
+        Label("c2", "skip", "a"),
+        Label("c3", "accept", "a", order="random"),
+        Label("c3", "reject", "b", order="random"),
+        Label("c3", "reject", "c", order="adjudication"),
+    ]
     orders = collect_orders(given)
     assert orders == {"c0": "audit", "c1": "random", "c3": "random"}
-    meta = write_scored_set(candidates, merge_votes(given), tmp_path / "scored", orders=orders,
-                            fair={"c0"})
+    meta = write_scored_set(
+        candidates, merge_votes(given), tmp_path / "scored", orders=orders, fair={"c0"}
+    )
     assert {x.id: x.extra["label_order"] for x in read_triplets(meta)} == orders
     assert [x.id for x in read_triplets(meta) if x.extra["fair_sample"]] == ["c0"]
     found = import_labels(meta, tmp_path / "labels", "c", triplets=read_triplets(candidates))
@@ -476,8 +498,9 @@ def test_of_several_accepted_removals_of_a_picture_some_are_kept(candidates, tmp
     decisions["c1-s0"] = "reject"
 
     def write(**rest):
-        write_scored_set(tmp_path / "several", decisions, tmp_path / "kept", accepted_only=True,
-                         **rest)
+        write_scored_set(
+            tmp_path / "several", decisions, tmp_path / "kept", accepted_only=True, **rest
+        )
         return [t.id for t in read_triplets(tmp_path / "kept")]
 
     assert len(write()) == 7
@@ -514,17 +537,23 @@ def test_export_and_import_keep_the_labels(candidates, tmp_path):
 
 def test_exported_dataset_has_pictures_and_all_that_was_said(candidates, tmp_path):
     triplets = read_triplets(candidates)
-    labels = [vote("c1", "reject", reason="blur", ms=5), vote("c1", "accept", "ben"),
-              vote("c3", "accept", order="audit")]
+    labels = [
+        vote("c1", "reject", reason="blur", ms=5),
+        vote("c1", "accept", "ben"),
+        vote("c3", "accept", order="audit"),
+    ]
     decisions = merge_votes(labels)
     for _ in range(2):  # again over the first
         path = export_dataset(labels, decisions, tmp_path / "labels.parquet", triplets=triplets)
-    rows = datasets.load_dataset("parquet", data_files=str(path), split="train",
-                                 cache_dir=str(tmp_path / "cache"))
+    rows = datasets.load_dataset(
+        "parquet", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache")
+    )
     assert rows["id"] == ["c1", "c3"] and rows["decision"] == [None, "accept"]
     said = rows[0]["labels"]
     assert [(x["annotator"], x["label"], x["reason"], x["ms"]) for x in said] == [
-        ("anna", "reject", "blur", 5), ("ben", "accept", None, 0)]
+        ("anna", "reject", "blur", 5),
+        ("ben", "accept", None, 0),
+    ]
     pictures = load_images(triplets[1])
     for name, part in (("source", "source"), ("mask", "mask"), ("removal", "gt")):
         assert np.array_equal(np.asarray(rows[0][name]), pictures[part])
@@ -580,8 +609,11 @@ def test_import_of_foreign_files(candidates, tmp_path):
         ("labels.csv", "id,label,time\nc0,yes,yesterday\n"),
         ("labels.jsonl", "no label\n"),
         ("labels.txt", "c0 yes"),
-        ("studio.json", '[{"data": {"id": "c0"}, "annotations": [{"result": [{"value": '
-                        '{"choices": ["Poor"]}}]}]}]'),
+        (
+            "studio.json",
+            '[{"data": {"id": "c0"}, "annotations": [{"result": [{"value": '
+            '{"choices": ["Poor"]}}]}]}]',
+        ),
         ("missing.json", None),
         ("missing.jsonl", None),
     ],
@@ -609,13 +641,16 @@ def test_import_names_the_row_and_writes_all_or_nothing(tmp_path):
 
 def test_imported_times_are_brought_to_one_clock(tmp_path):
     table = tmp_path / "LABELS.CSV"
-    table.write_text("id,label,annotator,time\nc0,yes,a,2026-01-01T12:00:00+02:00\n"
-                     "c0,no,b,2026-01-01T11:00:00Z\nc1,no,b,2026-01-01 09:00\n")
+    table.write_text(
+        "id,label,annotator,time\nc0,yes,a,2026-01-01T12:00:00+02:00\n"
+        "c0,no,b,2026-01-01T11:00:00Z\nc1,no,b,2026-01-01 09:00\n"
+    )
     import_labels(table, tmp_path / "labels")
     labels = read_labels(tmp_path / "labels")
     assert merge_votes(labels, "single")["c0"] == "reject"
-    assert [x.time for x in labels] == [f"2026-01-01T{hour}:00:00.000000+00:00"
-                                        for hour in ("10", "09", "11")]
+    assert [x.time for x in labels] == [
+        f"2026-01-01T{hour}:00:00.000000+00:00" for hour in ("10", "09", "11")
+    ]
 
 
 def test_label_studio_words_are_read_by_the_name_of_their_question(tmp_path):
@@ -632,11 +667,19 @@ def test_label_studio_words_are_read_by_the_name_of_their_question(tmp_path):
     import_labels(path, tmp_path / "labels")
     found = {x.id: (x.label, x.reason) for x in read_labels(tmp_path / "labels")}
     assert found == {"c0": ("reject", "unsure"), "c1": ("skip", None)}
-    small = [{"id": 1, "candidate": "c0", "decision": "accept", "annotator": 3, "lead_time": 1.5,
-              "created_at": "2026-01-01T12:00:00.5Z"}]
+    small = [
+        {
+            "id": 1,
+            "candidate": "c0",
+            "decision": "accept",
+            "annotator": 3,
+            "lead_time": 1.5,
+            "created_at": "2026-01-01T12:00:00.5Z",
+        }
+    ]
     path.write_text(json.dumps(small))
     import_labels(path, tmp_path / "min")
-    label, = read_labels(tmp_path / "min")
+    (label,) = read_labels(tmp_path / "min")
     assert (label.id, label.label, label.annotator, label.ms) == ("c0", "accept", "3", 1500)
 
 

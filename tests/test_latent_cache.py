@@ -69,10 +69,13 @@ def open_small(triplets, vae, folder, **options):
 
 def read_all(store):
     """Every value of a store by what it belongs to."""
-    return {(index, twin, variant, name): value.float().numpy()
-            for index in range(len(store)) for twin in range(1 + store.spec.twins)
-            for variant in range(1 + store.spec.mask_variants)
-            for name, value in store.read(index, twin=twin, variant=variant).items()}
+    return {
+        (index, twin, variant, name): value.float().numpy()
+        for index in range(len(store))
+        for twin in range(1 + store.spec.twins)
+        for variant in range(1 + store.spec.mask_variants)
+        for name, value in store.read(index, twin=twin, variant=variant).items()
+    }
 
 
 def assert_equal(first, second):
@@ -87,8 +90,15 @@ def assert_equal(first, second):
 @torch.no_grad()
 @pytest.mark.parametrize("dtype, exact", [("fp16", 2**-11), ("bf16", 2**-8)])
 def test_it_holds_what_direct_encoding_gives(vae, triplets, tmp_path, dtype, exact):
-    store = open_store(triplets, vae, sizes=[(32, 32)] * 5, root=tmp_path / "cache", batch_size=2,
-                       shard_size=3, spec=replace(ALL, dtype=dtype))
+    store = open_store(
+        triplets,
+        vae,
+        sizes=[(32, 32)] * 5,
+        root=tmp_path / "cache",
+        batch_size=2,
+        shard_size=3,
+        spec=replace(ALL, dtype=dtype),
+    )
     assert len(store) == 5 and len(store.paths) == 2
     for number, triplet in enumerate(triplets):
         pictures = load_images(triplet)
@@ -115,7 +125,7 @@ def test_it_holds_what_training_without_a_cache_encodes(vae, tmp_path):
         for number in range(3):
             source = rng.integers(0, 256, (40, 70 + 9 * number, 3), dtype=np.uint8)
             mask = np.zeros(source.shape[:2], np.uint8)
-            mask[10:30, 20:30 + 9 * number] = 255
+            mask[10:30, 20 : 30 + 9 * number] = 255
             writer.add(id=str(number), source=source, mask=mask, gt=255 - source)
     triplets = read_triplets(tmp_path / "wide")
     spec = CacheSpec(mask_variants=2, mask_dilate_max=0.3)
@@ -125,16 +135,18 @@ def test_it_holds_what_training_without_a_cache_encodes(vae, tmp_path):
     for number, size in enumerate(sizes):
         for twin in (0, 1):
             for variant in range(3):
-                pictures = prepare_pictures(triplets[number], size, spec, twin=twin,
-                                            variant=variant)
+                pictures = prepare_pictures(
+                    triplets[number], size, spec, twin=twin, variant=variant
+                )
                 assert pictures["gt"].shape == (*size, 3) and pictures["mask"].shape == size
                 wanted = encode_pictures(vae, {k: x[None] for k, x in pictures.items()}, spec)
                 found = store.read(number, twin=twin, variant=variant)
                 assert set(found) == set(wanted) == {"gt", "masked", "mask"}
                 for name in ("gt", "masked"):
                     assert found[name].shape == (4, size[0] // 4, size[1] // 4)
-                    assert torch.allclose(found[name].float(), wanted[name][0], rtol=2e-3,
-                                          atol=2e-3)
+                    assert torch.allclose(
+                        found[name].float(), wanted[name][0], rtol=2e-3, atol=2e-3
+                    )
                 assert torch.equal(found["mask"].float(), wanted["mask"][0])
                 masks.add(pictures["mask"].tobytes())
     assert len(masks) == 18, "variants or twins are equal"
@@ -189,8 +201,9 @@ class Reads(torch.utils.data.Dataset):
 def test_workers_read_it(vae, triplets, tmp_path):
     store = open_small(triplets, vae, tmp_path)
     here = [store.read(index, twin=1) for index in range(5)]  # its files are open before a fork
-    loader = torch.utils.data.DataLoader(Reads(store), batch_size=None, num_workers=1,
-                                         multiprocessing_context="fork")
+    loader = torch.utils.data.DataLoader(
+        Reads(store), batch_size=None, num_workers=1, multiprocessing_context="fork"
+    )
     for wanted, found in zip(here, loader, strict=True):
         assert all(torch.equal(wanted[name], found[name]) for name in wanted)
     assert_equal(pickle.loads(pickle.dumps(store)), store)
@@ -208,14 +221,30 @@ def test_a_second_opening_calls_no_vae(vae, triplets, tmp_path):
 
 def test_whatever_latents_depend_on_names_other_files(vae, triplets, tmp_path):
     def list_files(of=triplets, size=(32, 32), **changes):
-        return frozenset(open_small(of, vae, tmp_path / "cache", sizes=[size] * len(of),
-                                    spec=CacheSpec(mask_variants=1, **changes)).paths)
+        return frozenset(
+            open_small(
+                of,
+                vae,
+                tmp_path / "cache",
+                sizes=[size] * len(of),
+                spec=CacheSpec(mask_variants=1, **changes),
+            ).paths
+        )
 
-    files = [list_files(), list_files(size=(48, 48)), list_files(size=(32, 48)),
-             list_files(of=triplets[::-1]), list_files(dtype="bf16"), list_files(twins=False),
-             list_files(resize_mode="squash"), list_files(center_crop=True),
-             list_files(vae_precision="bf16"), list_files(mask_dilate_max=0.3),
-             list_files(mask_loosen=2.0), list_files(parts=("masked",))]
+    files = [
+        list_files(),
+        list_files(size=(48, 48)),
+        list_files(size=(32, 48)),
+        list_files(of=triplets[::-1]),
+        list_files(dtype="bf16"),
+        list_files(twins=False),
+        list_files(resize_mode="squash"),
+        list_files(center_crop=True),
+        list_files(vae_precision="bf16"),
+        list_files(mask_dilate_max=0.3),
+        list_files(mask_loosen=2.0),
+        list_files(parts=("masked",)),
+    ]
     files.append(frozenset(open_small(triplets, vae, tmp_path / "cache").paths))
     with torch.no_grad():
         next(vae.encoder.parameters()).view(-1)[0] += 1e-3
@@ -243,11 +272,13 @@ def test_an_added_triplet_makes_one_shard_anew(vae, tiny_set, tmp_path):
     assert_equal(store, open_small(triplets[:6], vae, tmp_path / "other"))
 
 
-def test_touched_files_are_hashed_again_and_changed_ones_encoded(vae, triplets, tmp_path,
-                                                                 monkeypatch):
+def test_touched_files_are_hashed_again_and_changed_ones_encoded(
+    vae, triplets, tmp_path, monkeypatch
+):
     hashed, hash_file = [], file_index.hash_file
-    monkeypatch.setattr(file_index, "hash_file",
-                        lambda path: hashed.append(Path(path)) or hash_file(path))
+    monkeypatch.setattr(
+        file_index, "hash_file", lambda path: hashed.append(Path(path)) or hash_file(path)
+    )
     open_small(triplets, vae, tmp_path / "cache")
     assert len(hashed) == 15 and not hashed.clear()
     open_small(triplets, Counting(vae, after=0), tmp_path / "cache")
@@ -287,8 +318,9 @@ def test_a_file_that_changes_while_it_is_encoded_is_not_cached(vae, triplets, tm
     with pytest.raises(TripletError, match=f"{triplets[0].gt} was changed while"):
         open_small(triplets, counting, tmp_path / "cache")
     assert not list(tmp_path.glob("cache/*/*/*.safetensors"))
-    assert_equal(open_small(triplets, vae, tmp_path / "cache"),
-                 open_small(triplets, vae, tmp_path / "other"))
+    assert_equal(
+        open_small(triplets, vae, tmp_path / "cache"), open_small(triplets, vae, tmp_path / "other")
+    )
 
 
 def test_a_damaged_index_is_made_again(vae, triplets, tmp_path, caplog):
@@ -303,7 +335,7 @@ def test_a_damaged_index_is_made_again(vae, triplets, tmp_path, caplog):
 
 
 def test_hashes_of_another_set_in_the_same_folder_are_kept(triplets, tmp_path, monkeypatch):
-    first, second = ([t.source for t in triplets[i:i + 2]] for i in (0, 2))
+    first, second = ([t.source for t in triplets[i : i + 2]] for i in (0, 2))
     file_index.hash_files(first, tmp_path / "index")
     file_index.hash_files(second, tmp_path / "index")
     monkeypatch.setattr(file_index, "hash_file", lambda path: pytest.fail(f"{path} is read again"))
@@ -322,8 +354,9 @@ def test_interrupted_hashing_keeps_what_it_has(triplets, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         file_index.hash_files(files, tmp_path / "index", threads=1)
     hashed = []
-    monkeypatch.setattr(file_index, "hash_file",
-                        lambda path: hashed.append(Path(path)) or hash_file(path))
+    monkeypatch.setattr(
+        file_index, "hash_file", lambda path: hashed.append(Path(path)) or hash_file(path)
+    )
     file_index.hash_files(files, tmp_path / "index")
     assert hashed == files[-1:]
 
@@ -357,11 +390,12 @@ def _die_while_renaming(vae, triplets, root):
 
 def test_killed_it_loses_the_shard_in_work_and_leaves_no_half_file(vae, triplets, tmp_path):
     process = multiprocessing.get_context("fork").Process(
-        target=_die_while_renaming, args=(vae, triplets, tmp_path / "cache"))
+        target=_die_while_renaming, args=(vae, triplets, tmp_path / "cache")
+    )
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
-    left, = tmp_path.glob("cache/*/*/.*.partial")
+    (left,) = tmp_path.glob("cache/*/*/.*.partial")
     os.utime(left, (time.time() - 700,) * 2)
     counting = Counting(vae)
     open_small(triplets, counting, tmp_path / "cache")
@@ -401,7 +435,12 @@ def test_what_dead_processes_left_is_removed(vae, triplets, tmp_path):
     os.utime(young)
     open_small(triplets, vae, tmp_path)
     assert [path.exists() for path in (dead, live, elsewhere, old, young)] == [
-        False, True, True, False, True]
+        False,
+        True,
+        True,
+        False,
+        True,
+    ]
 
 
 def test_a_full_disk_says_what_is_there_and_what_is_left(vae, triplets, tmp_path):
@@ -447,9 +486,12 @@ def _open_in_process(rank, vae, triplets, root, queue):
 def test_two_processes_share_the_work(vae, tiny_set, tmp_path):
     context = multiprocessing.get_context("fork")
     queue, triplets = context.Queue(), read_triplets(tiny_set)
-    started = [context.Process(target=_open_in_process,
-                               args=(rank, vae, triplets, tmp_path / "cache", queue))
-               for rank in (0, 1)]
+    started = [
+        context.Process(
+            target=_open_in_process, args=(rank, vae, triplets, tmp_path / "cache", queue)
+        )
+        for rank in (0, 1)
+    ]
     for process in started:
         process.start()
     results = sorted(queue.get(timeout=100) for _ in started)
@@ -458,19 +500,27 @@ def test_two_processes_share_the_work(vae, tiny_set, tmp_path):
         assert process.exitcode == 0
     # ten triplets in five shards, four encodings each: three shards and two
     assert [(rank, encoded, hashed) for rank, encoded, hashed, _ in results] == [
-        (0, 24, 30), (1, 16, 0)]
+        (0, 24, 30),
+        (1, 16, 0),
+    ]
     assert {count for *_, count in results} == {10 * 2 * 3}
-    assert_equal(open_small(triplets, Counting(vae, after=0), tmp_path / "cache"),
-                 open_small(triplets, vae, tmp_path / "other"))
+    assert_equal(
+        open_small(triplets, Counting(vae, after=0), tmp_path / "cache"),
+        open_small(triplets, vae, tmp_path / "other"),
+    )
     assert not [path for path in (tmp_path / "cache" / "alive").rglob("*") if path.is_file()]
 
 
 @pytest.mark.parametrize("rank, other", [(1, "index"), (0, "1")])
-def test_a_folder_that_is_not_shared_is_a_clear_error(vae, triplets, tmp_path, monkeypatch, rank,
-                                                      other):
+def test_a_folder_that_is_not_shared_is_a_clear_error(
+    vae, triplets, tmp_path, monkeypatch, rank, other
+):
     monkeypatch.setattr(workers, "PATIENCE", 0.3)
-    with pytest.raises(TimeoutError, match=f"process {other} made no sign of life in {tmp_path}.*"
-                                           "latent_cache_dir and the pictures must lie in folders"):
+    with pytest.raises(
+        TimeoutError,
+        match=f"process {other} made no sign of life in {tmp_path}.*"
+        "latent_cache_dir and the pictures must lie in folders",
+    ):
         open_small(triplets, vae, tmp_path / "cache", rank=rank, world=2)
     # what this process made stays
     made = list(tmp_path.glob("cache/*/*/*.safetensors"))
@@ -487,8 +537,10 @@ def test_a_process_that_lives_is_waited_for(tmp_path, monkeypatch):
 
 def test_a_killed_one_is_not_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "PATIENCE", 0.4)
-    code = ("import sys, time, pathlib; from rorem_lib import workers\n"
-            "with workers.Heartbeat(pathlib.Path(sys.argv[1])): time.sleep(60)")
+    code = (
+        "import sys, time, pathlib; from rorem_lib import workers\n"
+        "with workers.Heartbeat(pathlib.Path(sys.argv[1])): time.sleep(60)"
+    )
     path = tmp_path / "beat"
     process = subprocess.Popen([sys.executable, "-c", code, str(path)])
     while not path.is_file():
@@ -512,7 +564,8 @@ def test_long_work_says_how_long_still(caplog, monkeypatch):
             silent.add(60)
     assert [r.message for r in caplog.records] == [
         "latents: 120 of 2,000, 10 a second, 3 min left",
-        "latents: 240 of 2,000, 10 a second, 3 min left"]
+        "latents: 240 of 2,000, 10 a second, 3 min left",
+    ]
 
 
 # --------------------------------------------------------------------------- sizes and precision
@@ -522,12 +575,14 @@ def test_every_triplet_has_a_size_of_its_own(vae, triplets, tmp_path):
     sizes = [(32, 48), (32, 32), (32, 48), (64, 32), (32, 48)]
     store = open_small(triplets, vae, tmp_path, sizes=sizes)
     assert [tuple(store.read(i)["gt"].shape) for i in range(5)] == [
-        (4, height // 4, width // 4) for height, width in sizes]
+        (4, height // 4, width // 4) for height, width in sizes
+    ]
     assert len(store.paths) == 4  # two of the first size, one of each other
     for index, size in enumerate(sizes):
         alone = open_store([triplets[index]], vae, sizes=[size], root=tmp_path / "other")
-        assert torch.allclose(store.read(index)["masked"].float(),
-                              alone.read(0)["masked"].float(), atol=2e-3)
+        assert torch.allclose(
+            store.read(index)["masked"].float(), alone.read(0)["masked"].float(), atol=2e-3
+        )
 
 
 def test_sizes_that_do_not_suit_are_refused(vae, triplets, tmp_path):
@@ -540,11 +595,21 @@ def test_sizes_that_do_not_suit_are_refused(vae, triplets, tmp_path):
 def test_large_pictures_are_encoded_few_at_a_time(vae, triplets, tmp_path):
     counting = Counting(vae)
     counting.encode = lambda images: counting.batches.append(len(images)) or _pool(images)
-    for size, batches in (((512, 512), [4, 1]), ((1024, 512), [2, 2, 1]), ((1024, 2048), [1] * 5),
-                          ((256, 256), [4, 1])):
+    for size, batches in (
+        ((512, 512), [4, 1]),
+        ((1024, 512), [2, 2, 1]),
+        ((1024, 2048), [1] * 5),
+        ((256, 256), [4, 1]),
+    ):
         counting.batches.clear()
-        open_store(triplets, counting, sizes=[size] * 5, root=tmp_path, batch_size=4,
-                   spec=CacheSpec(parts=("gt",), twins=False))
+        open_store(
+            triplets,
+            counting,
+            sizes=[size] * 5,
+            root=tmp_path,
+            batch_size=4,
+            spec=CacheSpec(parts=("gt",), twins=False),
+        )
         assert counting.batches == batches, size
 
 
@@ -564,8 +629,9 @@ def test_where_memory_does_not_do_a_batch_is_halved(vae, triplets, tmp_path):
 
     counting.encode = refuse_three
     spec = CacheSpec(parts=("gt",), twins=False)
-    store = open_small(triplets, counting, tmp_path / "cache", spec=spec, batch_size=5,
-                       shard_size=5)
+    store = open_small(
+        triplets, counting, tmp_path / "cache", spec=spec, batch_size=5, shard_size=5
+    )
     assert counting.batches == [2, 1, 2]
     for number, triplet in enumerate(triplets):
         whole = sdxl.to_tensor(load_images(triplet)["gt"][None])
@@ -575,7 +641,8 @@ def test_where_memory_does_not_do_a_batch_is_halved(vae, triplets, tmp_path):
 
 
 def test_latents_that_overflow_in_half_precision_are_encoded_in_float32(
-        vae, triplets, tmp_path, caplog):
+    vae, triplets, tmp_path, caplog
+):
     latents._warn_overflow.cache_clear()
     wanted = open_small(triplets, vae, tmp_path / "cache")
     counting, encode = Counting(vae), vae.encode
@@ -588,8 +655,7 @@ def test_latents_that_overflow_in_half_precision_are_encoded_in_float32(
         return encoded
 
     counting.encode = overflow
-    half = open_small(triplets, counting, tmp_path / "cache",
-                      spec=CacheSpec(vae_precision="bf16"))
+    half = open_small(triplets, counting, tmp_path / "cache", spec=CacheSpec(vae_precision="bf16"))
     assert counting.batches == [True, False, True, True, False] + [True] * 17
     assert torch.equal(half.read(0)["gt"], wanted.read(0)["gt"])
     assert not torch.equal(half.read(1)["gt"], wanted.read(1)["gt"])
@@ -597,8 +663,9 @@ def test_latents_that_overflow_in_half_precision_are_encoded_in_float32(
     assert caplog.text.count("the VAE overflows in bf16") == 1
 
 
-@pytest.mark.parametrize("value, words", [(np.nan, "are not finite in fp16"),
-                                          (1e6, "are not finite in fp16")])
+@pytest.mark.parametrize(
+    "value, words", [(np.nan, "are not finite in fp16"), (1e6, "are not finite in fp16")]
+)
 def test_latents_that_cannot_be_kept_are_named(vae, triplets, tmp_path, value, words):
     counting, encode = Counting(vae), vae.encode
 
@@ -613,14 +680,17 @@ def test_latents_that_cannot_be_kept_are_named(vae, triplets, tmp_path, value, w
     assert not list(tmp_path.glob("cache/*/*/*.safetensors"))
 
 
-@pytest.mark.parametrize("wrong, words", [
-    ({"dtype": "fp32"}, "dtype is 'fp32': take fp16 or bf16"),
-    ({"resize_mode": "stretch"}, "take crop or squash"),
-    ({"vae_precision": "int8"}, "take fp32 or fp16 or bf16"),
-    ({"parts": ("GT",)}, "take some of gt, masked, source"),
-    ({"mask_loosen": -1}, "mask_loosen is -1"),
-    ({"mask_variants": 2, "parts": ("gt",)}, "needs masked"),
-])
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        ({"dtype": "fp32"}, "dtype is 'fp32': take fp16 or bf16"),
+        ({"resize_mode": "stretch"}, "take crop or squash"),
+        ({"vae_precision": "int8"}, "take fp32 or fp16 or bf16"),
+        ({"parts": ("GT",)}, "take some of gt, masked, source"),
+        ({"mask_loosen": -1}, "mask_loosen is -1"),
+        ({"mask_variants": 2, "parts": ("gt",)}, "needs masked"),
+    ],
+)
 def test_a_spec_that_makes_no_sense_is_refused(wrong, words):
     with pytest.raises(ValueError, match=words):
         CacheSpec(**wrong)

@@ -73,17 +73,24 @@ def test_job_returns_its_metrics_and_keeps_its_log(kit):
     assert json.loads(output.partition("metrics ")[2]) == {"steps": 3, "loss": 1 / 3}
     folder = kit.root / "runs" / "job"
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    assert config == {"output_dir": "runs/job", "max_train_steps": 3, "pause": 0.0,
-                      "trouble": "none"}
+    assert config == {
+        "output_dir": "runs/job",
+        "max_train_steps": 3,
+        "pause": 0.0,
+        "trouble": "none",
+    }
     log = (folder / "train.log").read_text()
     assert "python -m rorem_lib.trainer --config" in log and "step 3" in log
 
 
-@pytest.mark.parametrize(("trouble", "words"), [
-    ("raise", ["failed with exit code 1", "ValueError: the loss is odd"]),
-    ("memory", ["ran out of memory", "train_batch_size", "step 2"]),
-    ("silent", ["ended without writing train_metrics.json"]),
-])
+@pytest.mark.parametrize(
+    ("trouble", "words"),
+    [
+        ("raise", ["failed with exit code 1", "ValueError: the loss is odd"]),
+        ("memory", ["ran out of memory", "train_batch_size", "step 2"]),
+        ("silent", ["ended without writing train_metrics.json"]),
+    ],
+)
 def test_failed_job_says_why(kit, trouble, words):
     (kit.root / "runs" / "job").mkdir(parents=True)
     (kit.root / "runs" / "job" / "train_metrics.json").write_text("{}")  # of an earlier run
@@ -153,10 +160,21 @@ def test_workers_end_with_who_started_the_launcher(kit):
 def test_commands(tmp_path):
     plain = build_command("remover", Path("c.yaml"), tied=False)
     assert plain == ["python", "-m", "rorem_lib.remover", "--config", "c.yaml"]
-    many = build_command("remover", Path("c.yaml"), hardware="many_gpus", num_processes=4,
-                         tied=False)
-    assert many == ["accelerate", "launch", "--config_file", str(HARDWARE / "many_gpus.yaml"),
-                    "--num_processes", "4", "-m", "rorem_lib.remover", "--config", "c.yaml"]
+    many = build_command(
+        "remover", Path("c.yaml"), hardware="many_gpus", num_processes=4, tied=False
+    )
+    assert many == [
+        "accelerate",
+        "launch",
+        "--config_file",
+        str(HARDWARE / "many_gpus.yaml"),
+        "--num_processes",
+        "4",
+        "-m",
+        "rorem_lib.remover",
+        "--config",
+        "c.yaml",
+    ]
     nodes = build_command("remover", Path("c.yaml"), hardware="several_nodes", tied=False)
     assert nodes[4:6] == ["--rdzv_backend", "c10d"]
     assert build_environment("cpu_two_processes", tmp_path)["ACCELERATE_USE_CPU"] == "true"
@@ -177,13 +195,25 @@ def test_hardware_files_say_what_they_start():
         load_config_from_file(str(path))
         words = build_command("remover", Path("c.yaml"), hardware=str(path), tied=False)[2:]
         options, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
-        kind = ("deepspeed" if options.use_deepspeed else "fsdp" if options.use_fsdp
-                else "ddp" if options.multi_gpu else "one")
+        kind = (
+            "deepspeed"
+            if options.use_deepspeed
+            else "fsdp"
+            if options.use_fsdp
+            else "ddp"
+            if options.multi_gpu
+            else "one"
+        )
         found[path.stem] = (kind, options.num_processes, options.num_machines)
     assert found == {
-        "cpu": ("one", 1, 1), "cpu_two_processes": ("ddp", 2, 1), "one_gpu": ("one", 1, 1),
-        "many_gpus": ("ddp", 8, 1), "deepspeed_zero2": ("deepspeed", 8, 1),
-        "fsdp2": ("fsdp", 8, 1), "several_nodes": ("ddp", 16, 2)}
+        "cpu": ("one", 1, 1),
+        "cpu_two_processes": ("ddp", 2, 1),
+        "one_gpu": ("one", 1, 1),
+        "many_gpus": ("ddp", 8, 1),
+        "deepspeed_zero2": ("deepspeed", 8, 1),
+        "fsdp2": ("fsdp", 8, 1),
+        "several_nodes": ("ddp", 16, 2),
+    }
 
 
 SLURM = HARDWARE / "slurm.sbatch"
@@ -206,16 +236,29 @@ def submit(folder, *words, **more):
     """Run the Slurm script as on the first of two nodes with 4 GPUs each."""
     tools = folder / "tools"
     tools.mkdir()
-    for name, text in (("srun", FAKE_SRUN), ("accelerate", FAKE_ACCELERATE),
-                       ("scontrol", FAKE_SCONTROL)):
+    for name, text in (
+        ("srun", FAKE_SRUN),
+        ("accelerate", FAKE_ACCELERATE),
+        ("scontrol", FAKE_SCONTROL),
+    ):
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
-    environment = os.environ | {
-        "PATH": f"{tools}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(folder),
-        "SLURM_JOB_NODELIST": "gpu[07-08]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4",
-        "SLURM_JOB_ID": "1234567", "SLURM_CPUS_PER_TASK": "32"} | more
-    return subprocess.run(["bash", str(SLURM), *words], env=environment, cwd="/",
-                          capture_output=True, text=True)
+    environment = (
+        os.environ
+        | {
+            "PATH": f"{tools}:{os.environ['PATH']}",
+            "SLURM_SUBMIT_DIR": str(folder),
+            "SLURM_JOB_NODELIST": "gpu[07-08]",
+            "SLURM_NNODES": "2",
+            "SLURM_GPUS_ON_NODE": "4",
+            "SLURM_JOB_ID": "1234567",
+            "SLURM_CPUS_PER_TASK": "32",
+        }
+        | more
+    )
+    return subprocess.run(
+        ["bash", str(SLURM), *words], env=environment, cwd="/", capture_output=True, text=True
+    )
 
 
 def test_slurm_starts_one_launcher_a_node(tmp_path):
@@ -224,13 +267,27 @@ def test_slurm_starts_one_launcher_a_node(tmp_path):
     done = submit(tmp_path, *words)
     assert done.returncode == 0, done.stderr
     assert {"--ntasks-per-node=1", "--kill-on-bad-exit=1"} <= set(
-        (tmp_path / "srun.txt").read_text().splitlines())
+        (tmp_path / "srun.txt").read_text().splitlines()
+    )
     for node in range(2):
         assert (tmp_path / f"words-{node}.txt").read_text().splitlines() == [
-            "launch", "--config_file", "notebooks/recipes/accelerate/several_nodes.yaml",
-            "--num_machines", "2", "--num_processes", "8", "--machine_rank", str(node),
-            "--main_process_ip", "gpu07", "--main_process_port", "34567",
-            "--rdzv_backend", "c10d", *words]
+            "launch",
+            "--config_file",
+            "notebooks/recipes/accelerate/several_nodes.yaml",
+            "--num_machines",
+            "2",
+            "--num_processes",
+            "8",
+            "--machine_rank",
+            str(node),
+            "--main_process_ip",
+            "gpu07",
+            "--main_process_port",
+            "34567",
+            "--rdzv_backend",
+            "c10d",
+            *words,
+        ]
 
 
 def test_slurm_words_are_what_accelerate_takes(tmp_path):
@@ -271,8 +328,11 @@ def test_slurm_says_what_is_wrong(tmp_path):
 def test_slurm_script_is_sound():
     subprocess.run(["bash", "-n", str(SLURM)], check=True)
     head = SLURM.read_text().split("set -euo")[0].splitlines()
-    asked = dict(line.removeprefix("#SBATCH --").partition("=")[::2] for line in head
-                 if line.startswith("#SBATCH"))
+    asked = dict(
+        line.removeprefix("#SBATCH --").partition("=")[::2]
+        for line in head
+        if line.startswith("#SBATCH")
+    )
     file = yaml.safe_load((HARDWARE / "several_nodes.yaml").read_text())
     assert int(asked["nodes"]) == file["num_machines"]
     assert int(asked["nodes"]) * int(asked["gpus-per-node"]) == file["num_processes"]

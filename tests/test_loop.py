@@ -64,9 +64,17 @@ class Regression(loop.Objective):
 
 
 def make_config(folder, **changes):
-    given = {"max_train_steps": 10, "train_batch_size": 4, "learning_rate": 1e-2, "ema_decay": 0.9,
-             "lr_scheduler": "cosine", "checkpointing_steps": 3, "logging_steps": 1,
-             "mixed_precision": "no", "output_dir": str(folder)}
+    given = {
+        "max_train_steps": 10,
+        "train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "ema_decay": 0.9,
+        "lr_scheduler": "cosine",
+        "checkpointing_steps": 3,
+        "logging_steps": 1,
+        "mixed_precision": "no",
+        "output_dir": str(folder),
+    }
     return options.LoopConfig(**given | changes)
 
 
@@ -125,30 +133,44 @@ def test_a_full_disk_at_the_end_leaves_the_checkpoints(tmp_path):
 
 def test_accumulated_small_batches_train_like_a_large_one(tmp_path):
     whole, _ = run_toy(make_config(tmp_path / "a", train_batch_size=8), noise=0)
-    parts, _ = run_toy(make_config(tmp_path / "b", train_batch_size=4,
-                                   gradient_accumulation_steps=2), noise=0)
+    parts, _ = run_toy(
+        make_config(tmp_path / "b", train_batch_size=4, gradient_accumulation_steps=2), noise=0
+    )
     for name in whole:
         torch.testing.assert_close(whole[name], parts[name], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_gradients_are_clipped_and_their_norm_before_is_what_is_logged(tmp_path, monkeypatch,
-                                                                       accumulate):
+def test_gradients_are_clipped_and_their_norm_before_is_what_is_logged(
+    tmp_path, monkeypatch, accumulate
+):
     seen, make_optimizer = [], loop.make_optimizer
 
     def make_watched(*given):
         optimizer = make_optimizer(*given)
-        optimizer.register_step_pre_hook(lambda *_: seen.append(torch.stack(
-            [p.grad.norm() for group in optimizer.param_groups for p in group["params"]]
-        ).norm().item()))
+        optimizer.register_step_pre_hook(
+            lambda *_: seen.append(
+                torch.stack(
+                    [p.grad.norm() for group in optimizer.param_groups for p in group["params"]]
+                )
+                .norm()
+                .item()
+            )
+        )
         return optimizer
 
     monkeypatch.setattr(loop, "make_optimizer", make_watched)
     logged = {}
     for limit in (0, 1e-3, 1e6):
         seen.clear()
-        run_toy(make_config(tmp_path / str(limit), max_grad_norm=limit, max_train_steps=3,
-                            gradient_accumulation_steps=accumulate))
+        run_toy(
+            make_config(
+                tmp_path / str(limit),
+                max_grad_norm=limit,
+                max_train_steps=3,
+                gradient_accumulation_steps=accumulate,
+            )
+        )
         norms = logged[limit] = [line["grad_norm"] for line in read_lines(tmp_path / str(limit))]
         assert len(seen) == 3, "the optimizer steps once a global batch"
         assert seen == pytest.approx([1e-3] * 3 if limit == 1e-3 else norms, rel=1e-3)
@@ -156,19 +178,31 @@ def test_gradients_are_clipped_and_their_norm_before_is_what_is_logged(tmp_path,
     assert logged[1e-3][0] == logged[0][0] and logged[0] == logged[1e6]
 
 
-@pytest.mark.parametrize(("size", "steps", "times"), [(10, 5, 2), (3, 3, 4)],
-                         ids=["not divided by the batch", "smaller than a batch"])
-def test_every_batch_is_whole_and_every_sample_is_seen_as_often(tmp_path, tiny_model, tiny_set,
-                                                                size, steps, times):
-    metrics = train(RemoverConfig(
-        output_dir=str(tmp_path), meta_path=[str(tiny_set)], max_train_samples=size, resolution=32,
-        pretrained_model_name_or_path=str(tiny_model), train_batch_size=4, max_train_steps=steps,
-        mixed_precision="no"))
+@pytest.mark.parametrize(
+    ("size", "steps", "times"),
+    [(10, 5, 2), (3, 3, 4)],
+    ids=["not divided by the batch", "smaller than a batch"],
+)
+def test_every_batch_is_whole_and_every_sample_is_seen_as_often(
+    tmp_path, tiny_model, tiny_set, size, steps, times
+):
+    metrics = train(
+        RemoverConfig(
+            output_dir=str(tmp_path),
+            meta_path=[str(tiny_set)],
+            max_train_samples=size,
+            resolution=32,
+            pretrained_model_name_or_path=str(tiny_model),
+            train_batch_size=4,
+            max_train_steps=steps,
+            mixed_precision="no",
+        )
+    )
     batches = [x["index"] for x in read_lines(tmp_path, "seen-0.jsonl")]
     assert [len(batch) for batch in batches] == [4] * steps
     seen = sum(batches, [])
     assert Counter(seen) == dict.fromkeys(range(size), times)
-    assert all(len(set(seen[n:n + size])) == size for n in range(0, len(seen), size))
+    assert all(len(set(seen[n : n + size])) == size for n in range(0, len(seen), size))
     assert metrics["train_size"] == size and metrics["images"] == size * times
 
 
@@ -182,10 +216,12 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, step):
     stop_toy(config, step)
     resumed, objective = run_toy(config)
     assert_same(whole, resumed)
-    assert objective.seen == undisturbed.seen[step // 3 * 3:]
+    assert objective.seen == undisturbed.seen[step // 3 * 3 :]
     times = ("images_per_second", "seconds_left")
-    first, second = ([{k: v for k, v in line.items() if k not in times}
-                      for line in read_lines(tmp_path / name)] for name in ("whole", "stopped"))
+    first, second = (
+        [{k: v for k, v in line.items() if k not in times} for line in read_lines(tmp_path / name)]
+        for name in ("whole", "stopped")
+    )
     assert first == second
 
 
@@ -194,8 +230,10 @@ def test_lines_after_the_checkpoint_are_trimmed(tmp_path):
     stop_toy(config, 8)
     with open(tmp_path / "metrics.jsonl", "a") as stream:
         stream.write('{"step": 9, "lo')  # a torn last line
-    assert [line["step"] for line in map(json.loads, (tmp_path / "metrics.jsonl").read_text()
-                                         .splitlines()[:-1])] == list(range(1, 9))
+    assert [
+        line["step"]
+        for line in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()[:-1])
+    ] == list(range(1, 9))
     run_toy(config)
     assert [line["step"] for line in read_lines(tmp_path)] == list(range(1, 11))
 
@@ -265,12 +303,16 @@ def test_other_settings_do_not_creep_into_a_stopped_run(tmp_path):
 def test_a_named_checkpoint_is_taken_or_missed_loudly(tmp_path):
     stop_toy(make_config(tmp_path / "a"), 8)
     named = str(tmp_path / "a" / "checkpoint-3")
-    _, objective = run_toy(make_config(tmp_path / "b", learning_rate=1e-3,
-                                       resume_from_checkpoint=named))
+    _, objective = run_toy(
+        make_config(tmp_path / "b", learning_rate=1e-3, resume_from_checkpoint=named)
+    )
     assert len(objective.seen) == 7
     with pytest.raises(FileNotFoundError, match="checkpoint-99 is not a complete checkpoint"):
-        run_toy(make_config(tmp_path / "c", resume_from_checkpoint=str(
-            tmp_path / "a" / "checkpoint-99")))
+        run_toy(
+            make_config(
+                tmp_path / "c", resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-99")
+            )
+        )
 
 
 class Watched(Regression):
@@ -288,6 +330,7 @@ class Watched(Regression):
         def validate(model, step):
             self.validated.append((step, copy.deepcopy(model.state_dict())))
             return {}
+
         return validate
 
 
@@ -306,8 +349,11 @@ def test_what_is_validated_and_saved_is_the_moving_average(tmp_path):
             half = mean
     assert [step for step, _ in objective.validated] == [0, 5, 10]
     assert_same(objective.validated[0][1], objective.trained[0])
-    for found, wanted in ((objective.validated[1][1], half), (objective.validated[2][1], mean),
-                          (saved, mean)):
+    for found, wanted in (
+        (objective.validated[1][1], half),
+        (objective.validated[2][1], mean),
+        (saved, mean),
+    ):
         for name in wanted:
             torch.testing.assert_close(found[name], wanted[name], rtol=1e-5, atol=1e-6)
     assert any((saved[n] - last[n]).abs().max() > 1e-3 for n in last)
@@ -336,6 +382,6 @@ def test_a_loss_that_is_no_number_stops_before_it_is_kept(tmp_path, logging_step
     config = make_config(tmp_path, logging_steps=logging_steps)
     with pytest.raises(FloatingPointError, match="nan at step .*lower learning_rate"):
         run_toy(config, nan_at=5)
-    checkpoint, = checkpoints.list_checkpoints(tmp_path)
+    (checkpoint,) = checkpoints.list_checkpoints(tmp_path)
     assert checkpoint.name == "checkpoint-3"
     assert all(w.isfinite().all() for w in load_file(checkpoint / "model.safetensors").values())

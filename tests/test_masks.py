@@ -117,7 +117,7 @@ def test_perturbed_masks_cover_the_object_and_differ():
 
 def _is_box(mask):
     rows, columns = np.nonzero(mask)
-    return (mask[rows.min():rows.max() + 1, columns.min():columns.max() + 1] > 0).all()
+    return (mask[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1] > 0).all()
 
 
 def test_perturbing_repeats_by_its_generator_and_its_kinds_can_be_switched_off():
@@ -125,6 +125,7 @@ def test_perturbing_repeats_by_its_generator_and_its_kinds_can_be_switched_off()
     first, second = (perturb_mask(mask, np.random.default_rng(3)) for _ in range(2))
     assert np.array_equal(first, second)
     for seed in range(10):
+
         def draw(seed=seed, **options):
             return perturb_mask(mask, np.random.default_rng(seed), **options)
 

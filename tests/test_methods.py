@@ -46,8 +46,9 @@ def read_all(run):
 
 def test_unet_calls_are_counted_not_believed(model, triplets, tmp_path):
     for steps, guidance, calls in ((3, 1.0, 3), (2, 2.0, 4)):
-        method = Method(f"steps {steps}", model=str(model), num_inference_steps=steps,
-                        guidance_scale=guidance)
+        method = Method(
+            f"steps {steps}", model=str(model), num_inference_steps=steps, guidance_scale=guidance
+        )
         run = run_method(method, triplets[:4], tmp_path / "r", batch_size=2)
         assert run.unet_calls == calls and run.seconds_per_image > 0
     assert run_method(Method("telea", kind="telea"), triplets, tmp_path / "r").unet_calls == 0
@@ -60,9 +61,11 @@ def test_lora_and_lcm_change_the_removal(model, triplets, tmp_path):
 
     pipe.save_lora_weights(tmp_path / "lora", get_peft_model_state_dict(pipe.unet))
     plain = Method("plain", model=str(model), num_inference_steps=4)
-    variants = [plain, Method("lcm", model=str(model), num_inference_steps=4, scheduler="lcm"),
-                Method("lora", model=str(model), num_inference_steps=4,
-                       lora=str(tmp_path / "lora"))]
+    variants = [
+        plain,
+        Method("lcm", model=str(model), num_inference_steps=4, scheduler="lcm"),
+        Method("lora", model=str(model), num_inference_steps=4, lora=str(tmp_path / "lora")),
+    ]
     runs = [run_method(m, triplets[:2], tmp_path / "r", batch_size=2) for m in variants]
     assert [run.unet_calls for run in runs] == [4, 4, 4]
     pictures = [np.stack(list(read_all(run).values())) for run in runs]
@@ -75,8 +78,11 @@ def test_a_stopped_run_goes_on_and_gives_the_same(model, triplets, tmp_path, mon
     whole = read_all(run_method(method, triplets, tmp_path / "whole", batch_size=2))
     run_method(method, triplets[:2], tmp_path / "r", batch_size=2)
     made, real = [], methods_module.save_image
-    monkeypatch.setattr(methods_module, "save_image",
-                        lambda path, image: (made.append(path.stem), real(path, image)))
+    monkeypatch.setattr(
+        methods_module,
+        "save_image",
+        lambda path, image: (made.append(path.stem), real(path, image)),
+    )
     run = run_method(method, triplets, tmp_path / "r", batch_size=2)
     assert made == ["scene-2", "scene-3", "scene-4"]
     resumed = read_all(run)
@@ -123,23 +129,33 @@ def test_classical_methods_touch_the_hole_alone(triplets, tmp_path):
 
 
 def test_methods_are_checked_before_anything_runs():
-    found = make_methods([{"name": "Telea", "kind": "telea"},
-                          {"name": "final", "model": "runs/x", "lora": "y", "seed": 9}],
-                         seed=5, resolve=lambda place: f"/root/{place}")
+    found = make_methods(
+        [
+            {"name": "Telea", "kind": "telea"},
+            {"name": "final", "model": "runs/x", "lora": "y", "seed": 9},
+        ],
+        seed=5,
+        resolve=lambda place: f"/root/{place}",
+    )
     assert [m.seed for m in found] == [5, 9]
     assert (found[1].model, found[1].lora, found[0].lora) == ("/root/runs/x", "/root/y", "")
-    for rows, message in (([{"name": "x", "stesp": 3}], "stesp"), ([{"kind": "telea"}], "no name"),
-                          ([{"name": "a b"}, {"name": "A-B"}], "names of their own"),
-                          ([{"name": "Source"}], "names of their own"),
-                          ([{"name": "x", "kind": "lama"}], "telea, ns, remover"),
-                          ([{"name": "x", "scheduler": "ddim"}], "default, lcm")):
+    for rows, message in (
+        ([{"name": "x", "stesp": 3}], "stesp"),
+        ([{"kind": "telea"}], "no name"),
+        ([{"name": "a b"}, {"name": "A-B"}], "names of their own"),
+        ([{"name": "Source"}], "names of their own"),
+        ([{"name": "x", "kind": "lama"}], "telea, ns, remover"),
+        ([{"name": "x", "scheduler": "ddim"}], "default, lcm"),
+    ):
         with pytest.raises(ValueError, match=message):
             make_methods(rows)
 
 
 def test_ids_that_are_no_file_names_stay_apart(triplets, tmp_path):
-    odd = [Triplet(name, t.source, t.mask, None, name)
-           for name, t in zip(("a/b", "a_b", "a b"), triplets, strict=False)]
+    odd = [
+        Triplet(name, t.source, t.mask, None, name)
+        for name, t in zip(("a/b", "a_b", "a b"), triplets, strict=False)
+    ]
     run = run_method(Method("telea", kind="telea"), odd, tmp_path / "r")
     assert len({path.name for path in run.paths.values()}) == 3
     assert all(path.parent.name == "telea" for path in run.paths.values())

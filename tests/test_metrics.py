@@ -53,7 +53,8 @@ def test_each_region_sees_its_own_error_alone(scene):
     result[16:22, 8:16] -= 40  # the shadow is left where the mask does not reach
     assert metrics.psnr_hole(result, truth, mask) == metrics.PSNR_LIMIT
     assert metrics.psnr_shadow(result, truth, shadow, mask) == pytest.approx(
-        10 * np.log10(255**2 / 1600))
+        10 * np.log10(255**2 / 1600)
+    )
     assert metrics.psnr_background(result, truth, mask, shadow) == metrics.PSNR_LIMIT
     assert metrics.psnr_background(result, truth, mask) < metrics.PSNR_LIMIT
     result = truth.copy()
@@ -97,9 +98,17 @@ def test_ssim_is_that_of_the_whole_picture(box):
     a, b = rng.integers(0, 255, (2, 64, 64, 3), dtype=np.uint8)
     b = (0.7 * a + 0.3 * b).astype(np.uint8)
     mask = np.zeros((64, 64), np.uint8)
-    mask[box[0]:box[1], box[2]:box[3]] = 255
-    _, whole = structural_similarity(a, b, channel_axis=2, data_range=255, gaussian_weights=True,
-                                     sigma=1.5, use_sample_covariance=False, full=True)
+    mask[box[0] : box[1], box[2] : box[3]] = 255
+    _, whole = structural_similarity(
+        a,
+        b,
+        channel_axis=2,
+        data_range=255,
+        gaussian_weights=True,
+        sigma=1.5,
+        use_sample_covariance=False,
+        full=True,
+    )
     assert metrics.ssim_hole(a, b, mask) == pytest.approx(whole[mask > 0].mean(), abs=1e-9)
 
 

@@ -44,12 +44,18 @@ def _annotate(photo, stack, kind="uint8"):
     background, layers = stack
     instances, form = {}, FORMS[kind]
     entry = _take_apart(photo, background, form)
-    annotation = {"captioning": {"llava": "13b", "blip2": "opt", "clip": "L14"},
-                  "background": {"llava": "a meadow, seen from afar", "blip2": "grass", **entry},
-                  "image": {"llava": "long", "blip2": "short"}, "instances": instances}
+    annotation = {
+        "captioning": {"llava": "13b", "blip2": "opt", "clip": "L14"},
+        "background": {"llava": "a meadow, seen from afar", "blip2": "grass", **entry},
+        "image": {"llava": "long", "blip2": "short"},
+        "instances": instances,
+    }
     for key, ((rgb, alpha), caption) in enumerate(zip(layers, CAPTIONS)):
-        instances[key] = {"blip2": caption, **_take_apart(photo, rgb, form, alpha == 255),
-                          "instance_alpha": form["alpha"](alpha)}
+        instances[key] = {
+            "blip2": caption,
+            **_take_apart(photo, rgb, form, alpha == 255),
+            "instance_alpha": form["alpha"](alpha),
+        }
     return annotation
 
 
@@ -70,14 +76,23 @@ def _uint8(values):
 FORMS = {
     "uint8": {"mask": _uint8, "delta": _uint8, "alpha": _uint8},
     "bool, signed": {"mask": lambda m: m, "delta": lambda d: d.astype(np.int16), "alpha": _uint8},
-    "255, float": {"mask": lambda m: _uint8(m) * 255, "delta": lambda d: d.astype(np.float32),
-                   "alpha": lambda a: (a / 255).astype(np.float32)},
-    "channels": {"mask": lambda m: np.repeat(m[..., None], 3, 2).astype(np.float64),
-                 "delta": lambda d: d.astype(np.int64), "alpha": lambda a: a[..., None]},
+    "255, float": {
+        "mask": lambda m: _uint8(m) * 255,
+        "delta": lambda d: d.astype(np.float32),
+        "alpha": lambda a: (a / 255).astype(np.float32),
+    },
+    "channels": {
+        "mask": lambda m: np.repeat(m[..., None], 3, 2).astype(np.float64),
+        "delta": lambda d: d.astype(np.int64),
+        "alpha": lambda a: a[..., None],
+    },
     "two masks": {"mask": _uint8, "delta": _uint8, "alpha": _uint8, "two masks": True},
     "pictures": {"mask": lambda m: m, "delta": _uint8, "alpha": Image.fromarray},
-    "columns first": {"mask": np.asfortranarray, "delta": lambda d: np.asfortranarray(_uint8(d)),
-                      "alpha": np.asfortranarray},
+    "columns first": {
+        "mask": np.asfortranarray,
+        "delta": lambda d: np.asfortranarray(_uint8(d)),
+        "alpha": np.asfortranarray,
+    },
 }
 
 
@@ -166,8 +181,13 @@ def test_the_top_instance_is_removed(annotated, stack, photo):
     assert np.array_equal(found.mask.array, np.where(layers[2][1] > 1, 255, 0))
     assert (found.source.file, found.mask.file, found.gt.file) == (None, None, None)
     assert found.origin_file == annotated / "annotations" / f"{COCO}.p.zl"
-    assert found.extra == {"layer": 3, "n_layers": 4, "caption": CAPTIONS[2],
-                           "photograph": f"{COCO}.png", "composite_error": pytest.approx(0, abs=.5)}
+    assert found.extra == {
+        "layer": 3,
+        "n_layers": 4,
+        "caption": CAPTIONS[2],
+        "photograph": f"{COCO}.png",
+        "composite_error": pytest.approx(0, abs=0.5),
+    }
 
 
 @pytest.mark.parametrize("order", ["ascending", "descending"])
@@ -186,8 +206,9 @@ def test_annotations_and_layers_give_the_same_triplets(annotated, decomposed, or
 
 @pytest.mark.parametrize("kind", FORMS)
 @pytest.mark.parametrize("protocol", [2, pickle.DEFAULT_PROTOCOL, 5])
-def test_every_form_of_masks_deltas_and_alphas_gives_the_layers(tmp_path, stack, photo, kind,
-                                                                protocol):
+def test_every_form_of_masks_deltas_and_alphas_gives_the_layers(
+    tmp_path, stack, photo, kind, protocol
+):
     _write_annotation(tmp_path / "raw" / f"{COCO}.p.zl", _annotate(photo, stack, kind), protocol)
     _save_photo(tmp_path / "images" / f"{COCO}.png", photo)
     found = _only(_open(tmp_path / "raw"))
@@ -229,8 +250,10 @@ def test_the_order_says_which_instance_is_on_top(annotated, stack, photo):
 
 
 def test_the_composite_error_is_larger_in_the_wrong_order(annotated, stack, photo):
-    right, wrong = (_only(_open(annotated, order=order)).extra["composite_error"]
-                    for order in ("ascending", "descending"))
+    right, wrong = (
+        _only(_open(annotated, order=order)).extra["composite_error"]
+        for order in ("ascending", "descending")
+    )
     expected = np.abs(_lay(stack[0], stack[1][::-1]).astype(int) - photo).mean()
     assert right < 0.5 and wrong > 2
     assert wrong == pytest.approx(expected, abs=0.3)
@@ -296,17 +319,21 @@ def test_keys_are_ordered_as_numbers(tmp_path, stack, photo):
 # -------------------------------------------------------------------------------------- filters
 
 
-@pytest.mark.parametrize("options, reason, words", [
-    ({"min_area": 0.2}, "area", r"layer 3 covers 0\.1[0-9]+ of the picture"),
-    ({"max_area": 0.1}, "area", "not 0.0 to 0.1"),
-    ({"max_border": 0.3}, "border", r"layer 3 has 0\.[3-9]\d+ of its outline"),
-    ({"words": ("dog",)}, "class words", r"cattle behind a fence\) has none of dog"),
-    ({"words": ("cat", "fen")}, "class words", "has none of cat, fen"),
-    ({"exclude_words": ("FENCE",)}, "class words", "has one of FENCE"),
-    ({"exclude_words": "horse, Cattle"}, "class words", "has one of horse, Cattle"),
-])
-def test_a_filtered_top_instance_is_rejected_and_not_replaced(annotated, decomposed, options,
-                                                              reason, words):
+@pytest.mark.parametrize(
+    "options, reason, words",
+    [
+        ({"min_area": 0.2}, "area", r"layer 3 covers 0\.1[0-9]+ of the picture"),
+        ({"max_area": 0.1}, "area", "not 0.0 to 0.1"),
+        ({"max_border": 0.3}, "border", r"layer 3 has 0\.[3-9]\d+ of its outline"),
+        ({"words": ("dog",)}, "class words", r"cattle behind a fence\) has none of dog"),
+        ({"words": ("cat", "fen")}, "class words", "has none of cat, fen"),
+        ({"exclude_words": ("FENCE",)}, "class words", "has one of FENCE"),
+        ({"exclude_words": "horse, Cattle"}, "class words", "has one of horse, Cattle"),
+    ],
+)
+def test_a_filtered_top_instance_is_rejected_and_not_replaced(
+    annotated, decomposed, options, reason, words
+):
     for folder in (annotated, decomposed):
         (item,) = _open(folder, **options).list_items()
         with pytest.raises(Rejected, match=words) as caught:
@@ -314,12 +341,20 @@ def test_a_filtered_top_instance_is_rejected_and_not_replaced(annotated, decompo
         assert caught.value.reason == reason
 
 
-@pytest.mark.parametrize("options, kept", [
-    ({}, [1, 2, 3]), ({"words": ["DOG"]}, [1, 2]), ({"words": "ball, fence"}, [2, 3]),
-    ({"exclude_words": ["dog", "all"]}, [3]), ({"words": ["own", "he"]}, []),
-    ({"words": ["dog"], "exclude_words": ["red ball"]}, [1]),
-    ({"max_border": 0.0}, [1, 2]), ({"min_area": 0.168}, [2]), ({"max_area": 0.14}, [3]),
-])
+@pytest.mark.parametrize(
+    "options, kept",
+    [
+        ({}, [1, 2, 3]),
+        ({"words": ["DOG"]}, [1, 2]),
+        ({"words": "ball, fence"}, [2, 3]),
+        ({"exclude_words": ["dog", "all"]}, [3]),
+        ({"words": ["own", "he"]}, []),
+        ({"words": ["dog"], "exclude_words": ["red ball"]}, [1]),
+        ({"max_border": 0.0}, [1, 2]),
+        ({"min_area": 0.168}, [2]),
+        ({"max_area": 0.14}, [3]),
+    ],
+)
 def test_filters_judge_each_instance(decomposed, options, kept):
     source, found = _open(decomposed, remove="each", **options), []
     for item in source.list_items():
@@ -347,8 +382,9 @@ def test_captions_are_also_found_above_the_layers_folder(tmp_path, stack):
 
 def test_pictures_without_an_instance_are_rejected(tmp_path, annotated):
     _write_layers(tmp_path / "none", COCO, _make_stack(0))
-    _write_annotation(annotated / "annotations" / f"{COCO}.p.zl",
-                      _annotate(_make_stack(0)[0], _make_stack(0)))
+    _write_annotation(
+        annotated / "annotations" / f"{COCO}.p.zl", _annotate(_make_stack(0)[0], _make_stack(0))
+    )
     for folder in (tmp_path / "none", annotated):
         for remove in ("top", "each"):
             with pytest.raises(Rejected) as caught:
@@ -360,8 +396,14 @@ def test_pictures_without_an_instance_are_rejected(tmp_path, annotated):
 
 
 def test_listing_opens_nothing_where_the_top_is_removed(tmp_path):
-    for name in ("b/2.p.zl", "a/10.p.zl", "a/9.p.zl", "c/照片 1-layer_0.png",
-                 "c/照片 1-layer_1.png", "c/._x-layer_0.png"):
+    for name in (
+        "b/2.p.zl",
+        "a/10.p.zl",
+        "a/9.p.zl",
+        "c/照片 1-layer_0.png",
+        "c/照片 1-layer_1.png",
+        "c/._x-layer_0.png",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     source = MulanSource(str(tmp_path), images=str(tmp_path))
@@ -433,10 +475,17 @@ def test_a_source_and_its_items_go_to_other_processes(annotated):
 # ---------------------------------------------------------------------------------- photographs
 
 
-@pytest.mark.parametrize("image_id, file", [
-    (COCO, f"{COCO}.png"), (COCO, f"val2017/{COCO}.bmp"), ("581346", f"train2017/{COCO}.PNG"),
-    (COCO, "581346.png"), (LAION, f"00063/{LAION}.webp"), ("照片 1", "train2017/照片 1.png"),
-])
+@pytest.mark.parametrize(
+    "image_id, file",
+    [
+        (COCO, f"{COCO}.png"),
+        (COCO, f"val2017/{COCO}.bmp"),
+        ("581346", f"train2017/{COCO}.PNG"),
+        (COCO, "581346.png"),
+        (LAION, f"00063/{LAION}.webp"),
+        ("照片 1", "train2017/照片 1.png"),
+    ],
+)
 def test_photographs_are_found_by_image_id(tmp_path, stack, photo, image_id, file):
     _write_annotation(tmp_path / "raw" / f"{image_id}.p.zl", _annotate(photo, stack))
     path = tmp_path / "base 图" / file
@@ -463,12 +512,18 @@ def test_a_picture_of_laion_is_not_taken_from_coco(tmp_path, stack, photo):
     assert caught.value.reason == "no photograph"
 
 
-@pytest.mark.parametrize("table", [
-    f"image,annotation\nshots/my picture.png,/elsewhere/{LAION}.p.zl\n",
-    f"URL,File_ID\nhttps://example.org/x/my%20picture.png,{LAION}\n",
-    f"image_id,file_name\n{LAION},here/my picture.png\n",
-    f"image_id,file_name,url\n{LAION},,http://example.org/my picture.png?size=" + "9" * 300 + "\n",
-], ids=["path", "no match", "name", "URL"])
+@pytest.mark.parametrize(
+    "table",
+    [
+        f"image,annotation\nshots/my picture.png,/elsewhere/{LAION}.p.zl\n",
+        f"URL,File_ID\nhttps://example.org/x/my%20picture.png,{LAION}\n",
+        f"image_id,file_name\n{LAION},here/my picture.png\n",
+        f"image_id,file_name,url\n{LAION},,http://example.org/my picture.png?size="
+        + "9" * 300
+        + "\n",
+    ],
+    ids=["path", "no match", "name", "URL"],
+)
 def test_a_table_links_annotations_to_photographs(tmp_path, stack, photo, table):
     _write_annotation(tmp_path / "raw" / f"{LAION}.p.zl", _annotate(photo, stack))
     in_images = not table.startswith("image,")
@@ -482,12 +537,15 @@ def test_a_table_links_annotations_to_photographs(tmp_path, stack, photo, table)
         assert _equal(_only(source).source.array, photo, 1)
 
 
-@pytest.mark.parametrize("options, words", [
-    ({"images": ""}, "is an annotation without its photograph: give the folders of COCO 2017"),
-    ({"images": "/nowhere at all"}, "images: /nowhere at all is no folder"),
-    ({"linking": "/nowhere.csv"}, "linking: /nowhere.csv cannot be read"),
-    ({"linking": __file__}, "linking: .*(has the columns|cannot be read as CSV)"),
-])
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"images": ""}, "is an annotation without its photograph: give the folders of COCO 2017"),
+        ({"images": "/nowhere at all"}, "images: /nowhere at all is no folder"),
+        ({"linking": "/nowhere.csv"}, "linking: /nowhere.csv cannot be read"),
+        ({"linking": __file__}, "linking: .*(has the columns|cannot be read as CSV)"),
+    ],
+)
 def test_what_is_not_there_is_said_before_the_work(annotated, options, words):
     with pytest.raises(SourceError, match=words):
         list(_open(annotated, **options).list_items())
@@ -499,8 +557,9 @@ def test_a_table_with_other_columns_is_refused(tmp_path, annotated):
         list(_open(annotated, linking=str(tmp_path / "link.csv")).list_items())
 
 
-def test_layers_need_no_photograph_and_are_compared_with_it_where_there_is_one(tmp_path,
-                                                                              decomposed, photo):
+def test_layers_need_no_photograph_and_are_compared_with_it_where_there_is_one(
+    tmp_path, decomposed, photo
+):
     assert "composite_error" not in _only(_open(decomposed)).extra
     _save_photo(tmp_path / "images" / f"{COCO}.png", photo)
     assert _only(_open(decomposed)).extra["composite_error"] < 0.5
@@ -517,6 +576,7 @@ def _pop(*keys):
         for key in keys[:-1]:
             holder = holder[key]
         del holder[keys[-1]]
+
     return change
 
 
@@ -526,24 +586,49 @@ def _set(value, *keys):
         for key in keys[:-1]:
             holder = holder[key]
         holder[keys[-1]] = value
+
     return change
 
 
-@pytest.mark.parametrize("change, words", [
-    (_pop("background"), "is no annotation of MULAN: it has no background"),
-    (_pop("instances"), "it has no instances"),
-    (_set(None, "instances", 1), "it has no 1"),
-    (_pop("background", "inpainted_delta"), "background has no array inpainted_delta .its keys"),
-    (_pop("instances", 1, "instance_alpha"), "instance 1 has no array instance_alpha"),
-    (_set("white", "instances", 0, "original_image_mask"), "instance 0 has no array original_im"),
-    (_set(np.ones((9, 9), bool), "instances", 2, "original_image_mask"),
-     r"instance 2: original_image_mask has \[9, 9, 1\] values but the photograph is 48x40 px"),
-    (_set(np.ones((HEIGHT, WIDTH, 4)), "background", "inpainted_delta"), "has .40, 48, 4. values"),
-    (_set(np.full((HEIGHT, WIDTH), 256), "instances", 0, "instance_alpha"), "reaches from 256 to"),
-    (_set(np.full((HEIGHT, WIDTH), -1), "instances", 0, "instance_alpha"), "reaches from -1 to -1"),
-    (_set(np.full((HEIGHT, WIDTH), np.nan), "instances", 0, "inpainted_delta"), "are no numbers"),
-    (_set(np.array([None]), "image", "blip2"), "array of Python objects"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (_pop("background"), "is no annotation of MULAN: it has no background"),
+        (_pop("instances"), "it has no instances"),
+        (_set(None, "instances", 1), "it has no 1"),
+        (
+            _pop("background", "inpainted_delta"),
+            "background has no array inpainted_delta .its keys",
+        ),
+        (_pop("instances", 1, "instance_alpha"), "instance 1 has no array instance_alpha"),
+        (
+            _set("white", "instances", 0, "original_image_mask"),
+            "instance 0 has no array original_im",
+        ),
+        (
+            _set(np.ones((9, 9), bool), "instances", 2, "original_image_mask"),
+            r"instance 2: original_image_mask has \[9, 9, 1\] values but the photograph is "
+            "48x40 px",
+        ),
+        (
+            _set(np.ones((HEIGHT, WIDTH, 4)), "background", "inpainted_delta"),
+            "has .40, 48, 4. values",
+        ),
+        (
+            _set(np.full((HEIGHT, WIDTH), 256), "instances", 0, "instance_alpha"),
+            "reaches from 256 to",
+        ),
+        (
+            _set(np.full((HEIGHT, WIDTH), -1), "instances", 0, "instance_alpha"),
+            "reaches from -1 to -1",
+        ),
+        (
+            _set(np.full((HEIGHT, WIDTH), np.nan), "instances", 0, "inpainted_delta"),
+            "are no numbers",
+        ),
+        (_set(np.array([None]), "image", "blip2"), "array of Python objects"),
+    ],
+)
 def test_faults_of_an_annotation_are_named(annotated, stack, photo, change, words):
     annotation = _annotate(photo, stack)
     change(annotation)
@@ -580,31 +665,47 @@ def test_the_size_of_an_annotation_is_limited(annotated, stack, photo):
     assert _only(_open(annotated, max_mb=2)).extra["n_layers"] == 4
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda f: (f / f"{COCO}-layer_0.png").unlink(), "layer_0.png is missing: decompose"),
-    (lambda f: (f / f"{COCO}-layer_2.png").unlink(), "layer_2.png is missing: decompose"),
-    (lambda f: Image.new("RGB", (WIDTH, HEIGHT)).save(f / f"{COCO}-layer_2.png"),
-     "layer_2.png has no alpha channel"),
-    (lambda f: Image.new("RGBA", (9, 8)).save(f / f"{COCO}-layer_2.png"),
-     "layer_2.png is 9x8 px but layer_0 is 48x40"),
-    (lambda f: (f / f"{COCO}-layer_3.png").write_bytes(b"x"), "layer_3.png is no picture"),
-    (lambda f: (f / "meta_data.csv").write_text("a,b\n1,2\n"), "meta_data.csv has the columns a"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda f: (f / f"{COCO}-layer_0.png").unlink(), "layer_0.png is missing: decompose"),
+        (lambda f: (f / f"{COCO}-layer_2.png").unlink(), "layer_2.png is missing: decompose"),
+        (
+            lambda f: Image.new("RGB", (WIDTH, HEIGHT)).save(f / f"{COCO}-layer_2.png"),
+            "layer_2.png has no alpha channel",
+        ),
+        (
+            lambda f: Image.new("RGBA", (9, 8)).save(f / f"{COCO}-layer_2.png"),
+            "layer_2.png is 9x8 px but layer_0 is 48x40",
+        ),
+        (lambda f: (f / f"{COCO}-layer_3.png").write_bytes(b"x"), "layer_3.png is no picture"),
+        (
+            lambda f: (f / "meta_data.csv").write_text("a,b\n1,2\n"),
+            "meta_data.csv has the columns a",
+        ),
+    ],
+)
 def test_faults_of_layers_are_named(decomposed, change, words):
     change(decomposed)
     with pytest.raises(TripletError, match=words):
         _only(_open(decomposed))
 
 
-@pytest.mark.parametrize("options, words", [
-    ({"order": "up"}, "order is ascending or descending, not 'up'"),
-    ({"remove": "all"}, "remove is top or each"), ({"threshold": 128}, "threshold is a share"),
-    ({"max_border": -1}, "max_border is a share"), ({"max_area": float("nan")}, "max_area is a"),
-    ({"min_area": 0.5, "max_area": 0.1}, "min_area is at most max_area, not 0.5 to 0.1"),
-    ({"dilate": -1}, "dilate is a whole number, 0 or more, not -1"),
-    ({"dilate": 2.5}, "dilate is a whole number"), ({"max_mb": 0}, "max_mb is a whole number, 1"),
-    ({"words": (1,)}, "words is a list of words"),
-])
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"order": "up"}, "order is ascending or descending, not 'up'"),
+        ({"remove": "all"}, "remove is top or each"),
+        ({"threshold": 128}, "threshold is a share"),
+        ({"max_border": -1}, "max_border is a share"),
+        ({"max_area": float("nan")}, "max_area is a"),
+        ({"min_area": 0.5, "max_area": 0.1}, "min_area is at most max_area, not 0.5 to 0.1"),
+        ({"dilate": -1}, "dilate is a whole number, 0 or more, not -1"),
+        ({"dilate": 2.5}, "dilate is a whole number"),
+        ({"max_mb": 0}, "max_mb is a whole number, 1"),
+        ({"words": (1,)}, "words is a list of words"),
+    ],
+)
 def test_options_are_checked(options, words):
     with pytest.raises(ValueError, match=words):
         MulanSource("x", **options)

@@ -13,10 +13,16 @@ from rorem_lib.sources import ober
 from rorem_lib.sources.base import Rejected, SourceError
 from rorem_lib.sources.ober import OberSource
 
-FEATURES = datasets.Features({
-    "input": datasets.Image(), "subset": datasets.Value("string"),
-    "split": datasets.Value("string"), "gt": datasets.Image(), "object_mask": datasets.Image(),
-    "object_effect_mask": datasets.Image()})
+FEATURES = datasets.Features(
+    {
+        "input": datasets.Image(),
+        "subset": datasets.Value("string"),
+        "split": datasets.Value("string"),
+        "gt": datasets.Image(),
+        "object_mask": datasets.Image(),
+        "object_effect_mask": datasets.Image(),
+    }
+)
 
 
 def _picture(seed):
@@ -25,7 +31,7 @@ def _picture(seed):
 
 def _mask(width):
     mask = np.zeros((12, 16), np.uint8)
-    mask[2:6, 1:1 + width] = 255
+    mask[2:6, 1 : 1 + width] = 255
     return mask
 
 
@@ -36,10 +42,14 @@ def _encode(array, format="PNG", **options):
 
 
 def _row(seed, path, subset, split="train", gt=True, **changes):
-    row = {"input": {"bytes": _encode(_picture(seed)), "path": path}, "subset": subset,
-           "split": split, "gt": {"bytes": _encode(_picture(seed + 50)), "path": path},
-           "object_mask": {"bytes": _encode(_mask(3)), "path": path},
-           "object_effect_mask": {"bytes": _encode(_mask(9)), "path": path}}
+    row = {
+        "input": {"bytes": _encode(_picture(seed)), "path": path},
+        "subset": subset,
+        "split": split,
+        "gt": {"bytes": _encode(_picture(seed + 50)), "path": path},
+        "object_mask": {"bytes": _encode(_mask(3)), "path": path},
+        "object_effect_mask": {"bytes": _encode(_mask(9)), "path": path},
+    }
     return {**row, **({} if gt else {"gt": None}), **changes}
 
 
@@ -54,16 +64,33 @@ def _write(folder, name, rows):
 def released(tmp_path):
     """The published files: two of training, one of testing, several row groups in each."""
     folder = tmp_path / "OBER 数据"
-    _write(folder / "data", "train-00000-of-00002.parquet", [
-        _row(0, "0427_1.jpg", "OBER-Cap"), _row(1, "0427_2.jpg", "OBER-Cap"),
-        _row(2, "0428_1.jpg", "OBER-Cap")])
-    _write(folder / "data", "train-00001-of-00002.parquet", [
-        _row(3, "0427_1.jpg", "OBER-Sim"), _row(4, "0427_1.jpg", "OBER-Sim"),
-        _row(5, None, "OBER-Sim")])
-    _write(folder / "data", "test-00000-of-00001.parquet", [
-        _row(6, "0001.jpg", "OBER-Test", "test"),
-        _row(7, "0002.jpg", "OBER-Wild", "test", gt=False),
-        _row(8, "I-210614_O04019_W01_F0109.jpg", "RORD-Val-343", "test")])
+    _write(
+        folder / "data",
+        "train-00000-of-00002.parquet",
+        [
+            _row(0, "0427_1.jpg", "OBER-Cap"),
+            _row(1, "0427_2.jpg", "OBER-Cap"),
+            _row(2, "0428_1.jpg", "OBER-Cap"),
+        ],
+    )
+    _write(
+        folder / "data",
+        "train-00001-of-00002.parquet",
+        [
+            _row(3, "0427_1.jpg", "OBER-Sim"),
+            _row(4, "0427_1.jpg", "OBER-Sim"),
+            _row(5, None, "OBER-Sim"),
+        ],
+    )
+    _write(
+        folder / "data",
+        "test-00000-of-00001.parquet",
+        [
+            _row(6, "0001.jpg", "OBER-Test", "test"),
+            _row(7, "0002.jpg", "OBER-Wild", "test", gt=False),
+            _row(8, "I-210614_O04019_W01_F0109.jpg", "RORD-Val-343", "test"),
+        ],
+    )
     return folder
 
 
@@ -93,21 +120,30 @@ def test_crops_of_one_picture_are_one_group_in_its_subset(released):
         ("OBER-Cap-0428_1", "OBER-Cap-0428", "train"),
         ("OBER-Sim-0427_1", "OBER-Sim-0427", "train"),
         ("OBER-Sim-0427_1~8", "OBER-Sim-0427", "train"),
-        ("OBER-Sim-train-00001-of-00002-1-0", "OBER-Sim-train-00001-of-00002-1-0", "train")]
+        ("OBER-Sim-train-00001-of-00002-1-0", "OBER-Sim-train-00001-of-00002-1-0", "train"),
+    ]
     assert items[5].place == ("data/train-00000-of-00002.parquet", 1, 0)
 
 
 def test_each_row_gives_its_own_pictures(released):
     source = OberSource(str(released))
     items = {item.id: item for item in source.list_items()}
-    for name, seed in (("OBER-Cap-0427_2", 1), ("OBER-Cap-0428_1", 2), ("OBER-Sim-0427_1", 3),
-                       ("OBER-Test-0001", 6)):
+    for name, seed in (
+        ("OBER-Cap-0427_2", 1),
+        ("OBER-Cap-0428_1", 2),
+        ("OBER-Sim-0427_1", 3),
+        ("OBER-Test-0001", 6),
+    ):
         found = source.load_item(items[name])
         assert np.array_equal(found.source.array, _picture(seed)), name
         assert np.array_equal(found.gt.array, _picture(seed + 50)), name
         assert np.array_equal(found.mask.array, _mask(3)), name
-    assert found.extra == {"subset": "OBER-Test", "path": "0001.jpg", "mask_kind": "object",
-                           "sha256": hashlib.sha256(_encode(_picture(6))).hexdigest()}
+    assert found.extra == {
+        "subset": "OBER-Test",
+        "path": "0001.jpg",
+        "mask_kind": "object",
+        "sha256": hashlib.sha256(_encode(_picture(6))).hexdigest(),
+    }
     assert found.origin_file == released / "data" / "test-00000-of-00001.parquet"
     assert found.source.file is None
 
@@ -170,12 +206,22 @@ def test_pictures_in_bytes_are_converted_as_files_are(tmp_path):
     Image.fromarray(picture).convert("CMYK").save(stream, "JPEG", quality=95, exif=exif)
     layer = np.full((12, 16, 4), 255, np.uint8)  # a white brush on a transparent layer
     layer[..., 3] = _mask(4)
-    _write(tmp_path, "test-00000-of-00001.parquet", [
-        _row(0, "a.jpg", "x", input={"bytes": stream.getvalue(), "path": "a.jpg"},
-             object_mask={"bytes": _encode(layer), "path": "a.png"}),
-        _row(0, "b.jpg", "x", input={"bytes": _encode(_picture(0))[:200], "path": "b.jpg"}),
-        _row(0, "c.jpg", "x", input={"bytes": b"version https://git-lfs", "path": "c.jpg"}),
-        _row(0, "d.jpg", "x", object_mask=None)])
+    _write(
+        tmp_path,
+        "test-00000-of-00001.parquet",
+        [
+            _row(
+                0,
+                "a.jpg",
+                "x",
+                input={"bytes": stream.getvalue(), "path": "a.jpg"},
+                object_mask={"bytes": _encode(layer), "path": "a.png"},
+            ),
+            _row(0, "b.jpg", "x", input={"bytes": _encode(_picture(0))[:200], "path": "b.jpg"}),
+            _row(0, "c.jpg", "x", input={"bytes": b"version https://git-lfs", "path": "c.jpg"}),
+            _row(0, "d.jpg", "x", object_mask=None),
+        ],
+    )
     source = OberSource(str(tmp_path))
     good, cut, text, lacking = source.list_items()
     found = source.load_item(good)
@@ -230,12 +276,15 @@ def test_the_older_folders_are_read(older):
     source = OberSource(str(older))
     items = list(source.list_items())
     assert [(i.id, i.group, i.split) for i in items] == [
-        ("train-0001-1", "train-0001", "train"), ("train-0001-2_full", "train-0001", "train"),
-        ("train-0002-1", "train-0002", "train")]
+        ("train-0001-1", "train-0001", "train"),
+        ("train-0001-2_full", "train-0001", "train"),
+        ("train-0002-1", "train-0002", "train"),
+    ]
     found = source.load_item(items[1])
     assert found.origin_file == older / "train" / "0001" / "input_2_full.jpg"
-    assert np.array_equal(found.source.array,
-                          np.array(Image.open(found.origin_file).convert("RGB")))
+    assert np.array_equal(
+        found.source.array, np.array(Image.open(found.origin_file).convert("RGB"))
+    )
     assert found.gt.file == older / "train" / "0001" / "gt_2_full.jpg"
     assert np.array_equal(found.mask.array, _mask(3))
     effect = OberSource(str(older), mask="effect").load_item(items[1])
@@ -262,7 +311,8 @@ def test_a_folder_is_recognised_by_its_columns_or_names(released, older, tmp_pat
     other = tmp_path / "other"
     (other / "data").mkdir(parents=True)
     datasets.Dataset.from_dict({"image": ["x"]}).to_parquet(
-        other / "data" / "train-00000-of-00001.parquet")
+        other / "data" / "train-00000-of-00001.parquet"
+    )
     assert not OberSource.recognises(other)
     assert not OberSource.recognises(tmp_path / "nowhere")
     with pytest.raises(SourceError, match="expected data/train.*it holds 0001, 0002, b"):
@@ -273,8 +323,10 @@ def test_a_folder_is_recognised_by_its_columns_or_names(released, older, tmp_pat
 
 
 def test_options_say_what_is_allowed():
-    for options, words in (({"mask": "shadow"}, "mask must be object or effect"),
-                           ({"subset": None}, "subset must be"),
-                           ({"require_gt": "false"}, "require_gt must be true or false")):
+    for options, words in (
+        ({"mask": "shadow"}, "mask must be object or effect"),
+        ({"subset": None}, "subset must be"),
+        ({"require_gt": "false"}, "require_gt must be true or false"),
+    ):
         with pytest.raises(ValueError, match=words):
             OberSource("x", **options)

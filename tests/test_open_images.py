@@ -8,9 +8,15 @@ from rorem_lib.pictures import TripletError
 from rorem_lib.sources.base import Rejected, SourceError
 from rorem_lib.sources.open_images import BODY_PARTS, CLOTHES, OpenImagesSource
 
-HEADER = ("MaskPath,ImageID,LabelName,BoxID,BoxXMin,BoxXMax,BoxYMin,BoxYMax,PredictedIoU,Clicks")
-NAMES = {"/m/04yx4": "Man", "/m/09j2d": "Clothing", "/m/0k65p": "Human hand", "/m/01yrx": "Cat",
-         "/m/0h8n5zk": "Kitchen & dining room table", "/m/0k4j": "Car"}
+HEADER = "MaskPath,ImageID,LabelName,BoxID,BoxXMin,BoxXMax,BoxYMin,BoxYMax,PredictedIoU,Clicks"
+NAMES = {
+    "/m/04yx4": "Man",
+    "/m/09j2d": "Clothing",
+    "/m/0k65p": "Human hand",
+    "/m/01yrx": "Cat",
+    "/m/0h8n5zk": "Kitchen & dining room table",
+    "/m/0k4j": "Car",
+}
 CAR, CAT, MAN, CLOTHING, HAND = "/m/0k4j", "/m/01yrx", "/m/04yx4", "/m/09j2d", "/m/0k65p"
 FIRST, SECOND = "0a1b2c3d4e5f6071", "f0e1d2c3b4a59687"
 
@@ -27,8 +33,9 @@ def _write_table(folder, rows, name="train-annotations-object-segmentation.csv")
 
 def _write_names(folder, name="class-descriptions.csv", header=""):
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [f'{label},"{text}"' if "," in text else f"{label},{text}"
-             for label, text in NAMES.items()]
+    lines = [
+        f'{label},"{text}"' if "," in text else f"{label},{text}" for label, text in NAMES.items()
+    ]
     (folder / name).write_text(header + "\n".join(lines), encoding="utf-8")
 
 
@@ -37,7 +44,7 @@ def _write_image(folder, image=FIRST, size=(96, 64)):
     folder.mkdir(parents=True, exist_ok=True)
     width, height = size
     array = np.full((height, width, 3), (20, 40, 200), np.uint8)
-    array[height // 4:height * 3 // 4, width // 4:width * 3 // 4] = (220, 30, 30)
+    array[height // 4 : height * 3 // 4, width // 4 : width * 3 // 4] = (220, 30, 30)
     Image.fromarray(array).save(folder / f"{image}.jpg", quality=95)
 
 
@@ -46,7 +53,7 @@ def _write_mask(folder, row, size=(48, 32), value=255):
     folder.mkdir(parents=True, exist_ok=True)
     width, height = size
     array = np.zeros((height, width), np.uint8)
-    array[height // 4:height * 3 // 4, width // 4:width * 3 // 4] = value
+    array[height // 4 : height * 3 // 4, width // 4 : width * 3 // 4] = value
     image = Image.fromarray(array)
     (image.convert("1") if value == 255 else image).save(folder / row.split(",")[0])
 
@@ -104,8 +111,9 @@ def _smart_eraser(root, row):
 
 
 @pytest.mark.parametrize("image", [FIRST, SECOND])
-@pytest.mark.parametrize("write", [_as_downloaded, _all_flat, _digit_archives, _fiftyone,
-                                   _smart_eraser])
+@pytest.mark.parametrize(
+    "write", [_as_downloaded, _all_flat, _digit_archives, _fiftyone, _smart_eraser]
+)
 def test_every_layout_gives_the_picture_and_its_resized_mask(tmp_path, write, image):
     root = tmp_path / "开放 图像 数据"
     write(root, _row(image))
@@ -144,8 +152,12 @@ def test_unusual_places_can_be_named(tmp_path):
     _write_names(tmp_path / "names", "labels.csv")
     _write_mask(tmp_path / "m {c}", row)
     _write_image(tmp_path / "set" / "p")
-    options = {"annotations": "x/val.masks.csv", "masks": str(tmp_path / "m {c}"), "images": "p",
-               "class_names": "../names/labels.csv"}
+    options = {
+        "annotations": "x/val.masks.csv",
+        "masks": str(tmp_path / "m {c}"),
+        "images": "p",
+        "class_names": "../names/labels.csv",
+    }
     source = OpenImagesSource(str(tmp_path / "set"), **options)
     (item,) = source.list_items()
     assert item.split == "test"
@@ -164,8 +176,13 @@ def test_masks_of_ones_are_white_and_rounded_aspects_fit(tmp_path):
     mask = source.load_item(next(source.list_items())).mask.array
     assert mask.shape == (64, 96) and set(np.unique(mask)) == {0, 255}
     rows, columns = np.nonzero(mask)
-    assert np.abs(np.array([rows.min(), rows.max() + 1, columns.min(), columns.max() + 1])
-                  - (16, 48, 24, 72)).max() <= 3
+    assert (
+        np.abs(
+            np.array([rows.min(), rows.max() + 1, columns.min(), columns.max() + 1])
+            - (16, 48, 24, 72)
+        ).max()
+        <= 3
+    )
 
 
 def test_large_pictures_are_shrunk_with_their_mask_and_masks_widened(tmp_path):
@@ -174,7 +191,7 @@ def test_large_pictures_are_shrunk_with_their_mask_and_masks_widened(tmp_path):
     pictures = source.load_item(next(source.list_items()))
     assert pictures.source.array.shape == (32, 48, 3) and pictures.source.file is None
     expected = np.zeros((32, 48), np.uint8)
-    expected[8 - 2:24 + 2, 12 - 2:36 + 2] = 255
+    expected[8 - 2 : 24 + 2, 12 - 2 : 36 + 2] = 255
     assert np.array_equal(pictures.mask.array, expected)
     assert pictures.source.array[16, 24, 0] > 180 > pictures.source.array[4, 4, 0]
     same = OpenImagesSource(str(root), max_size=96)
@@ -192,9 +209,11 @@ def test_what_cannot_be_opened_is_refused_one_by_one(tmp_path):
     source = OpenImagesSource(str(root))
     good, *bad = source.list_items()
     assert source.load_item(good).mask.array.any()
-    for item, reason, words in ((bad[0], "missing file", r"1{16}\.jpg does not exist.*downloaded"),
-                                (bad[1], "missing file", r"2{16}_m0k4j_9a041d52\.png does not"),
-                                (bad[2], "mask of another shape", r"is 32x48 px.*96x64 px")):
+    for item, reason, words in (
+        (bad[0], "missing file", r"1{16}\.jpg does not exist.*downloaded"),
+        (bad[1], "missing file", r"2{16}_m0k4j_9a041d52\.png does not"),
+        (bad[2], "mask of another shape", r"is 32x48 px.*96x64 px"),
+    ):
         with pytest.raises(Rejected, match=words) as caught:
             source.load_item(item)
         assert caught.value.reason == reason
@@ -206,19 +225,38 @@ def test_what_cannot_be_opened_is_refused_one_by_one(tmp_path):
 
 
 def test_each_filter_drops_its_rows_and_the_summary_accounts_for_all(tmp_path):
-    rows = [_row("1" * 16), _row("2" * 16, CLOTHING), _row("3" * 16, HAND), _row("4" * 16, MAN),
-            _row("5" * 16, "/m/0unknown"), _row("6" * 16, area=(0, 0.05, 0, 0.05)),
-            _row("7" * 16, area=(0, 1, 0, 0.99)), _row("8" * 16, iou=0.3), _row("9" * 16, iou=""),
-            _row("../" * 5 + "a"), "aaaaaaaaaaaaaaaa_m0k4j", _row("1" * 16)]
+    rows = [
+        _row("1" * 16),
+        _row("2" * 16, CLOTHING),
+        _row("3" * 16, HAND),
+        _row("4" * 16, MAN),
+        _row("5" * 16, "/m/0unknown"),
+        _row("6" * 16, area=(0, 0.05, 0, 0.05)),
+        _row("7" * 16, area=(0, 1, 0, 0.99)),
+        _row("8" * 16, iou=0.3),
+        _row("9" * 16, iou=""),
+        _row("../" * 5 + "a"),
+        "aaaaaaaaaaaaaaaa_m0k4j",
+        _row("1" * 16),
+    ]
     root = _write_flat(tmp_path, [rows[0]])
     _write_table(root, rows)
-    source = OpenImagesSource(str(root), exclude=[*CLOTHES, *BODY_PARTS, "mAn"], min_area=0.01,
-                              max_area=0.9, min_iou=0.5)
+    source = OpenImagesSource(
+        str(root), exclude=[*CLOTHES, *BODY_PARTS, "mAn"], min_area=0.01, max_area=0.9, min_iou=0.5
+    )
     assert source.summarise() == {}
     assert _ids(source) == [f"{n * 16}_m0k4j_9a041d52" for n in "19"]  # the 9 was drawn by hand
     assert source.summarise() == {
-        "rows": 12, "listed": 2, "excluded class": 3, "class without a name": 1, "small box": 1,
-        "large box": 1, "low IoU": 1, "damaged row": 2, "row given twice": 1}
+        "rows": 12,
+        "listed": 2,
+        "excluded class": 3,
+        "class without a name": 1,
+        "small box": 1,
+        "large box": 1,
+        "low IoU": 1,
+        "damaged row": 2,
+        "row given twice": 1,
+    }
     everything = OpenImagesSource(str(root), exclude=())
     _ids(everything)
     assert everything.summarise()["listed"] == 8 and "excluded class" not in everything.summarise()
@@ -302,16 +340,26 @@ def _empty_folder(path):
         file.unlink()
 
 
-@pytest.mark.parametrize("damage, words", [
-    (lambda r: (r / "train-annotations-object-segmentation.csv").unlink(),
-     "does not look like OpenImages V7: expected <split>-annotations-object-segmentation"),
-    (_remove_names, "holds no class names.*class-descriptions.csv.*class_names"),
-    (lambda r: _empty_folder(r / "train-masks-0"), "holds no masks .*train-masks-0.zip"),
-    (lambda r: _empty_folder(r / "train"), r"holds no pictures .*<ImageID>\.jpg in train/"),
-    (lambda r: (r / "train-annotations-object-segmentation.csv").write_text("ImageID,Source\n"),
-     "segmentation.csv has no column MaskPath, LabelName, BoxID"),
-    (lambda r: _write_table(r, [_row(area=("a", 1, 0, 1))]), "segmentation.csv is damaged"),
-], ids=["no table", "no names", "no masks", "no pictures", "other table", "no number"])
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (
+            lambda r: (r / "train-annotations-object-segmentation.csv").unlink(),
+            "does not look like OpenImages V7: expected <split>-annotations-object-segmentation",
+        ),
+        (_remove_names, "holds no class names.*class-descriptions.csv.*class_names"),
+        (lambda r: _empty_folder(r / "train-masks-0"), "holds no masks .*train-masks-0.zip"),
+        (lambda r: _empty_folder(r / "train"), r"holds no pictures .*<ImageID>\.jpg in train/"),
+        (
+            lambda r: (r / "train-annotations-object-segmentation.csv").write_text(
+                "ImageID,Source\n"
+            ),
+            "segmentation.csv has no column MaskPath, LabelName, BoxID",
+        ),
+        (lambda r: _write_table(r, [_row(area=("a", 1, 0, 1))]), "segmentation.csv is damaged"),
+    ],
+    ids=["no table", "no names", "no masks", "no pictures", "other table", "no number"],
+)
 def test_faults_of_the_layout_are_named_with_the_mend(tmp_path, damage, words):
     root = _write_flat(tmp_path)
     damage(root)
@@ -340,12 +388,18 @@ def test_a_misspelt_class_is_refused(tmp_path):
         _ids(OpenImagesSource(str(root), exclude=("cat", "Catt")))
 
 
-@pytest.mark.parametrize("options, words", [
-    ({"exclude": "Man"}, "exclude must be a list"), ({"per_class": -1}, "per_class must be"),
-    ({"per_image": 1.5}, "per_image must be a whole number"), ({"dilate": -2}, "dilate must be"),
-    ({"min_area": 0.5, "max_area": 0.5}, "min_area < max_area <= 1"),
-    ({"min_iou": 2}, "min_iou must be between 0 and 1"), ({"max_size": True}, "max_size must be"),
-])
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"exclude": "Man"}, "exclude must be a list"),
+        ({"per_class": -1}, "per_class must be"),
+        ({"per_image": 1.5}, "per_image must be a whole number"),
+        ({"dilate": -2}, "dilate must be"),
+        ({"min_area": 0.5, "max_area": 0.5}, "min_area < max_area <= 1"),
+        ({"min_iou": 2}, "min_iou must be between 0 and 1"),
+        ({"max_size": True}, "max_size must be"),
+    ],
+)
 def test_options_out_of_range_are_named(options, words):
     with pytest.raises(ValueError, match=words):
         OpenImagesSource("x", **options)

@@ -46,11 +46,15 @@ def write(folder, values):
 
 
 def test_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path):
-    path = write(tmp_path, "rank: 8\nlearning_rate: 1e-4\nmax_train_steps: 2.0e+3\n"
-                           "meta_path: [a, b]\nrandom_flip: false\n")
+    path = write(
+        tmp_path,
+        "rank: 8\nlearning_rate: 1e-4\nmax_train_steps: 2.0e+3\n"
+        "meta_path: [a, b]\nrandom_flip: false\n",
+    )
     config = options.parse_config(Options, ["--config", path, "--rank", "16"])
-    assert config == Options(rank=16, learning_rate=1e-4, max_train_steps=2000,
-                             meta_path=["a", "b"], random_flip=False)
+    assert config == Options(
+        rank=16, learning_rate=1e-4, max_train_steps=2000, meta_path=["a", "b"], random_flip=False
+    )
     assert isinstance(config.learning_rate, float)  # YAML itself reads 1e-4 as text
     assert isinstance(config.max_train_steps, int)
     assert options.parse_config(Options, []) == Options()
@@ -63,9 +67,20 @@ def test_lists_and_switches_on_the_command_line():
     assert read("--meta_path --rank 5", Options) == Options(meta_path=[], rank=5)
 
 
-@pytest.mark.parametrize("words, value", [
-    ([], True), (["True"], True), (["true"], True), (["1"], True), (["yes"], True),
-    (["False"], False), (["no"], False), (["0"], False), ([""], False)])
+@pytest.mark.parametrize(
+    "words, value",
+    [
+        ([], True),
+        (["True"], True),
+        (["true"], True),
+        (["1"], True),
+        (["yes"], True),
+        (["False"], False),
+        (["no"], False),
+        (["0"], False),
+        ([""], False),
+    ],
+)
 def test_a_switch_takes_a_word_as_upstreams_xformers_option_does(words, value):
     option = "--enable_xformers_memory_efficient_attention"
     config = options.parse_config(RemoverConfig, [option, *words, "--seed", "7"])
@@ -84,24 +99,43 @@ def test_what_is_automatic_is_none_until_someone_decides(tmp_path):
     assert read(f"--config {path}", Options) == Options()
 
 
-@pytest.mark.parametrize("line", [
-    "--learning_rte 1", "--learning 1", "--rank four", "stray", "--random_flip maybe",
-    "--no-random_flip True", "--random_flip auto", "--checkpointing soon", "--hub_token x",
-    "--dataset_name x"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--learning_rte 1",
+        "--learning 1",
+        "--rank four",
+        "stray",
+        "--random_flip maybe",
+        "--no-random_flip True",
+        "--random_flip auto",
+        "--checkpointing soon",
+        "--hub_token x",
+        "--dataset_name x",
+    ],
+)
 def test_mistyped_options_are_refused(line, capsys):
     with pytest.raises(SystemExit):
         read(line, Options)
     assert line.split()[0] in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text, complaint", [
-    ("learning_rte: 1", "unknown option learning_rte for Options"),
-    ("rank: four", "rank: expected int"), ("rank: null", "rank: expected int"),
-    ("random_flip: 'yes'", "random_flip: expected bool"), ("meta_path: a", "meta_path: expected"),
-    ("checkpointing: 1", r"checkpointing: expected bool \| None"),
-    ("- rank", "expected a table"), ("rank: [", "not valid YAML"),
-    ("hub_token: x", "unknown option"), ("stages: {}", "unknown option stages"),
-    ("upstream_options: true", "unknown option")])
+@pytest.mark.parametrize(
+    "text, complaint",
+    [
+        ("learning_rte: 1", "unknown option learning_rte for Options"),
+        ("rank: four", "rank: expected int"),
+        ("rank: null", "rank: expected int"),
+        ("random_flip: 'yes'", "random_flip: expected bool"),
+        ("meta_path: a", "meta_path: expected"),
+        ("checkpointing: 1", r"checkpointing: expected bool \| None"),
+        ("- rank", "expected a table"),
+        ("rank: [", "not valid YAML"),
+        ("hub_token: x", "unknown option"),
+        ("stages: {}", "unknown option stages"),
+        ("upstream_options: true", "unknown option"),
+    ],
+)
 def test_mistyped_files_are_refused_by_name(tmp_path, text, complaint):
     path = write(tmp_path, text)
     with pytest.raises(ValueError, match=f"config.yaml: {complaint}"):
@@ -125,34 +159,57 @@ def test_help_names_every_option_and_its_default(capsys):
 
 # Every option of upstream's trainer (52): words that it takes, and what they mean here.
 UPSTREAM = {
-    "adam_beta1": ("0.85", 0.85), "adam_beta2": ("0.95", 0.95), "adam_epsilon": ("1e-6", 1e-6),
-    "adam_weight_decay": ("0.1", 0.1), "allow_tf32": ("", True), "cache_dir": ("/tmp/x", "ignored"),
-    "center_crop": ("", True), "checkpointing_steps": ("5000", 5000),
-    "checkpoints_total_limit": ("5", 5), "comments": ("first", "first"),
-    "crops_coords_top_left_h": ("8", 8), "crops_coords_top_left_w": ("16", 16),
-    "dataloader_num_workers": ("8", 8), "dataset_config_name": ("x", "ignored"),
+    "adam_beta1": ("0.85", 0.85),
+    "adam_beta2": ("0.95", 0.95),
+    "adam_epsilon": ("1e-6", 1e-6),
+    "adam_weight_decay": ("0.1", 0.1),
+    "allow_tf32": ("", True),
+    "cache_dir": ("/tmp/x", "ignored"),
+    "center_crop": ("", True),
+    "checkpointing_steps": ("5000", 5000),
+    "checkpoints_total_limit": ("5", 5),
+    "comments": ("first", "first"),
+    "crops_coords_top_left_h": ("8", 8),
+    "crops_coords_top_left_w": ("16", 16),
+    "dataloader_num_workers": ("8", 8),
+    "dataset_config_name": ("x", "ignored"),
     "dataset_name": ("fusing/instructpix2pix-1000-samples", "ignored"),
     "do_edm_style_training": ("", "refused"),
     "enable_xformers_memory_efficient_attention": ("True", True),
-    "gradient_accumulation_steps": ("2", 2), "gradient_checkpointing": ("", True),
-    "hub_model_id": ("me/x", "ignored"), "hub_token": ("hf_secret", "refused"),
-    "learning_rate": ("2e-5", 2e-5), "local_rank": ("3", "ignored"), "logging_dir": ("l", "l"),
+    "gradient_accumulation_steps": ("2", 2),
+    "gradient_checkpointing": ("", True),
+    "hub_model_id": ("me/x", "ignored"),
+    "hub_token": ("hf_secret", "refused"),
+    "learning_rate": ("2e-5", 2e-5),
+    "local_rank": ("3", "ignored"),
+    "logging_dir": ("l", "l"),
     "lr_scheduler": ("constant_with_warmup", "constant_with_warmup"),
-    "lr_warmup_steps": ("500", 500), "max_grad_norm": ("0.5", 0.5),
-    "max_train_samples": ("100", 100), "max_train_steps": ("50000", 50000),
+    "lr_warmup_steps": ("500", 500),
+    "max_grad_norm": ("0.5", 0.5),
+    "max_train_samples": ("100", 100),
+    "max_train_steps": ("50000", 50000),
     "meta_path": ("A/meta.json B/meta.json", ["A/meta.json", "B/meta.json"]),
-    "mixed_precision": ("fp16", "fp16"), "num_train_epochs": ("20", 20),
-    "num_validation_images": ("2", 2), "output_dir": ("out", "out"),
+    "mixed_precision": ("fp16", "fp16"),
+    "num_train_epochs": ("20", 20),
+    "num_validation_images": ("2", 2),
+    "output_dir": ("out", "out"),
     "pretrained_model_name_or_path": ("diffusers/sdxl", "diffusers/sdxl"),
     "pretrained_unet": ("LetsThink/RORem", "LetsThink/RORem"),
     "pretrained_vae_model_name_or_path": ("madebyollin/x", "madebyollin/x"),
-    "push_to_hub": ("", "ignored"), "random_flip": ("", True), "report_to": ("wandb", "wandb"),
+    "push_to_hub": ("", "ignored"),
+    "random_flip": ("", True),
+    "report_to": ("wandb", "wandb"),
     "resolution": ("512", 512),
     "resume_from_checkpoint": ("out/checkpoint-500", "out/checkpoint-500"),
-    "revision": ("main", "main"), "scale_lr": ("", True), "seed": ("7", 7),
-    "train_batch_size": ("8", 8), "train_data_dir": ("x", "ignored"),
-    "trainable_modules": ("attn1 attn2", ["attn1", "attn2"]), "use_8bit_adam": ("", True),
-    "vae_precision": ("bf16", "bf16"), "validation_steps": ("2000", 2000),
+    "revision": ("main", "main"),
+    "scale_lr": ("", True),
+    "seed": ("7", 7),
+    "train_batch_size": ("8", 8),
+    "train_data_dir": ("x", "ignored"),
+    "trainable_modules": ("attn1 attn2", ["attn1", "attn2"]),
+    "use_8bit_adam": ("", True),
+    "vae_precision": ("bf16", "bf16"),
+    "validation_steps": ("2000", 2000),
     "variant": ("fp16", "fp16"),
 }
 
@@ -199,12 +256,15 @@ def test_upstreams_options_together_in_words_and_in_a_file_are_one_config(tmp_pa
     taken = {name: pair for name, pair in UPSTREAM.items() if pair[1] != "refused"}
     line = [word for name, (words, _) in taken.items() for word in ("--" + name, *words.split())]
     config = options.parse_config(RemoverConfig, line)
-    values = {name: words if value == "ignored" else value
-              for name, (words, value) in taken.items()}
+    values = {
+        name: words if value == "ignored" else value for name, (words, value) in taken.items()
+    }
     assert read(f"--config {write(tmp_path, values)}") == config
     assert config == RemoverConfig(**{k: v for k, (_, v) in taken.items() if v != "ignored"})
-    assert caplog.messages == [", ".join(options.IGNORED) + ": no effect, as in upstream's trainer"
-                               ] * 2
+    assert (
+        caplog.messages
+        == [", ".join(options.IGNORED) + ": no effect, as in upstream's trainer"] * 2
+    )
 
 
 def test_a_file_is_refused_what_words_are_but_may_say_no_to_it(tmp_path):
@@ -228,8 +288,10 @@ def test_one_of_several_processes_says_what_has_no_effect(monkeypatch, caplog):
 def test_the_launchers_file_has_no_place_among_our_options(cls, capsys, tmp_path):
     with pytest.raises(SystemExit):
         read("--config_file deepspeed_zero2.yaml", cls)
-    assert "--config_file: belongs to `accelerate launch` and stands before -m; a file of this " \
-           "job's own options is --config" in capsys.readouterr().err
+    assert (
+        "--config_file: belongs to `accelerate launch` and stands before -m; a file of this "
+        "job's own options is --config" in capsys.readouterr().err
+    )
     with pytest.raises(ValueError, match="config_file: belongs to"):
         read(f"--config {write(tmp_path, {'config_file': 'x.yaml'})}", cls)
 
@@ -249,20 +311,35 @@ COMMAND = """--train_batch_size 16 --output_dir runs/remover
     --mixed_precision fp16 --checkpoints_total_limit 5 --checkpointing_steps 5000
     --learning_rate 5e-5 --validation_steps 2000 --seed 4 --report_to wandb"""
 CONFIG = RemoverConfig(
-    train_batch_size=16, output_dir="runs/remover", meta_path=["A/meta.json", "B/meta.json"],
-    max_train_steps=50000, random_flip=True, resolution=512,
+    train_batch_size=16,
+    output_dir="runs/remover",
+    meta_path=["A/meta.json", "B/meta.json"],
+    max_train_steps=50000,
+    random_flip=True,
+    resolution=512,
     pretrained_model_name_or_path="diffusers/stable-diffusion-xl-1.0-inpainting-0.1",
-    mixed_precision="fp16", checkpoints_total_limit=5, checkpointing_steps=5000,
-    learning_rate=5e-5, validation_steps=2000, seed=4, report_to="wandb")
+    mixed_precision="fp16",
+    checkpoints_total_limit=5,
+    checkpointing_steps=5000,
+    learning_rate=5e-5,
+    validation_steps=2000,
+    seed=4,
+    report_to="wandb",
+)
 
 
-@pytest.mark.parametrize("launcher", [
-    "--multi_gpu --num_processes 8",
-    f"--config_file {RECIPES / 'accelerate' / 'deepspeed_zero2.yaml'}",
-    f"--config_file {RECIPES / 'accelerate' / 'many_gpus.yaml'} --multi_gpu --num_processes 8"])
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        "--multi_gpu --num_processes 8",
+        f"--config_file {RECIPES / 'accelerate' / 'deepspeed_zero2.yaml'}",
+        f"--config_file {RECIPES / 'accelerate' / 'many_gpus.yaml'} --multi_gpu --num_processes 8",
+    ],
+)
 def test_upstreams_command_is_this_config_behind_every_launcher(launcher):
     started = launch_command_parser().parse_args(
-        [*launcher.split(), "-m", "rorem_lib.remover", *COMMAND.split()])
+        [*launcher.split(), "-m", "rorem_lib.remover", *COMMAND.split()]
+    )
     assert started.module and started.training_script == "rorem_lib.remover"
     assert options.parse_config(RemoverConfig, started.training_script_args) == CONFIG
 
@@ -275,8 +352,9 @@ def test_words_file_notebook_and_file_with_words_give_one_config(tmp_path):
     # what a notebook's job gets: every field, written down by its launcher
     from_a_notebook = read(f"--config {write(tmp_path, dataclasses.asdict(CONFIG))}")
     path = write(tmp_path, values | {"seed": 5, "train_batch_size": 1, "meta_path": ["C"]})
-    mixed = read(f"--config {path} --seed 4 --train_batch_size 16 "
-                 "--meta_path A/meta.json B/meta.json")
+    mixed = read(
+        f"--config {path} --seed 4 --train_batch_size 16 --meta_path A/meta.json B/meta.json"
+    )
     assert in_words == in_a_file == from_a_notebook == mixed == CONFIG
 
 
@@ -291,8 +369,9 @@ def test_the_remover_recipe_is_upstreams_run_script():
 @pytest.mark.parametrize("cls", [RemoverConfig, DistillConfig, DiscriminatorConfig])
 def test_every_option_is_read_somewhere(cls):
     """One that is only declared would silently do nothing."""
-    code = "".join(path.read_text() for path in (ROOT / "rorem_lib").glob("*.py")
-                   if path.name != "options.py")
+    code = "".join(
+        path.read_text() for path in (ROOT / "rorem_lib").glob("*.py") if path.name != "options.py"
+    )
     read = set(re.findall(r"(?:(?<=config\.)|(?<=self\.))\w+", code))
     read |= set(re.findall(r'getattr\(\S*config, "(\w+)"', code))
     assert {field.name for field in dataclasses.fields(cls)} - read == set()

@@ -20,8 +20,9 @@ from rorem_lib.order import (
 
 
 def make_positions(batch, accumulate, world, rank, *, first=0, last=5):
-    config = SimpleNamespace(train_batch_size=batch, gradient_accumulation_steps=accumulate,
-                             max_train_steps=last)
+    config = SimpleNamespace(
+        train_batch_size=batch, gradient_accumulation_steps=accumulate, max_train_steps=last
+    )
     return Positions(config, SimpleNamespace(process_index=rank, num_processes=world), first)
 
 
@@ -57,12 +58,14 @@ def test_batches_cross_epochs_so_that_none_is_short():
     assert set(Counter(sum(batches, [])).values()) == {2}
 
 
-@pytest.mark.parametrize("sizes, weights, bucket", [([23], [1.0], 0), ([0, 23, 0], [0, 0.2, 0], 1),
-                                                    ([9, 23], [0, 7], 1)])
+@pytest.mark.parametrize(
+    "sizes, weights, bucket", [([23], [1.0], 0), ([0, 23, 0], [0, 0.2, 0], 1), ([9, 23], [0, 7], 1)]
+)
 def test_a_single_bucket_in_use_is_the_plain_order(sizes, weights, bucket):
     order, plain = BucketOrder(sizes, weights, seed=4, global_batch=6), Order(23, seed=4)
-    assert [order.find(p) for p in range(300)] == [(bucket, plain.find_index(p))
-                                                   for p in range(300)]
+    assert [order.find(p) for p in range(300)] == [
+        (bucket, plain.find_index(p)) for p in range(300)
+    ]
 
 
 # ------------------------------------------------------------------------------------- two or more
@@ -85,7 +88,7 @@ def test_in_each_bucket_all_are_seen_once_before_any_is_seen_twice():
     for bucket, index in sum(list_steps(order, 300, 6), []):
         seen[bucket].append(index)
     for bucket, size in enumerate(sizes):
-        epochs = [seen[bucket][n:n + size] for n in range(0, len(seen[bucket]) - size, size)]
+        epochs = [seen[bucket][n : n + size] for n in range(0, len(seen[bucket]) - size, size)]
         assert len(epochs) > 5
         assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
 
@@ -143,10 +146,17 @@ def test_fifty_thousand_steps_of_192_are_not_kept():
     assert len(pickle.dumps(order)) < 3e6  # an epoch's shuffle, not 9.6 million places
 
 
-@pytest.mark.parametrize("sizes, weights, complaint", [
-    ([], [], "training set is empty"), ([0, 0], [0, 0], "training set is empty"),
-    ([5, 0], [1, 0.5], "without samples"), ([5, 5], [1, -1], "at least 0"),
-    ([5, 5], [1, math.nan], "at least 0"), ([5, 5], [1], "2 buckets but 1 weights")])
+@pytest.mark.parametrize(
+    "sizes, weights, complaint",
+    [
+        ([], [], "training set is empty"),
+        ([0, 0], [0, 0], "training set is empty"),
+        ([5, 0], [1, 0.5], "without samples"),
+        ([5, 5], [1, -1], "at least 0"),
+        ([5, 5], [1, math.nan], "at least 0"),
+        ([5, 5], [1], "2 buckets but 1 weights"),
+    ],
+)
 def test_buckets_that_cannot_be_drawn_from_are_refused(sizes, weights, complaint):
     with pytest.raises(ValueError, match=complaint):
         BucketOrder(sizes, weights, seed=1, global_batch=4)
@@ -155,8 +165,10 @@ def test_buckets_that_cannot_be_drawn_from_are_refused(sizes, weights, complaint
 # ------------------------------------------------------------------------------------------ shapes
 
 
-@pytest.mark.parametrize("resolution, unit, step", [(512, 32, 0), (1024, 32, 0), (64, 8, 0),
-                                                    (96, 8, 0), (544, 32, 0), (512, 32, 32)])
+@pytest.mark.parametrize(
+    "resolution, unit, step",
+    [(512, 32, 0), (1024, 32, 0), (64, 8, 0), (96, 8, 0), (544, 32, 0), (512, 32, 32)],
+)
 def test_buckets_are_no_larger_than_the_square_and_turn_alike(resolution, unit, step):
     buckets = make_buckets(resolution, unit=unit, step=step)
     taken = step or max(unit, resolution // 8 // unit * unit)
@@ -170,8 +182,15 @@ def test_buckets_are_no_larger_than_the_square_and_turn_alike(resolution, unit, 
 
 
 def test_the_buckets_of_512_px_are_these():
-    assert make_buckets(512, unit=32) == [(320, 640), (384, 640), (448, 576), (512, 512),
-                                          (576, 448), (640, 384), (640, 320)]
+    assert make_buckets(512, unit=32) == [
+        (320, 640),
+        (384, 640),
+        (448, 576),
+        (512, 512),
+        (576, 448),
+        (640, 384),
+        (640, 320),
+    ]
 
 
 def test_sides_that_the_model_cannot_halve_are_refused():
@@ -219,11 +238,18 @@ def test_too_few_pictures_in_all_are_trained_as_squares():
 # ------------------------------------------------------------------------------------------ chunks
 
 
-@pytest.mark.parametrize("allowed, each, lengths", [
-    (16 * 512**2, 512**2, [16]), (16 * 512**2, 1024**2, [4] * 4), (16 * 512**2, 320 * 640, [16]),
-    (16 * 512**2, 768**2, [6, 5, 5]), (100, 1024**2, [1] * 16)])
+@pytest.mark.parametrize(
+    "allowed, each, lengths",
+    [
+        (16 * 512**2, 512**2, [16]),
+        (16 * 512**2, 1024**2, [4] * 4),
+        (16 * 512**2, 320 * 640, [16]),
+        (16 * 512**2, 768**2, [6, 5, 5]),
+        (100, 1024**2, [1] * 16),
+    ],
+)
 def test_chunks_are_equal_and_no_larger_than_allowed(allowed, each, lengths):
-    batch = {"gt": torch.arange(32.).view(16, 2), "timestep": torch.arange(16)}
+    batch = {"gt": torch.arange(32.0).view(16, 2), "timestep": torch.arange(16)}
     chunks = split_chunks(batch, allowed, each)
     assert [len(chunk["gt"]) for chunk in chunks] == lengths
     for name, value in batch.items():
@@ -243,5 +269,6 @@ def test_gradients_of_weighted_chunks_are_those_of_the_whole_batch():
 
     chunks = split_chunks(batch, 3 * 64, 64)
     assert [len(chunk["x"]) for chunk in chunks] == [3, 2, 2]
-    torch.testing.assert_close(compute_gradient(chunks), compute_gradient([batch]),
-                               rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        compute_gradient(chunks), compute_gradient([batch]), rtol=1e-5, atol=1e-7
+    )

@@ -63,8 +63,13 @@ def test_table_2_rates_are_of_500_pictures(size):
 
 def test_discriminator_is_as_far_from_people_as_the_note_says():
     rows = read_table("table2_512.csv") + read_table("table2_1024.csv")
-    gaps = [round(abs(float(row["success_human_percent"])
-                      - float(row["success_discriminator_percent"])), 1) for row in rows]
+    gaps = [
+        round(
+            abs(float(row["success_human_percent"]) - float(row["success_discriminator_percent"])),
+            1,
+        )
+        for row in rows
+    ]
     assert round(sum(gaps) / len(gaps), 1) == 2.9
     assert max(gaps) == 7.8
     assert sum(gap < 3 for gap in gaps) == 10
@@ -73,8 +78,10 @@ def test_discriminator_is_as_far_from_people_as_the_note_says():
 def test_tables_agree_on_the_final_model():
     last = read_table("table1.csv")[-1]
     rorem = next(row for row in read_table("table2_512.csv") if row["method"] == "RORem")
-    assert (last["success_percent"], last["psnr_db"]) == (rorem["success_human_percent"],
-                                                          rorem["psnr_db"])
+    assert (last["success_percent"], last["psnr_db"]) == (
+        rorem["success_human_percent"],
+        rorem["psnr_db"],
+    )
 
 
 # ------------------------------------------------------------------------------ names of code
@@ -94,8 +101,12 @@ def list_names(body) -> dict[str, ast.AST]:
         elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             names[node.target.id] = node
         elif isinstance(node, ast.Assign):
-            names |= {part.id: node for target in node.targets for part in ast.walk(target)
-                      if isinstance(part, ast.Name)}
+            names |= {
+                part.id: node
+                for target in node.targets
+                for part in ast.walk(target)
+                if isinstance(part, ast.Name)
+            }
         elif isinstance(node, ast.ImportFrom):
             names |= {alias.asname or alias.name: node for alias in node.names}
     return names

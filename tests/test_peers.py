@@ -23,7 +23,7 @@ def _picture(seed, height=12, width=16):
 
 def _mask(column, height=12, width=16):
     mask = np.zeros((height, width), np.uint8)
-    mask[3:7, column:column + 3] = 255
+    mask[3:7, column : column + 3] = 255
     return mask
 
 
@@ -68,7 +68,9 @@ def test_removal_bench_is_a_test_set_matched_by_name(bench):
     source = RemovalBenchSource(str(bench))
     items = list(source.list_items())
     assert [(i.id, i.group, i.split) for i in items] == [
-        ("0001", "0001", "test"), ("照片 2", "照片 2", "test")]
+        ("0001", "0001", "test"),
+        ("照片 2", "照片 2", "test"),
+    ]
     found = source.load_item(items[1])
     assert np.array_equal(found.source.array, _picture(1))
     assert np.array_equal(found.gt.array, _picture(11))
@@ -118,14 +120,20 @@ def _make_smarteraser(folder, split, names):
 
 def test_syn4removal_keeps_class_and_box_of_what_was_pasted(tmp_path):
     _make_smarteraser(tmp_path, "train", ["b.png", "a.png"])
-    (tmp_path / "train" / "result.json").write_text(json.dumps(
-        {"a.png": ["Traffic light", [8, 3, 3, 4], [24, 24]], "b.png": [], "c.png": None}))
+    (tmp_path / "train" / "result.json").write_text(
+        json.dumps({"a.png": ["Traffic light", [8, 3, 3, 4], [24, 24]], "b.png": [], "c.png": None})
+    )
     source = SmartEraserSource(str(tmp_path))
-    assert [(i.id, i.split) for i in source.list_items()] == [("train-a", "train"),
-                                                              ("train-b", "train")]
+    assert [(i.id, i.split) for i in source.list_items()] == [
+        ("train-a", "train"),
+        ("train-b", "train"),
+    ]
     found = _load(source)
-    assert found["train-a"].extra == {"class": "Traffic light", "box_xywh": [8, 3, 3, 4],
-                                      "set": "train"}
+    assert found["train-a"].extra == {
+        "class": "Traffic light",
+        "box_xywh": [8, 3, 3, 4],
+        "set": "train",
+    }
     assert found["train-b"].extra == {"set": "train"}
     assert np.array_equal(found["train-a"].source.array, _picture(1, 24, 24))
     assert np.array_equal(found["train-a"].mask.array, _mask(8, 24, 24))
@@ -138,14 +146,16 @@ def test_a_split_folder_alone_is_a_set_too(tmp_path):
 
 
 def test_the_val_sets_are_for_testing_and_rord_frames_are_grouped_by_scene(tmp_path):
-    _make_smarteraser(tmp_path, "val_rord", ["I-210614_O04019_W01_F0109.jpg",
-                                             "I-210614_O04019_W01_F0200.jpg"])
+    _make_smarteraser(
+        tmp_path, "val_rord", ["I-210614_O04019_W01_F0109.jpg", "I-210614_O04019_W01_F0200.jpg"]
+    )
     _make_smarteraser(tmp_path, "val_paste", ["000000006818.jpg"])
     items = list(SmartEraserSource(str(tmp_path)).list_items())
     assert [(i.id, i.group, i.split) for i in items] == [
         ("val_paste-000000006818", "val_paste-000000006818", "test"),
         ("val_rord-I-210614_O04019_W01_F0109", "I-210614_O04019_W01", "test"),
-        ("val_rord-I-210614_O04019_W01_F0200", "I-210614_O04019_W01", "test")]
+        ("val_rord-I-210614_O04019_W01_F0200", "I-210614_O04019_W01", "test"),
+    ]
     mask = SmartEraserSource(str(tmp_path)).load_item(items[0]).mask.array
     assert np.array_equal(mask >= 128, _mask(8, 24, 24) >= 128)  # JPEG: grey at the edge
 
@@ -188,10 +198,13 @@ def _write_lists(folder, **lists):
 
 
 def test_the_lists_of_corne_say_what_belongs_together(corne):
-    _write_lists(corne, shot=["shot/000000.png", "/data/me/corne/shot/000002.png"],
-                 bg=["bg/000001.png", "/data/me/corne/bg/000000.png"],
-                 mask=["masks/mask_000002.png", "corne/masks/mask_000001.png"],
-                 mask_sam=["mask_sam/000000.png", "mask_sam/000002.png"])
+    _write_lists(
+        corne,
+        shot=["shot/000000.png", "/data/me/corne/shot/000002.png"],
+        bg=["bg/000001.png", "/data/me/corne/bg/000000.png"],
+        mask=["masks/mask_000002.png", "corne/masks/mask_000001.png"],
+        mask_sam=["mask_sam/000000.png", "mask_sam/000002.png"],
+    )
     found = _load(CorneSource(str(corne), mask="effect"))
     assert list(found) == ["000000", "000002"]
     assert np.array_equal(found["000000"].gt.array, _picture(11))
@@ -203,8 +216,9 @@ def test_the_lists_of_corne_say_what_belongs_together(corne):
 
 def test_a_list_never_opens_what_lies_outside(corne):
     _save(corne.parent / "secret.png", _picture(7))
-    _write_lists(corne, shot=["../secret.png"], bg=["bg/000000.png"],
-                 mask_sam=["mask_sam/000000.png"])
+    _write_lists(
+        corne, shot=["../secret.png"], bg=["bg/000000.png"], mask_sam=["mask_sam/000000.png"]
+    )
     source = CorneSource(str(corne))
     (item,) = source.list_items()
     with pytest.raises(Rejected, match="shot/secret.png is missing"):
@@ -212,8 +226,12 @@ def test_a_list_never_opens_what_lies_outside(corne):
 
 
 def test_lists_that_are_not_aligned_are_refused(corne):
-    _write_lists(corne, shot=["shot/000000.png", "shot/000001.png"], bg=["bg/000000.png"],
-                 mask_sam=["mask_sam/000000.png", "mask_sam/000001.png"])
+    _write_lists(
+        corne,
+        shot=["shot/000000.png", "shot/000001.png"],
+        bg=["bg/000000.png"],
+        mask_sam=["mask_sam/000000.png", "mask_sam/000001.png"],
+    )
     with pytest.raises(SourceError, match="shot_list.txt has 2 lines.*bg_list.txt has 1 lines"):
         list(CorneSource(str(corne)).list_items())
 
@@ -226,9 +244,14 @@ def test_corne_val_is_for_testing(corne):
     _save(val / "mask_eff" / "7.png", _mask(11))
     items = {item.id: item for item in CorneSource(str(corne)).list_items()}
     assert [(name, item.split) for name, item in items.items()] == [
-        ("000000", "train"), ("000001", "train"), ("000002", "train"), ("CORNE-Val-7", "test")]
+        ("000000", "train"),
+        ("000001", "train"),
+        ("000002", "train"),
+        ("CORNE-Val-7", "test"),
+    ]
     found = CorneSource(str(corne), mask="effect").load_item(
-        list(CorneSource(str(corne), mask="effect").list_items())[3])
+        list(CorneSource(str(corne), mask="effect").list_items())[3]
+    )
     assert np.array_equal(found.mask.array, _mask(11))
     assert found.extra == {"set": "CORNE-Val", "mask_kind": "with_effect"}
 
@@ -256,8 +279,12 @@ def test_no_source_takes_anothers_folder(bench, corne, tmp_path):
     _make_smarteraser(tmp_path / "syn", "train", ["a.png"])
     for name in ("img", "gt_new", "sam_mask"):
         (tmp_path / "omni" / name).mkdir(parents=True)
-    folders = {RemovalBenchSource: bench, SmartEraserSource: tmp_path / "syn",
-               OmniEraserSource: tmp_path / "omni", CorneSource: corne}
+    folders = {
+        RemovalBenchSource: bench,
+        SmartEraserSource: tmp_path / "syn",
+        OmniEraserSource: tmp_path / "omni",
+        CorneSource: corne,
+    }
     for source, folder in folders.items():
         assert [other for other in ALL if other.recognises(folder)] == [source]
     assert not any(source.recognises(tmp_path / "nowhere") for source in ALL)

@@ -37,14 +37,19 @@ def finished(first_run, tmp_path):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A folder with two notebooks, and a function that reads a recipe from its stages' YAML."""
-    write_notebook(tmp_path / "make.ipynb", [
-        'output_dir: str = "x"\nsteps: int = 3\nrate: float = 1.0e-4\nflip: bool = False\n'
-        'name: str = "a"\npaths: list[str] = []\nlimit: int | None = None\nseed: int = 1'])
+    write_notebook(
+        tmp_path / "make.ipynb",
+        [
+            'output_dir: str = "x"\nsteps: int = 3\nrate: float = 1.0e-4\nflip: bool = False\n'
+            'name: str = "a"\npaths: list[str] = []\nlimit: int | None = None\nseed: int = 1'
+        ],
+    )
     write_notebook(tmp_path / "plain.ipynb", ['output_dir: str = "x"\ndata: str = ""'])
 
     def read(stages: str, top: str = "", **options):
-        (tmp_path / "r.yaml").write_text(f"{top}\nstages:\n" + "\n".join(
-            f"  {line}" for line in stages.splitlines()))
+        (tmp_path / "r.yaml").write_text(
+            f"{top}\nstages:\n" + "\n".join(f"  {line}" for line in stages.splitlines())
+        )
         return read_recipe(tmp_path / "r.yaml", **options)
 
     return read
@@ -53,31 +58,38 @@ def folder(tmp_path, monkeypatch):
 # ---- recipes
 
 
-@pytest.mark.parametrize(("stages", "words"), [
-    ("a: {notebook: mkae}", 'stage "a": there is no notebook "mkae"'),
-    ("a: {notebook: make, parameters: {stps: 3}}",
-     'parameter "stps" is unknown to make.ipynb (did you mean "steps"?)'),
-    ("a: {notebook: make, parameters: {steps: many}}", 'expected int, got str "many"'),
-    ("a: {notebook: make, parameters: {steps: 1.5}}", "expected int, got float 1.5"),
-    ("a: {notebook: make, parameters: {steps: true}}", "expected int, got bool true"),
-    ("a: {notebook: make, parameters: {steps: null}}", "expected int, got NoneType null"),
-    ("a: {notebook: make, parameters: {flip: 'true'}}", 'expected bool, got str "true"'),
-    ("a: {notebook: make, parameters: {flip: 1}}", "expected bool, got int 1"),
-    ("a: {notebook: make, parameters: {name: 2024_01}}", "expected str, got int 202401"),
-    ("a: {notebook: make, parameters: {paths: here}}", 'expected list[str], got str "here"'),
-    ("a: {notebook: make, parameters: {paths: [1]}}", "expected list[str], got list [1]"),
-    ("a: {notebook: make, parameters: {rate: fast}}", "expected float"),
-    ("a: {notebook: make, parameters: {output_dir: y}}", "set by the runner"),
-    ("a: {notebook: make, parametres: {}}", '"parametres" (did you mean "parameters"?)'),
-    ('a: {notebook: plain, parameters: {data: "${b}"}}', 'unknown stage "b"'),
-    ('a: {notebook: plain, parameters: {data: "${b}"}}\nb: {notebook: make}',
-     'refers to "b", which runs no earlier'),
-    ('a: {notebook: plain, parameters: {data: "${a}"}}', "runs no earlier"),
-    ('a: {notebook: plain, parameters: {data: "${a"}}', 'without its "}"'),
-    ("a: {notebook: make}\na: {notebook: plain}", '"a" stands here twice'),
-    ("a: 3", "a row is a table"),
-    ("../a: {notebook: make}", "is no folder name"),
-])
+@pytest.mark.parametrize(
+    ("stages", "words"),
+    [
+        ("a: {notebook: mkae}", 'stage "a": there is no notebook "mkae"'),
+        (
+            "a: {notebook: make, parameters: {stps: 3}}",
+            'parameter "stps" is unknown to make.ipynb (did you mean "steps"?)',
+        ),
+        ("a: {notebook: make, parameters: {steps: many}}", 'expected int, got str "many"'),
+        ("a: {notebook: make, parameters: {steps: 1.5}}", "expected int, got float 1.5"),
+        ("a: {notebook: make, parameters: {steps: true}}", "expected int, got bool true"),
+        ("a: {notebook: make, parameters: {steps: null}}", "expected int, got NoneType null"),
+        ("a: {notebook: make, parameters: {flip: 'true'}}", 'expected bool, got str "true"'),
+        ("a: {notebook: make, parameters: {flip: 1}}", "expected bool, got int 1"),
+        ("a: {notebook: make, parameters: {name: 2024_01}}", "expected str, got int 202401"),
+        ("a: {notebook: make, parameters: {paths: here}}", 'expected list[str], got str "here"'),
+        ("a: {notebook: make, parameters: {paths: [1]}}", "expected list[str], got list [1]"),
+        ("a: {notebook: make, parameters: {rate: fast}}", "expected float"),
+        ("a: {notebook: make, parameters: {output_dir: y}}", "set by the runner"),
+        ("a: {notebook: make, parametres: {}}", '"parametres" (did you mean "parameters"?)'),
+        ('a: {notebook: plain, parameters: {data: "${b}"}}', 'unknown stage "b"'),
+        (
+            'a: {notebook: plain, parameters: {data: "${b}"}}\nb: {notebook: make}',
+            'refers to "b", which runs no earlier',
+        ),
+        ('a: {notebook: plain, parameters: {data: "${a}"}}', "runs no earlier"),
+        ('a: {notebook: plain, parameters: {data: "${a"}}', 'without its "}"'),
+        ("a: {notebook: make}\na: {notebook: plain}", '"a" stands here twice'),
+        ("a: 3", "a row is a table"),
+        ("../a: {notebook: make}", "is no folder name"),
+    ],
+)
 def test_recipe_is_refused(folder, stages, words):
     with pytest.raises(RecipeError) as caught:
         folder(stages)
@@ -86,8 +98,11 @@ def test_recipe_is_refused(folder, stages, words):
 
 def test_every_problem_is_told_at_once(folder):
     with pytest.raises(RecipeError) as caught:
-        folder("a: {notebook: make, parameters: {steps: x, nmae: y}}\nb: {notebook: gone}",
-               top="sed: 4", overrides={"c": {"steps": 1}})
+        folder(
+            "a: {notebook: make, parameters: {steps: x, nmae: y}}\nb: {notebook: gone}",
+            top="sed: 4",
+            overrides={"c": {"steps": 1}},
+        )
     assert len(caught.value.problems) == 5
 
 
@@ -107,10 +122,16 @@ def test_values_are_coerced_by_annotation(folder):
 
 
 def test_precedence_of_parameters(folder):
-    stages = ("a: {notebook: make, parameters: {steps: 7}}\nb: {notebook: make}\n"
-              "c: {notebook: plain}\nd: {notebook: make, parameters: {seed: 9}}")
-    recipe = folder(stages, top="seed: 5\ndefaults: {make: {steps: 6, rate: 0.5}}", seed=8,
-                    overrides=cli.parse_overrides(["b.rate=1e-3", "b.paths=[p, q]", "b.flip=yes"]))
+    stages = (
+        "a: {notebook: make, parameters: {steps: 7}}\nb: {notebook: make}\n"
+        "c: {notebook: plain}\nd: {notebook: make, parameters: {seed: 9}}"
+    )
+    recipe = folder(
+        stages,
+        top="seed: 5\ndefaults: {make: {steps: 6, rate: 0.5}}",
+        seed=8,
+        overrides=cli.parse_overrides(["b.rate=1e-3", "b.paths=[p, q]", "b.flip=yes"]),
+    )
     a, b, c, d = recipe.stages
     assert a.given == {"seed": 8, "steps": 7, "rate": 0.5}
     assert b.given == {"seed": 8, "steps": 6, "rate": 1e-3, "paths": ["p", "q"], "flip": True}
@@ -145,9 +166,14 @@ def test_modules_are_followed_through_imports_and_jobs(tmp_path):
     package = tmp_path / "kit"
     (package / "sources").mkdir(parents=True)
     for name, source in {
-        "__init__": "", "a": "from . import b", "b": "import json\n", "c": "x = 1",
-        "job": "def f():\n    from kit.c import x", "sources/__init__": "from .one import y",
-        "sources/one": "y = 1", "sources/two": "from ..b import z",
+        "__init__": "",
+        "a": "from . import b",
+        "b": "import json\n",
+        "c": "x = 1",
+        "job": "def f():\n    from kit.c import x",
+        "sources/__init__": "from .one import y",
+        "sources/one": "y = 1",
+        "sources/two": "from ..b import z",
     }.items():
         (package / f"{name}.py").write_text(source)
 
@@ -158,8 +184,13 @@ def test_modules_are_followed_through_imports_and_jobs(tmp_path):
     assert follow('launch_job("job", config)') == {"kit", "job", "c"}
     assert follow('launch.launch_job(module="job", config=1)') == {"kit", "job", "c"}
     assert follow("from kit import sources") == {"kit", "sources", "sources.one"}
-    assert follow("from kit.sources import two") == {"kit", "sources", "sources.one",
-                                                     "sources.two", "b"}
+    assert follow("from kit.sources import two") == {
+        "kit",
+        "sources",
+        "sources.one",
+        "sources.two",
+        "b",
+    }
     assert "sources.two" in follow('import_module(f"kit.sources.{name}")')
     assert follow("import torch, kitten") == set()
     before = hash_modules({"a"}, package=package)
@@ -209,8 +240,10 @@ def test_what_re_runs(finished):
     assert changing(recipe, "row: base", "row: else") == set()
     assert changing(notebooks / "01_make.ipynb", "# Title", "# Another") == set()
     assert changing(notebooks / "03_judge.ipynb", "nothing to", "not a thing to") == {"judge"}
-    assert changing(notebooks / "02_train.ipynb", "pause: float = 0.0",
-                    "pause: float = 0.01") == {"train", "judge"}
+    assert changing(notebooks / "02_train.ipynb", "pause: float = 0.0", "pause: float = 0.01") == {
+        "train",
+        "judge",
+    }
     assert changing(kit.library / "trainer.py", "is odd", "is even") == {"train", "judge"}
     assert changing(kit.library / "colours.py", "count", "count_sides") == {"judge"}
     assert changing(kit.library / "shapes.py", "3", "4") == {"make", "other", "train", "judge"}
@@ -234,13 +267,22 @@ def test_a_run_its_records_and_its_report(first_run, finished):
     kit, output = finished, first_run[1]
     assert "train | step 4" in output and "make | making 5 plain" in output
     stage = json.loads((kit.run_dir / "make" / "stage.json").read_text())
-    assert stage["parameters"] == {"size": 5, "flavour": "plain", "seed": 7, "rate": 1e-3,
-                                   "big": False, "names": [], "limit": None,
-                                   "output_dir": "runs/small/make"}
+    assert stage["parameters"] == {
+        "size": 5,
+        "flavour": "plain",
+        "seed": 7,
+        "rate": 1e-3,
+        "big": False,
+        "names": [],
+        "limit": None,
+        "output_dir": "runs/small/make",
+    }
     assert stage["versions"]["papermill"] and stage["seconds"] > 0 and "commit" in stage
     assert (kit.run_dir / "make" / "DONE").read_text().strip() == stage["fingerprint"]
-    assert json.loads((kit.run_dir / "judge" / "metrics.json").read_text()) == {"judged": 2,
-                                                                                "sides": 3}
+    assert json.loads((kit.run_dir / "judge" / "metrics.json").read_text()) == {
+        "judged": 2,
+        "sides": 3,
+    }
     record = json.loads((kit.run_dir / "run.json").read_text())
     assert set(record["stages"]) == {"make", "other", "train", "judge"}
     assert record["wall_seconds"] >= sum(record["stages"].values())
@@ -265,23 +307,35 @@ def test_only_one_stage(kit):
     assert "needs the stage" in kit.call("run", "small", "--only", "judge", code=2)
     output = kit.call("run", "small", "--only", "other")
     assert "1 run" in output and not (kit.run_dir / "report.html").exists()
-    assert kit.states() == {"make": "to run", "other": "done", "train": "to run",
-                            "judge": "to run"}
-    assert 'no stage "mak" (did you mean "make"?)' in kit.call("run", "small", "--only", "mak",
-                                                              code=2)
+    assert kit.states() == {"make": "to run", "other": "done", "train": "to run", "judge": "to run"}
+    assert 'no stage "mak" (did you mean "make"?)' in kit.call(
+        "run", "small", "--only", "mak", code=2
+    )
 
 
-@pytest.mark.parametrize(("trouble", "words"), [
-    ("raise", ["03_judge.ipynb, cell In [4]", "ValueError: nothing to judge",
-               'if trouble == "raise":']),
-    ("exit", ["without stage.finish()"]),
-    ("kill", ["the kernel died"]),
-])
+@pytest.mark.parametrize(
+    ("trouble", "words"),
+    [
+        (
+            "raise",
+            [
+                "03_judge.ipynb, cell In [4]",
+                "ValueError: nothing to judge",
+                'if trouble == "raise":',
+            ],
+        ),
+        ("exit", ["without stage.finish()"]),
+        ("kill", ["the kernel died"]),
+    ],
+)
 def test_failure_in_a_notebook(kit, trouble, words):
     kit.write_recipe("stages:\n  judge: {notebook: 03_judge}\n")
     output = kit.call("run", "small", "--set", f"judge.trouble={trouble}", code=1)
-    for word in [*words, 'Stage "judge" failed',
-                 f"Go on with: rorem run small --set judge.trouble={trouble}"]:
+    for word in [
+        *words,
+        'Stage "judge" failed',
+        f"Go on with: rorem run small --set judge.trouble={trouble}",
+    ]:
         assert word in output
     assert not (kit.run_dir / "judge" / "DONE").exists()
     assert (kit.run_dir / "judge" / "notebook.ipynb").exists()
@@ -297,8 +351,10 @@ def test_failure_in_a_job_shows_its_log(kit):
 
 
 def test_missing_labels_wait_and_survive_a_change(kit):
-    kit.write_recipe("stages:\n  judge: {notebook: 03_judge, parameters: {mode: interactive}}\n"
-                     "  after: {notebook: 03_judge, parameters: {sets: ['${judge}']}}\n")
+    kit.write_recipe(
+        "stages:\n  judge: {notebook: 03_judge, parameters: {mode: interactive}}\n"
+        "  after: {notebook: 03_judge, parameters: {sets: ['${judge}']}}\n"
+    )
     output = kit.call("run", "small", code=3)
     assert "waits for labels" in output and "0 of 5 labels are there" in output
     assert "runs/small/judge/notebook.ipynb" in output and "go on with: rorem run small" in output
@@ -319,8 +375,11 @@ def test_missing_labels_wait_and_survive_a_change(kit):
 @pytest.mark.parametrize("asked", ["mode: import", "user_study: success"])
 def test_what_people_said_is_carried_wherever_they_are_asked(kit, asked):
     notebook = kit.root / "notebooks" / "03_judge.ipynb"
-    notebook.write_text(notebook.read_text().replace(
-        'mode: str = \\"simulate\\"', 'mode: str = \\"simulate\\"\\nuser_study: str = \\"\\"'))
+    notebook.write_text(
+        notebook.read_text().replace(
+            'mode: str = \\"simulate\\"', 'mode: str = \\"simulate\\"\\nuser_study: str = \\"\\"'
+        )
+    )
     kit.write_recipe(f"stages:\n  judge: {{notebook: 03_judge, parameters: {{{asked}}}}}\n")
     kit.call("run", "small")
     answers = kit.run_dir / "judge" / "study" / "labels-anna.jsonl"
@@ -336,8 +395,9 @@ def test_what_people_said_is_carried_wherever_they_are_asked(kit, asked):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_killed_runner_leaves_nothing_and_loses_nothing(kit, number):
-    kit.write_recipe("stages:\n  train: {notebook: 02_train, parameters: "
-                     "{max_train_steps: 40, pause: 0.05}}\n")
+    kit.write_recipe(
+        "stages:\n  train: {notebook: 02_train, parameters: {max_train_steps: 40, pause: 0.05}}\n"
+    )
     runner, checkpoint = kit.start("run", "small"), kit.run_dir / "train" / "checkpoint.txt"
     wait_until(checkpoint.exists)
     assert len(kit.find_processes()) >= 3  # runner, kernel, job
@@ -386,8 +446,10 @@ def test_full_disk_is_told(folder, tmp_path, monkeypatch, capsys):
 
 
 def test_skipping_imports_nothing_heavy(kit):
-    code = ("import sys, rorem_lib.cli as cli\nassert cli.main(['status', 'small']) == 0\n"
-            "print([m for m in ('torch', 'numpy', 'papermill', 'nbformat') if m in sys.modules])")
+    code = (
+        "import sys, rorem_lib.cli as cli\nassert cli.main(['status', 'small']) == 0\n"
+        "print([m for m in ('torch', 'numpy', 'papermill', 'nbformat') if m in sys.modules])"
+    )
     output, _ = kit.python(code).communicate(timeout=60)
     assert output.splitlines()[-1] == "[]"
 
@@ -419,12 +481,12 @@ def test_recipes_in_the_repository_are_valid():
         assert recipe.stages and fingerprints.compute_fingerprints(recipe, run_dir=path.parent)
 
 
-
-
 def test_built_in_sets_count_only_where_they_are_used(folder, tmp_path, monkeypatch):
     """In the real library: reading a set on disk doesn't depend on the code that renders scenes."""
-    write_notebook(tmp_path / "plain.ipynb", [
-        'output_dir: str = "x"\ndata: str = ""', "from rorem_lib.triplets import read_triplets"])
+    write_notebook(
+        tmp_path / "plain.ipynb",
+        ['output_dir: str = "x"\ndata: str = ""', "from rorem_lib.triplets import read_triplets"],
+    )
 
     def find_modules(data):
         recipe = folder(f"a: {{notebook: plain, parameters: {{data: '{data}'}}}}")

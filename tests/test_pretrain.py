@@ -15,9 +15,16 @@ from rorem_lib.pretrain import PretrainConfig
 
 @pytest.fixture
 def config(tmp_path):
-    return PretrainConfig(output_dir=str(tmp_path), max_train_steps=2, train_batch_size=4, size=32,
-                          dataloader_num_workers=0, mixed_precision="no", logging_steps=1,
-                          checkpointing_steps=1)
+    return PretrainConfig(
+        output_dir=str(tmp_path),
+        max_train_steps=2,
+        train_batch_size=4,
+        size=32,
+        dataloader_num_workers=0,
+        mixed_precision="no",
+        logging_steps=1,
+        checkpointing_steps=1,
+    )
 
 
 def read_losses(folder):
@@ -46,14 +53,16 @@ def test_samples_are_functions_of_their_position(config):
 def test_autoencoder_and_base_are_trained_and_exported(config, tmp_path, monkeypatch):
     metrics = pretrain.run_stage("autoencoder", config)
     assert metrics["steps"] == 2 and len(read_losses(tmp_path / "autoencoder")) == 2
-    assert isinstance(AutoencoderTiny.from_pretrained(tmp_path / "autoencoder" / "vae"),
-                      AutoencoderTiny)
+    assert isinstance(
+        AutoencoderTiny.from_pretrained(tmp_path / "autoencoder" / "vae"), AutoencoderTiny
+    )
     config.vae = str(tmp_path / "autoencoder" / "vae")
     pretrain.run_stage("base", config)
     unet = load_file(tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors")
     assert unet["conv_out.weight"].abs().sum() > 0  # it started as zeros
-    folder = pretrain.export_model(str(tmp_path / "autoencoder" / "vae"),
-                                   str(tmp_path / "base" / "unet"), tmp_path / "model")
+    folder = pretrain.export_model(
+        str(tmp_path / "autoencoder" / "vae"), str(tmp_path / "base" / "unet"), tmp_path / "model"
+    )
     pipe = AutoPipelineForInpainting.from_pretrained(folder)
     for name, weight in pipe.unet.state_dict().items():
         torch.testing.assert_close(weight.float(), unet[name], rtol=1e-3, atol=1e-4)
@@ -79,8 +88,10 @@ def test_a_stopped_pretraining_goes_on_bit_for_bit(config, tmp_path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         pretrain.run_stage("autoencoder", config)
     assert pretrain.run_stage("autoencoder", config)["resumed_at"] == 2
-    a, b = (load_file(f / "autoencoder" / "vae" / "diffusion_pytorch_model.safetensors")
-            for f in (tmp_path / "whole", tmp_path))
+    a, b = (
+        load_file(f / "autoencoder" / "vae" / "diffusion_pytorch_model.safetensors")
+        for f in (tmp_path / "whole", tmp_path)
+    )
     assert all(torch.equal(a[n], b[n]) for n in a)
 
 
@@ -97,7 +108,21 @@ def test_an_unknown_stage_is_refused(words):
 
 
 def test_the_command_line_runs_a_stage(tmp_path):
-    pretrain.main(["autoencoder", "--output_dir", str(tmp_path), "--size", "32",
-                   "--max_train_steps", "1", "--train_batch_size", "2", "--mixed_precision", "no",
-                   "--dataloader_num_workers", "0"])
+    pretrain.main(
+        [
+            "autoencoder",
+            "--output_dir",
+            str(tmp_path),
+            "--size",
+            "32",
+            "--max_train_steps",
+            "1",
+            "--train_batch_size",
+            "2",
+            "--mixed_precision",
+            "no",
+            "--dataloader_num_workers",
+            "0",
+        ]
+    )
     assert (tmp_path / "autoencoder" / "vae" / "config.json").is_file()

@@ -37,43 +37,65 @@ def _write_set(folder, count, *, gt=True, start=0, **changes):
     with TripletWriter(folder) as writer:
         for number in range(start, start + count):
             source, mask = _picture(number), np.zeros((SIZE, SIZE), np.uint8)
-            mask[8:24, 8:16 + number % 9] = 255
+            mask[8:24, 8 : 16 + number % 9] = 255
             truth = source.copy()
             truth[mask > 0] = 255 - truth[mask > 0]
             path = folder / f"{number}.jpg"
             Image.fromarray(source).save(path, quality=95)
-            extra = {"origin": ("RORD", "MULAN")[number % 2],
-                     "license": ("RORD's terms", "CC-BY-NC-SA-4.0")[number % 2],
-                     "class": ("dog", "灯")[number % 2], "seed": number, "score": number / 8,
-                     "round": 2, "remover": "rorem", "accepted_by": ("human", None)[number % 2],
-                     "place": {"x": [1, 2]}, "group": f"scene {number // 2}", **changes}
-            writer.add(id=f"图 {number:03}", source=path, mask=mask, gt=truth if gt else None,
-                       **{key: value for key, value in extra.items() if value is not None})
+            extra = {
+                "origin": ("RORD", "MULAN")[number % 2],
+                "license": ("RORD's terms", "CC-BY-NC-SA-4.0")[number % 2],
+                "class": ("dog", "灯")[number % 2],
+                "seed": number,
+                "score": number / 8,
+                "round": 2,
+                "remover": "rorem",
+                "accepted_by": ("human", None)[number % 2],
+                "place": {"x": [1, 2]},
+                "group": f"scene {number // 2}",
+                **changes,
+            }
+            writer.add(
+                id=f"图 {number:03}",
+                source=path,
+                mask=mask,
+                gt=truth if gt else None,
+                **{key: value for key, value in extra.items() if value is not None},
+            )
             path.unlink()
     return folder
 
 
 def _hash_shards(folder):
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest()
-            for p in sorted((folder / "data").iterdir())}
+    return {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted((folder / "data").iterdir())
+    }
 
 
 def _publish(sets, folder, **options):
-    return publish_sets(sets, folder, **{"repo_id": "me/removals", "acceptance": "By *two* people.",
-                                         **options})
+    return publish_sets(
+        sets, folder, **{"repo_id": "me/removals", "acceptance": "By *two* people.", **options}
+    )
 
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sets")
-    return {"train": _write_set(folder / "train", 23),
-            "test": _write_set(folder / "测 试", 5, gt=False, start=100)}
+    return {
+        "train": _write_set(folder / "train", 23),
+        "test": _write_set(folder / "测 试", 5, gt=False, start=100),
+    }
 
 
 @pytest.fixture(scope="module")
 def published(sets, tmp_path_factory):
-    return _publish(sets, tmp_path_factory.mktemp("published") / "out", max_shard_bytes=60_000,
-                    filters="Groups of two.")
+    return _publish(
+        sets,
+        tmp_path_factory.mktemp("published") / "out",
+        max_shard_bytes=60_000,
+        filters="Groups of two.",
+    )
 
 
 @pytest.fixture
@@ -89,17 +111,23 @@ def test_shards_hold_the_files_byte_by_byte_in_order(sets, published):
     names = [p.name for p in sorted((published / "data").iterdir())]
     count = len(names) - 1
     assert count > 2
-    assert names == ["test-00000-of-00001.parquet",
-                     *(f"train-{n:05}-of-{count:05}.parquet" for n in range(count))]
-    rows = [row for name in names[1:]
-            for row in pq.read_table(published / "data" / name).to_pylist()]
+    assert names == [
+        "test-00000-of-00001.parquet",
+        *(f"train-{n:05}-of-{count:05}.parquet" for n in range(count)),
+    ]
+    rows = [
+        row for name in names[1:] for row in pq.read_table(published / "data" / name).to_pylist()
+    ]
     triplets = read_triplets(sets["train"])
     assert [row["id"] for row in rows] == [t.id for t in triplets]
     for row, triplet in zip(rows, triplets):
         for key, path in zip(("source", "mask", "GT"), (triplet.source, triplet.mask, triplet.gt)):
             assert row[key] == {"bytes": path.read_bytes(), "path": path.name}
-        record = {key: row[key] for key in ("origin", "license", "accepted_by", "remover", "score",
-                                            "round") if row[key] is not None}
+        record = {
+            key: row[key]
+            for key in ("origin", "license", "accepted_by", "remover", "score", "round")
+            if row[key] is not None
+        }
         assert {**record, **json.loads(row["extra"])} == triplet.extra
         assert row["group"] == triplet.group
     test = pq.read_table(published / "data" / names[0])
@@ -114,8 +142,12 @@ def test_row_groups_stay_small(sets, tmp_path, monkeypatch):
     monkeypatch.setattr(publishing, "GROUP_BYTES", 1)  # one picture may be larger than that
     shard = _publish({"train": sets["train"]}, tmp_path / "b") / "data/train-00000-of-00001.parquet"
     assert pq.read_metadata(shard).num_row_groups == 23
-    assert ParquetSetSource(str(tmp_path / "b")).load_item(
-        list(ParquetSetSource(str(tmp_path / "b")).list_items())[22]).extra["seed"] == 22
+    assert (
+        ParquetSetSource(str(tmp_path / "b"))
+        .load_item(list(ParquetSetSource(str(tmp_path / "b")).list_items())[22])
+        .extra["seed"]
+        == 22
+    )
 
 
 def test_the_card_says_what_is_in_it(published):
@@ -126,22 +158,34 @@ def test_the_card_says_what_is_in_it(published):
     assert header["task_categories"] == ["image-to-image"]
     assert header["size_categories"] == ["n<1K"]
     (config,) = header["configs"]
-    assert config["data_files"] == [{"split": "train", "path": "data/train-*"},
-                                    {"split": "test", "path": "data/test-*"}]
+    assert config["data_files"] == [
+        {"split": "train", "path": "data/train-*"},
+        {"split": "test", "path": "data/test-*"},
+    ]
     info = header["dataset_info"]
     assert [(s["name"], s["num_examples"]) for s in info["splits"]] == [("train", 23), ("test", 5)]
     assert {f["name"]: f["dtype"] for f in info["features"]}["GT"] == "image"
     assert info["download_size"] == sum(p.stat().st_size for p in (published / "data").iterdir())
-    for line in ("# removals", "By *two* people.", "Groups of two.",
-                 "| RORD | RORD's terms | 12 | 3 |", "| MULAN | CC-BY-NC-SA-4.0 | 11 | 2 |",
-                 "| human | rorem | 2 | 12 | 3 |", "| - | rorem | 2 | 11 | 2 |",
-                 "| dog | 12 | 3 |", "| 灯 | 11 | 2 |", "| 48x48 | 23 | 5 |",
-                 'load_dataset("me/removals", split="train"', "li2025rorem"):
+    for line in (
+        "# removals",
+        "By *two* people.",
+        "Groups of two.",
+        "| RORD | RORD's terms | 12 | 3 |",
+        "| MULAN | CC-BY-NC-SA-4.0 | 11 | 2 |",
+        "| human | rorem | 2 | 12 | 3 |",
+        "| - | rorem | 2 | 11 | 2 |",
+        "| dog | 12 | 3 |",
+        "| 灯 | 11 | 2 |",
+        "| 48x48 | 23 | 5 |",
+        'load_dataset("me/removals", split="train"',
+        "li2025rorem",
+    ):
         assert line in text, line
     shares = [16 * (8 + n % 9) / SIZE**2 for n in range(23)]
     row = next(line for line in text.splitlines() if line.startswith("| train | ") and "%" in line)
-    assert row.split(" | ")[1:] == [f"{v:.2%}" for v in np.quantile(
-        shares, [0, .05, .25, .5, .75, .95])] + [f"{max(shares):.2%} |"]
+    assert row.split(" | ")[1:] == [
+        f"{v:.2%}" for v in np.quantile(shares, [0, 0.05, 0.25, 0.5, 0.75, 0.95])
+    ] + [f"{max(shares):.2%} |"]
 
 
 def test_one_known_license_is_the_cards(tmp_path):
@@ -163,8 +207,9 @@ def test_the_same_sets_give_the_same_bytes_and_finished_shards_are_kept(sets, pu
     (out / "data" / f".{second}.partial").write_bytes(b"half")
     seen = []
     _publish(sets, out, max_shard_bytes=60_000, progress=lambda *numbers: seen.append(numbers))
-    changed = {p.name for p in (out / "data").iterdir()
-               if times.get(p.name) != p.stat().st_mtime_ns}
+    changed = {
+        p.name for p in (out / "data").iterdir() if times.get(p.name) != p.stat().st_mtime_ns
+    }
     assert changed == {second}
     assert _hash_shards(out) == _hash_shards(published)
     assert seen[-1] == (28, 28)
@@ -201,8 +246,10 @@ def test_unsound_pictures_are_all_named_and_their_shard_is_not_there(tmp_path):
     source = folder / "source" / "图 001.jpg"
     source.write_bytes(source.read_bytes()[:-200])
     Image.new("L", (SIZE, SIZE)).save(folder / "mask" / "图 003.png")
-    with pytest.raises(TripletError, match="2 records are unsound.*图 001.jpg is truncated"
-                                           ".*图 003.png is an empty mask"):
+    with pytest.raises(
+        TripletError,
+        match="2 records are unsound.*图 001.jpg is truncated.*图 003.png is an empty mask",
+    ):
         _publish({"train": folder}, tmp_path / "out")
     assert not list((tmp_path / "out" / "data").iterdir())
     assert not (tmp_path / "out" / "README.md").exists()
@@ -270,8 +317,11 @@ def test_published_sets_are_assembled_to_the_same_files_and_records(sets, publis
         originals = read_triplets(original, require_gt=False)
         assert [t.id for t in triplets] == [t.id for t in originals]
         for triplet, first in zip(triplets, originals):
-            for path, old in ((triplet.source, first.source), (triplet.mask, first.mask),
-                              (triplet.gt, first.gt)):
+            for path, old in (
+                (triplet.source, first.source),
+                (triplet.mask, first.mask),
+                (triplet.gt, first.gt),
+            ):
                 assert (path and path.read_bytes()) == (old and old.read_bytes())
             assert first.extra.items() <= triplet.extra.items()
             assert triplet.group == first.group
@@ -308,10 +358,22 @@ def test_foreign_parquet_is_read_by_its_columns(tmp_path):
 
     mask = np.zeros((SIZE, SIZE), np.uint8)
     mask[:8, :8] = 255
-    features = Features({"source": ImageColumn(), "mask": ImageColumn(), "GT": ImageColumn(),
-                         "extra": Value("string"), "quality": Value("int32")})
-    rows = {"source": [_picture(1)] * 2, "mask": [mask] * 2, "GT": [_picture(2), None],
-            "extra": ["no JSON", '{"note": 1}'], "quality": [3, None]}
+    features = Features(
+        {
+            "source": ImageColumn(),
+            "mask": ImageColumn(),
+            "GT": ImageColumn(),
+            "extra": Value("string"),
+            "quality": Value("int32"),
+        }
+    )
+    rows = {
+        "source": [_picture(1)] * 2,
+        "mask": [mask] * 2,
+        "GT": [_picture(2), None],
+        "extra": ["no JSON", '{"note": 1}'],
+        "quality": [3, None],
+    }
     (tmp_path / "data").mkdir()
     Dataset.from_dict(rows, features).to_parquet(tmp_path / "data" / "train.parquet")
     source = ParquetSetSource(str(tmp_path))
@@ -397,8 +459,9 @@ def _describe(meta):
     return rows
 
 
-def test_upload_over_a_broken_connection_then_load_dataset_gives_the_same(hub, sets, published,
-                                                                          tmp_path):
+def test_upload_over_a_broken_connection_then_load_dataset_gives_the_same(
+    hub, sets, published, tmp_path
+):
     hub.token = "secret"
     shards = _hash_shards(published)
     broken = shards[sorted(shards)[1]]
@@ -431,7 +494,7 @@ def test_a_killed_upload_goes_on_and_stale_shards_are_deleted(hub, published, se
     deadline = time.monotonic() + 30
     while len(hub.objects) < len(shards) - 1 or not hub.select("PUT", broken):
         assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(.02)
+        time.sleep(0.02)
     process.kill()
     process.communicate()
     assert not hub.select("POST", "/commit/")
@@ -444,14 +507,19 @@ def test_a_killed_upload_goes_on_and_stale_shards_are_deleted(hub, published, se
     hub.run_client(tmp_path, UPLOAD.format(str(smaller)))
     repo = hub.repos["me/removals"]
     assert [p for p in repo.commits[repo.branches["main"]] if p.startswith("data/")] == [
-        "data/test-00000-of-00001.parquet", "data/train-00000-of-00001.parquet"]
+        "data/test-00000-of-00001.parquet",
+        "data/train-00000-of-00001.parquet",
+    ]
 
 
 def test_uploads_go_to_a_branch_that_is_made(hub, published, tmp_path):
-    hub.run_client(tmp_path, f"""
+    hub.run_client(
+        tmp_path,
+        f"""
         from rorem_lib.publishing import upload_dataset
         upload_dataset({str(published)!r}, "me/removals", revision="v2", private=False)
-    """)
+    """,
+    )
     repo = hub.repos["me/removals"]
     assert not repo.private and set(repo.branches) == {"main", "v2"}
     assert "README.md" in repo.commits[repo.branches["v2"]]

@@ -30,7 +30,7 @@ def draw_picture(height, width, seed=0):
     rng = np.random.default_rng(seed)
     image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
     mask = np.zeros((height, width), np.uint8)
-    mask[height // 3:height // 2, width // 3:width // 2] = 255
+    mask[height // 3 : height // 2, width // 3 : width // 2] = 255
     return image, mask
 
 
@@ -39,12 +39,14 @@ def assert_near(a, b):
     assert np.abs(a.astype(int) - b.astype(int)).max() <= 1
 
 
-@pytest.mark.parametrize("height, width", [(64, 64), (75, 100), (500, 333), (41, 40), (96, 96),
-                                           (96, 130), (64, 70), (30, 200)])
+@pytest.mark.parametrize(
+    "height, width",
+    [(64, 64), (75, 100), (500, 333), (41, 40), (96, 96), (96, 130), (64, 70), (30, 200)],
+)
 def test_any_size_comes_back_as_it_went_in(pipe, height, width):
     image, mask = draw_picture(height, width)
     before = image.copy(), mask.copy()
-    result, = remove_objects(pipe, [image], [mask], **QUICK | {"num_inference_steps": 1})
+    (result,) = remove_objects(pipe, [image], [mask], **QUICK | {"num_inference_steps": 1})
     assert result.shape == image.shape and result.dtype == np.uint8
     assert np.array_equal(image, before[0]) and np.array_equal(mask, before[1])
 
@@ -58,15 +60,28 @@ def test_lower_precision_is_the_unets_and_in_fp16_not_the_vaes(pipe, monkeypatch
         return lambda module, inputs, output: seen[name].add(output.dtype)
 
     hooks = [pipe.unet.conv_in.register_forward_hook(note("unet"))]
-    hooks += [module.register_forward_hook(note("vae")) for module in pipe.vae.modules()
-              if isinstance(module, torch.nn.Conv2d)]
+    hooks += [
+        module.register_forward_hook(note("vae"))
+        for module in pipe.vae.modules()
+        if isinstance(module, torch.nn.Conv2d)
+    ]
     step = pipe.scheduler.step
-    monkeypatch.setattr(pipe.scheduler, "step", lambda output, t, sample, **options: (
-        seen["steps"].update({output.dtype, sample.dtype}), step(output, t, sample, **options))[1])
+    monkeypatch.setattr(
+        pipe.scheduler,
+        "step",
+        lambda output, t, sample, **options: (
+            seen["steps"].update({output.dtype, sample.dtype}),
+            step(output, t, sample, **options),
+        )[1],
+    )
     before = dict(pipe.unet.__dict__), dict(pipe.vae.__dict__)
     try:
-        remove_objects(pipe, *map(list, zip(draw_picture(64, 64))), num_inference_steps=2,
-                       mixed_precision=precision)
+        remove_objects(
+            pipe,
+            *map(list, zip(draw_picture(64, 64))),
+            num_inference_steps=2,
+            mixed_precision=precision,
+        )
     finally:
         for hook in hooks:
             hook.remove()
@@ -76,8 +91,10 @@ def test_lower_precision_is_the_unets_and_in_fp16_not_the_vaes(pipe, monkeypatch
 
 
 def test_a_removal_depends_on_its_number_not_on_its_batch(pipe):
-    pictures = [draw_picture(*size, seed=n) for n, size in
-                enumerate([(64, 64), (75, 100), (64, 64), (64, 64)])]
+    pictures = [
+        draw_picture(*size, seed=n)
+        for n, size in enumerate([(64, 64), (75, 100), (64, 64), (64, 64)])
+    ]
     images, masks = map(list, zip(*pictures))
     whole = remove_objects(pipe, images, masks, batch_size=4, **QUICK)
     for a, b in zip(whole, remove_objects(pipe, images, masks, batch_size=1, **QUICK)):
@@ -92,13 +109,13 @@ def test_a_removal_depends_on_its_number_not_on_its_batch(pipe):
 def test_noise_comes_from_seed_and_number(pipe):
     image, mask = draw_picture(64, 64)
     a, b = remove_objects(pipe, [image, image], [mask, mask], **QUICK)
-    other, = remove_objects(pipe, [image], [mask], seed=1, **QUICK)
+    (other,) = remove_objects(pipe, [image], [mask], seed=1, **QUICK)
     assert np.abs(a.astype(int) - b).mean() > 1 and np.abs(a.astype(int) - other).mean() > 1
 
 
 def test_a_large_pictures_detail_survives_outside_the_mask(pipe):
     image, mask = draw_picture(320, 480)
-    result, = remove_objects(pipe, [image], [mask], **QUICK)
+    (result,) = remove_objects(pipe, [image], [mask], **QUICK)
     far = cv2.dilate(mask, np.ones((25, 25), np.uint8)) == 0
 
     def find_detail(picture):
@@ -114,7 +131,7 @@ def test_a_large_pictures_detail_survives_outside_the_mask(pipe):
 def test_pasting_back_keeps_every_pixel_outside_the_wide_mask(pipe):
     for size in ((64, 64), (90, 120)):
         image, mask = draw_picture(*size)
-        result, = remove_objects(pipe, [image], [mask], dilate=5, paste_back=True, **QUICK)
+        (result,) = remove_objects(pipe, [image], [mask], dilate=5, paste_back=True, **QUICK)
         wide = cv2.dilate(mask, np.ones((5, 5), np.uint8))
         assert np.array_equal(result[wide == 0], image[wide == 0])
         assert not np.array_equal(result[wide > 0], image[wide > 0])
@@ -129,8 +146,9 @@ def test_a_thin_mask_does_not_get_lost_in_a_smaller_picture():
     assert (thin[10, 6:39] == 255).all() and set(np.unique(thin)) == {0, 255}
 
 
-@pytest.mark.parametrize("steps, guidance, calls, pictures", [(20, 1.0, 20, 1), (4, 1.0, 4, 1),
-                                                              (3, 3.0, 3, 2)])
+@pytest.mark.parametrize(
+    "steps, guidance, calls, pictures", [(20, 1.0, 20, 1), (4, 1.0, 4, 1), (3, 3.0, 3, 2)]
+)
 def test_each_step_is_one_call_of_the_unet(pipe, steps, guidance, calls, pictures):
     assert count_calls(pipe, steps, guidance) == [pictures] * calls
 
@@ -146,11 +164,18 @@ def test_lcm_runs_all_of_its_four_steps(tiny_model):
 def count_calls(pipe, steps, guidance):
     seen = []
     hook = pipe.unet.register_forward_pre_hook(
-        lambda module, arguments, keywords: seen.append(len(arguments[0])), with_kwargs=True)
+        lambda module, arguments, keywords: seen.append(len(arguments[0])), with_kwargs=True
+    )
     image, mask = draw_picture(64, 64)
     try:
-        remove_objects(pipe, [image], [mask], num_inference_steps=steps, guidance_scale=guidance,
-                       mixed_precision="no")
+        remove_objects(
+            pipe,
+            [image],
+            [mask],
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            mixed_precision="no",
+        )
     finally:
         hook.remove()
     return seen
@@ -181,9 +206,14 @@ def test_classical_methods_fill_the_hole_alone():
 
 @pytest.fixture
 def config(tiny_model, tiny_set, tmp_path):
-    return GenerateConfig(output_dir=str(tmp_path / "out"), meta_path=[str(tiny_set)],
-                          pretrained_model_name_or_path=str(tiny_model), num_inference_steps=1,
-                          batch_size=2, mixed_precision="no")
+    return GenerateConfig(
+        output_dir=str(tmp_path / "out"),
+        meta_path=[str(tiny_set)],
+        pretrained_model_name_or_path=str(tiny_model),
+        num_inference_steps=1,
+        batch_size=2,
+        mixed_precision="no",
+    )
 
 
 def read_results(config):
@@ -212,8 +242,10 @@ def test_several_seeds_a_picture_and_a_part_of_the_set(config, tiny_set):
     found = read_results(config)
     assert sorted(found) == [f"scene-{n}-s{k}" for n in (3, 4) for k in range(3)]
     assert not np.array_equal(found["scene-3-s0"], found["scene-3-s1"])
-    groups = {t.id: (t.group, t.extra["seed"])
-              for t in read_triplets(Path(config.output_dir) / "candidates")}
+    groups = {
+        t.id: (t.group, t.extra["seed"])
+        for t in read_triplets(Path(config.output_dir) / "candidates")
+    }
     assert groups["scene-4-s2"] == ("scene-4", 2)
     # what a picture becomes does not depend on which part of the set was asked for
     config.output_dir, config.start, config.count = config.output_dir + "2", 4, 3
@@ -229,8 +261,12 @@ def test_methods_take_turns(config, tiny_set, tiny_model):
     assert [t.extra["remover"] for t in triplets[:4]] == ["ns", str(tiny_model), "telea", "ns"]
     for triplet in triplets[2], triplets[3]:
         pictures = load_images(triplet)
-        assert np.array_equal(pictures["gt"], removal.inpaint_classical(
-            pictures["source"], pictures["mask"], method=triplet.extra["remover"]))
+        assert np.array_equal(
+            pictures["gt"],
+            removal.inpaint_classical(
+                pictures["source"], pictures["mask"], method=triplet.extra["remover"]
+            ),
+        )
     outside = load_images(triplets[1])["mask"] < 128  # a model's removal is no paste-back
     assert (load_images(triplets[1])["gt"] != load_images(triplets[1])["source"])[outside].any()
 
@@ -317,15 +353,36 @@ def test_two_processes_make_what_one_makes(config):
     alone = read_results(config)
     folder = Path(config.output_dir + "2")
     folder.mkdir()
-    (folder / "config.yaml").write_text(yaml.safe_dump(
-        vars(config) | {"output_dir": str(folder)}))
+    (folder / "config.yaml").write_text(yaml.safe_dump(vars(config) | {"output_dir": str(folder)}))
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
     job = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-         "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-         "--main_process_port", "0", "-m", "rorem_lib.removal", "--config",
-         str(folder / "config.yaml")], cwd=ROOT, env=environment, timeout=300, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--multi_gpu",
+            "--num_processes",
+            "2",
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+            "--main_process_port",
+            "0",
+            "-m",
+            "rorem_lib.removal",
+            "--config",
+            str(folder / "config.yaml"),
+        ],
+        cwd=ROOT,
+        env=environment,
+        timeout=300,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     assert job.returncode == 0, job.stdout[-3000:]
     assert json.loads((folder / "train_metrics.json").read_text())["num_processes"] == 2
     config.output_dir = str(folder)

@@ -25,10 +25,18 @@ UNET_FILE = "remover/unet/diffusion_pytorch_model.safetensors"
 @pytest.fixture
 def config(tiny_model, tiny_set, tmp_path):
     return RemoverConfig(
-        output_dir=str(tmp_path / "out"), meta_path=[str(tiny_set)], resolution=32,
-        high_resolution=48, pretrained_model_name_or_path=str(tiny_model), max_train_steps=3,
-        train_batch_size=4, learning_rate=1e-3, logging_steps=1, mixed_precision="no",
-        latent_cache_dir=str(tmp_path / "cache"))
+        output_dir=str(tmp_path / "out"),
+        meta_path=[str(tiny_set)],
+        resolution=32,
+        high_resolution=48,
+        pretrained_model_name_or_path=str(tiny_model),
+        max_train_steps=3,
+        train_batch_size=4,
+        learning_rate=1e-3,
+        logging_steps=1,
+        mixed_precision="no",
+        latent_cache_dir=str(tmp_path / "cache"),
+    )
 
 
 def make_objective(config):
@@ -51,9 +59,16 @@ def test_stock_diffusers_opens_the_remover_and_runs_it(config, tiny_set, tmp_pat
     pipe = AutoPipelineForInpainting.from_pretrained(tmp_path / "out" / "remover")
     pipe.set_progress_bar_config(disable=True)
     pictures = load_images(read_triplets(tiny_set)[0])
-    image = pipe(prompt="", image=Image.fromarray(pictures["source"]), height=32, width=32,
-                 mask_image=Image.fromarray(pictures["mask"]), num_inference_steps=2,
-                 guidance_scale=1.0, strength=1.0).images[0]
+    image = pipe(
+        prompt="",
+        image=Image.fromarray(pictures["source"]),
+        height=32,
+        width=32,
+        mask_image=Image.fromarray(pictures["mask"]),
+        num_inference_steps=2,
+        guidance_scale=1.0,
+        strength=1.0,
+    ).images[0]
     assert image.size == (32, 32)
     assert not list((tmp_path / "out").rglob("*.bin")), "weights are safetensors, never pickles"
 
@@ -65,16 +80,18 @@ def test_all_of_the_unet_is_trained_and_nothing_else(config, tiny_model, tmp_pat
     still = [n for n in before if torch.equal(before[n], after[n])]
     assert not still, f"untrained: {still}"
     for part in ("vae/diffusion_pytorch_model", "text_encoder/model", "text_encoder_2/model"):
-        old, new = (load_file(f / f"{part}.safetensors")
-                    for f in (tiny_model, tmp_path / "out" / "remover"))
+        old, new = (
+            load_file(f / f"{part}.safetensors") for f in (tiny_model, tmp_path / "out" / "remover")
+        )
         assert all(torch.equal(old[n], new[n]) for n in old), part
 
 
 def test_it_learns_its_own_triplets(config, tmp_path):
     config.max_train_steps = 25
     train_remover(config)
-    losses = [json.loads(x)["loss"] for x in
-              (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    losses = [
+        json.loads(x)["loss"] for x in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
 
 
@@ -85,12 +102,19 @@ def test_adam_in_8_bits_trains_and_goes_on_where_it_stopped(config, tmp_path, mo
     config.use_8bit_adam, config.max_train_steps, config.checkpointing_steps = True, 4, 2
     train_remover(config)
     kept = torch.load(tmp_path / "out" / "checkpoint-2" / "optimizer.bin", weights_only=True)
-    states = [{**state, **state.get("__bnb_optimizer_quant_state__", {})}["state1"]
-              for state in kept["state"].values()]
+    states = [
+        {**state, **state.get("__bnb_optimizer_quant_state__", {})}["state1"]
+        for state in kept["state"].values()
+    ]
     assert {s.dtype for s in states if s.numel() >= 4096} == {torch.uint8}
     losses, weights = read_run(tmp_path / "out")
-    train_remover(replace(config, output_dir=str(tmp_path / "resumed"),
-                          resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2")))
+    train_remover(
+        replace(
+            config,
+            output_dir=str(tmp_path / "resumed"),
+            resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"),
+        )
+    )
     more, resumed = read_run(tmp_path / "resumed")
     assert more == losses[2:]
     assert all(torch.equal(resumed[name], weights[name]) for name in weights)
@@ -115,12 +139,17 @@ def test_flips_turn_everything_at_once_and_each_sample_for_itself(config):
     twins = []
     for position in range(40):
         sample = dataset[position]
-        found = [twin for twin in (0, 1) if all(
-            torch.equal(sample[name], store.read(int(sample["index"]), twin=twin)[name])
-            for name in ("gt", "masked", "mask"))]
+        found = [
+            twin
+            for twin in (0, 1)
+            if all(
+                torch.equal(sample[name], store.read(int(sample["index"]), twin=twin)[name])
+                for name in ("gt", "masked", "mask")
+            )
+        ]
         assert found, "gt, source and mask of one sample come from different twins"
         twins.append(found[0])
-    assert any(set(twins[i:i + 4]) == {0, 1} for i in range(0, 40, 4)), "a flip a batch"
+    assert any(set(twins[i : i + 4]) == {0, 1} for i in range(0, 40, 4)), "a flip a batch"
     config.random_flip = False
     still = make_objective(config).dataset
     for sample in map(still.__getitem__, range(20)):
@@ -152,11 +181,14 @@ def test_a_high_resolution_below_the_normal_one_is_refused(config):
 def test_only_the_first_samples_are_taken_where_a_number_is_given(config, tiny_set):
     config.max_train_samples = 4
     config.meta_path = [str(tiny_set), str(tiny_set)]
-    assert [len(part) for share in make_objective(config).list_shares()
-            for part in share.sets] == [4]
+    assert [len(part) for share in make_objective(config).list_shares() for part in share.sets] == [
+        4
+    ]
     config.max_train_samples = 13
-    assert [len(part) for share in make_objective(config).list_shares()
-            for part in share.sets] == [10, 3]
+    assert [len(part) for share in make_objective(config).list_shares() for part in share.sets] == [
+        10,
+        3,
+    ]
 
 
 @pytest.mark.parametrize("mode", ["crop", "squash"])
@@ -214,8 +246,9 @@ def test_the_unet_sees_noise_mask_and_blanked_source(config):
     objective.compute_loss(model, batch)
     latents = objective.encode_batch(batch)
     noisy = objective.noise_schedule.add_noise(latents["gt"], batch["noise"], batch["timestep"])
-    assert torch.equal(seen["inputs"],
-                       torch.cat([noisy, latents["mask"], latents["masked"]], dim=1))
+    assert torch.equal(
+        seen["inputs"], torch.cat([noisy, latents["mask"], latents["masked"]], dim=1)
+    )
     assert seen["embeds"].shape[:2] == (2, 77)
     assert seen["added"]["time_ids"].tolist() == [[32, 32, 0, 0, 32, 32]] * 2
 
@@ -226,13 +259,17 @@ def test_a_perfect_prediction_has_no_loss(config, kind):
     scheduler = objective.noise_schedule
     scheduler.register_to_config(prediction_type=kind)
     batch = take_batch(objective, range(4))
-    perfect = batch["noise"] if kind == "epsilon" else scheduler.get_velocity(
-        batch["gt"], batch["noise"], batch["timestep"])
+    perfect = (
+        batch["noise"]
+        if kind == "epsilon"
+        else scheduler.get_velocity(batch["gt"], batch["noise"], batch["timestep"])
+    )
 
     def compute(offset):
         sample = perfect + offset
         return objective.compute_loss(
-            lambda *a, **k: type("Output", (), {"sample": sample}), batch)[0].item()
+            lambda *a, **k: type("Output", (), {"sample": sample}), batch
+        )[0].item()
 
     assert compute(0.0) == pytest.approx(0, abs=1e-6)
     assert compute(0.5) == pytest.approx(0.25, abs=1e-5)
@@ -247,7 +284,8 @@ def test_mask_weight_makes_the_hole_count_more(config):
         objective.config.mask_weight = weight
         sample = target + where
         return objective.compute_loss(
-            lambda *a, **k: type("Output", (), {"sample": sample}), batch)[0].item()
+            lambda *a, **k: type("Output", (), {"sample": sample}), batch
+        )[0].item()
 
     hole, rest = batch["mask"], 1 - batch["mask"]
     assert compute(3.0, hole) > 1.2 * compute(0.0, hole)
@@ -262,18 +300,23 @@ def test_holes_of_accepted_removals_count_at_late_times_alone(config, tiny_set, 
     config.meta_path = [str(tiny_set), str(tmp_path / "accepted")]
     config.removal_min_timestep = 600
     objective = make_objective(config)
-    least = {int(s["index"]): int(s["least"]) for s in map(objective.dataset.__getitem__,
-                                                           range(15))}
+    least = {
+        int(s["index"]): int(s["least"]) for s in map(objective.dataset.__getitem__, range(15))
+    }
     assert [least[i] for i in range(15)] == [0] * 10 + [600] * 5
 
     def compute(least, time, where):
         batch = take_batch(objective, range(4)) | {
-            "least": torch.full((4,), least), "timestep": torch.full((4,), time)}
-        target = objective.noise_schedule.get_velocity(batch["gt"], batch["noise"],
-                                                       batch["timestep"])
+            "least": torch.full((4,), least),
+            "timestep": torch.full((4,), time),
+        }
+        target = objective.noise_schedule.get_velocity(
+            batch["gt"], batch["noise"], batch["timestep"]
+        )
         off = batch["mask"] if where == "hole" else 1 - batch["mask"]
-        return objective.compute_loss(lambda *a, **k: type("Output", (), {"sample": target + off}),
-                                      batch)[0].item()
+        return objective.compute_loss(
+            lambda *a, **k: type("Output", (), {"sample": target + off}), batch
+        )[0].item()
 
     assert compute(600, 599, "hole") == pytest.approx(0, abs=1e-6)
     assert compute(600, 599, "rest") == pytest.approx(1, abs=1e-5)
@@ -285,7 +328,7 @@ def test_high_resolution_comes_in_whole_steps_at_its_share(config, tiny_set):
     config.high_resolution_meta_path, config.high_resolution_share = [str(tiny_set)], 0.3
     objective = make_objective(config)
     sides = [objective.dataset[p]["gt"].shape[-1] for p in range(4 * 100)]
-    steps = [set(sides[i:i + 4]) for i in range(0, 400, 4)]
+    steps = [set(sides[i : i + 4]) for i in range(0, 400, 4)]
     assert all(len(step) == 1 for step in steps)
     assert sum(step == {12} for step in steps) == pytest.approx(30, abs=1)
     large = next(p for p in range(0, 400, 4) if sides[p] == 12)
@@ -294,10 +337,13 @@ def test_high_resolution_comes_in_whole_steps_at_its_share(config, tiny_set):
     assert train_remover(config)["train_size"] == 20
 
 
-@pytest.mark.parametrize("processes, accumulation, large, keeps", [
-    (1, 1, False, False), (2, 1, False, True), (1, 2, False, True), (1, 1, True, True)])
+@pytest.mark.parametrize(
+    "processes, accumulation, large, keeps",
+    [(1, 1, False, False), (2, 1, False, True), (1, 2, False, True), (1, 1, True, True)],
+)
 def test_gradients_that_are_there_in_a_forward_pass_are_known(
-        config, tiny_set, processes, accumulation, large, keeps):
+    config, tiny_set, processes, accumulation, large, keeps
+):
     config.gradient_accumulation_steps = accumulation
     config.high_resolution_meta_path = [str(tiny_set)] if large else []
     objective = make_objective(config)
@@ -322,7 +368,13 @@ def test_wide_and_tall_pictures_are_trained_in_shapes_of_their_own(config, tmp_p
         height, width = (side * 4 for side in batch["noise"].shape[-2:])
         shapes.add((height, width))
         assert objective.make_condition(batch["noise"])["time_ids"][0].tolist() == [
-            height, width, 0, 0, height, width]
+            height,
+            width,
+            0,
+            0,
+            height,
+            width,
+        ]
     assert (32, 32) in shapes and len(shapes) == 3
     assert {h > w for h, w in shapes if h != w} == {True, False}
     config.aspect_buckets = False
@@ -330,11 +382,15 @@ def test_wide_and_tall_pictures_are_trained_in_shapes_of_their_own(config, tmp_p
     assert {square.dataset[p]["gt"].shape[1:] for p in range(30)} == {(8, 8)}
 
 
-@pytest.mark.parametrize("change, complaint", [
-    ({"resolution": 30}, "30 px does not suit this model: take a multiple of"),
-    ({"resize_mode": "stretch"}, "resize_mode is 'stretch': take crop or squash"),
-    ({"trainable_modules": ["attn7"]}, "no module's name ends so"),
-    ({"high_resolution_share": 1.5}, "high_resolution_share is 1.5")])
+@pytest.mark.parametrize(
+    "change, complaint",
+    [
+        ({"resolution": 30}, "30 px does not suit this model: take a multiple of"),
+        ({"resize_mode": "stretch"}, "resize_mode is 'stretch': take crop or squash"),
+        ({"trainable_modules": ["attn7"]}, "no module's name ends so"),
+        ({"high_resolution_share": 1.5}, "high_resolution_share is 1.5"),
+    ],
+)
 def test_options_that_do_not_suit_are_named(config, change, complaint):
     with pytest.raises(ValueError, match=complaint):
         make_objective(replace(config, **change))
@@ -357,12 +413,18 @@ def test_a_lora_is_trained_alone_and_merged_into_what_is_written(config, tiny_mo
     merged = AutoPipelineForInpainting.from_pretrained(tmp_path / "out" / "remover").unet
     assert set(merged.state_dict()) == set(whole)
     plain = AutoPipelineForInpainting.from_pretrained(tiny_model)
-    plain.load_lora_weights(str(tmp_path / "out" / "lora"),
-                            weight_name="pytorch_lora_weights.safetensors")
-    inputs = (torch.randn(1, 9, 8, 8), torch.tensor([500]), torch.randn(
-        1, 77, merged.config.cross_attention_dim))
-    added = {"text_embeds": torch.randn(1, plain.text_encoder_2.config.projection_dim),
-             "time_ids": torch.ones(1, 6)}
+    plain.load_lora_weights(
+        str(tmp_path / "out" / "lora"), weight_name="pytorch_lora_weights.safetensors"
+    )
+    inputs = (
+        torch.randn(1, 9, 8, 8),
+        torch.tensor([500]),
+        torch.randn(1, 77, merged.config.cross_attention_dim),
+    )
+    added = {
+        "text_embeds": torch.randn(1, plain.text_encoder_2.config.projection_dim),
+        "time_ids": torch.ones(1, 6),
+    }
     with torch.no_grad():
         a, b = (unet(*inputs, added_cond_kwargs=added).sample for unet in (merged, plain.unet))
         plain.disable_lora()
@@ -372,8 +434,9 @@ def test_a_lora_is_trained_alone_and_merged_into_what_is_written(config, tiny_mo
 
 
 def test_losses_are_told_apart_by_the_quartile_of_their_timestep():
-    parts = split_by_time(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([0, 249, 250, 999]),
-                          1000)
+    parts = split_by_time(
+        torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([0, 249, 250, 999]), 1000
+    )
     assert parts["loss_t1"][:2].tolist() == [1, 2] and parts["loss_t1"][2:].isnan().all()
     assert parts["loss_t2"].nanmean() == 3 and parts["loss_t4"].nanmean() == 4
     assert parts["loss_t3"].isnan().all()
@@ -387,6 +450,7 @@ def test_min_snr_holds_down_easy_times(config):
     def compute(gamma):
         objective.config.snr_gamma = gamma
         return objective.compute_loss(
-            lambda *a, **k: type("Output", (), {"sample": target + 1}), batch)[0].item()
+            lambda *a, **k: type("Output", (), {"sample": target + 1}), batch
+        )[0].item()
 
     assert compute(5.0) < 0.1 * compute(0.0)

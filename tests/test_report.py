@@ -17,15 +17,38 @@ STAGES = [  # name, notebook, row, parameters, metrics
     ("assemble", "01_assemble_dataset", "", {}, {"n": 900}),
     ("initialization", "02_train_remover", "initialization", {}, {"train_size": 600}),
     ("human_1_candidates", "03_generate_removals", "human 1", {}, {"n_images": 100}),
-    ("human_1_labels", "04_annotate", "human 1", {},
-     {"n_candidates": 120, "n_labelled": 100, "n_accepted": 40, "simulated": True}),
+    (
+        "human_1_labels",
+        "04_annotate",
+        "human 1",
+        {},
+        {"n_candidates": 120, "n_labelled": 100, "n_accepted": 40, "simulated": True},
+    ),
     ("human_1", "02_train_remover", "human 1", {}, {"train_size": 640}),
-    ("automation_1_discriminator", "05_train_discriminator", "automation 1", {},
-     {"auc": 0.81, "auc_interval": [0.77, 0.85]}),
-    ("automation_1_accepted", "06_auto_annotate", "automation 1", {},
-     {"n_candidates": 200, "n_removals": 400, "n_accepted": 80, "accepted_share": 0.4,
-      "candidates_success_rate": 0.35, "accepted_precision": 0.8, "expected_precision": 0.9,
-      "candidates_success_rate_interval": [0.3, 0.4], "accepted_precision_interval": [0.7, 0.9]}),
+    (
+        "automation_1_discriminator",
+        "05_train_discriminator",
+        "automation 1",
+        {},
+        {"auc": 0.81, "auc_interval": [0.77, 0.85]},
+    ),
+    (
+        "automation_1_accepted",
+        "06_auto_annotate",
+        "automation 1",
+        {},
+        {
+            "n_candidates": 200,
+            "n_removals": 400,
+            "n_accepted": 80,
+            "accepted_share": 0.4,
+            "candidates_success_rate": 0.35,
+            "accepted_precision": 0.8,
+            "expected_precision": 0.9,
+            "candidates_success_rate_interval": [0.3, 0.4],
+            "accepted_precision_interval": [0.7, 0.9],
+        },
+    ),
     ("automation_1", "02_train_remover", "automation 1", {}, {"train_size": 720}),
     ("control", "02_train_remover", "control", {}, {"train_size": 600}),
     ("distillation", "07_distill_lora", "distillation", {}, {"steps": 10}),
@@ -34,32 +57,74 @@ STAGES = [  # name, notebook, row, parameters, metrics
 
 
 def make_method(name, rate, **more):
-    return {"name": name, "kind": "remover", "row": "", "control": False, "lora": "",
-            "scheduler": "default", "n": 100, "success_rate": rate,
-            "success_interval": [rate - 0.1, rate + 0.1], "success_rate_discriminator": rate + 0.02,
-            "psnr_hole": 20 + rate, "psnr_shadow": 19.0, "psnr_background": 30.0, "ssim_hole": 0.7,
-            "seconds_per_image": 0.1, "unet_calls": 20.0, "failures": {"blur": 4}, **more}
+    return {
+        "name": name,
+        "kind": "remover",
+        "row": "",
+        "control": False,
+        "lora": "",
+        "scheduler": "default",
+        "n": 100,
+        "success_rate": rate,
+        "success_interval": [rate - 0.1, rate + 0.1],
+        "success_rate_discriminator": rate + 0.02,
+        "psnr_hole": 20 + rate,
+        "psnr_shadow": 19.0,
+        "psnr_background": 30.0,
+        "ssim_hole": 0.7,
+        "seconds_per_image": 0.1,
+        "unet_calls": 20.0,
+        "failures": {"blur": 4},
+        **more,
+    }
 
 
-METHODS = [make_method("Telea", 0.2, kind="telea", unet_calls=0.0),
-           make_method("base", 0.1, row="base"),
-           make_method("initialization", 0.3, row="initialization"),
-           make_method("human 1", 0.4, row="human 1"),
-           make_method("automation 1 <final>", 0.5, row="automation 1"),
-           make_method("control", 0.35, row="control", control=True),
-           make_method("4-step", 0.45, row="distillation", lora="x", scheduler="lcm",
-                       unet_calls=4.0)]
-COMPARISONS = [{"first": "automation 1 <final>", "second": "control", "measure": "accept",
-                "difference": 15.0, "low": 5.0, "high": 25.0, "p_value": 0.004, "only_first": 20,
-                "only_second": 5, "n": 100, "significant": True},
-               {"first": "automation 1 <final>", "second": "source", "measure": "psnr_shadow",
-                "difference": 3.1, "low": 2.5, "high": 3.6, "p_value": None, "only_first": None,
-                "only_second": None, "n": 40, "significant": True}]
+METHODS = [
+    make_method("Telea", 0.2, kind="telea", unet_calls=0.0),
+    make_method("base", 0.1, row="base"),
+    make_method("initialization", 0.3, row="initialization"),
+    make_method("human 1", 0.4, row="human 1"),
+    make_method("automation 1 <final>", 0.5, row="automation 1"),
+    make_method("control", 0.35, row="control", control=True),
+    make_method("4-step", 0.45, row="distillation", lora="x", scheduler="lcm", unet_calls=4.0),
+]
+COMPARISONS = [
+    {
+        "first": "automation 1 <final>",
+        "second": "control",
+        "measure": "accept",
+        "difference": 15.0,
+        "low": 5.0,
+        "high": 25.0,
+        "p_value": 0.004,
+        "only_first": 20,
+        "only_second": 5,
+        "n": 100,
+        "significant": True,
+    },
+    {
+        "first": "automation 1 <final>",
+        "second": "source",
+        "measure": "psnr_shadow",
+        "difference": 3.1,
+        "low": 2.5,
+        "high": 3.6,
+        "p_value": None,
+        "only_first": None,
+        "only_second": None,
+        "n": 40,
+        "significant": True,
+    },
+]
 
 
 def make_recipe(stages=STAGES):
-    rows = [SimpleNamespace(name=name, notebook=Path(f"/notebooks/{notebook}.ipynb"), row=row,
-                            parameters=parameters) for name, notebook, row, parameters, _ in stages]
+    rows = [
+        SimpleNamespace(
+            name=name, notebook=Path(f"/notebooks/{notebook}.ipynb"), row=row, parameters=parameters
+        )
+        for name, notebook, row, parameters, _ in stages
+    ]
     return SimpleNamespace(name="small", description="A <small> run.", seed=4, stages=tuple(rows))
 
 
@@ -69,22 +134,48 @@ def write_run(folder, stages=STAGES, *, skip=()):
             continue
         place = folder / name
         if notebook == "08_evaluate":
-            metrics = {"methods": METHODS, "source": {"psnr_shadow": 17.0}, "test_size": 100,
-                       "seed": 4, "comparisons": COMPARISONS, "judged_by": "simulated annotator"}
+            metrics = {
+                "methods": METHODS,
+                "source": {"psnr_shadow": 17.0},
+                "test_size": 100,
+                "seed": 4,
+                "comparisons": COMPARISONS,
+                "judged_by": "simulated annotator",
+            }
             (place / "figures").mkdir(parents=True)
             for title in ("cases_best", "cases_worst", "failures", "families"):
                 save_image(place / "figures" / f"{title}.png", np.zeros((8, 8, 3), np.uint8))
         write_json(place / "metrics.json", metrics)
-        write_json(place / "stage.json", {"seconds": 10.0 + number, "versions": {"torch": "2.13"},
-                                          "commit": "abc", "dirty": True})
+        write_json(
+            place / "stage.json",
+            {
+                "seconds": 10.0 + number,
+                "versions": {"torch": "2.13"},
+                "commit": "abc",
+                "dirty": True,
+            },
+        )
         write_text(place / "notebook.ipynb", "{}")
         if notebook in report.TRAINING:
-            write_text(place / "metrics.jsonl", "".join(
-                json.dumps({"step": n, "loss": 1 / n}) + "\n" for n in range(1, 9)) + '{"step": 9')
+            write_text(
+                place / "metrics.jsonl",
+                "".join(json.dumps({"step": n, "loss": 1 / n}) + "\n" for n in range(1, 9))
+                + '{"step": 9',
+            )
         if notebook == "05_train_discriminator":
-            write_json(place / "calibration.json", {
-                "curve": {"predicted": [0.2, 0.8], "observed": [0.3, 0.7], "low": [0.2, 0.6],
-                          "high": [0.4, 0.8], "count": [9, 9]}, "roc": None})
+            write_json(
+                place / "calibration.json",
+                {
+                    "curve": {
+                        "predicted": [0.2, 0.8],
+                        "observed": [0.3, 0.7],
+                        "low": [0.2, 0.6],
+                        "high": [0.4, 0.8],
+                        "count": [9, 9],
+                    },
+                    "roc": None,
+                },
+            )
         write_text(place / "DONE", "x\n")
 
 
@@ -127,14 +218,26 @@ def test_summary_has_the_figures_of_every_round(finished):
 def test_summary_has_methods_discriminator_and_times(finished):
     summary = finished[1]
     assert [m["name"] for m in summary["methods"]] == [m["name"] for m in METHODS]
-    assert {"name", "success_rate", "success_rate_discriminator", "psnr_hole", "psnr_shadow",
-            "seconds_per_image", "unet_calls"} <= set(summary["methods"][0])
+    assert {
+        "name",
+        "success_rate",
+        "success_rate_discriminator",
+        "psnr_hole",
+        "psnr_shadow",
+        "seconds_per_image",
+        "unet_calls",
+    } <= set(summary["methods"][0])
     judge = {k: summary["discriminator"][k] for k in report.DISCRIMINATOR_KEYS}
-    assert judge == {"auc": 0.81, "candidates_success_rate": 0.35, "accepted_precision": 0.8,
-                     "accepted_share": 0.4}
+    assert judge == {
+        "auc": 0.81,
+        "candidates_success_rate": 0.35,
+        "accepted_precision": 0.8,
+        "accepted_share": 0.4,
+    }
     seconds = summary["wall_seconds"]
     assert seconds["assemble"] == 10 and seconds["total"] == sum(
-        v for k, v in seconds.items() if k != "total")
+        v for k, v in seconds.items() if k != "total"
+    )
     assert (summary["test_size"], summary["seed"], summary["not_run"]) == (100, 4, [])
 
 
@@ -165,10 +268,24 @@ def test_what_people_say_has_a_section_where_they_were_asked(finished, tmp_path)
     assert "What people say" not in finished[0].read_text()
     write_run(tmp_path)
     evaluation = tmp_path / "evaluation"
-    rows = [{"name": "automation 1 <final>", "n": 20, "success_rate": 0.55,
-             "success_interval": [0.34, 0.74], "simulated_rate": 0.5, "same_verdict": 0.85}]
-    study = {"answers": 40, "annotators": 2, "trials": 20, "alpha": 0.61, "methods": rows,
-             "preferences": []}
+    rows = [
+        {
+            "name": "automation 1 <final>",
+            "n": 20,
+            "success_rate": 0.55,
+            "success_interval": [0.34, 0.74],
+            "simulated_rate": 0.5,
+            "same_verdict": 0.85,
+        }
+    ]
+    study = {
+        "answers": 40,
+        "annotators": 2,
+        "trials": 20,
+        "alpha": 0.61,
+        "methods": rows,
+        "preferences": [],
+    }
     metrics = read_json(evaluation / "metrics.json")
     write_json(evaluation / "metrics.json", metrics | {"user_study": study})
     save_image(evaluation / "figures/user_study.png", np.zeros((8, 8, 3), np.uint8))
@@ -215,7 +332,9 @@ def test_the_fuller_evaluation_counts(tmp_path):
     (tmp_path / "evaluation" / "DONE").unlink()
     summary = report.collect_summary(tmp_path, make_recipe(stages))
     assert summary["test_size"] == 20 and [m["name"] for m in summary["methods"]] == [
-        "Telea", "base"]
+        "Telea",
+        "base",
+    ]
 
 
 def test_a_torn_record_does_not_stop_the_report(tmp_path):

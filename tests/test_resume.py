@@ -53,11 +53,17 @@ def sets(tmp_path_factory):
         with TripletWriter(folder / name) as writer:
             for number, (height, width) in enumerate(shapes):
                 scene = render_scene([5, number], role="rord", size=64)
-                rows, columns = ([min(max(0, int(x.mean()) - side // 2), 64 - side)
-                                  for x, side in zip(scene.mask.nonzero(), (height, width))])
+                rows, columns = [
+                    min(max(0, int(x.mean()) - side // 2), 64 - side)
+                    for x, side in zip(scene.mask.nonzero(), (height, width))
+                ]
                 part = (slice(rows, rows + height), slice(columns, columns + width))
-                writer.add(id=f"{name}-{number}", source=scene.image[part].copy(),
-                           mask=scene.mask[part].copy(), gt=scene.truth[part].copy())
+                writer.add(
+                    id=f"{name}-{number}",
+                    source=scene.image[part].copy(),
+                    mask=scene.mask[part].copy(),
+                    gt=scene.truth[part].copy(),
+                )
     return folder
 
 
@@ -69,16 +75,32 @@ def make_config(tmp_path_factory, tiny_model, sets):
 
     def make(folder, **changes):
         given = {
-            "output_dir": str(folder), "meta_path": [str(sets / "mixed")], "resolution": 32,
-            "high_resolution_meta_path": [str(sets / "high")], "high_resolution": 48,
-            "high_resolution_share": 0.4, "aspect_buckets": True, "mask_variants": 2,
-            "pretrained_model_name_or_path": str(tiny_model), "max_train_steps": STEPS,
-            "train_batch_size": 4, "gradient_accumulation_steps": 2, "learning_rate": 1e-3,
-            "lr_scheduler": "cosine", "lr_warmup_steps": 3, "ema_decay": 0.9, "logging_steps": 1,
-            "checkpointing_steps": 2, "validation_steps": 3, "num_validation_images": 1,
-            "dataloader_num_workers": 1, "mixed_precision": "auto",
-            "latent_cache_dir": str(cache)}
+            "output_dir": str(folder),
+            "meta_path": [str(sets / "mixed")],
+            "resolution": 32,
+            "high_resolution_meta_path": [str(sets / "high")],
+            "high_resolution": 48,
+            "high_resolution_share": 0.4,
+            "aspect_buckets": True,
+            "mask_variants": 2,
+            "pretrained_model_name_or_path": str(tiny_model),
+            "max_train_steps": STEPS,
+            "train_batch_size": 4,
+            "gradient_accumulation_steps": 2,
+            "learning_rate": 1e-3,
+            "lr_scheduler": "cosine",
+            "lr_warmup_steps": 3,
+            "ema_decay": 0.9,
+            "logging_steps": 1,
+            "checkpointing_steps": 2,
+            "validation_steps": 3,
+            "num_validation_images": 1,
+            "dataloader_num_workers": 1,
+            "mixed_precision": "auto",
+            "latent_cache_dir": str(cache),
+        }
         return RemoverConfig(**given | changes)
+
     return make
 
 
@@ -93,19 +115,37 @@ def start(words, folder, processes=1):
     """A job as a user starts it, its words in `job.log`."""
     command = [sys.executable]
     if processes > 1:
-        command += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes",
-                    str(processes), "--num_machines", "1", "--mixed_precision", "no",
-                    "--dynamo_backend", "no", "--main_process_port", "0"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo",
-                                "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        command += [
+            "-m",
+            "accelerate.commands.launch",
+            "--multi_gpu",
+            "--num_processes",
+            str(processes),
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+            "--main_process_port",
+            "0",
+        ]
+    environment = os.environ | {
+        "ACCELERATE_USE_CPU": "true",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
     with open(Path(folder) / "job.log", "a") as log:
-        return subprocess.Popen([*command, *words], cwd=ROOT, env=environment, stdout=log,
-                                stderr=subprocess.STDOUT)
+        return subprocess.Popen(
+            [*command, *words], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+        )
 
 
 def start_remover(config, processes):
-    return start(["-m", "rorem_lib.remover", "--config", write_config(config)], config.output_dir,
-                 processes)
+    return start(
+        ["-m", "rorem_lib.remover", "--config", write_config(config)], config.output_dir, processes
+    )
 
 
 def finish(job, folder):
@@ -145,14 +185,20 @@ def read_metrics(config):
 
 def read_weights(config):
     """The averaged weights at the end, the trained ones of the last checkpoint; by folder, name."""
-    return {(folder, name): value for folder in ("remover", f"checkpoint-{STEPS - 2}") for
-            name, value in load_file(Path(config.output_dir, folder, "unet", UNET)).items()}
+    return {
+        (folder, name): value
+        for folder in ("remover", f"checkpoint-{STEPS - 2}")
+        for name, value in load_file(Path(config.output_dir, folder, "unet", UNET)).items()
+    }
 
 
 def list_states(folder):
     """What a training writes in more than one go."""
-    return sorted(p.name for p in Path(folder).iterdir()
-                  if p.name.startswith((".", "checkpoint", "remover", "train_metrics")))
+    return sorted(
+        p.name
+        for p in Path(folder).iterdir()
+        if p.name.startswith((".", "checkpoint", "remover", "train_metrics"))
+    )
 
 
 def assert_same_run(config, whole, *, looks=True):
@@ -162,8 +208,12 @@ def assert_same_run(config, whole, *, looks=True):
     one, other = read_weights(config), read_weights(whole)
     assert one.keys() == other.keys()
     assert not [name for name in one if not torch.equal(one[name], other[name])]
-    assert list_states(config.output_dir) == ["checkpoint-4", "checkpoint-6", "remover",
-                                              "train_metrics.json"]
+    assert list_states(config.output_dir) == [
+        "checkpoint-4",
+        "checkpoint-6",
+        "remover",
+        "train_metrics.json",
+    ]
     if looks:
         file = "validation_images/metrics.jsonl"
         assert read_lines(config, file) == read_lines(whole, file)
@@ -244,16 +294,20 @@ def test_killed_while_it_writes_again_and_again_it_goes_on_bit_for_bit(tmp_path,
     assert_same_run(config, whole)
 
 
-def test_killed_while_latents_are_cached_it_makes_the_missing_ones(tmp_path, whole, forks,
-                                                                   monkeypatch):
+def test_killed_while_latents_are_cached_it_makes_the_missing_ones(
+    tmp_path, whole, forks, monkeypatch
+):
     config = replace(whole, output_dir=str(tmp_path / "run"), latent_cache_dir=str(tmp_path / "c"))
     die(forks, config, "in cache", 2)
-    first, = (tmp_path / "c").glob("*/*/*.safetensors")
-    torn, = (tmp_path / "c").glob("*/*/.*.partial")
+    (first,) = (tmp_path / "c").glob("*/*/*.safetensors")
+    (torn,) = (tmp_path / "c").glob("*/*/.*.partial")
     os.utime(torn, (time.time() - 700,) * 2)  # a younger one may be in work in another container
     before, written, save_shard = first.stat(), [], latent_cache._save_shard
-    monkeypatch.setattr(latent_cache, "_save_shard", lambda shard, *rest: (
-        written.append(shard.path), save_shard(shard, *rest)))
+    monkeypatch.setattr(
+        latent_cache,
+        "_save_shard",
+        lambda shard, *rest: (written.append(shard.path), save_shard(shard, *rest)),
+    )
     train_remover(config)
     assert len(written) == 2 and first not in written and not torn.exists()
     assert first.stat().st_mtime_ns == before.st_mtime_ns
@@ -261,10 +315,13 @@ def test_killed_while_latents_are_cached_it_makes_the_missing_ones(tmp_path, who
     assert_same_run(config, whole)
 
 
-def test_a_full_disk_leaves_a_checkpoint_from_which_it_goes_on_bit_for_bit(tmp_path, whole,
-                                                                           monkeypatch):
-    config, limits = replace(whole, output_dir=str(tmp_path)), resource.getrlimit(
-        resource.RLIMIT_FSIZE)
+def test_a_full_disk_leaves_a_checkpoint_from_which_it_goes_on_bit_for_bit(
+    tmp_path, whole, monkeypatch
+):
+    config, limits = (
+        replace(whole, output_dir=str(tmp_path)),
+        resource.getrlimit(resource.RLIMIT_FSIZE),
+    )
     save = checkpoints.save_checkpoint
 
     def fill_and_save(accelerator, config, step, **rest):
@@ -281,7 +338,8 @@ def test_a_full_disk_leaves_a_checkpoint_from_which_it_goes_on_bit_for_bit(tmp_p
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         monkeypatch.undo()
     assert f"{tmp_path / 'checkpoint-2'} is intact, and training goes on from it" in str(
-        caught.value)
+        caught.value
+    )
     assert list_states(tmp_path) == ["checkpoint-2"]
     assert train_remover(config)["resumed_at"] == 2
     assert_same_run(config, whole)
@@ -295,10 +353,16 @@ def pair(tmp_path_factory, make_config):
     """Undisturbed trainings of two processes, with accumulation and without."""
     folder = tmp_path_factory.mktemp("pair")
     accumulated = make_config(folder / "2x2x2", train_batch_size=2, mixed_precision="no")
-    large = replace(accumulated, output_dir=str(folder / "2x4"), train_batch_size=4,
-                    gradient_accumulation_steps=1, validation_steps=0)
-    job = start([str(ROOT / "tests" / "resume_job.py"), *map(write_config, (accumulated, large))],
-                folder, 2)
+    large = replace(
+        accumulated,
+        output_dir=str(folder / "2x4"),
+        train_batch_size=4,
+        gradient_accumulation_steps=1,
+        validation_steps=0,
+    )
+    job = start(
+        [str(ROOT / "tests" / "resume_job.py"), *map(write_config, (accumulated, large))], folder, 2
+    )
     finish(job, folder)
     assert [read_metrics(c)["num_processes"] for c in (accumulated, large)] == [2, 2]
     return accumulated, large
@@ -335,15 +399,21 @@ def read_steps(config, processes):
     micro = [x for at_once in zip(*ranks, strict=True) for x in at_once]
     count = len(micro) // STEPS
     steps = []
-    for parts in (micro[n:n + count] for n in range(0, len(micro), count)):
-        size, = {tuple(x["size"]) for x in parts}
-        steps.append((size, [i for x in parts for i in x["index"]],
-                      [t for x in parts for t in x["timestep"]]))
+    for parts in (micro[n : n + count] for n in range(0, len(micro), count)):
+        (size,) = {tuple(x["size"]) for x in parts}
+        steps.append(
+            (
+                size,
+                [i for x in parts for i in x["index"]],
+                [t for x in parts for t in x["timestep"]],
+            )
+        )
     return steps
 
 
-def test_the_same_global_batch_is_the_same_training_however_it_is_divided(tmp_path, pair,
-                                                                          tiny_model):
+def test_the_same_global_batch_is_the_same_training_however_it_is_divided(
+    tmp_path, pair, tiny_model
+):
     alone = replace(pair[1], output_dir=str(tmp_path), train_batch_size=GLOBAL_BATCH)
     metrics = train(alone)
     assert metrics["num_processes"] == 1 and metrics["images"] == GLOBAL_BATCH * STEPS

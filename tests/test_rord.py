@@ -43,11 +43,20 @@ def _save(path, array):
 def _label(path, *polygons, resolution="192, 108"):
     """Polygons are (Class_ID, [x, y, ...])."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({
-        "Raw_Data_Info.": {"Raw_Data_ID": "영상", "Resolution": resolution},
-        "Learning_Data_Info.": {"Annotation": [
-            {"Class_ID": name, "segmentation": points} for name, points in polygons]}},
-        ensure_ascii=False), encoding="utf-8")
+    path.write_text(
+        json.dumps(
+            {
+                "Raw_Data_Info.": {"Raw_Data_ID": "영상", "Resolution": resolution},
+                "Learning_Data_Info.": {
+                    "Annotation": [
+                        {"Class_ID": name, "segmentation": points} for name, points in polygons
+                    ]
+                },
+            },
+            ensure_ascii=False,
+        ),
+        encoding="utf-8",
+    )
 
 
 def _opened(path, mode="RGB"):
@@ -56,8 +65,9 @@ def _opened(path, mode="RGB"):
 
 def _load(source, **filters):
     """All items' pictures by their frame's stem."""
-    return {item.place.name.rsplit(".", 1)[0]: source.load_item(item)
-            for item in source.list_items()}
+    return {
+        item.place.name.rsplit(".", 1)[0]: source.load_item(item) for item in source.list_items()
+    }
 
 
 def _low_resolution(root, scene=SCENE, split="train", count=3, inverted=True):
@@ -121,13 +131,19 @@ def _preprocess_as_authors(image_path, plate_path, label_path, size=(480, 270)):
         framed_one = cv2.copyMakeBorder(one, 10, 10, 10, 10, cv2.BORDER_CONSTANT, value=0)
         continued = cv2.inpaint(framed, framed_one, 3, cv2.INPAINT_NS)[10:-10, 10:-10]
         cloned = cv2.seamlessClone(
-            np.repeat(plate_y[:, :, None], 3, axis=2), np.repeat(continued[:, :, None], 3, axis=2),
-            one * 255, (left + across // 2, top + down // 2), cv2.NORMAL_CLONE)
+            np.repeat(plate_y[:, :, None], 3, axis=2),
+            np.repeat(continued[:, :, None], 3, axis=2),
+            one * 255,
+            (left + across // 2, top + down // 2),
+            cv2.NORMAL_CLONE,
+        )
         yuv = np.concatenate((cloned[:, :, :1], plate_yuv[:, :, 1:]), axis=2)
         gt = cv2.cvtColor(yuv, cv2.COLOR_YUV2BGR)
-    return (cv2.resize(image, size, interpolation=cv2.INTER_AREA),
-            cv2.resize(gt, size, interpolation=cv2.INTER_AREA),
-            cv2.resize(255 - 255 * mask, size, interpolation=cv2.INTER_NEAREST))
+    return (
+        cv2.resize(image, size, interpolation=cv2.INTER_AREA),
+        cv2.resize(gt, size, interpolation=cv2.INTER_AREA),
+        cv2.resize(255 - 255 * mask, size, interpolation=cv2.INTER_NEAREST),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -135,15 +151,20 @@ def large(tmp_path_factory):
     """A raw video of 960x540 with polygons of every kind."""
     folder = tmp_path_factory.mktemp("raw") / "S1"
     plate = _plate(3, 960, 540)
-    polygons = [("F38", [200, 100, 330, 80, 350, 260, 210, 300]), ("F02", [10, 10, 20, 20]),
-                ("F38", [300, 200, 420, 190, 440, 330, 310, 340]),  # over the first one
-                ("F40", [500, 500, 500, 500, 500, 500]),  # a single pixel
-                ("F12", [860, 200, 960, 210, 960, 420, 870, 400]),  # a column over the border
-                ("F12", [0, 420, 130, 440, 120, 539, 0, 539])]
+    polygons = [
+        ("F38", [200, 100, 330, 80, 350, 260, 210, 300]),
+        ("F02", [10, 10, 20, 20]),
+        ("F38", [300, 200, 420, 190, 440, 330, 310, 340]),  # over the first one
+        ("F40", [500, 500, 500, 500, 500, 500]),  # a single pixel
+        ("F12", [860, 200, 960, 210, 960, 420, 870, 400]),  # a column over the border
+        ("F12", [0, 420, 130, 440, 120, 539, 0, 539]),
+    ]
     for number in (1, 2):
         frame = plate + np.uint8(2 * number)  # the light drifts
-        for (_, points), colour in zip(polygons, [(220, 30, 30), (0, 0, 0), (30, 40, 210),
-                                                  (0, 0, 0), (240, 240, 60), (20, 90, 20)]):
+        for (_, points), colour in zip(
+            polygons,
+            [(220, 30, 30), (0, 0, 0), (30, 40, 210), (0, 0, 0), (240, 240, 60), (20, 90, 20)],
+        ):
             cv2.fillPoly(frame, [np.array(points).reshape(-1, 2) - number], colour)
         stem = f"{SCENE}_F{number:04d}"
         _save(folder / "jpg" / SCENE / f"{stem}.jpg", frame)
@@ -160,43 +181,60 @@ def test_raw_frames_become_what_the_authors_preprocessing_writes(large):
         found = source.load_item(item)
         stem = item.place.name.removesuffix(".jpg")
         image, gt, mask = _preprocess_as_authors(
-            large / "jpg" / SCENE / f"{stem}.jpg", large / "jpg" / SCENE / f"{SCENE}_G0001.jpg",
-            large / "M" / SCENE / f"{stem}_M.json")
+            large / "jpg" / SCENE / f"{stem}.jpg",
+            large / "jpg" / SCENE / f"{SCENE}_G0001.jpg",
+            large / "M" / SCENE / f"{stem}_M.json",
+        )
         assert np.array_equal(found.source.array, image[..., ::-1])
         assert np.array_equal(found.gt.array, gt[..., ::-1])
         assert np.array_equal(found.mask.array, 255 - mask)
         assert 0.05 < (mask == 0).mean() < 0.25
         assert found.source.file is found.mask.file is found.gt.file is None
-        assert found.extra == {"gt_kind": "blended", "mask_kind": "label", "frame": int(stem[-1]),
-                               "classes": ["F12", "F38"]}
+        assert found.extra == {
+            "gt_kind": "blended",
+            "mask_kind": "label",
+            "frame": int(stem[-1]),
+            "classes": ["F12", "F38"],
+        }
 
 
 def test_what_is_written_for_layout_3_loads_as_the_raw_frame_does(large, tmp_path):
     stem = f"{SCENE}_F0001"
     image, gt, mask = _preprocess_as_authors(
-        large / "jpg" / SCENE / f"{stem}.jpg", large / "jpg" / SCENE / f"{SCENE}_G0001.jpg",
-        large / "M" / SCENE / f"{stem}_M.json")
+        large / "jpg" / SCENE / f"{stem}.jpg",
+        large / "jpg" / SCENE / f"{SCENE}_G0001.jpg",
+        large / "M" / SCENE / f"{stem}_M.json",
+    )
     for name, array in (("img", image[..., ::-1]), ("gt", gt[..., ::-1]), ("mask", mask)):
         _save(tmp_path / "train" / name / f"{stem}.png", array)
     ours = _load(RordSource(str(large), frames=1, size=(480, 270)))[stem]
     written = _load(RordSource(str(tmp_path)))[stem]
     for part in ("source", "gt", "mask"):
         assert np.array_equal(getattr(written, part).array, getattr(ours, part).array)
-    assert written.extra == {"gt_kind": "blended", "mask_kind": "label", "mask_inverted": True,
-                             "frame": 1}
+    assert written.extra == {
+        "gt_kind": "blended",
+        "mask_kind": "label",
+        "mask_inverted": True,
+        "frame": 1,
+    }
 
 
 def test_background_polygons_are_left_in_the_mask_and_in_the_gt(tmp_path):
     _raw(tmp_path, count=1)
     frame = tmp_path / "S1" / "jpg" / SCENE / f"{SCENE}_F0001.jpg"
     _save(frame, _frame(_plate(), (30, 15, 60, 40), (70, 10, 90, 30), colour=(40, 40, 40)))
-    _label(tmp_path / "S1" / "M" / SCENE / f"{SCENE}_F0001_M.json", ("F38", BOX),
-           ("BO07", [140, 20, 179, 20, 179, 59, 140, 59]))
+    _label(
+        tmp_path / "S1" / "M" / SCENE / f"{SCENE}_F0001_M.json",
+        ("F38", BOX),
+        ("BO07", [140, 20, 179, 20, 179, 59, 140, 59]),
+    )
     (found,) = _load(RordSource(str(tmp_path))).values()
     assert np.array_equal(found.mask.array, _hole())
     assert found.extra["classes"] == ["F38"]
-    luma = [cv2.cvtColor(x, cv2.COLOR_RGB2YUV)[..., 0].astype(int)
-            for x in (found.gt.array, found.source.array, _plate())]
+    luma = [
+        cv2.cvtColor(x, cv2.COLOR_RGB2YUV)[..., 0].astype(int)
+        for x in (found.gt.array, found.source.array, _plate())
+    ]
     kept = np.s_[12:28, 72:88]
     assert np.abs(luma[0] - luma[1])[kept].mean() < 12  # clipped where the chroma is the plate's
     assert np.abs(luma[0] - luma[2])[kept].mean() > 40
@@ -207,11 +245,14 @@ def test_background_polygons_are_left_in_the_mask_and_in_the_gt(tmp_path):
     assert both.extra["classes"] == ["BO07", "F38"]
 
 
-@pytest.mark.parametrize("points, box", [
-    ([-30, -20, 60, -20, 60, 80, -30, 80], (0, 0, 31, 41)),
-    ([150, 60, 300, 60, 300, 200, 150, 200], (75, 30, 96, 54)),
-    ([-40, 40, 400, 40, 400, 80, -40, 80], (0, 20, 96, 41)),
-])
+@pytest.mark.parametrize(
+    "points, box",
+    [
+        ([-30, -20, 60, -20, 60, 80, -30, 80], (0, 0, 31, 41)),
+        ([150, 60, 300, 60, 300, 200, 150, 200], (75, 30, 96, 54)),
+        ([-40, 40, 400, 40, 400, 80, -40, 80], (0, 20, 96, 41)),
+    ],
+)
 def test_polygons_that_leave_the_picture_are_blended_in_place(tmp_path, points, box):
     _raw(tmp_path, count=1)
     _save(tmp_path / "S1" / "jpg" / SCENE / f"{SCENE}_F0001.jpg", _frame(_plate(), box))
@@ -219,12 +260,22 @@ def test_polygons_that_leave_the_picture_are_blended_in_place(tmp_path, points, 
     (found,) = _load(RordSource(str(tmp_path))).values()
     assert np.array_equal(found.mask.array, _hole(*box))
     difference = np.abs(found.gt.array.astype(int) - _plate())[found.mask.array > 0]
-    assert difference.mean() < 25 < np.abs(found.source.array.astype(int) - _plate())[
-        found.mask.array > 0].mean()
+    assert (
+        difference.mean()
+        < 25
+        < np.abs(found.source.array.astype(int) - _plate())[found.mask.array > 0].mean()
+    )
 
 
-@pytest.mark.parametrize("points", [[80, 40, 83, 40, 83, 43, 80, 43], [80, 40, 120, 40, 100, 40],
-                                    [80, 40, 81, 40, 81, 90, 80, 90], [0, 0, 8, 0, 8, 4, 0, 4]])
+@pytest.mark.parametrize(
+    "points",
+    [
+        [80, 40, 83, 40, 83, 43, 80, 43],
+        [80, 40, 120, 40, 100, 40],
+        [80, 40, 81, 40, 81, 90, 80, 90],
+        [0, 0, 8, 0, 8, 4, 0, 4],
+    ],
+)
 def test_polygons_too_thin_to_blend_get_the_plate(tmp_path, points):
     _raw(tmp_path, count=1)
     label = tmp_path / "S1" / "M" / SCENE / f"{SCENE}_F0001_M.json"
@@ -250,8 +301,12 @@ def test_960x540_takes_the_label_and_the_blended_gt(tmp_path):
     assert found.gt.file == part / "gt" / SCENE / f"{stem}.jpg"
     assert np.array_equal(found.gt.array, _opened(found.gt.file))
     assert np.array_equal(found.mask.array, _hole()) and found.mask.file is None
-    assert found.extra == {"gt_kind": "blended", "mask_kind": "label", "classes": ["F38"],
-                           "frame": 2}
+    assert found.extra == {
+        "gt_kind": "blended",
+        "mask_kind": "label",
+        "classes": ["F38"],
+        "frame": 2,
+    }
 
 
 def test_raw_takes_the_last_picture_as_plate(tmp_path):
@@ -269,8 +324,11 @@ def test_raw_takes_the_last_picture_as_plate(tmp_path):
 
 def test_preprocessed_pictures_are_grouped_by_the_scene_in_their_names(tmp_path):
     stems = [f"I-210618_I01001_W01_F000{n}" for n in (1, 2, 3)] + [
-        "I-210618_I01001_W01_F0002b", "I-210618_I01001_W02_F0001", "I-210701_O02003_T11_F0001",
-        "单 张"]
+        "I-210618_I01001_W01_F0002b",
+        "I-210618_I01001_W02_F0001",
+        "I-210701_O02003_T11_F0001",
+        "单 张",
+    ]
     _preprocessed(tmp_path, stems)
     _preprocessed(tmp_path, ["I-210702_I01001_W09_F0001"], "test", inverted=False)
     source = RordSource(str(tmp_path))
@@ -280,7 +338,8 @@ def test_preprocessed_pictures_are_grouped_by_the_scene_in_their_names(tmp_path)
         ("I-210618_I01001_W01_F0002b", "I-210618_I01001_W01_F0002b.png", "train"),
         ("I-210618_I01001_W02", "I-210618_I01001_W02_F0001.png", "train"),
         ("I-210701_O02003_T11", "I-210701_O02003_T11_F0001.png", "train"),
-        ("单 张", "单 张.png", "train")]
+        ("单 张", "单 张.png", "train"),
+    ]
     for stem, found in _load(source).items():
         assert np.array_equal(found.mask.array, _hole())
         assert found.extra["mask_inverted"] is ("W09" not in stem)
@@ -289,8 +348,11 @@ def test_preprocessed_pictures_are_grouped_by_the_scene_in_their_names(tmp_path)
         assert np.array_equal(found.gt.array, _plate())
 
 
-@pytest.mark.parametrize("make", [_low_resolution, _raw, lambda root: _preprocessed(root, ["a"])],
-                         ids=["960x540", "raw", "preprocessed"])
+@pytest.mark.parametrize(
+    "make",
+    [_low_resolution, _raw, lambda root: _preprocessed(root, ["a"])],
+    ids=["960x540", "raw", "preprocessed"],
+)
 def test_a_folder_is_found_one_level_up_and_one_level_down(tmp_path, make, monkeypatch):
     root = make(tmp_path / "data" / "RORD")
     (part,) = [path for path in root.iterdir()]
@@ -307,7 +369,9 @@ def test_a_folder_is_found_one_level_up_and_one_level_down(tmp_path, make, monke
 def test_val_is_test(tmp_path):
     _low_resolution(_low_resolution(tmp_path), scene="I-210619_I01001_T02", split="val")
     assert [(item.group, item.split) for item in RordSource(str(tmp_path)).list_items()] == [
-        (SCENE, "train"), ("I-210619_I01001_T02", "test")]
+        (SCENE, "train"),
+        ("I-210619_I01001_T02", "test"),
+    ]
 
 
 def test_names_in_other_scripts_and_with_spaces(tmp_path):
@@ -352,8 +416,9 @@ def test_inverted_and_other_masks_in_one_folder_are_told_apart(tmp_path):
     # A hole of most of the picture: what changed says so, the area would not.
     wide = _hole(2, 2, 94, 50)
     _save(masks / f"{SCENE}_F0004_M.png", wide)
-    _save(tmp_path / "train" / "img" / SCENE / f"{SCENE}_F0004.jpg",
-          _frame(_plate(), (2, 2, 94, 50)))
+    _save(
+        tmp_path / "train" / "img" / SCENE / f"{SCENE}_F0004.jpg", _frame(_plate(), (2, 2, 94, 50))
+    )
     found = list(_load(RordSource(str(tmp_path), frames=1, mask="coarse")).values())
     assert [f.extra["mask_inverted"] for f in found] == [True, False, True, False]
     for pictures, expected in zip(found, (hole, hole, hole, wide)):
@@ -387,8 +452,10 @@ def test_frames_without_a_label_take_the_coarse_mask_and_the_other_way_round(tmp
     part = tmp_path / "train"
     (part / "label" / SCENE / f"{SCENE}_F0001.json").unlink()
     (part / "mask" / SCENE / f"{SCENE}_F0002_M.png").unlink()
-    for wanted, kinds in (("label", ["coarse", "label", "label"]),
-                          ("coarse", ["coarse", "label", "coarse"])):
+    for wanted, kinds in (
+        ("label", ["coarse", "label", "label"]),
+        ("coarse", ["coarse", "label", "coarse"]),
+    ):
         found = list(_load(RordSource(str(tmp_path), frames=1, mask=wanted)).values())
         assert [f.extra["mask_kind"] for f in found] == kinds
         for pictures, kind in zip(found, kinds):
@@ -396,9 +463,13 @@ def test_frames_without_a_label_take_the_coarse_mask_and_the_other_way_round(tmp
             assert np.array_equal(pictures.mask.array, expected)
 
 
-@pytest.mark.parametrize("make, lost", [
-    (_raw, f"S1/M/{SCENE}/{SCENE}_F0002_M.json"),
-    (_low_resolution, f"train/label/{SCENE}/{SCENE}_F0002.json")])
+@pytest.mark.parametrize(
+    "make, lost",
+    [
+        (_raw, f"S1/M/{SCENE}/{SCENE}_F0002_M.json"),
+        (_low_resolution, f"train/label/{SCENE}/{SCENE}_F0002.json"),
+    ],
+)
 def test_a_frame_without_label_and_mask_is_refused(tmp_path, make, lost):
     make(tmp_path)
     (tmp_path / lost).unlink()
@@ -411,25 +482,40 @@ def test_a_frame_without_label_and_mask_is_refused(tmp_path, make, lost):
 
 def test_a_frame_with_nothing_removable_is_refused(tmp_path):
     _low_resolution(tmp_path, count=1)
-    _label(tmp_path / "train" / "label" / SCENE / f"{SCENE}_F0001.json", ("BO02", BOX),
-           ("F38", [10, 10, 40, 40]))
+    _label(
+        tmp_path / "train" / "label" / SCENE / f"{SCENE}_F0001.json",
+        ("BO02", BOX),
+        ("F38", [10, 10, 40, 40]),
+    )
     with pytest.raises(Rejected, match=r"F0001\.json has no polygon of the classes F$") as caught:
         _load(RordSource(str(tmp_path)))
     assert caught.value.reason == "no object"
 
 
-@pytest.mark.parametrize("text, words", [
-    ('{"Learning_Data_Info.": {"Annot', "Unterminated"),
-    ("[]", "list indices"),
-    ('{"Raw_Data_Info.": {"Resolution": "192, 108"}}', "KeyError: 'Learning_Data_Info.'"),
-    ('{"Raw_Data_Info.": {"Resolution": "1080"}, "Learning_Data_Info.": {"Annotation": []}}',
-     "not enough values"),
-    ('{"Raw_Data_Info.": {"Resolution": "108, 192"}, "Learning_Data_Info.": {"Annotation": []}}',
-     "drawn on 108x192 px, its picture has 96x54"),
-    ('{"Raw_Data_Info.": {"Resolution": "192, 108"}, "Learning_Data_Info.": {"Annotation": [{'
-     '"Class_ID": "F38", "segmentation": [1, 2, 3, 4, 5, 6, 7]}]}}', "reshape"),
-    (b"\xff\xfe\x00", "UnicodeDecodeError"),
-])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ('{"Learning_Data_Info.": {"Annot', "Unterminated"),
+        ("[]", "list indices"),
+        ('{"Raw_Data_Info.": {"Resolution": "192, 108"}}', "KeyError: 'Learning_Data_Info.'"),
+        (
+            '{"Raw_Data_Info.": {"Resolution": "1080"}, "Learning_Data_Info.": {"Annotation": []}}',
+            "not enough values",
+        ),
+        (
+            '{"Raw_Data_Info.": {"Resolution": "108, 192"}, '
+            '"Learning_Data_Info.": {"Annotation": []}}',
+            "drawn on 108x192 px, its picture has 96x54",
+        ),
+        (
+            '{"Raw_Data_Info.": {"Resolution": "192, 108"}, '
+            '"Learning_Data_Info.": {"Annotation": [{'
+            '"Class_ID": "F38", "segmentation": [1, 2, 3, 4, 5, 6, 7]}]}}',
+            "reshape",
+        ),
+        (b"\xff\xfe\x00", "UnicodeDecodeError"),
+    ],
+)
 def test_a_broken_label_is_named(tmp_path, text, words):
     _low_resolution(tmp_path, count=1)
     path = tmp_path / "train" / "label" / SCENE / f"{SCENE}_F0001.json"
@@ -492,8 +578,9 @@ def test_sizes_that_differ_are_not_resized_away(tmp_path):
 # ---------------------------------------------------------------------------------------- options
 
 
-@pytest.mark.parametrize("frames, numbers", [(0, [4]), (1, [1, 2, 3, 4, 5, 6, 7]), (3, [1, 4, 7]),
-                                             (9, [1])])
+@pytest.mark.parametrize(
+    "frames, numbers", [(0, [4]), (1, [1, 2, 3, 4, 5, 6, 7]), (3, [1, 4, 7]), (9, [1])]
+)
 def test_frames_takes_the_middle_one_or_every_nth(tmp_path, frames, numbers):
     _low_resolution(tmp_path / "low", count=7)
     _raw(tmp_path / "raw", count=7)
@@ -507,8 +594,9 @@ def test_size_and_dilate_shape_the_pictures(tmp_path):
     _low_resolution(tmp_path, count=1)
     (found,) = _load(RordSource(str(tmp_path), size=(32, 18), dilate=5, mask="coarse")).values()
     image = _opened(found.origin_file)
-    assert np.array_equal(found.source.array, cv2.resize(image, (32, 18),
-                                                         interpolation=cv2.INTER_AREA))
+    assert np.array_equal(
+        found.source.array, cv2.resize(image, (32, 18), interpolation=cv2.INTER_AREA)
+    )
     assert found.gt.array.shape == (18, 32, 3)
     small = _hole(25, 12, 70, 45)[::3, ::3]
     assert np.array_equal(found.mask.array, cv2.dilate(small, np.ones((5, 5), np.uint8)))
@@ -524,23 +612,34 @@ def test_the_order_is_that_of_the_names(tmp_path):
     (tmp_path / "train" / "img" / "a" / "._a_F0001.jpg").touch()
     items = list(RordSource(str(tmp_path), frames=1).list_items())
     assert [item.place.name[:-4] for item in items] == [
-        "a_F0001", "a_F0002", "b_F0001", "b_F0002", "c_F0001", "c_F0002", "a2_F0001", "b2_F0001",
-        "c2_F0001"]
+        "a_F0001",
+        "a_F0002",
+        "b_F0001",
+        "b_F0002",
+        "c_F0001",
+        "c_F0002",
+        "a2_F0001",
+        "b2_F0001",
+        "c2_F0001",
+    ]
     assert items == list(RordSource(str(tmp_path), frames=1).list_items())
 
 
-@pytest.mark.parametrize("options, words", [
-    ({"frames": -1}, "frames must be a whole number, 0 or more, not -1"),
-    ({"frames": 1.5}, "frames must be"),
-    ({"mask": "sam"}, "mask must be label or coarse, not 'sam'"),
-    ({"gt": "none"}, "gt must be blended or plate, not 'none'"),
-    ({"classes": "F"}, "classes must be beginnings"),
-    ({"classes": ()}, "classes must be beginnings"),
-    ({"classes": ("",)}, "classes must be beginnings"),
-    ({"dilate": -2}, "dilate must be"),
-    ({"size": (480,)}, r"size must be \(width, height\)"),
-    ({"size": (480, 0)}, r"size must be \(width, height\)"),
-])
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"frames": -1}, "frames must be a whole number, 0 or more, not -1"),
+        ({"frames": 1.5}, "frames must be"),
+        ({"mask": "sam"}, "mask must be label or coarse, not 'sam'"),
+        ({"gt": "none"}, "gt must be blended or plate, not 'none'"),
+        ({"classes": "F"}, "classes must be beginnings"),
+        ({"classes": ()}, "classes must be beginnings"),
+        ({"classes": ("",)}, "classes must be beginnings"),
+        ({"dilate": -2}, "dilate must be"),
+        ({"size": (480,)}, r"size must be \(width, height\)"),
+        ({"size": (480, 0)}, r"size must be \(width, height\)"),
+    ],
+)
 def test_options_that_mean_nothing_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         RordSource("folder", **options)

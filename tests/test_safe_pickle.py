@@ -62,8 +62,13 @@ def test_the_module_names_of_numpy_1_are_known(tmp_path):
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 def test_plain_values_come_back_as_they_were(tmp_path, protocol):
-    value = {"a": [1, (2.5, None, True)], 3: {"x", "é"}, "b": b"\xff\0", "c": b"",
-             "d": frozenset([1])}
+    value = {
+        "a": [1, (2.5, None, True)],
+        3: {"x", "é"},
+        "b": b"\xff\0",
+        "c": b"",
+        "d": frozenset([1]),
+    }
     assert _load(tmp_path, pickle.dumps(value, protocol)) == value
 
 
@@ -117,12 +122,15 @@ ATTACKS = {  # the end of the name that is asked for -> what makes a marker file
     "numpy.memmap": lambda marker: Call(np.memmap, str(marker), "u1", "w+", 0, (1,)),
     "numpy.savetxt": lambda marker: Call(np.savetxt, str(marker), [1]),
     "numpy.testing._private.utils.runstring": lambda marker: _dotted(
-        "numpy.testing._private.utils", "runstring", f"open({str(marker)!r}, 'w')", {}),
+        "numpy.testing._private.utils", "runstring", f"open({str(marker)!r}, 'w')", {}
+    ),
     "shutil.os.system": lambda marker: _dotted("shutil", "os.system", f"touch '{marker}'"),
-    "numpy.ndarray.tofile": lambda marker: _dotted("numpy", "ndarray.tofile", np.ones(2),
-                                                   str(marker)),
+    "numpy.ndarray.tofile": lambda marker: _dotted(
+        "numpy", "ndarray.tofile", np.ones(2), str(marker)
+    ),
     "numpy._core.multiarray.ndarray.tofile": lambda marker: _dotted(
-        "numpy._core.multiarray", "ndarray.tofile", np.ones(2), str(marker)),
+        "numpy._core.multiarray", "ndarray.tofile", np.ones(2), str(marker)
+    ),
 }
 
 
@@ -156,16 +164,19 @@ def test_an_attack_after_good_arrays_is_refused_too(tmp_path):
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("value, words", [
-    (np.array([1, "a"], object), "has an array of Python objects"),
-    (np.zeros(2, [("a", "u1"), ("b", "f4")]), "has an array of type 'V5'"),
-    (np.array(["2024-01-01"], "M8[D]"), "has an array of type 'M8'"),
-    (np.array([1j]), "has an array of type 'c16'"),
-    (Image.new("RGBA", (2, 2)), "has a picture of mode 'RGBA'"),
-    (complex(1, 2), "asks for builtins.complex"),
-    (np.ma.masked_array([1]), "asks for numpy.ma._mareconstruct|asks for numpy.ma"),
-    (TripletError("x"), "asks for rorem_lib.pictures.TripletError"),
-])
+@pytest.mark.parametrize(
+    "value, words",
+    [
+        (np.array([1, "a"], object), "has an array of Python objects"),
+        (np.zeros(2, [("a", "u1"), ("b", "f4")]), "has an array of type 'V5'"),
+        (np.array(["2024-01-01"], "M8[D]"), "has an array of type 'M8'"),
+        (np.array([1j]), "has an array of type 'c16'"),
+        (Image.new("RGBA", (2, 2)), "has a picture of mode 'RGBA'"),
+        (complex(1, 2), "asks for builtins.complex"),
+        (np.ma.masked_array([1]), "asks for numpy.ma._mareconstruct|asks for numpy.ma"),
+        (TripletError("x"), "asks for rorem_lib.pictures.TripletError"),
+    ],
+)
 def test_other_values_are_refused_by_their_name(tmp_path, value, words):
     with pytest.raises(TripletError, match=words):
         _load(tmp_path, pickle.dumps([value], 4))
@@ -178,9 +189,17 @@ def test_only_the_codec_of_bytes_is_admitted(tmp_path):
     assert _load(tmp_path, data.replace(b"\x05\0\0\0rot13", b"\x06\0\0\0latin1")) == b"b"
 
 
-@pytest.mark.parametrize("name", ["numpy\ndtype", "numpy\nndarray", "_codecs\nencode",
-                                  "numpy.core.multiarray\n_reconstruct", "PIL.Image\nImage",
-                                  "builtins\nset"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "numpy\ndtype",
+        "numpy\nndarray",
+        "_codecs\nencode",
+        "numpy.core.multiarray\n_reconstruct",
+        "PIL.Image\nImage",
+        "builtins\nset",
+    ],
+)
 def test_no_pickle_changes_what_the_next_one_gets(tmp_path, name):
     for attribute in ("_call", "__call__", "__new__", "__init__", "__setstate__", "dtype"):
         for state in ({attribute: 1}, (None, {attribute: 1})):
@@ -240,14 +259,18 @@ def test_a_picture_is_not_made_larger_than_its_bytes(tmp_path):
         _load(tmp_path, wide)
 
 
-@pytest.mark.parametrize("data", [
-    b"\x80\x02]r" + struct.pack("<I", 5_000_000) + b".",  # a place in the memo
-    b"\x80\x02]p5000000\n.",
-    b"\x80\x02cnumpy\nndarray\nJ\x00\xe1\xf5\x05\x85R.",  # numpy.ndarray(100000000)
-    b"\x80\x02cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nJ\x00\xe1\xf5\x05\x85U\x01b"
-    b"\x87R.",
-    b"\x80\x02cbuiltins\nbytes\nJ\x00\xe1\xf5\x05\x85R.",
-], ids=["memo", "memo as text", "array", "reconstruct", "bytes"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x80\x02]r" + struct.pack("<I", 5_000_000) + b".",  # a place in the memo
+        b"\x80\x02]p5000000\n.",
+        b"\x80\x02cnumpy\nndarray\nJ\x00\xe1\xf5\x05\x85R.",  # numpy.ndarray(100000000)
+        b"\x80\x02cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nJ\x00\xe1\xf5\x05\x85U\x01b"
+        b"\x87R.",
+        b"\x80\x02cbuiltins\nbytes\nJ\x00\xe1\xf5\x05\x85R.",
+    ],
+    ids=["memo", "memo as text", "array", "reconstruct", "bytes"],
+)
 def test_a_small_pickle_takes_no_large_memory(tmp_path, data):
     def load():
         with pytest.raises(TripletError):
@@ -256,14 +279,33 @@ def test_a_small_pickle_takes_no_large_memory(tmp_path, data):
     assert _measure_memory(load) < 3_000_000
 
 
-@pytest.mark.parametrize("change", [
-    lambda data: data[:len(data) // 2], lambda data: data[:-1], lambda data: data[:3],
-    lambda data: b"", lambda data: b"no zlib at all", lambda data: data[5:],
-    lambda data: zlib.compress(zlib.decompress(data)[:-40]),
-    lambda data: zlib.compress(b""), lambda data: zlib.compress(b"{}"),
-    lambda data: zlib.compress(zlib.decompress(data).replace(b"K\x03K\x04", b"K\x03K\x05", 1)),
-], ids=["half", "last byte", "head", "empty", "text", "tail", "cut pickle", "no pickle", "JSON",
-        "wrong shape"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data[: len(data) // 2],
+        lambda data: data[:-1],
+        lambda data: data[:3],
+        lambda data: b"",
+        lambda data: b"no zlib at all",
+        lambda data: data[5:],
+        lambda data: zlib.compress(zlib.decompress(data)[:-40]),
+        lambda data: zlib.compress(b""),
+        lambda data: zlib.compress(b"{}"),
+        lambda data: zlib.compress(zlib.decompress(data).replace(b"K\x03K\x04", b"K\x03K\x05", 1)),
+    ],
+    ids=[
+        "half",
+        "last byte",
+        "head",
+        "empty",
+        "text",
+        "tail",
+        "cut pickle",
+        "no pickle",
+        "JSON",
+        "wrong shape",
+    ],
+)
 def test_damaged_files_are_named(tmp_path, change):
     path = _write(tmp_path, pickle.dumps(VALUE))
     path.write_bytes(change(path.read_bytes()))

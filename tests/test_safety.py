@@ -28,13 +28,24 @@ def checker_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checker")
     torch.manual_seed(0)
     with silence_libraries():
-        model = StableDiffusionSafetyChecker(CLIPConfig(
-            projection_dim=16, text_config={"hidden_size": 32},
-            vision_config={"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-                           "num_attention_heads": 2, "image_size": 32, "patch_size": 8,
-                           "projection_dim": 16}))
-        processor = CLIPImageProcessor(size={"shortest_edge": 32},
-                                       crop_size={"height": 32, "width": 32})
+        model = StableDiffusionSafetyChecker(
+            CLIPConfig(
+                projection_dim=16,
+                text_config={"hidden_size": 32},
+                vision_config={
+                    "hidden_size": 32,
+                    "intermediate_size": 64,
+                    "num_hidden_layers": 2,
+                    "num_attention_heads": 2,
+                    "image_size": 32,
+                    "patch_size": 8,
+                    "projection_dim": 16,
+                },
+            )
+        )
+        processor = CLIPImageProcessor(
+            size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+        )
         inputs = processor([_picture(n) for n in range(6)], return_tensors="pt").pixel_values
         with torch.no_grad():
             embeds = model.visual_projection(model.vision_model(inputs)[1])
@@ -60,7 +71,7 @@ def test_unsafe_pictures_are_found_in_order_in_batches_of_any_size(checker_folde
 
 def test_pictures_are_taken_a_batch_at_a_time_in_any_size_and_stay_as_they_are(checker_folder):
     checker = SafetyChecker(str(checker_folder), device="cpu")
-    pictures = [np.kron(_picture(n), np.ones((2, 2, 1), np.uint8))[:, :90 + n] for n in range(6)]
+    pictures = [np.kron(_picture(n), np.ones((2, 2, 1), np.uint8))[:, : 90 + n] for n in range(6)]
     pictures[1], taken = _picture(1), []
     found = checker.find_unsafe((taken.append(p) or p for p in pictures), batch_size=4)
     assert next(found) is False and len(taken) == 4
@@ -130,7 +141,10 @@ def test_answers_survive_a_kill_and_the_rest_is_asked_for(checker_folder, tmp_pa
     answers = [json.loads(line) for line in (tmp_path / "out/safety.jsonl").open()]
     assert [(a["id"], a["unsafe"]) for a in answers] == [(str(n), n == 1) for n in range(4)]
     assert sorted(p.name for p in (tmp_path / "out/labelled/source").iterdir()) == [
-        "0.png", "2.png", "3.png"]
+        "0.png",
+        "2.png",
+        "3.png",
+    ]
     whole = assemble_sets(source, tmp_path / "whole", safety=checker)
     assert whole.sets["labelled"].read_bytes() == result.sets["labelled"].read_bytes()
 
@@ -144,8 +158,11 @@ def test_other_settings_ask_again_and_without_a_checker_nothing_is_unsafe(checke
 
 def test_without_a_network_the_missing_model_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(OSError, match="checker CompVis/stable-diffusion-safety-checker is in no "
-                                      "folder, .*run once with a network"):
+    with pytest.raises(
+        OSError,
+        match="checker CompVis/stable-diffusion-safety-checker is in no "
+        "folder, .*run once with a network",
+    ):
         SafetyChecker(device="cpu")
     with pytest.raises(OSError, match=f"the safety checker {tmp_path} "):
         SafetyChecker(str(tmp_path), device="cpu")

@@ -11,13 +11,16 @@ COUNT = 120
 
 @pytest.fixture(scope="module")
 def rendered():
-    return {role: [render_scene([11, i], role=role, size=64) for i in range(COUNT)]
-            for role in scenes.ROLES}
+    return {
+        role: [render_scene([11, i], role=role, size=64) for i in range(COUNT)]
+        for role in scenes.ROLES
+    }
 
 
 def _bytes(scene):
-    return b"".join(getattr(scene, part).tobytes()
-                    for part in ("image", "truth", "object", "shadow", "mask"))
+    return b"".join(
+        getattr(scene, part).tobytes() for part in ("image", "truth", "object", "shadow", "mask")
+    )
 
 
 def _change(scene):
@@ -26,8 +29,12 @@ def _change(scene):
 
 def test_a_scene_is_a_function_of_role_seed_and_index():
     assert _bytes(render_scene([4, 7])) == _bytes(render_scene([4, 7]))
-    others = [render_scene([4, 8]), render_scene([5, 7]), render_scene([4, 7], role="test"),
-              render_scene([4, 7], role="high_resolution", size=64)]
+    others = [
+        render_scene([4, 8]),
+        render_scene([5, 7]),
+        render_scene([4, 7], role="test"),
+        render_scene([4, 7], role="high_resolution", size=64),
+    ]
     assert len({_bytes(scene) for scene in [render_scene([4, 7]), *others]}) == 5
 
 
@@ -119,8 +126,10 @@ def test_any_side_can_be_rendered(size):
     scene = render_scene([1, 2], role="test", size=size)
     assert scene.image.shape == scene.truth.shape == (size, size, 3)
     assert scene.mask.shape == scene.object.shape == scene.shadow.shape == (size, size)
-    assert all(getattr(scene, part).dtype == np.uint8
-               for part in ("image", "truth", "object", "shadow", "mask"))
+    assert all(
+        getattr(scene, part).dtype == np.uint8
+        for part in ("image", "truth", "object", "shadow", "mask")
+    )
     assert scene.image.std() > 3
 
 

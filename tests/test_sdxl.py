@@ -67,8 +67,9 @@ def assert_weights(module, expected):
 
 
 @pytest.mark.parametrize("inner", ["unet", ""])
-def test_a_released_unet_takes_the_place_of_the_models_own(tiny_model, pipe, tmp_path, inner,
-                                                           caplog, capfd):
+def test_a_released_unet_takes_the_place_of_the_models_own(
+    tiny_model, pipe, tmp_path, inner, caplog, capfd
+):
     folder = tmp_path / "released" / inner
     shutil.copytree(tiny_model / "unet", folder)
     weights = make_fp16(folder)
@@ -86,16 +87,20 @@ def test_a_released_unet_takes_the_place_of_the_models_own(tiny_model, pipe, tmp
         path.rename(path.with_suffix(".fp16.safetensors"))
     again = sdxl.load_pipeline(str(tmp_path / "released"), base_model=str(base), variant="fp16")
     assert_weights(again.unet, weights)
-    assert caplog.messages == [f"{tmp_path / 'released'} has no files of the variant fp16: those "
-                               "without a variant are taken"]
+    assert caplog.messages == [
+        f"{tmp_path / 'released'} has no files of the variant fp16: those "
+        "without a variant are taken"
+    ]
     assert "fp16" not in capfd.readouterr().err  # not diffusers' own error lines
 
 
 def test_a_pipeline_without_the_variant_opens_with_one_warning(tiny_model, pipe, caplog):
     opened = sdxl.load_pipeline(str(tiny_model), variant="fp16")
     assert_weights(opened.unet, pipe.unet.state_dict())
-    assert [(r.levelno, r.getMessage().startswith(f"{tiny_model} has no files of the variant fp16"))
-            for r in caplog.records] == [(logging.WARNING, True)]
+    assert [
+        (r.levelno, r.getMessage().startswith(f"{tiny_model} has no files of the variant fp16"))
+        for r in caplog.records
+    ] == [(logging.WARNING, True)]
 
 
 def test_files_of_the_variant_win_over_those_without(tiny_model, pipe, tmp_path, caplog):
@@ -109,20 +114,26 @@ def test_files_of_the_variant_win_over_those_without(tiny_model, pipe, tmp_path,
     whole = tmp_path / "whole"
     shutil.copytree(tiny_model, whole)
     (whole / "vae" / "diffusion_pytorch_model.safetensors").rename(
-        whole / "vae" / "diffusion_pytorch_model.fp16.safetensors")
+        whole / "vae" / "diffusion_pytorch_model.fp16.safetensors"
+    )
     opened = sdxl.load_pipeline(str(whole), unet=str(folder), variant="fp16")
     assert_weights(opened.unet, weights)
     assert caplog.messages == []
-    assert_weights(sdxl.load_pipeline(str(tiny_model), unet=str(folder)).unet,
-                   pipe.unet.state_dict())
+    assert_weights(
+        sdxl.load_pipeline(str(tiny_model), unet=str(folder)).unet, pipe.unet.state_dict()
+    )
 
 
 @pytest.mark.parametrize("inner", ["vae", ""])
 def test_another_vae_takes_the_place_of_the_models_own(tiny_model, pipe, tmp_path, inner):
     torch.manual_seed(5)
-    other = AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * 3, norm_num_groups=4,
-                          block_out_channels=[8, 8, 8], latent_channels=4,
-                          up_block_types=["UpDecoderBlock2D"] * 3)
+    other = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 3,
+        norm_num_groups=4,
+        block_out_channels=[8, 8, 8],
+        latent_channels=4,
+        up_block_types=["UpDecoderBlock2D"] * 3,
+    )
     other.save_pretrained(tmp_path / "other" / inner)
     opened = sdxl.load_pipeline(str(tiny_model), vae=str(tmp_path / "other"))
     assert isinstance(opened.vae, AutoencoderKL) and isinstance(pipe.vae, AutoencoderTiny)
@@ -140,7 +151,8 @@ def test_parts_of_the_wrong_kind_are_refused(tiny_model, tmp_path):
     with pytest.raises(ValueError, match="is no whole pipeline: with another UNet"):
         sdxl.load_pipeline(unet, unet=unet)
     AutoencoderKL(latent_channels=16, norm_num_groups=4, block_out_channels=[8]).save_pretrained(
-        tmp_path)
+        tmp_path
+    )
     with pytest.raises(ValueError, match="makes 16 latent channels, the UNet takes 4"):
         sdxl.load_pipeline(str(tiny_model), vae=str(tmp_path))
 
@@ -148,9 +160,14 @@ def test_parts_of_the_wrong_kind_are_refused(tiny_model, tmp_path):
 def test_a_text_to_image_unet_is_refused(pipe, tmp_path):
     UNet2DConditionModel(**UNET | {"in_channels": 4}).save_pretrained(tmp_path / "unet")
     other = StableDiffusionXLPipeline(
-        vae=pipe.vae, text_encoder=pipe.text_encoder, text_encoder_2=pipe.text_encoder_2,
-        tokenizer=pipe.tokenizer, tokenizer_2=pipe.tokenizer_2, scheduler=pipe.scheduler,
-        unet=UNet2DConditionModel.from_pretrained(tmp_path / "unet"))
+        vae=pipe.vae,
+        text_encoder=pipe.text_encoder,
+        text_encoder_2=pipe.text_encoder_2,
+        tokenizer=pipe.tokenizer,
+        tokenizer_2=pipe.tokenizer_2,
+        scheduler=pipe.scheduler,
+        unet=UNet2DConditionModel.from_pretrained(tmp_path / "unet"),
+    )
     other.save_pretrained(tmp_path / "whole")
     with pytest.raises(ValueError, match="is no inpainting model: its UNet takes 4 channels"):
         sdxl.load_pipeline(str(tmp_path / "whole"))
@@ -200,8 +217,9 @@ def test_the_hole_is_grey_and_the_rest_as_it_was():
     mask[:, :, 2:5, 2:5] = 1
     masked = sdxl.mask_source(source, mask)
     assert (masked[:, :, 2:5, 2:5] == 0).all()
-    assert torch.equal(masked[mask.expand(-1, 3, -1, -1) == 0],
-                       source[mask.expand(-1, 3, -1, -1) == 0])
+    assert torch.equal(
+        masked[mask.expand(-1, 3, -1, -1) == 0], source[mask.expand(-1, 3, -1, -1) == 0]
+    )
 
 
 @torch.no_grad()
@@ -211,13 +229,20 @@ def test_latents_of_autoencoders_with_and_without_posterior(pipe):
     assert tiny.shape == (2, 4, 8, 8)
     assert sdxl.decode_latents(pipe.vae, tiny).shape == images.shape
     torch.manual_seed(0)
-    large = AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * 2, block_out_channels=[8, 16],
-                          up_block_types=["UpDecoderBlock2D"] * 2, norm_num_groups=4,
-                          latent_channels=4, scaling_factor=0.5).eval()
+    large = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        block_out_channels=[8, 16],
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        norm_num_groups=4,
+        latent_channels=4,
+        scaling_factor=0.5,
+    ).eval()
     mode = sdxl.encode_images(large, images)
     assert torch.equal(mode, large.encode(images).latent_dist.mean * 0.5)
-    drawn = [sdxl.encode_images(large, images, generator=torch.Generator().manual_seed(s))
-             for s in (1, 1, 2)]
+    drawn = [
+        sdxl.encode_images(large, images, generator=torch.Generator().manual_seed(s))
+        for s in (1, 1, 2)
+    ]
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
     decoded = sdxl.decode_latents(large, mode)
     assert decoded.shape == images.shape and decoded.abs().max() <= 1
@@ -228,7 +253,8 @@ def test_masks_shrink_as_the_pipeline_shrinks_them(pipe):
     mask[:, :, 9:20, 3:14] = 1
     small = sdxl.shrink_mask(mask, torch.zeros(1, 4, 8, 8))
     theirs, _ = pipe.prepare_mask_latents(
-        mask, torch.zeros(1, 3, 32, 32), 1, 32, 32, torch.float32, "cpu", None, False)
+        mask, torch.zeros(1, 3, 32, 32), 1, 32, 32, torch.float32, "cpu", None, False
+    )
     assert torch.equal(small, theirs)
 
 
@@ -246,8 +272,11 @@ def test_precision_is_what_was_asked_for_or_what_the_machine_has():
 
 
 def read_files(folder, prefix=""):
-    return {f"{prefix}{path.relative_to(folder)}": path.read_bytes()
-            for path in folder.rglob("*") if path.is_file()}
+    return {
+        f"{prefix}{path.relative_to(folder)}": path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -287,50 +316,76 @@ OPEN = """
 
 def test_models_open_from_the_hub_and_then_without_it(hub, tiny_model, pipe, tmp_path):
     base = {"base_model": str(tiny_model)}
-    calls = [("o/whole", {}), ("o/inner", base), ("o/root", base),
-             (str(tiny_model), {"unet": "o/inner", "vae": "o/whole"}),
-             ("o/base", {"unet": "o/root"}), ("o/inner", {"base_model": "o/base"}),
-             ("o/root", {"base_model": "o/whole", "variant": "fp16"}),
-             ("o/whole", {"variant": "fp16"})]
-    wrong = [("o/none", {}), ("builtin", {"unet": "o/none"}), ("a/b/c", {}),
-             ("o/whole", {"revision": "gone"}), ("o/gated", {}), ("builtin", {"vae": "o/root"})]
+    calls = [
+        ("o/whole", {}),
+        ("o/inner", base),
+        ("o/root", base),
+        (str(tiny_model), {"unet": "o/inner", "vae": "o/whole"}),
+        ("o/base", {"unet": "o/root"}),
+        ("o/inner", {"base_model": "o/base"}),
+        ("o/root", {"base_model": "o/whole", "variant": "fp16"}),
+        ("o/whole", {"variant": "fp16"}),
+    ]
+    wrong = [
+        ("o/none", {}),
+        ("builtin", {"unet": "o/none"}),
+        ("a/b/c", {}),
+        ("o/whole", {"revision": "gone"}),
+        ("o/gated", {}),
+        ("builtin", {"vae": "o/root"}),
+    ]
     online = hub.run_client(tmp_path, OPEN.format(calls + wrong))
-    opened, (none, unet, name, revision, gated, vae) = online[:len(calls)], online[len(calls):]
+    opened, (none, unet, name, revision, gated, vae) = online[: len(calls)], online[len(calls) :]
     first = pipe.unet.conv_in.weight.abs().sum().item()
     assert [row[0] / first for row in opened] == pytest.approx([1, 2, 2, 2, 2, 2, 2, 1], rel=1e-3)
     assert {row[1] for row in opened} == {pipe.vae.encoder.layers[0].weight.abs().sum().item()}
     warning = "{} has no files of the variant fp16: those without a variant are taken"
     assert [row[2:] for row in opened] == [[]] * 6 + [
-        [warning.format("o/root"), warning.format("o/whole")], [warning.format("o/whole")]]
+        [warning.format("o/root"), warning.format("o/whole")],
+        [warning.format("o/whole")],
+    ]
     # a UNet that another takes the place of is not downloaded
     assert hub.select("GET", "o/base") and hub.select("GET", "/vae/diffusion_pytorch_model")
-    assert not [r for r in hub.select("GET", "/unet/diffusion_pytorch_model")
-                if "o/base" in r.path]
+    assert not [r for r in hub.select("GET", "/unet/diffusion_pytorch_model") if "o/base" in r.path]
 
-    missing = ("FileNotFoundError: there is no model {}, neither a folder nor on the Hub, or it is "
-               "private: check the name; for a private one run `hf auth login` or set HF_TOKEN")
+    missing = (
+        "FileNotFoundError: there is no model {}, neither a folder nor on the Hub, or it is "
+        "private: check the name; for a private one run `hf auth login` or set HF_TOKEN"
+    )
     assert [none, unet, name] == [missing.format(i) for i in ("o/none", "o/none", "a/b/c")]
-    assert revision == ("FileNotFoundError: o/whole has no revision 'gone': take a branch, a tag "
-                        "or a commit of it")
+    assert revision == (
+        "FileNotFoundError: o/whole has no revision 'gone': take a branch, a tag or a commit of it"
+    )
     assert gated.startswith("PermissionError: o/gated is gated: accept its conditions")
     assert vae == "ValueError: o/root is no VAE, it is a UNet2DConditionModel"
 
     requests = len(hub.log)
-    absent = [("o/base", {}), ("o/never", {}), ("builtin", {"unet": "o/never"}),
-              ("builtin", {"vae": "o/never"})]
+    absent = [
+        ("o/base", {}),
+        ("o/never", {}),
+        ("builtin", {"unet": "o/never"}),
+        ("builtin", {"vae": "o/never"}),
+    ]
     offline = hub.run_client(tmp_path, OPEN.format(calls + absent), HF_HUB_OFFLINE="1")
-    assert offline[:len(calls)] == opened and len(hub.log) == requests
-    for text, id_ in zip(offline[len(calls):], ["o/base", "o/never", "o/never", "o/never"],
-                         strict=True):
-        assert text == (f"FileNotFoundError: {id_} is no folder and not, or not all, in the cache "
-                        f"{tmp_path}/hub, and HF_HUB_OFFLINE is set: unset it and run once with a "
-                        "network")
+    assert offline[: len(calls)] == opened and len(hub.log) == requests
+    for text, id_ in zip(
+        offline[len(calls) :], ["o/base", "o/never", "o/never", "o/never"], strict=True
+    ):
+        assert text == (
+            f"FileNotFoundError: {id_} is no folder and not, or not all, in the cache "
+            f"{tmp_path}/hub, and HF_HUB_OFFLINE is set: unset it and run once with a "
+            "network"
+        )
 
 
-@pytest.mark.parametrize("status, kind, text", [
-    (401, PermissionError, r"the Hub refuses o/x@v1 \(401: .*hf auth login"),
-    (403, PermissionError, r"the Hub refuses o/x@v1 \(403: .*a token that may read it"),
-    (502, ConnectionError, r"the transfer of o/x@v1 broke \(bad luck.*run again")])
+@pytest.mark.parametrize(
+    "status, kind, text",
+    [
+        (401, PermissionError, r"the Hub refuses o/x@v1 \(401: .*hf auth login"),
+        (403, PermissionError, r"the Hub refuses o/x@v1 \(403: .*a token that may read it"),
+        (502, ConnectionError, r"the transfer of o/x@v1 broke \(bad luck.*run again"),
+    ],
+)
 def test_what_the_hub_answers_is_told_with_the_mend(status, kind, text):
     answer = httpx.Response(status, request=httpx.Request("GET", "http://127.0.0.1/o/x"))
     with pytest.raises(kind, match=text), explain_hub("o/x", "v1"):
@@ -339,16 +394,21 @@ def test_what_the_hub_answers_is_told_with_the_mend(status, kind, text):
 
 def test_local_files_only_asks_nobody(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    with pytest.raises(FileNotFoundError, match="o/never is no folder and not, or not all, in the "
-                                                "cache .* the Hub cannot be reached or was not"):
+    with pytest.raises(
+        FileNotFoundError,
+        match="o/never is no folder and not, or not all, in the "
+        "cache .* the Hub cannot be reached or was not",
+    ):
         sdxl.load_pipeline("o/never", local_files_only=True)
 
 
 def test_a_broken_transfer_is_no_missing_variant(tiny_model, tmp_path):
     weights = (tiny_model / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
     with HubServer().run() as hub:
-        hub.add("o/both", read_files(tiny_model / "unet")
-                | {"diffusion_pytorch_model.fp16.safetensors": weights})
+        hub.add(
+            "o/both",
+            read_files(tiny_model / "unet") | {"diffusion_pytorch_model.fp16.safetensors": weights},
+        )
         hub.break_connection("GET", "fp16.safetensors", 100_000, times=20)
         code = OPEN.format([("builtin", {"unet": "o/both", "variant": "fp16"})])
         (text,) = hub.run_client(tmp_path, code)

@@ -18,12 +18,22 @@ def _write(folder, count, gt=True, height=30, width=40):
         for n in range(count):
             source = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
             mask = np.zeros((height, width), np.uint8)
-            mask[5:15, 5:5 + 10 + n % 10] = 255
+            mask[5:15, 5 : 5 + 10 + n % 10] = 255
             extra = {"mask_area": 0.25} if n % 2 else {}
-            writer.add(id=f"{n:03d}", source=source, mask=mask, gt=source // 2 if gt else None,
-                       group=f"g{n // 4}", origin="a" if n < 5 else "b", license="CC0-1.0",
-                       width=width, height=height, change_inside=float(n), **extra,
-                       **{"class": "dog"} if n % 3 else {"classes": ["cat", "dog"]})
+            writer.add(
+                id=f"{n:03d}",
+                source=source,
+                mask=mask,
+                gt=source // 2 if gt else None,
+                group=f"g{n // 4}",
+                origin="a" if n < 5 else "b",
+                license="CC0-1.0",
+                width=width,
+                height=height,
+                change_inside=float(n),
+                **extra,
+                **{"class": "dog"} if n % 3 else {"classes": ["cat", "dog"]},
+            )
     return folder / "meta.json"
 
 
@@ -37,8 +47,9 @@ def test_a_summary_counts_what_records_say_and_measures_the_rest(tmp_path):
     assert found.mask_areas[2] == pytest.approx(120 / 1200)
     assert list(found.change_inside) == list(range(20)) and not found.change_outside
     ids = [t.id for t in found.sample]
-    assert len(set(ids)) == 6 and ids == [t.id for t in summarise_set(meta, sample=6,
-                                                                      seed=2).sample]
+    assert len(set(ids)) == 6 and ids == [
+        t.id for t in summarise_set(meta, sample=6, seed=2).sample
+    ]
     drawn = [t.id for seed in range(200) for t in summarise_set(meta, sample=2, seed=seed).sample]
     assert set(drawn) == {f"{n:03d}" for n in range(20)}  # late ones as early ones
     table = tabulate_origins({"x": found, "y": found})
@@ -72,7 +83,7 @@ def test_bare_records_and_empty_sets_are_summarised(tmp_path):
     with TripletWriter(tmp_path / "bare") as writer:
         for number, extra in enumerate(({}, {"kind": "pole"}, {"class": "", "classes": "sign"})):
             mask = np.full((10, 10), 127, np.uint8)
-            mask[:number + 1] = 128
+            mask[: number + 1] = 128
             writer.add(id=str(number), source=np.zeros((10, 10, 3), np.uint8), mask=mask, **extra)
     TripletWriter(tmp_path / "none").close()
     some, bare, none = (summarise_set(tmp_path / name) for name in ("some", "bare", "none"))
@@ -112,9 +123,12 @@ def test_figures_of_a_source_its_rejections_and_changes():
     source = np.full((40, 60, 3), 90, np.uint8)
     mask = np.zeros((40, 60), np.uint8)
     mask[5:20, 5:20] = 255
-    items = {"long-name-of-an-item-000001": Pictures(Picture(source), Picture(mask),
-                                                     Picture(source + 9), None),
-             "pool": Pictures(Picture(source), Picture(mask[:30]), None, None)}
+    items = {
+        "long-name-of-an-item-000001": Pictures(
+            Picture(source), Picture(mask), Picture(source + 9), None
+        ),
+        "pool": Pictures(Picture(source), Picture(mask[:30]), None, None),
+    }
     assert _pixels(set_figures.plot_items(items)).std() > 20
     axis = set_figures.plot_rejections({"misaligned": 3}, kept=9).axes[0]
     assert [bar.get_width() for bar in axis.patches] == [9, 3]
@@ -127,8 +141,10 @@ def test_figures_of_a_source_its_rejections_and_changes():
 def test_mask_areas_have_a_panel_a_set_on_one_scale():
     figure = set_figures.plot_mask_areas({"labelled": [0.1, 0.1, 0.3], "test": [0.5, 0.2]}, bins=10)
     first, second = figure.axes
-    assert [axis.get_title() for axis in figure.axes] == ["labelled: 3, median 10.0%",
-                                                          "test: 2, median 35.0%"]
+    assert [axis.get_title() for axis in figure.axes] == [
+        "labelled: 3, median 10.0%",
+        "test: 2, median 35.0%",
+    ]
     assert [axis.lines[0].get_xdata()[0] for axis in figure.axes] == [0.1, 0.35]
     for axis, count in ((first, 3), (second, 2)):
         assert len(axis.patches) == 10 and sum(bar.get_height() for bar in axis.patches) == count

@@ -126,9 +126,7 @@ def read_code() -> list[tuple[Path, str]]:
 
 def test_every_import_is_of_a_pinned_package():
     core = set(read_pins("core.txt"))
-    optional = {
-        canonicalize_name(Requirement(r).name) for extra in EXTRAS.values() for r in extra
-    }
+    optional = {canonicalize_name(Requirement(r).name) for extra in EXTRAS.values() for r in extra}
     distributions = importlib.metadata.packages_distributions()
     code = read_code()
     assert code, "no module was found"

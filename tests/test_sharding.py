@@ -26,17 +26,35 @@ def launch(kind: str, runs: list[dict], folder: Path) -> subprocess.CompletedPro
     """`sharded_job` on two processes, by accelerate's launcher and the kit's hardware file."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "runs.json").write_text(json.dumps([run | {"kind": kind} for run in runs]))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo",
-                                "DS_ACCELERATOR": "cpu"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "DS_ACCELERATOR": "cpu",
+    }
     if kind != "ZeRO-2":
         environment["ACCELERATE_USE_CPU"] = "true"
     above = environment.get("PYTHONPATH")
     environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{above}" if above else str(ROOT)
     return subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--config_file",
-         str(HARDWARE / f"{FILES[kind]}.yaml"), "--num_processes", "2", "--main_process_port", "0",
-         str(ROOT / "tests" / "sharded_job.py"), str(folder / "runs.json")],
-        env=environment, cwd=folder, capture_output=True, text=True, timeout=600)
+        [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--config_file",
+            str(HARDWARE / f"{FILES[kind]}.yaml"),
+            "--num_processes",
+            "2",
+            "--main_process_port",
+            "0",
+            str(ROOT / "tests" / "sharded_job.py"),
+            str(folder / "runs.json"),
+        ],
+        env=environment,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
 
 
 class Runs:
@@ -44,19 +62,31 @@ class Runs:
 
     def __init__(self, kind, folder):
         self.kind, self.folder = kind, folder
-        common = {"max_train_steps": 4, "train_batch_size": 2, "gradient_accumulation_steps": 2,
-                  "mixed_precision": "no", "checkpointing_steps": 100, "learning_rate": 1e-3}
+        common = {
+            "max_train_steps": 4,
+            "train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "mixed_precision": "no",
+            "checkpointing_steps": 100,
+            "learning_rate": 1e-3,
+        }
         runs = {
             "adam": {"ema_decay": 0.9, "checkpointing_steps": 2, "checkpoints_total_limit": 0},
-            "resumed": {"ema_decay": 0.9, "resume_from_checkpoint": str(
-                folder / "adam" / "checkpoint-2")},
+            "resumed": {
+                "ema_decay": 0.9,
+                "resume_from_checkpoint": str(folder / "adam" / "checkpoint-2"),
+            },
             "chunked": {"chunks": 2},
             "clipped": {"sgd": True, "max_train_steps": 1, "max_grad_norm": 0.01},
             "unclipped": {"sgd": True, "max_train_steps": 1, "max_grad_norm": 0},
             "bf16": {"mixed_precision": "bf16", "ema_decay": 0.9},
-            "lora": {"model": "lora", "ema_decay": 0.9}}
-        done = launch(kind, [common | {"output_dir": str(folder / name)} | run
-                             for name, run in runs.items()], folder)
+            "lora": {"model": "lora", "ema_decay": 0.9},
+        }
+        done = launch(
+            kind,
+            [common | {"output_dir": str(folder / name)} | run for name, run in runs.items()],
+            folder,
+        )
         assert done.returncode == 0, done.stderr[-4000:]
 
     def read(self, name):
@@ -95,21 +125,24 @@ def assert_near(one, other, start, share):
 def test_they_train_what_ddp_trains(runs, ddp):
     found, wanted = runs.read("adam"), ddp.read("adam")
     assert found["processes"] == 2 and found["count"] == wanted["count"] == sum(
-        p.numel() for p in make_unet().parameters())
+        p.numel() for p in make_unet().parameters()
+    )
     assert found["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
     assert found["norms"] == pytest.approx(wanted["norms"], rel=1e-4)
     assert found["rates"] == pytest.approx([0.99e-3, 0.98e-3, 0.97e-3, 0.96e-3])
     for file in ("after", "whole"):
-        assert_near(runs.load("adam", file), ddp.load("adam", file), ddp.load("adam", "before"),
-                    0.01)
+        assert_near(
+            runs.load("adam", file), ddp.load("adam", file), ddp.load("adam", "before"), 0.01
+        )
 
 
 def test_chunks_of_a_micro_batch_take_one_step(runs):
     chunked, adam = runs.read("chunked"), runs.read("adam")
     assert chunked["losses"] == pytest.approx(adam["losses"], rel=1e-5)
     assert chunked["norms"] == pytest.approx(adam["norms"], rel=1e-4)
-    assert_near(runs.load("chunked", "after"), runs.load("adam", "after"),
-                runs.load("adam", "before"), 0.01)
+    assert_near(
+        runs.load("chunked", "after"), runs.load("adam", "after"), runs.load("adam", "before"), 0.01
+    )
 
 
 def test_clipping_clips_and_the_norm_is_the_one_before(runs):
@@ -144,8 +177,9 @@ def test_bf16_trains_about_the_same_and_keeps_float32(runs, ddp):
     assert found["losses"] == pytest.approx(wanted["losses"], rel=0.02)
     start = runs.load("bf16", "before")
     assert_near(runs.load("bf16", "after"), runs.load("adam", "after"), start, 0.7)
-    small = [(w.to(torch.bfloat16).float() - w).abs().max() for w in
-             runs.load("bf16", "whole").values()]
+    small = [
+        (w.to(torch.bfloat16).float() - w).abs().max() for w in runs.load("bf16", "whole").values()
+    ]
     assert max(small) > 0, "the weights that are saved were rounded to bf16"
 
 
@@ -163,20 +197,30 @@ def test_lora_alone_moves_and_is_gathered(runs, ddp):
 
 
 def make_accelerator(kind=DistributedType.NO, **more):
-    given = {"distributed_type": kind, "num_processes": 1, "mixed_precision": "no",
-             "device": torch.device("cpu"), "prepare": lambda *parts: parts}
+    given = {
+        "distributed_type": kind,
+        "num_processes": 1,
+        "mixed_precision": "no",
+        "device": torch.device("cpu"),
+        "prepare": lambda *parts: parts,
+    }
     return SimpleNamespace(**given | more)
 
 
 def test_the_first_line_says_what_trains():
     config = loop.LoopConfig(train_batch_size=16)
     assert sharding.describe(make_accelerator(), config) == "1 process, fp32, global batch 16"
-    many = make_accelerator(DistributedType.MULTI_GPU, num_processes=8, mixed_precision="bf16",
-                            device=torch.device("cuda"))
+    many = make_accelerator(
+        DistributedType.MULTI_GPU,
+        num_processes=8,
+        mixed_precision="bf16",
+        device=torch.device("cuda"),
+    )
     assert sharding.describe(many, config) == "8 processes, DDP, bf16, global batch 128"
     state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=2))
-    zero = make_accelerator(DistributedType.DEEPSPEED, num_processes=8, mixed_precision="fp16",
-                            state=state)
+    zero = make_accelerator(
+        DistributedType.DEEPSPEED, num_processes=8, mixed_precision="fp16", state=state
+    )
     config = loop.LoopConfig(train_batch_size=4, gradient_accumulation_steps=2)
     assert sharding.describe(zero, config) == "8 processes, ZeRO-2, fp16, global batch 64"
 
@@ -189,18 +233,21 @@ def test_what_the_hardware_cannot_do_is_said(monkeypatch, caplog):
     assert "fp16 needs a GPU: this trains in float32" in caplog.text
     assert "asks for FSDP, which needs several GPUs" in caplog.text
     assert "fp32" in sharding.describe(half, config)
-    for kind, state in ((DistributedType.FSDP, {"fsdp_plugin": SimpleNamespace(fsdp_version=1)}),
-                        (DistributedType.DEEPSPEED,
-                         {"deepspeed_plugin": SimpleNamespace(zero_stage=3)})):
+    for kind, state in (
+        (DistributedType.FSDP, {"fsdp_plugin": SimpleNamespace(fsdp_version=1)}),
+        (DistributedType.DEEPSPEED, {"deepspeed_plugin": SimpleNamespace(zero_stage=3)}),
+    ):
         with pytest.raises(ValueError, match="set fsdp_version to 2, or zero_stage to 2"):
-            sharding.prepare(make_accelerator(kind, state=SimpleNamespace(**state)), None, None,
-                             config)
+            sharding.prepare(
+                make_accelerator(kind, state=SimpleNamespace(**state)), None, None, config
+            )
 
 
 def test_deepspeed_is_told_the_options_and_gets_inputs_in_its_precision():
     plugin = SimpleNamespace(zero_stage=2, deepspeed_config={"gradient_clipping": "auto"})
-    accelerator = make_accelerator(DistributedType.DEEPSPEED,
-                                   state=SimpleNamespace(deepspeed_plugin=plugin))
+    accelerator = make_accelerator(
+        DistributedType.DEEPSPEED, state=SimpleNamespace(deepspeed_plugin=plugin)
+    )
     config = loop.LoopConfig(train_batch_size=3, gradient_accumulation_steps=2, max_grad_norm=0.5)
     seen = []
 
@@ -211,10 +258,16 @@ def test_deepspeed_is_told_the_options_and_gets_inputs_in_its_precision():
 
     model = Model(2, 2).to(torch.bfloat16)
     sharding.prepare(accelerator, model, None, config)
-    assert plugin.deepspeed_config == {"gradient_clipping": 0.5, "gradient_accumulation_steps": 2,
-                                       "train_micro_batch_size_per_gpu": 3}
-    model(torch.ones(1, 2), times=torch.ones(1, dtype=torch.int64),
-          more={"a": torch.ones(1), "b": None})
+    assert plugin.deepspeed_config == {
+        "gradient_clipping": 0.5,
+        "gradient_accumulation_steps": 2,
+        "train_micro_batch_size_per_gpu": 3,
+    }
+    model(
+        torch.ones(1, 2),
+        times=torch.ones(1, dtype=torch.int64),
+        more={"a": torch.ones(1), "b": None},
+    )
     assert seen == [torch.bfloat16, torch.int64, torch.bfloat16, None]
 
 
@@ -227,5 +280,6 @@ def test_a_structure_has_no_weights_until_it_is_filled():
     empty.load_state_dict(model.state_dict(), assign=True)
     times, more = torch.tensor([3]), {"text_embeds": torch.ones(1, 8), "time_ids": torch.ones(1, 6)}
     given = (torch.ones(1, 9, 8, 8), times, torch.ones(1, 3, 8))
-    assert torch.equal(empty(*given, added_cond_kwargs=more).sample,
-                       model(*given, added_cond_kwargs=more).sample)
+    assert torch.equal(
+        empty(*given, added_cond_kwargs=more).sample, model(*given, added_cond_kwargs=more).sample
+    )

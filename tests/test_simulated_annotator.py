@@ -61,8 +61,9 @@ def test_it_accepts_the_truth_through_noise_that_nobody_sees(scenes):
 
 def test_it_accepts_small_differences_of_colour(scenes):
     rng = np.random.default_rng(1)
-    accepted, reasons = count(scenes, lambda s: fill_hole(
-        s, s.truth * rng.uniform(0.985, 1.015) + rng.uniform(-2, 2, 3)))
+    accepted, reasons = count(
+        scenes, lambda s: fill_hole(s, s.truth * rng.uniform(0.985, 1.015) + rng.uniform(-2, 2, 3))
+    )
     assert accepted >= 0.97 * len(scenes), reasons
 
 
@@ -87,7 +88,7 @@ def test_it_rejects_half_of_an_object(scenes):
     def keep_half(scene):
         rows = np.where(scene.object.max(axis=1) > 127)[0]
         result = scene.truth.copy()
-        result[int(np.median(rows)):] = scene.image[int(np.median(rows)):]
+        result[int(np.median(rows)) :] = scene.image[int(np.median(rows)) :]
         return result
 
     accepted, _ = count(scenes, keep_half)
@@ -108,8 +109,9 @@ def test_it_rejects_the_mean_colour_on_texture(scenes):
 
 def test_it_rejects_a_blurred_truth_on_texture(scenes):
     textured = [scene for scene in scenes if measure_detail(scene) > 5]
-    accepted, reasons = count(textured, lambda s: fill_hole(
-        s, cv2.GaussianBlur(s.truth.astype(np.float32), (0, 0), 4)))
+    accepted, reasons = count(
+        textured, lambda s: fill_hole(s, cv2.GaussianBlur(s.truth.astype(np.float32), (0, 0), 4))
+    )
     assert accepted <= 0.05 * len(textured), reasons
     assert reasons["blur"] >= 0.7 * len(textured)
 
@@ -144,11 +146,15 @@ def test_it_rejects_a_strong_shift_of_colour(scenes):
 
 
 def test_it_rejects_a_shadow_that_was_left(scenes):
-    shaded = [scene for scene in scenes
-              if ((scene.shadow > 15) & (scene.mask < 128) & (scene.object <= 8)).sum() > 60]
+    shaded = [
+        scene
+        for scene in scenes
+        if ((scene.shadow > 15) & (scene.mask < 128) & (scene.object <= 8)).sum() > 60
+    ]
     assert len(shaded) >= 5
-    accepted, reasons = count(shaded, lambda s: to_bytes(np.where(
-        (s.mask >= 128)[..., None], s.truth, s.image)))
+    accepted, reasons = count(
+        shaded, lambda s: to_bytes(np.where((s.mask >= 128)[..., None], s.truth, s.image))
+    )
     assert accepted <= 0.1 * len(shaded), reasons
     assert reasons.get("shadow left", 0) >= 0.7 * len(shaded), reasons
 
@@ -186,8 +192,12 @@ def candidates(scenes, tmp_path):
         (tmp_path / "hidden" / part).mkdir(parents=True)
     with TripletWriter(tmp_path / "candidates") as writer:
         for number, scene in enumerate(scenes[:3]):
-            writer.add(id=f"c{number}", source=scene.image, mask=scene.mask,
-                       gt=scene.image if number == 1 else scene.truth)
+            writer.add(
+                id=f"c{number}",
+                source=scene.image,
+                mask=scene.mask,
+                gt=scene.image if number == 1 else scene.truth,
+            )
             for part in ("truth", "object", "shadow"):
                 save_image(tmp_path / "hidden" / part / f"c{number}.png", getattr(scene, part))
     return tmp_path
@@ -199,24 +209,35 @@ def read_log(folder, name="simulated"):
 
 
 def test_labels_say_that_they_are_simulated(candidates):
-    verdicts = simulate_labels(candidates / "candidates", candidates / "hidden",
-                               candidates / "labels")
+    verdicts = simulate_labels(
+        candidates / "candidates", candidates / "hidden", candidates / "labels"
+    )
     assert {v["id"]: v["accept"] for v in verdicts} == {"c0": True, "c1": False, "c2": True}
     lines = read_log(candidates)
     assert all(line["simulated"] is True and "simulated" in line["annotator"] for line in lines)
     assert [line["label"] for line in lines] == ["accept", "reject", "accept"]
     assert lines[1]["reason"] == "incomplete removal" and len(lines[0]["content"]) == 16
     with pytest.raises(ValueError, match="must say that it is simulated"):
-        simulate_labels(candidates / "candidates", candidates / "hidden", candidates / "labels",
-                        annotator="anna")
+        simulate_labels(
+            candidates / "candidates",
+            candidates / "hidden",
+            candidates / "labels",
+            annotator="anna",
+        )
 
 
 def test_stopped_labelling_goes_on(candidates):
     folders = candidates / "candidates", candidates / "hidden", candidates / "labels"
-    queue = [QueueItem("c2", "audit"), QueueItem("c0", "uncertainty"),
-             QueueItem("c2", "audit", repeat=True)]
+    queue = [
+        QueueItem("c2", "audit"),
+        QueueItem("c0", "uncertainty"),
+        QueueItem("c2", "audit", repeat=True),
+    ]
     assert len(simulate_labels(*folders, queue=queue)) == 2
     assert [v["id"] for v in simulate_labels(*folders)] == ["c1"]
     assert [(line["id"], line["order"]) for line in read_log(candidates)] == [
-        ("c2", "audit"), ("c0", "uncertainty"), ("c1", "random")]
+        ("c2", "audit"),
+        ("c0", "uncertainty"),
+        ("c1", "random"),
+    ]
     assert simulate_labels(*folders) == []

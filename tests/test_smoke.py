@@ -10,15 +10,31 @@ import sys
 
 from rorem_lib.stage import ROOT
 
-STAGES = ("assemble", "initialization", "human_1_candidates", "human_1_labels", "human_1",
-          "automation_1_discriminator", "automation_1_candidates", "automation_1_accepted",
-          "automation_1", "distillation", "evaluation")
+STAGES = (
+    "assemble",
+    "initialization",
+    "human_1_candidates",
+    "human_1_labels",
+    "human_1",
+    "automation_1_discriminator",
+    "automation_1_candidates",
+    "automation_1_accepted",
+    "automation_1",
+    "distillation",
+    "evaluation",
+)
 
 
 def run(*arguments, timeout=800):
     command = [sys.executable, "-m", "rorem_lib.cli", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=timeout,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=timeout,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
 
 
 def test_the_whole_chain(tmp_path):
@@ -51,8 +67,10 @@ def check_rounds_add_what_was_accepted(finished):
     assert labels["n_labelled"] == labels["n_candidates"] == 80 and labels["simulated"] is True
     accepted = read(finished / "human_1_labels/accepted/meta.json")
     assert len(accepted) == labels["n_accepted"] > 0
-    sizes = [read(finished / name / "metrics.json")["train_size"]
-             for name in ("initialization", "human_1", "automation_1")]
+    sizes = [
+        read(finished / name / "metrics.json")["train_size"]
+        for name in ("initialization", "human_1", "automation_1")
+    ]
     added = read(finished / "automation_1_accepted/metrics.json")["n_accepted"]
     assert sizes == [120, 120 + len(accepted), 120 + len(accepted) + added]
 
@@ -62,15 +80,25 @@ def check_the_summary_has_the_fields_that_are_promised(finished):
     names = [entry["name"] for entry in summary["rounds"]]
     assert names == ["base", "initialization", "human 1", "automation 1"]
     for entry in summary["rounds"]:
-        assert {"candidates", "accepted", "train_size", "success_rate",
-                "success_rate_discriminator", "psnr_hole"} <= set(entry)
+        assert {
+            "candidates",
+            "accepted",
+            "train_size",
+            "success_rate",
+            "success_rate_discriminator",
+            "psnr_hole",
+        } <= set(entry)
     methods = {entry["name"]: entry for entry in summary["methods"]}
     assert methods["RORem 4-step"]["unet_calls"] == 4 and methods["Telea"]["unet_calls"] == 0
     for entry in methods.values():
         assert 0 <= entry["success_rate"] <= 1 and entry["seconds_per_image"] > 0
         assert {"success_rate_discriminator", "psnr_hole", "psnr_shadow"} <= set(entry)
-    assert set(summary["discriminator"]) >= {"auc", "candidates_success_rate",
-                                             "accepted_precision", "accepted_share"}
+    assert set(summary["discriminator"]) >= {
+        "auc",
+        "candidates_success_rate",
+        "accepted_precision",
+        "accepted_share",
+    }
     assert summary["test_size"] == 12 and summary["seed"] == 4
     assert set(STAGES) < set(summary["wall_seconds"]) and summary["wall_seconds"]["total"] > 0
 
@@ -78,7 +106,7 @@ def check_the_summary_has_the_fields_that_are_promised(finished):
 def check_the_report_stands_alone_and_says_simulated(finished):
     page = (finished / "report.html").read_text(encoding="utf-8")
     assert "simulated annotator" in page and "data:image/png;base64," in page
-    assert "src=\"http" not in page and "<script src" not in page
+    assert 'src="http' not in page and "<script src" not in page
 
 
 def check_a_second_run_does_nothing(finished):

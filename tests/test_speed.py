@@ -16,12 +16,20 @@ from rorem_lib import sdxl, speed
 
 BATCH = 3
 CONFIG = UNet2DConditionModel.load_config(sdxl.BUILTIN_FOLDER / "unet")
-SDXL = {**CONFIG, "block_out_channels": (320, 640, 1280), "layers_per_block": 2,
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "attention_head_dim": [5, 10, 20], "transformer_layers_per_block": [1, 2, 10],
-        "cross_attention_dim": 2048, "addition_time_embed_dim": 256, "norm_num_groups": 32,
-        "projection_class_embeddings_input_dim": 2816, "sample_size": 128}
+SDXL = {
+    **CONFIG,
+    "block_out_channels": (320, 640, 1280),
+    "layers_per_block": 2,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": [5, 10, 20],
+    "transformer_layers_per_block": [1, 2, 10],
+    "cross_attention_dim": 2048,
+    "addition_time_embed_dim": 256,
+    "norm_num_groups": 32,
+    "projection_class_embeddings_input_dim": 2816,
+    "sample_size": 128,
+}
 
 
 @pytest.fixture
@@ -39,10 +47,15 @@ def full_size():
 
 def make_inputs(height=8, width=8, *, states=None):
     torch.manual_seed(1)
-    inputs = {"sample": torch.randn(BATCH, 9, height, width), "timestep": torch.arange(BATCH) * 300,
-              "encoder_hidden_states": torch.randn(1, 77, 32).expand(BATCH, -1, -1),
-              "added_cond_kwargs": {"text_embeds": torch.randn(1, 16).expand(BATCH, -1),
-                                    "time_ids": torch.full((BATCH, 6), 64.0)}}
+    inputs = {
+        "sample": torch.randn(BATCH, 9, height, width),
+        "timestep": torch.arange(BATCH) * 300,
+        "encoder_hidden_states": torch.randn(1, 77, 32).expand(BATCH, -1, -1),
+        "added_cond_kwargs": {
+            "text_embeds": torch.randn(1, 16).expand(BATCH, -1),
+            "time_ids": torch.full((BATCH, 6), 64.0),
+        },
+    }
     return inputs if states is None else inputs | {"encoder_hidden_states": states}
 
 
@@ -51,8 +64,9 @@ def differentiate(unet, **inputs):
     unet.zero_grad()
     output = unet(**(inputs or make_inputs())).sample
     (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
-    return output.detach(), {n: p.grad.clone() for n, p in unet.named_parameters()
-                             if p.requires_grad}
+    return output.detach(), {
+        n: p.grad.clone() for n, p in unet.named_parameters() if p.requires_grad
+    }
 
 
 def assert_same(one, other):
@@ -61,8 +75,13 @@ def assert_same(one, other):
     for name, gradient in one[1].items():
         scale = gradient.abs().max().item()
         assert scale > 0, name
-        torch.testing.assert_close(gradient, other[1][name], rtol=1e-4, atol=1e-5 * scale,
-                                   msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            gradient,
+            other[1][name],
+            rtol=1e-4,
+            atol=1e-5 * scale,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
 
 
 def share_prompt(unet, *, fused):
@@ -74,8 +93,10 @@ def share_prompt(unet, *, fused):
 def count_projected_rows(unet, inputs):
     rows = []
     layers = [m for n, m in unet.named_modules() if n.endswith(("attn2.to_k", "attn2.to_v"))]
-    hooks = [layer.register_forward_hook(lambda _, given, __: rows.append(len(given[0])))
-             for layer in layers]
+    hooks = [
+        layer.register_forward_hook(lambda _, given, __: rows.append(len(given[0])))
+        for layer in layers
+    ]
     result = differentiate(unet, **inputs)
     for hook in hooks:
         hook.remove()
@@ -88,8 +109,11 @@ def count_projected_rows(unet, inputs):
 def test_a_shared_prompt_gives_the_stock_output_and_gradients(unet, fused, lora):
     if lora:
         unet.requires_grad_(False)
-        unet.add_adapter(LoraConfig(r=4, init_lora_weights=False,
-                                    target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+        unet.add_adapter(
+            LoraConfig(
+                r=4, init_lora_weights=False, target_modules=["to_q", "to_k", "to_v", "to_out.0"]
+            )
+        )
     unet.set_attn_processor(AttnProcessor2_0() if fused else AttnProcessor())
     rows, stock = count_projected_rows(unet, make_inputs())
     assert rows == {BATCH}
@@ -106,7 +130,8 @@ def test_the_prompt_may_come_as_one_row(unet, fused):
     inputs = make_inputs()
     expanded = differentiate(unet, **inputs)
     rows, alone = count_projected_rows(
-        unet, make_inputs(states=inputs["encoder_hidden_states"][:1]))
+        unet, make_inputs(states=inputs["encoder_hidden_states"][:1])
+    )
     assert rows == {1}
     assert_same(expanded, alone)
 
@@ -126,10 +151,12 @@ def test_prompts_that_differ_are_not_shared(unet, fused):
 def test_set_attention_shares_cross_attention_and_keeps_names(unet):
     kinds = {name: type(processor) for name, processor in unet.attn_processors.items()}
     assert {name: kind for name, kind in kinds.items() if "attn2" in name} == {
-        name: speed.SharedPromptAttention for name in kinds if "attn2" in name}
+        name: speed.SharedPromptAttention for name in kinds if "attn2" in name
+    }
     assert {kind for name, kind in kinds.items() if "attn1" in name} == {AttnProcessor}
-    assert {processor.fused for name, processor in unet.attn_processors.items()
-            if "attn2" in name} == {False}
+    assert {
+        processor.fused for name, processor in unet.attn_processors.items() if "attn2" in name
+    } == {False}
     assert set(unet.state_dict()) == set(UNet2DConditionModel.from_config(CONFIG).state_dict())
 
 
@@ -154,8 +181,9 @@ def test_a_layer_unlike_sdxls_keeps_the_stock_processor(unet):
     assert_same(shared, differentiate(unet, **inputs))
 
 
-@pytest.mark.parametrize("installed, text", [(False, r"pip install .*\[xformers\]"),
-                                             (True, "needs an NVIDIA GPU")])
+@pytest.mark.parametrize(
+    "installed, text", [(False, r"pip install .*\[xformers\]"), (True, "needs an NVIDIA GPU")]
+)
 def test_xformers_that_cannot_run_is_refused_with_the_mend(unet, monkeypatch, installed, text):
     monkeypatch.setattr(speed, "is_xformers_available", lambda: installed)
     with pytest.raises(ValueError, match=text):
@@ -206,8 +234,12 @@ def test_flops_are_those_of_the_products_counted_layer_by_layer(unet):
     for module in unet.modules():
         module.register_forward_hook(note)
     with torch.no_grad():
-        unet(torch.randn(1, 9, 8, 12), 5, torch.randn(1, 20, 32), added_cond_kwargs={
-            "text_embeds": torch.randn(1, 16), "time_ids": torch.zeros(1, 6)})
+        unet(
+            torch.randn(1, 9, 8, 12),
+            5,
+            torch.randn(1, 20, 32),
+            added_cond_kwargs={"text_embeds": torch.randn(1, 16), "time_ids": torch.zeros(1, 6)},
+        )
     assert counted == sum(total)
 
 
@@ -229,12 +261,24 @@ def test_counting_leaves_the_model_as_it_is(unet):
     assert not any(module._forward_pre_hooks for module in unet.modules())
 
 
-@pytest.mark.parametrize("name, tflops", [
-    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835),
-    ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA H200", 989), ("NVIDIA L40S", 362), ("NVIDIA L4", 121),
-    ("NVIDIA GeForce RTX 4090", 165.2), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
-    ("NVIDIA GeForce RTX 4090 D", None), ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None),
-    ("NVIDIA A10G", None), ("Something New", None)])
+@pytest.mark.parametrize(
+    "name, tflops",
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA H200", 989),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L4", 121),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None),
+        ("NVIDIA A10G", None),
+        ("Something New", None),
+    ],
+)
 def test_peaks_are_found_by_the_name_of_the_gpu(monkeypatch, name, tflops):
     monkeypatch.delenv("ROREM_PEAK_TFLOPS", raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
@@ -269,13 +313,17 @@ def measure_kept_bytes(unet, precision):
 
     inputs = make_inputs(16, 16)
     inputs = {name: value[:1] for name, value in inputs.items() if name != "added_cond_kwargs"} | {
-        "added_cond_kwargs": {n: v[:1] for n, v in inputs["added_cond_kwargs"].items()}}
+        "added_cond_kwargs": {n: v[:1] for n, v in inputs["added_cond_kwargs"].items()}
+    }
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         with sdxl.autocast(precision):
             output = unet(**inputs).sample
     output.sum().backward()  # what is kept was alive until here: no address came twice
-    copies = sum(2 * m.weight.numel() for m in unet.modules()
-                 if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d)))
+    copies = sum(
+        2 * m.weight.numel()
+        for m in unet.modules()
+        if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))
+    )
     return sum(kept.values()) - (copies if precision != "no" else 0)
 
 
@@ -303,29 +351,48 @@ def test_fused_attention_keeps_no_scores_and_half_precision_less(full_size):
 
 
 @pytest.mark.parametrize("precision, copies", [("no", 0), ("bf16", 2)])
-@pytest.mark.parametrize("gradients, stay, most", [
-    (0, False, 1.2), (0.1, False, 1.2), (0.1, True, 1.3), (2, False, 2.5), (2, True, 3.2)])
-def test_checkpointing_is_chosen_where_the_largest_size_does_not_fit(unet, precision, copies,
-                                                                     gradients, stay, most):
+@pytest.mark.parametrize(
+    "gradients, stay, most",
+    [(0, False, 1.2), (0.1, False, 1.2), (0.1, True, 1.3), (2, False, 2.5), (2, True, 3.2)],
+)
+def test_checkpointing_is_chosen_where_the_largest_size_does_not_fit(
+    unet, precision, copies, gradients, stay, most
+):
     """`gradients` and `most` in multiples of the activations."""
     largest = 4 * speed.count_activation_bytes(unet, 16, 24, precision=precision)
     need = 1000 + most * largest + copies * sum(p.numel() for p in unet.parameters())
-    chosen = [speed.choose_checkpointing(
-        unet, [(8, 8), (16, 24)], 4, bytes_free=int(free), states_bytes=1000,
-        gradients_bytes=int(gradients * largest), gradients_stay=stay,
-        precision=precision) for free in (need - 4, need + 4)]
+    chosen = [
+        speed.choose_checkpointing(
+            unet,
+            [(8, 8), (16, 24)],
+            4,
+            bytes_free=int(free),
+            states_bytes=1000,
+            gradients_bytes=int(gradients * largest),
+            gradients_stay=stay,
+            precision=precision,
+        )
+        for free in (need - 4, need + 4)
+    ]
     assert chosen == [True, False]
 
 
-@pytest.mark.parametrize("stay, batches", [(False, {16: False, 20: True}),
-                                           (True, {12: False, 16: True})])
+@pytest.mark.parametrize(
+    "stay, batches", [(False, {16: False, 20: True}), (True, {12: False, 16: True})]
+)
 def test_sdxl_on_80_gb_keeps_what_was_seen_to_fit(full_size, stay, batches):
     """On an H100 batch 16 took 71.4 GB of its 85.5 without checkpointing, on one process."""
     weights = 4 * 2_567_478_084
-    memory = {"bytes_free": int(84.8e9) - weights, "states_bytes": 2 * weights,
-              "gradients_bytes": weights, "gradients_stay": stay}
-    assert {batch: speed.choose_checkpointing(full_size, [(64, 64)], batch, precision="bf16",
-                                              **memory) for batch in batches} == batches
+    memory = {
+        "bytes_free": int(84.8e9) - weights,
+        "states_bytes": 2 * weights,
+        "gradients_bytes": weights,
+        "gradients_stay": stay,
+    }
+    assert {
+        batch: speed.choose_checkpointing(full_size, [(64, 64)], batch, precision="bf16", **memory)
+        for batch in batches
+    } == batches
 
 
 def test_checkpointing_changes_no_gradient(unet):

@@ -9,7 +9,8 @@ import pytest
 from rorem_lib import tables
 
 METHODS = [
-    {"name": "Telea", "kind": "telea"}, {"name": "NS", "kind": "ns"},
+    {"name": "Telea", "kind": "telea"},
+    {"name": "NS", "kind": "ns"},
     {"name": "base", "kind": "remover", "row": "base"},
     {"name": "initialization", "kind": "remover", "row": "initialization"},
     {"name": "human 1", "kind": "remover", "row": "human 1"},
@@ -24,17 +25,26 @@ def make_results(rates, n=200):
     rng, rows = np.random.default_rng(0), []
     for method, rate in {"source": None, **rates}.items():
         for k in range(n):
-            rows.append({"method": method, "id": f"s{k}", "accept":
-                         None if rate is None else bool(rng.random() < rate),
-                         "family": ("tiles", "wood", "noise", "bricks")[k % 4],
-                         "psnr_hole": 20 + 10 * (rate or 0) + rng.normal(),
-                         "psnr_shadow": None if k % 2 else 18 + 5 * (rate or 0) + rng.normal()})
+            rows.append(
+                {
+                    "method": method,
+                    "id": f"s{k}",
+                    "accept": None if rate is None else bool(rng.random() < rate),
+                    "family": ("tiles", "wood", "noise", "bricks")[k % 4],
+                    "psnr_hole": 20 + 10 * (rate or 0) + rng.normal(),
+                    "psnr_shadow": None if k % 2 else 18 + 5 * (rate or 0) + rng.normal(),
+                }
+            )
     return pd.DataFrame(rows)
 
 
 def test_rounds_and_final_leave_controls_and_fast_variants_out():
     assert [m["name"] for m in tables.list_rounds(METHODS)] == [
-        "base", "initialization", "human 1", "final"]
+        "base",
+        "initialization",
+        "human 1",
+        "final",
+    ]
     assert tables.find_final(METHODS)["name"] == "final"
     assert tables.find_final(METHODS[:3])["name"] == "base"
     assert tables.find_final([{"name": "mine", "kind": "remover"}])["name"] == "mine"
@@ -43,16 +53,23 @@ def test_rounds_and_final_leave_controls_and_fast_variants_out():
 
 def test_pairs_hold_every_question_of_the_report():
     pairs = tables.list_pairs(METHODS)
-    assert {("final", "control"), ("final", "Telea"), ("final", "initialization"),
-            ("initialization", "base"), ("human 1", "initialization"), ("final", "human 1"),
-            ("4 steps, LoRA", "4 steps, LCM only"), ("4 steps, LoRA", "final")} <= set(pairs)
+    assert {
+        ("final", "control"),
+        ("final", "Telea"),
+        ("final", "initialization"),
+        ("initialization", "base"),
+        ("human 1", "initialization"),
+        ("final", "human 1"),
+        ("4 steps, LoRA", "4 steps, LCM only"),
+        ("4 steps, LoRA", "final"),
+    } <= set(pairs)
     assert len(pairs) == len(set(pairs)) and all(a != b for a, b in pairs)
 
 
 def test_comparisons_are_paired_by_picture():
     results = make_results({"a": 0.9, "b": 0.4})
     shuffled = results.sample(frac=1, random_state=1)
-    first, = tables.compare_methods(results, [("a", "b")])
+    (first,) = tables.compare_methods(results, [("a", "b")])
     assert tables.compare_methods(shuffled, [("a", "b")]) == [first]
     rates = results[results.accept.notna()].groupby("method").accept.mean()
     assert first["difference"] == pytest.approx(100 * (rates["a"] - rates["b"]))
@@ -64,8 +81,11 @@ def test_all_comparisons_include_the_shadow_against_the_source():
     methods = [{"name": "Telea", "kind": "telea"}, {"name": "base", "kind": "remover"}]
     evaluation = SimpleNamespace(methods=methods, results=make_results({"Telea": 0.2, "base": 0.6}))
     found = {(c["first"], c["second"], c["measure"]): c for c in tables.compare_all(evaluation)}
-    assert set(found) == {("base", "Telea", "accept"), ("base", "Telea", "psnr_hole"),
-                          ("base", "source", "psnr_shadow")}
+    assert set(found) == {
+        ("base", "Telea", "accept"),
+        ("base", "Telea", "psnr_hole"),
+        ("base", "source", "psnr_shadow"),
+    }
     shadow = found["base", "source", "psnr_shadow"]
     assert shadow["n"] == 100 and shadow["difference"] == pytest.approx(3, abs=0.4)
     text = tables.make_comparison_table(list(found.values())).to_string()
@@ -73,10 +93,18 @@ def test_all_comparisons_include_the_shadow_against_the_source():
 
 
 def test_tables_name_the_simulated_annotator():
-    measured = {**METHODS[0], "success_rate": 0.418, "success_interval": [0.375, 0.462],
-                "success_rate_discriminator": None, "psnr_hole": 21.234, "psnr_shadow": None,
-                "psnr_background": 100.0, "ssim_hole": 0.5, "seconds_per_image": 0.0012,
-                "unet_calls": 0.0}
+    measured = {
+        **METHODS[0],
+        "success_rate": 0.418,
+        "success_interval": [0.375, 0.462],
+        "success_rate_discriminator": None,
+        "psnr_hole": 21.234,
+        "psnr_shadow": None,
+        "psnr_background": 100.0,
+        "ssim_hole": 0.5,
+        "seconds_per_image": 0.0012,
+        "unet_calls": 0.0,
+    }
     table = tables.make_method_table([measured], {"psnr_shadow": 17.6})
     assert "success, simulated annotator (%)" in table.columns
     assert table.loc["Telea", tables.SUCCESS] == "41.8 (37.5 to 46.2)"
@@ -84,10 +112,18 @@ def test_tables_name_the_simulated_annotator():
     assert table.loc["source (untouched)", "PSNR shadow (dB)"] == "17.60"
     assert table.loc["source (untouched)", tables.SUCCESS] == "–"
     assert "LPIPS hole" not in table.columns
-    rounds = tables.make_round_table([
-        {"name": "base"}, {"name": "human 1", "candidates": 10000, "accepted": 4182,
-                           "train_size": 65747, **{k: measured[k] for k in
-                                                   ("success_rate", "success_interval")}}])
+    rounds = tables.make_round_table(
+        [
+            {"name": "base"},
+            {
+                "name": "human 1",
+                "candidates": 10000,
+                "accepted": 4182,
+                "train_size": 65747,
+                **{k: measured[k] for k in ("success_rate", "success_interval")},
+            },
+        ]
+    )
     assert tables.SUCCESS in rounds.columns
     assert rounds.loc["human 1", "accepted"] == "4,182 (42 %)"
     assert rounds.loc["base"].tolist() == ["–"] * 6

@@ -59,8 +59,9 @@ def accelerator():
 def make_tracker(accelerator, folder, **changes):
     flops = changes.pop("flops_per_image", None)
     config = Config(**changes)
-    batch_total = (config.train_batch_size * config.gradient_accumulation_steps
-                   * accelerator.num_processes)
+    batch_total = (
+        config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+    )
     return tracking.Tracker(accelerator, config, folder, batch_total, flops_per_image=flops)
 
 
@@ -80,8 +81,15 @@ def test_a_line_holds_the_means_of_its_window(accelerator, tmp_path, clock):
     line = tracker.write(2, torch.tensor(0.123456), 5e-5)
     assert line == read_lines(tmp_path)[0]
     assert line.pop("memory_gb") > 0.01
-    assert line == {"step": 2, "loss": 3.0, "size": 6.0, "lr": 5e-5, "grad_norm": 0.1235,
-                    "images_per_second": 4.0, "seconds_left": 16.0}
+    assert line == {
+        "step": 2,
+        "loss": 3.0,
+        "size": 6.0,
+        "lr": 5e-5,
+        "grad_norm": 0.1235,
+        "images_per_second": 4.0,
+        "seconds_left": 16.0,
+    }
     add(tracker, 8.0, size=1.0)  # the next window holds nothing of the last one
     clock.now += 2
     assert tracker.write(3, None, 5e-5)["loss"] == 8.0
@@ -106,10 +114,17 @@ def test_a_loss_that_is_no_number_ends_the_training_without_a_line(accelerator, 
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("norm, shown", [
-    (None, None), (torch.tensor(math.inf), None), (torch.tensor(math.nan), None),
-    (torch.tensor(1.5), 1.5), (0.25, 0.25)],
-    ids=["unknown", "infinite", "nan", "tensor", "number"])
+@pytest.mark.parametrize(
+    "norm, shown",
+    [
+        (None, None),
+        (torch.tensor(math.inf), None),
+        (torch.tensor(math.nan), None),
+        (torch.tensor(1.5), 1.5),
+        (0.25, 0.25),
+    ],
+    ids=["unknown", "infinite", "nan", "tensor", "number"],
+)
 def test_a_norm_is_shown_where_it_is_known_and_finite(accelerator, tmp_path, norm, shown):
     tracker = make_tracker(accelerator, tmp_path)
     add(tracker, 1.0)
@@ -204,9 +219,14 @@ FIRST = [[1.0, math.nan], [math.nan, math.nan], [3.0, 5.0], [math.nan, 8.0]]
 
 def run_process(rank, port, folder):
     """One of two processes, each with every second micro-batch."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                   "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "ACCELERATE_USE_CPU": "true",
+    }
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == 2
     tracker = make_tracker(accelerator, folder)
@@ -230,8 +250,10 @@ def test_two_processes_write_the_line_that_one_writes(accelerator, tmp_path):
     one = tracker.write(2, torch.tensor(1.0), 0.1)
     lines = read_lines(two)
     assert len(lines) == 1
-    for line in [lines[0], *(json.loads((two / f"line_{rank}.json").read_text())
-                             for rank in range(2))]:
+    for line in [
+        lines[0],
+        *(json.loads((two / f"line_{rank}.json").read_text()) for rank in range(2)),
+    ]:
         for name in ("step", "loss", "loss_t1", "lr", "grad_norm"):
             assert line[name] == one[name]
         assert line["memory_gb"] == lines[0]["memory_gb"]
@@ -286,12 +308,17 @@ def test_trackers_get_settings_without_lists_and_every_line(notes, tmp_path):
     tracker = tracking.Tracker(accelerator, config, tmp_path, 4)
     add(tracker, 1.0)
     line = tracker.write(3, None, 0.1)
-    made, = notes
-    assert made.settings == {"max_train_steps": 10, "train_batch_size": 4, "seed": 4,
-                             "gradient_accumulation_steps": 1, "report_to": "notes",
-                             "meta_path": "a/meta.json, b/meta.json",
-                             "gradient_checkpointing": "None"}
-    (step, logged), = made.logged
+    (made,) = notes
+    assert made.settings == {
+        "max_train_steps": 10,
+        "train_batch_size": 4,
+        "seed": 4,
+        "gradient_accumulation_steps": 1,
+        "report_to": "notes",
+        "meta_path": "a/meta.json, b/meta.json",
+        "gradient_checkpointing": "None",
+    }
+    ((step, logged),) = made.logged
     assert step == 3 and {"step": step, **logged} == line
 
 
@@ -301,11 +328,16 @@ def test_no_tracker_is_started_by_default(accelerator):
     assert accelerator.trackers == []
 
 
-@pytest.mark.parametrize("name, text", [
-    ("wandb", r'report_to is wandb, which is not installed: run .* -e "\.\[trackers\]"'),
-    ("all", r"\[trackers\]"), ("mlflow", "report_to is mlflow, which is not installed"),
-    ("tensorboards", "report_to is 'tensorboards': take none, all or one of .*tensorboard,"),
-    ("wandb,tensorboard", "take none")])
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("wandb", r'report_to is wandb, which is not installed: run .* -e "\.\[trackers\]"'),
+        ("all", r"\[trackers\]"),
+        ("mlflow", "report_to is mlflow, which is not installed"),
+        ("tensorboards", "report_to is 'tensorboards': take none, all or one of .*tensorboard,"),
+        ("wandb,tensorboard", "take none"),
+    ],
+)
 def test_trackers_that_cannot_start_are_refused(monkeypatch, name, text):
     monkeypatch.setattr(tracking, "get_available_trackers", lambda: [])
     with pytest.raises(ValueError, match=text):
@@ -313,8 +345,9 @@ def test_trackers_that_cannot_start_are_refused(monkeypatch, name, text):
 
 
 def test_a_tracker_that_is_installed_passes(monkeypatch):
-    monkeypatch.setattr(tracking, "get_available_trackers",
-                        lambda: [accelerate_tracking.LoggerType.WANDB])
+    monkeypatch.setattr(
+        tracking, "get_available_trackers", lambda: [accelerate_tracking.LoggerType.WANDB]
+    )
     tracking.check_report_to("wandb")
     tracking.check_report_to("all")
 
@@ -322,8 +355,11 @@ def test_a_tracker_that_is_installed_passes(monkeypatch):
 def test_tensorboard_takes_the_settings_and_the_lines(tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     tracking.check_report_to("tensorboard")
-    accelerator = Accelerator(cpu=True, log_with="tensorboard", project_config=ProjectConfiguration(
-        project_dir=tmp_path, logging_dir=tmp_path / "logs"))
+    accelerator = Accelerator(
+        cpu=True,
+        log_with="tensorboard",
+        project_config=ProjectConfiguration(project_dir=tmp_path, logging_dir=tmp_path / "logs"),
+    )
     config = Config(report_to="tensorboard")
     tracking.start_trackers(accelerator, config)
     tracker = tracking.Tracker(accelerator, config, tmp_path, 4)
@@ -337,15 +373,23 @@ def test_tensorboard_takes_the_settings_and_the_lines(tmp_path):
 
 
 def make_options(**changes):
-    given = {"train_batch_size": 16, "gradient_accumulation_steps": 2, "resolution": 512,
-             "gradient_checkpointing": None, "use_8bit_adam": False, "lora_rank": 0}
+    given = {
+        "train_batch_size": 16,
+        "gradient_accumulation_steps": 2,
+        "resolution": 512,
+        "gradient_checkpointing": None,
+        "use_8bit_adam": False,
+        "lora_rank": 0,
+    }
     return SimpleNamespace(**given | changes)
 
 
 def describe(error=None, sizes=(), **changes):
     return tracking.describe_out_of_memory(
         error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
-        make_options(**changes), sizes)
+        make_options(**changes),
+        sizes,
+    )
 
 
 @pytest.fixture
@@ -357,16 +401,27 @@ def not_sharded(monkeypatch):
 def test_without_memory_every_way_that_is_not_taken_is_named(not_sharded):
     text = describe(sizes=[(512, 512), (768, 1344), (1008, 1008)])
     assert text.startswith("out of memory on the GPU at 1344 x 768 px with train_batch_size 16: ")
-    for way in ("train_batch_size 8 with gradient_accumulation_steps 4", "gradient_checkpointing",
-                "use_8bit_adam", "lora_rank", "deepspeed_zero2.yaml", "lower resolution"):
+    for way in (
+        "train_batch_size 8 with gradient_accumulation_steps 4",
+        "gradient_checkpointing",
+        "use_8bit_adam",
+        "lora_rank",
+        "deepspeed_zero2.yaml",
+        "lower resolution",
+    ):
         assert way in text
     assert "\n" not in text
 
 
-@pytest.mark.parametrize("changes, word", [
-    ({"train_batch_size": 1}, "train_batch_size"), ({"lora_rank": 8}, "lora_rank"),
-    ({"gradient_checkpointing": True}, "gradient_checkpointing"),
-    ({"use_8bit_adam": True}, "use_8bit_adam")])
+@pytest.mark.parametrize(
+    "changes, word",
+    [
+        ({"train_batch_size": 1}, "train_batch_size"),
+        ({"lora_rank": 8}, "lora_rank"),
+        ({"gradient_checkpointing": True}, "gradient_checkpointing"),
+        ({"use_8bit_adam": True}, "use_8bit_adam"),
+    ],
+)
 def test_ways_that_are_taken_are_not_named(not_sharded, changes, word):
     assert word in describe().partition(":")[2]
     assert word not in describe(**changes).partition(":")[2]
@@ -381,9 +436,11 @@ def test_a_sharded_training_is_not_told_to_shard(monkeypatch, not_sharded, name)
 def test_a_config_without_the_options_is_not_told_of_them(not_sharded):
     config = SimpleNamespace(train_batch_size=3, gradient_accumulation_steps=1)
     text = tracking.describe_out_of_memory(MemoryError(), config)
-    assert text == ("out of memory with train_batch_size 3: any of this lowers what is needed: "
-                    "train_batch_size 1 with gradient_accumulation_steps 3 (the training stays the "
-                    "same)")
+    assert text == (
+        "out of memory with train_batch_size 3: any of this lowers what is needed: "
+        "train_batch_size 1 with gradient_accumulation_steps 3 (the training stays the "
+        "same)"
+    )
     config.train_batch_size = 1
     assert "nothing left to lower" in tracking.describe_out_of_memory(MemoryError(), config)
 
@@ -399,14 +456,24 @@ def test_real_errors_of_both_allocators_are_known(not_sharded):
     text = describe(caught.value)
     assert text.startswith("out of memory at 512 x 512 px with train_batch_size 16: ")
     assert "8bit" not in text and "deepspeed" not in text  # they are for GPUs
-    for message in ("CUDA out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling",
-                    "cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "HIP out of memory"):
+    for message in (
+        "CUDA out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "HIP out of memory",
+    ):
         assert describe(RuntimeError(message)), message
 
 
-@pytest.mark.parametrize("error", [
-    RuntimeError("mat1 and mat2 shapes cannot be multiplied"), OSError(28, "No space left"),
-    ValueError("out of memory"), KeyError("DefaultCPUAllocator")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+        OSError(28, "No space left"),
+        ValueError("out of memory"),
+        KeyError("DefaultCPUAllocator"),
+    ],
+)
 def test_other_errors_stay_what_they_are(error):
     assert describe(error) is None
 

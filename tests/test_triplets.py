@@ -60,11 +60,15 @@ def _write_meta(folder, value, name="meta.json"):
 # --------------------------------------------------------------------------- what loads unchanged
 
 
-@pytest.mark.parametrize("text", [
-    json.dumps([_record("a"), _record("b")]),
-    json.dumps(_record("a")) + "\n" + json.dumps(_record("b")) + "\n\n",
-    "\ufeff" + json.dumps([_record("a"), _record("b")]),
-], ids=["list", "lines", "byte-order mark"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps([_record("a"), _record("b")]),
+        json.dumps(_record("a")) + "\n" + json.dumps(_record("b")) + "\n\n",
+        "\ufeff" + json.dumps([_record("a"), _record("b")]),
+    ],
+    ids=["list", "lines", "byte-order mark"],
+)
 def test_the_authors_forms_of_meta_load(made, text):
     triplets = read_triplets(_write_meta(made, text))
     assert [t.id for t in triplets] == [t.group for t in triplets] == ["a", "b"]
@@ -85,8 +89,17 @@ def test_scores_become_floats_and_other_keys_are_kept(made):
 
 
 def test_the_older_keys_are_understood(made):
-    _write_meta(made, [{"gt": "source/a.png", "inpaint": "GT/a.png", "mask": "mask/a.png",
-                        "text": {"label": {"name": "dog"}}}])
+    _write_meta(
+        made,
+        [
+            {
+                "gt": "source/a.png",
+                "inpaint": "GT/a.png",
+                "mask": "mask/a.png",
+                "text": {"label": {"name": "dog"}},
+            }
+        ],
+    )
     (triplet,) = read_triplets(made)
     assert triplet.source == made / "source" / "a.png"
     assert triplet.gt == made / "GT" / "a.png"
@@ -125,15 +138,18 @@ def test_names_in_other_scripts_and_with_spaces(tmp_path):
 # ----------------------------------------------------------------------------- what is refused
 
 
-@pytest.mark.parametrize("record, words", [
-    ({"source": "source/a.png"}, "record 1 has no mask and no GT"),
-    (_record("a", GT=7), "a path must be a text, not 7"),
-    (_record("a", source="source/gone.png"), "gone.png is missing .*record 1.*restore"),
-    (_record("a", source="../set2/a.png"), "leaves the set's folder"),
-    (_record("a", source="source/../../a.png"), "leaves the set's folder"),
-    (_record("a", score="good"), "score 'good' is no number"),
-    (["source/a.png"], "record 1 is no object"),
-])
+@pytest.mark.parametrize(
+    "record, words",
+    [
+        ({"source": "source/a.png"}, "record 1 has no mask and no GT"),
+        (_record("a", GT=7), "a path must be a text, not 7"),
+        (_record("a", source="source/gone.png"), "gone.png is missing .*record 1.*restore"),
+        (_record("a", source="../set2/a.png"), "leaves the set's folder"),
+        (_record("a", source="source/../../a.png"), "leaves the set's folder"),
+        (_record("a", score="good"), "score 'good' is no number"),
+        (["source/a.png"], "record 1 is no object"),
+    ],
+)
 def test_bad_records_are_named(made, record, words):
     _write_meta(made, [record])
     with pytest.raises(TripletError, match=words):
@@ -155,8 +171,12 @@ def test_hidden_truth_is_never_read(made):
     truth.mkdir(parents=True)
     save_image(truth / "a.png", _picture(9))
     (made / "innocent").symlink_to(truth)
-    for path in ("hidden/pool/truth/a.png", "innocent/a.png", "mask/../hidden/pool/truth/a.png",
-                 str(truth / "a.png")):
+    for path in (
+        "hidden/pool/truth/a.png",
+        "innocent/a.png",
+        "mask/../hidden/pool/truth/a.png",
+        str(truth / "a.png"),
+    ):
         _write_meta(made, [_record("a", GT=path)])
         with pytest.raises(TripletError, match="hidden"):
             read_triplets(made, allow_absolute=True, allow_outside=True)
@@ -221,8 +241,10 @@ def test_the_fast_decoder_gives_pillows_pixels(tmp_path):
     path = tmp_path / "x"
     kinds = [{"format": "PNG"}, {"format": "PNG", "optimize": True}] + [
         {"format": "JPEG", "quality": quality, "subsampling": sampling, "progressive": progressive}
-        for quality in (40, 92, 100) for sampling in ("4:4:4", "4:2:2", "4:2:0")
-        for progressive in (False, True)]
+        for quality in (40, 92, 100)
+        for sampling in ("4:4:4", "4:2:2", "4:2:0")
+        for progressive in (False, True)
+    ]
     for kind in kinds:
         for stored, mode in (("RGB", "RGB"), ("L", "RGB"), ("L", "L"), ("RGB", "L")):
             picture.convert(stored).save(path, **kind)
@@ -274,7 +296,7 @@ def _pictures(height, width, box=None, mask=None):
     """A triplet with a white box (top, left, bottom, right) in its mask."""
     if mask is None:
         mask = np.zeros((height, width), np.uint8)
-        mask[box[0]:box[2], box[1]:box[3]] = 255
+        mask[box[0] : box[2], box[1] : box[3]] = 255
     source = np.random.default_rng(5).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return {"source": source, "mask": mask, "gt": source // 2}
 
@@ -301,18 +323,21 @@ def test_squashing_gives_pillows_bytes_and_no_size_changes_nothing(tmp_path):
         assert np.array_equal(same["mask"], np.where(grey >= 128, 255, 0))
 
 
-@pytest.mark.parametrize("box, left", [
-    ((10, 80, 20, 96), 32),   # at the right edge
-    ((10, 0, 20, 8), 0),      # at the left one
-    ((10, 46, 20, 50), 16),   # in the middle
-    ((10, 10, 20, 14), 10),   # no further from the centre than needed
-    ((10, 5, 20, 91), 16),    # wider than the window: every window from 5 to 27 holds as much
-])
+@pytest.mark.parametrize(
+    "box, left",
+    [
+        ((10, 80, 20, 96), 32),  # at the right edge
+        ((10, 0, 20, 8), 0),  # at the left one
+        ((10, 46, 20, 50), 16),  # in the middle
+        ((10, 10, 20, 14), 10),  # no further from the centre than needed
+        ((10, 5, 20, 91), 16),  # wider than the window: every window from 5 to 27 holds as much
+    ],
+)
 def test_cropping_keeps_the_aspect_and_the_mask(box, left):
     pictures = _pictures(64, 96, box)
     found = fit_triplet(pictures, (64, 64))
     for part, value in pictures.items():
-        assert np.array_equal(found[part], value[:, left:left + 64]), part
+        assert np.array_equal(found[part], value[:, left : left + 64]), part
     turned = {part: x.swapaxes(0, 1) for part, x in pictures.items()}
     tall = fit_triplet({part: np.ascontiguousarray(x) for part, x in turned.items()}, (64, 64))
     assert all(np.array_equal(tall[part], found[part].swapaxes(0, 1)) for part in found)
@@ -376,21 +401,40 @@ def test_sizes_are_read_from_the_header_as_pictures_open(tmp_path):
 
 def _truncate(path, share=0.6):
     data = path.read_bytes()
-    path.write_bytes(data[:int(len(data) * share)])
+    path.write_bytes(data[: int(len(data) * share)])
 
 
-@pytest.mark.parametrize("damage, words", [
-    (lambda f: _truncate(f / "source/a.png"), r"source/a\.png is truncated .*download it again"),
-    (lambda f: (f / "GT/a.png").write_bytes(b""), r"GT/a\.png is empty \(0 bytes\)"),
-    (lambda f: (f / "GT/a.png").write_bytes(b"no picture"), r"GT/a\.png is no picture"),
-    (lambda f: (f / "mask/a.png").unlink(), r"mask/a\.png is missing"),
-    (lambda f: save_image(f / "mask/a.png", _mask(30)), r"mask/a\.png is 30x30 px but .*24x24"),
-    (lambda f: save_image(f / "GT/a.png", _picture(size=20)), r"GT/a\.png is 20x20 px"),
-    (lambda f: save_image(f / "mask/a.png", _mask() * 0), r"mask/a\.png is an empty mask"),
-    (lambda f: save_image(f / "mask/a.png", _mask() // 255), "multiply its values by 255"),
-    (lambda f: save_image(f / "mask/a.png", _mask() * 0 + 255), r"mask/a\.png is white everywhere"),
-], ids=["truncated", "0 bytes", "text", "missing", "mask size", "GT size", "empty mask",
-        "mask of ones", "white mask"])
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (
+            lambda f: _truncate(f / "source/a.png"),
+            r"source/a\.png is truncated .*download it again",
+        ),
+        (lambda f: (f / "GT/a.png").write_bytes(b""), r"GT/a\.png is empty \(0 bytes\)"),
+        (lambda f: (f / "GT/a.png").write_bytes(b"no picture"), r"GT/a\.png is no picture"),
+        (lambda f: (f / "mask/a.png").unlink(), r"mask/a\.png is missing"),
+        (lambda f: save_image(f / "mask/a.png", _mask(30)), r"mask/a\.png is 30x30 px but .*24x24"),
+        (lambda f: save_image(f / "GT/a.png", _picture(size=20)), r"GT/a\.png is 20x20 px"),
+        (lambda f: save_image(f / "mask/a.png", _mask() * 0), r"mask/a\.png is an empty mask"),
+        (lambda f: save_image(f / "mask/a.png", _mask() // 255), "multiply its values by 255"),
+        (
+            lambda f: save_image(f / "mask/a.png", _mask() * 0 + 255),
+            r"mask/a\.png is white everywhere",
+        ),
+    ],
+    ids=[
+        "truncated",
+        "0 bytes",
+        "text",
+        "missing",
+        "mask size",
+        "GT size",
+        "empty mask",
+        "mask of ones",
+        "white mask",
+    ],
+)
 def test_each_fault_is_found_and_named_with_its_file(made, damage, words):
     _write_meta(made, [_record("a"), _record("b")])
     assert check_set(made) == []
@@ -416,20 +460,35 @@ def test_check_goes_on_after_bad_records_and_wants_gt_in_all_or_none(made):
 def test_writer_keeps_extras_and_sorts_by_id(tmp_path):
     with TripletWriter(tmp_path) as writer:
         for name in ("c", "a", "b"):
-            writer.add(id=name, source=_picture(), mask=_mask(), gt=_picture(1), group="g",
-                       score=np.float32(1), seed=np.int64(3), note=None)
+            writer.add(
+                id=name,
+                source=_picture(),
+                mask=_mask(),
+                gt=_picture(1),
+                group="g",
+                score=np.float32(1),
+                seed=np.int64(3),
+                note=None,
+            )
     assert [t.id for t in read_triplets(tmp_path)] == ["a", "b", "c"]
     assert read_triplets(tmp_path)[0].extra == {"score": 1.0, "seed": 3}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["GT", "mask", "meta.json", "source"]
     assert not list(tmp_path.rglob("*.partial"))
 
 
-@pytest.mark.parametrize("item, words", [
-    ({"id": "../a"}, "cannot name"), ({"id": ".a"}, "cannot name"), ({"id": ""}, "cannot name"),
-    ({"id": "x" * 201}, "cannot name"), ({"mask": _mask(12)}, "sizes differ"),
-    ({"mask": _mask() * 0}, "empty mask"), ({"GT": "x"}, "cannot be extra keys"),
-    ({"source": "nowhere.png"}, "nowhere.png is missing"),
-])
+@pytest.mark.parametrize(
+    "item, words",
+    [
+        ({"id": "../a"}, "cannot name"),
+        ({"id": ".a"}, "cannot name"),
+        ({"id": ""}, "cannot name"),
+        ({"id": "x" * 201}, "cannot name"),
+        ({"mask": _mask(12)}, "sizes differ"),
+        ({"mask": _mask() * 0}, "empty mask"),
+        ({"GT": "x"}, "cannot be extra keys"),
+        ({"source": "nowhere.png"}, "nowhere.png is missing"),
+    ],
+)
 def test_writer_refuses_what_would_make_an_unsound_set(tmp_path, item, words):
     writer = TripletWriter(tmp_path)
     with pytest.raises(TripletError, match=words):
@@ -519,8 +578,9 @@ def test_a_killed_writer_loses_the_item_in_work_at_most(tmp_path):
                 writer.add(id=f"{n:05d}", source=np.full((24, 24, 3), n % 256, np.uint8), mask=mask)
                 print(n, flush=True)
     """)
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE,
-                               text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
     for _ in range(30):
         said = int(process.stdout.readline())
     process.send_signal(signal.SIGKILL)
@@ -558,8 +618,9 @@ def test_merged_ids_are_unique_and_groups_stay(tmp_path):
 def test_splits_never_cut_a_group(tmp_path):
     with TripletWriter(tmp_path) as writer:
         for n in range(60):
-            writer.add(id=f"{n:02d}", source=_picture(), mask=_mask(), gt=_picture(),
-                       group=f"g{n % 20}")
+            writer.add(
+                id=f"{n:02d}", source=_picture(), mask=_mask(), gt=_picture(), group=f"g{n % 20}"
+            )
     triplets = read_triplets(tmp_path)
     first, rest = split_by_group(triplets, 0.3, 1)
     assert not {t.group for t in first} & {t.group for t in rest}

@@ -17,7 +17,7 @@ def _picture(seed):
 
 def _mask(width):
     mask = np.zeros((12, 16), np.uint8)
-    mask[2:6, 1:1 + width] = 255
+    mask[2:6, 1 : 1 + width] = 255
     return mask
 
 
@@ -54,15 +54,18 @@ def _load(folder, **options):
 # ------------------------------------------------------------------------------ what is understood
 
 
-@pytest.mark.parametrize("text", [
-    json.dumps([_record("a"), _record("b")]),
-    json.dumps(_record("a")) + "\n" + json.dumps(_record("b")) + "\n",
-    "\ufeff" + json.dumps([_record("a"), _record("b")], indent=2),
-], ids=["list", "lines", "byte-order mark"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps([_record("a"), _record("b")]),
+        json.dumps(_record("a")) + "\n" + json.dumps(_record("b")) + "\n",
+        "\ufeff" + json.dumps([_record("a"), _record("b")], indent=2),
+    ],
+    ids=["list", "lines", "byte-order mark"],
+)
 def test_the_published_forms_of_meta_are_read(tmp_path, text):
     folder = _write_set(tmp_path / "最终 集", text=text)
-    assert [(i.id, i.group, i.split) for i in _list(folder)] == [("a", "a", None),
-                                                                 ("b", "b", None)]
+    assert [(i.id, i.group, i.split) for i in _list(folder)] == [("a", "a", None), ("b", "b", None)]
     first, second = _load(folder)
     assert np.array_equal(second.source.array, _picture(1))
     assert np.array_equal(second.mask.array, _mask(4))
@@ -82,9 +85,20 @@ def test_scores_become_numbers(tmp_path):
 
 
 def test_the_older_keys_name_the_picture_given_in_gt(tmp_path):
-    _write_set(tmp_path, ["a"], text=json.dumps([
-        {"gt": "source/a.png", "inpaint": "GT/a.png", "mask": "mask/a.png",
-         "text": {"label": {"name": "dog"}}}]))
+    _write_set(
+        tmp_path,
+        ["a"],
+        text=json.dumps(
+            [
+                {
+                    "gt": "source/a.png",
+                    "inpaint": "GT/a.png",
+                    "mask": "mask/a.png",
+                    "text": {"label": {"name": "dog"}},
+                }
+            ]
+        ),
+    )
     (item,) = _list(tmp_path)
     (found,) = _load(tmp_path)
     assert item.id == "a"
@@ -95,14 +109,32 @@ def test_the_older_keys_name_the_picture_given_in_gt(tmp_path):
 
 def test_a_set_of_this_kit_comes_back_with_all_its_keys(tmp_path):
     with TripletWriter(tmp_path / "labelled") as writer:
-        writer.add(id="rord-1", source=_picture(1), mask=_mask(3), gt=_picture(2), group="scene 7",
-                   origin="RORD", license="CC BY 4.0", score=0.0, width=999, height=999,
-                   phash="0f", file="img/scene 7/1.jpg", set="first")
+        writer.add(
+            id="rord-1",
+            source=_picture(1),
+            mask=_mask(3),
+            gt=_picture(2),
+            group="scene 7",
+            origin="RORD",
+            license="CC BY 4.0",
+            score=0.0,
+            width=999,
+            height=999,
+            phash="0f",
+            file="img/scene 7/1.jpg",
+            set="first",
+        )
     (item,) = _list(tmp_path / "labelled")
     (found,) = _load(tmp_path / "labelled")
     assert (item.id, item.group) == ("rord-1", "scene 7")
-    assert found.extra == {"origin": "RORD", "license": "CC BY 4.0", "score": 0.0, "phash": "0f",
-                           "file": "img/scene 7/1.jpg", "set": "first"}
+    assert found.extra == {
+        "origin": "RORD",
+        "license": "CC BY 4.0",
+        "score": 0.0,
+        "phash": "0f",
+        "file": "img/scene 7/1.jpg",
+        "set": "first",
+    }
     assert np.array_equal(found.gt.array, _picture(2))
 
 
@@ -114,7 +146,10 @@ def test_all_sets_below_are_read_and_their_ids_stay_apart(tmp_path):
     _write_set(tmp_path / "data" / "RORD", ["0"], seed=5, group="scene")
     items = _list(tmp_path)
     assert [(i.id, i.group) for i in items] == [
-        ("Mulan-0", "Mulan-0"), ("Mulan-1", "Mulan-1"), ("RORD-0", "scene")]
+        ("Mulan-0", "Mulan-0"),
+        ("Mulan-1", "Mulan-1"),
+        ("RORD-0", "scene"),
+    ]
     found = _load(tmp_path)
     assert [f.extra["set"] for f in found] == ["Mulan", "Mulan", "RORD"]
     assert np.array_equal(found[2].source.array, _picture(5))
@@ -167,29 +202,36 @@ def test_a_test_set_is_not_for_training(tmp_path):
     _write_set(tmp_path / "labelled", ["a"])
     _write_set(tmp_path / "own", ["a"], split="train")
     assert [(i.id, i.split) for i in _list(tmp_path)] == [
-        ("labelled-a", None), ("own-a", "train"), ("testset_RORem-a", "test")]
+        ("labelled-a", None),
+        ("own-a", "train"),
+        ("testset_RORem-a", "test"),
+    ]
 
 
 # ------------------------------------------------------------------------------- what is refused
 
 
-@pytest.mark.parametrize("record, reason, words", [
-    (_record(source="../secret.png"), "bad record", "record 1: ../secret.png leaves the set's"),
-    (_record(source="source/../../secret.png"), "bad record", "leaves the set's folder"),
-    (_record(mask=3), "bad record", "a path must be a text, not 3"),
-    (_record(mask=None), "bad record", "record 1 has no mask"),
-    (_record(score="good"), "bad record", "score 'good' is no number"),
-    (["source/a.png"], "bad record", "record 1 is no object"),
-    (_record(source="source/" + "x" * 400 + ".png"), "missing file", "is missing"),
-    (_record(source="source/gone.png"), "missing file", "gone.png is missing .*restore it"),
-    (_record(GT=None), "no GT", "record 1 has no GT.*require_gt: false"),
-    (_record(source="hidden/a.png"), "bad record", "folder named hidden"),
-    (_record(source="a\0b/a.png"), "bad record", "record 1: .*null"),
-])
+@pytest.mark.parametrize(
+    "record, reason, words",
+    [
+        (_record(source="../secret.png"), "bad record", "record 1: ../secret.png leaves the set's"),
+        (_record(source="source/../../secret.png"), "bad record", "leaves the set's folder"),
+        (_record(mask=3), "bad record", "a path must be a text, not 3"),
+        (_record(mask=None), "bad record", "record 1 has no mask"),
+        (_record(score="good"), "bad record", "score 'good' is no number"),
+        (["source/a.png"], "bad record", "record 1 is no object"),
+        (_record(source="source/" + "x" * 400 + ".png"), "missing file", "is missing"),
+        (_record(source="source/gone.png"), "missing file", "gone.png is missing .*restore it"),
+        (_record(GT=None), "no GT", "record 1 has no GT.*require_gt: false"),
+        (_record(source="hidden/a.png"), "bad record", "folder named hidden"),
+        (_record(source="a\0b/a.png"), "bad record", "record 1: .*null"),
+    ],
+)
 def test_a_bad_record_is_rejected_and_the_rest_goes_on(tmp_path, record, reason, words):
     _save(tmp_path / "secret.png", _picture(9))
-    folder = _write_set(tmp_path / "set", ["a", "b"],
-                        text=json.dumps([record, _record("b"), _record("a")]))
+    folder = _write_set(
+        tmp_path / "set", ["a", "b"], text=json.dumps([record, _record("b"), _record("a")])
+    )
     source = UpstreamSource(str(folder))
     items = list(source.list_items())
     assert len({item.id for item in items}) == 3
@@ -255,9 +297,11 @@ def test_a_set_and_a_folder_of_sets_are_recognised(tmp_path):
 
 
 def test_options_say_what_is_allowed():
-    for options, words in (({"metas": "meta.json"}, "metas must be a list of paths"),
-                           ({"metas": [3]}, "metas must be a list of paths"),
-                           ({"allow_absolute": "no"}, "allow_absolute must be true or false")):
+    for options, words in (
+        ({"metas": "meta.json"}, "metas must be a list of paths"),
+        ({"metas": [3]}, "metas must be a list of paths"),
+        ({"allow_absolute": "no"}, "allow_absolute must be true or false"),
+    ):
         with pytest.raises(ValueError, match=words):
             UpstreamSource("x", **options)
     assert UpstreamSource("x", metas=["a"]).metas == ("a",)

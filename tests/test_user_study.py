@@ -50,8 +50,13 @@ def removals(tmp_path, triplets):
 @pytest.fixture
 def results(triplets):
     """What an evaluation says of them: the simulated annotator likes the final model alone."""
-    return pd.DataFrame([{"id": t.id, "method": name, "accept": name == "final model"}
-                         for t in triplets for name in METHODS])
+    return pd.DataFrame(
+        [
+            {"id": t.id, "method": name, "accept": name == "final model"}
+            for t in triplets
+            for name in METHODS
+        ]
+    )
 
 
 def open_session(folder, trials, triplets, **options):
@@ -69,7 +74,8 @@ def answer_all(session, trials, choose):
 
 @pytest.mark.parametrize("kind, label", [("success", "accept"), ("preference", "left")])
 def test_nothing_that_reaches_the_annotator_or_the_log_tells_the_method(
-        tmp_path, triplets, removals, kind, label):
+    tmp_path, triplets, removals, kind, label
+):
     folder = tmp_path / "study"
     trials = make_trials(removals, kind)
     session = open_session(folder, trials, triplets)
@@ -79,21 +85,24 @@ def test_nothing_that_reaches_the_annotator_or_the_log_tells_the_method(
     seen += json.dumps(session.widget.get_state(), default=str) + session.log.path.read_text()
     for word in (*METHODS, *(f'"{t.id}"' for t in triplets), "removals/"):
         assert word not in seen, word
-    shown = {content["id"]: pictures for content, pictures in session.sent
-             if content["kind"] == "item"}
+    shown = {
+        content["id"]: pictures for content, pictures in session.sent if content["kind"] == "item"
+    }
     for trial in trials:  # and yet each picture is the one that was asked for
         sent = shown[trial.id][1:]
         assert [bytes(x) for x in sent] == [path.read_bytes() for path in trial.removals]
 
 
 def test_what_each_trial_is_about_is_on_the_disk_before_the_first_answer(
-        tmp_path, triplets, removals):
+    tmp_path, triplets, removals
+):
     trials = make_trials(removals, "success")
     session = open_session(tmp_path / "study", trials, triplets)
     assert session.log.read() == []
     told = json.loads((tmp_path / "study" / "trials.json").read_text())
     assert {key: (x["picture"], tuple(x["methods"])) for key, x in told.items()} == {
-        t.id: (t.picture, t.methods) for t in trials}
+        t.id: (t.picture, t.methods) for t in trials
+    }
     more = make_trials(removals, "preference")
     open_session(tmp_path / "study", more, triplets)  # adds to it, and loses nothing
     told = json.loads((tmp_path / "study" / "trials.json").read_text())
@@ -108,7 +117,8 @@ def test_each_pair_is_asked_with_sides_by_lot(tmp_path, triplets, removals):
     assert all(0 < count < 2 * len(triplets) for count in lefts.values()), lefts
     assert trials == make_trials(removals, "preference")
     assert {t.id for t in trials}.isdisjoint(
-        t.id for t in make_trials(removals, "preference", seed=1))
+        t.id for t in make_trials(removals, "preference", seed=1)
+    )
     few = make_trials(removals, "success", pictures=2, methods=["Telea", "human 1"])
     assert len(few) == 4 and len({t.picture for t in few}) == 2
     for picture in {t.picture for t in few}:
@@ -118,8 +128,10 @@ def test_each_pair_is_asked_with_sides_by_lot(tmp_path, triplets, removals):
 
 def test_annotators_see_the_same_trials_in_orders_of_their_own(tmp_path, triplets, removals):
     trials = make_trials(removals, "success")
-    queues = [[item.id for item in open_study(tmp_path, trials, triplets, name)._queue
-               if not item.repeat] for name in ("anna", "ben")]
+    queues = [
+        [item.id for item in open_study(tmp_path, trials, triplets, name)._queue if not item.repeat]
+        for name in ("anna", "ben")
+    ]
     assert sorted(queues[0]) == sorted(queues[1]) == sorted(t.id for t in trials)
     assert queues[0] != queues[1]
 
@@ -128,8 +140,11 @@ def test_success_rates_are_the_majoritys(tmp_path, triplets, removals, results):
     folder = tmp_path / "study"
     trials = make_trials(removals, "success")
     good = {"final model": {"c0", "c1", "c2", "c3"}, "human 1": {"c0"}, "Telea": set()}
-    answer_all(open_session(folder, trials, triplets), trials,
-               lambda t: "accept" if t.picture in good[t.methods[0]] else "reject")
+    answer_all(
+        open_session(folder, trials, triplets),
+        trials,
+        lambda t: "accept" if t.picture in good[t.methods[0]] else "reject",
+    )
     ben, cleo = LabelLog(folder, "ben"), LabelLog(folder, "cleo")
     first = next(t for t in trials if (t.picture, t.methods) == ("c0", ("human 1",)))
     tie = next(t for t in trials if (t.picture, t.methods) == ("c5", ("Telea",)))
@@ -142,7 +157,10 @@ def test_success_rates_are_the_majoritys(tmp_path, triplets, removals, results):
     rows = {row["name"]: row for row in study["methods"]}
     assert [row["name"] for row in study["methods"]][0] == "final model"
     assert {name: (row["n"], row["success_rate"]) for name, row in rows.items()} == {
-        "final model": (6, pytest.approx(4 / 6)), "human 1": (6, 0), "Telea": (5, 0)}
+        "final model": (6, pytest.approx(4 / 6)),
+        "human 1": (6, 0),
+        "Telea": (5, 0),
+    }
     low, high = rows["final model"]["success_interval"]
     assert low == pytest.approx(0.300, abs=1e-3) and high == pytest.approx(0.903, abs=1e-3)
     assert rows["final model"]["simulated_rate"] == 1
@@ -156,7 +174,8 @@ def test_success_rates_are_the_majoritys(tmp_path, triplets, removals, results):
     table = tables.make_study_table(study)
     assert table.loc["final model", "success, people (%)"] == "66.7 (30.0 to 90.3)"
     assert tables.make_comparison_table(study["comparisons"])["measure"].unique() == [
-        "success, people"]
+        "success, people"
+    ]
 
 
 def test_a_removal_made_anew_is_asked_about_anew(tmp_path, triplets, removals, results):
@@ -193,8 +212,11 @@ def test_preferences_follow_the_method_and_not_the_side(tmp_path, triplets, remo
     assert (session.state["done"], session.state["skipped"]) == (16, 2)
     study = summarise_study(folder, trials, results)
     rows = {(p["first"], p["second"]): p for p in study["preferences"]}
-    assert rows.keys() == {("Telea", "final model"), ("Telea", "human 1"),
-                           ("final model", "human 1")}
+    assert rows.keys() == {
+        ("Telea", "final model"),
+        ("Telea", "human 1"),
+        ("final model", "human 1"),
+    }
     final = rows["final model", "human 1"]
     assert (final["n"], final["n_answers"], final["prefers_first"]) == (5, 5, 1)
     assert final["preference"] == 1 and final["p_value"] == pytest.approx(2 / 2**5)
@@ -208,9 +230,20 @@ def test_preferences_follow_the_method_and_not_the_side(tmp_path, triplets, remo
 
 def test_many_annotators_are_not_many_pictures():
     answers = pd.DataFrame(
-        [{"trial": f"t{p}", "picture": f"p{p}", "annotator": f"a{n}", "first": "A", "second": "B",
-          "label": "left"} for p in range(4) for n in range(25)])
-    row, = summarise_preferences(answers)
+        [
+            {
+                "trial": f"t{p}",
+                "picture": f"p{p}",
+                "annotator": f"a{n}",
+                "first": "A",
+                "second": "B",
+                "label": "left",
+            }
+            for p in range(4)
+            for n in range(25)
+        ]
+    )
+    (row,) = summarise_preferences(answers)
     assert (row["n"], row["n_answers"], row["p_value"]) == (4, 100, pytest.approx(2 / 2**4))
 
 
@@ -247,7 +280,7 @@ def test_without_hidden_truth_people_are_the_only_judges(tmp_path, triplets, rem
     trials = [Trial("t", "c0", ("Telea",), (removals["Telea"]["c0"],))]
     LabelLog(tmp_path, "ben").append("t", "accept")
     successes = collect_successes(trials, LabelLog(tmp_path, "ben").read())
-    row, = summarise_successes(successes, results.assign(accept=None))
+    (row,) = summarise_successes(successes, results.assign(accept=None))
     assert (row["success_rate"], row["simulated_rate"], row["same_verdict"]) == (1, None, None)
 
 
@@ -268,7 +301,8 @@ def test_what_cannot_be_asked(tmp_path, triplets, removals):
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_anybody_answers(
-        tmp_path, triplets, removals, monkeypatch):
+    tmp_path, triplets, removals, monkeypatch
+):
     def refuse(path, content):
         raise OSError(30, os.strerror(30))
 
@@ -282,7 +316,7 @@ def test_without_a_name_it_is_asked_for(tmp_path, triplets, removals):
     name, start = box.children[0].children
     name.value = "anna"
     start.click()
-    widget, = box.children
+    (widget,) = box.children
     assert widget.settings["annotator"] == "anna" and len(widget.settings["panes"]) == 3
 
 
@@ -291,17 +325,34 @@ def test_the_evaluation_notebook_reads_the_answers_and_waits_for_nobody(tmp_path
     stage = tmp_path / "stage"
     methods = [{"name": "Telea", "kind": "telea"}, {"name": "Navier-Stokes", "kind": "ns"}]
     triplets = read_triplets("builtin:test", require_gt=False)[:4]
-    paths = {m.name: run_method(m, triplets, stage / "removals").paths
-             for m in make_methods(methods, seed=4)}
+    paths = {
+        m.name: run_method(m, triplets, stage / "removals").paths
+        for m in make_methods(methods, seed=4)
+    }
     trials = make_trials(paths, "success", pictures=3, seed=4)
-    answer_all(open_session(stage / "user_study", trials, triplets), trials,
-               lambda t: "accept" if t.methods == ("Telea",) else "reject")
+    answer_all(
+        open_session(stage / "user_study", trials, triplets),
+        trials,
+        lambda t: "accept" if t.methods == ("Telea",) else "reject",
+    )
     execute_notebook(
-        ROOT / "notebooks" / "08_evaluate.ipynb", tmp_path / "done.ipynb",
-        {"output_dir": str(stage), "test_set": "builtin:test", "limit": 4, "seed": 4,
-         "methods": methods, "user_study": "success", "study_pictures": 3}, say=lambda text: None)
+        ROOT / "notebooks" / "08_evaluate.ipynb",
+        tmp_path / "done.ipynb",
+        {
+            "output_dir": str(stage),
+            "test_set": "builtin:test",
+            "limit": 4,
+            "seed": 4,
+            "methods": methods,
+            "user_study": "success",
+            "study_pictures": 3,
+        },
+        say=lambda text: None,
+    )
     study = json.loads((stage / "metrics.json").read_text())["user_study"]
     assert [(m["name"], m["success_rate"]) for m in study["methods"]] == [
-        ("Telea", 1), ("Navier-Stokes", 0)]
+        ("Telea", 1),
+        ("Navier-Stokes", 0),
+    ]
     assert (study["trials"], study["answers"], study["lost"]) == (6, 6, 0)
     assert (stage / "figures" / "user_study.png").is_file()

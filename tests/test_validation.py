@@ -40,9 +40,14 @@ def write_set(folder, sizes, *, gt=True, **extra):
         for number, (height, width) in enumerate(sizes):
             source = cv2.resize(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8), (width, height))
             mask = np.zeros((height, width), np.uint8)
-            mask[height // 3:height // 2, width // 3:width // 2] = 255
-            writer.add(id=f"picture-{number}", source=source, mask=mask,
-                       gt=255 - source if gt else None, **extra)
+            mask[height // 3 : height // 2, width // 3 : width // 2] = 255
+            writer.add(
+                id=f"picture-{number}",
+                source=source,
+                mask=mask,
+                gt=255 - source if gt else None,
+                **extra,
+            )
     return str(writer.folder / "meta.json")
 
 
@@ -60,6 +65,7 @@ def make(tmp_path, pipe, tiny_set):
         for name, value in changes.items():
             setattr(config, name, value)
         return Validation(pipe, config, accelerator or make_accelerator(), num_inference_steps=2)
+
     return make
 
 
@@ -72,8 +78,13 @@ def list_cells(grid, rows, columns):
     height = (grid.shape[0] + GAP) // rows
     width = (grid.shape[1] + GAP) // columns
     assert (rows * height - GAP, columns * width - GAP) == grid.shape[:2]
-    return [[grid[r * height:(r + 1) * height - GAP][:, c * width:(c + 1) * width - GAP]
-             for c in range(columns)] for r in range(rows)]
+    return [
+        [
+            grid[r * height : (r + 1) * height - GAP][:, c * width : (c + 1) * width - GAP]
+            for c in range(columns)
+        ]
+        for r in range(rows)
+    ]
 
 
 # ------------------------------------------------------------------------------------- what is made
@@ -100,9 +111,15 @@ def test_a_scene_is_what_stock_removal_gives_at_this_size(make, pipe):
     cells = list_cells(read_grid(made, 0), rows=2, columns=3)
     stock = copy.deepcopy(pipe)
     stock.unet.eval().register_to_config(sample_size=32 // stock.vae_scale_factor)
-    expected = remove_objects(stock, [s.source for s in made.scenes],
-                              [s.mask for s in made.scenes], num_inference_steps=2, seed=4,
-                              batch_size=4, mixed_precision="no")
+    expected = remove_objects(
+        stock,
+        [s.source for s in made.scenes],
+        [s.mask for s in made.scenes],
+        num_inference_steps=2,
+        seed=4,
+        batch_size=4,
+        mixed_precision="no",
+    )
     for row, picture in zip(cells, expected, strict=True):
         assert np.array_equal(row[1], picture)
 
@@ -125,8 +142,9 @@ def test_scenes_keep_their_aspect_at_the_training_resolution(tmp_path, pipe, mak
     made = make(meta_path=[meta], resolution=48, num_validation_images=9)
     sizes = [scene.source.shape[:2] for scene in made.scenes]
     assert sizes == [(48, 80), (104, 48), (48, 48)]
-    assert all(scene.mask.shape == scene.source.shape[:2] == scene.gt.shape[:2]
-               for scene in made.scenes)
+    assert all(
+        scene.mask.shape == scene.source.shape[:2] == scene.gt.shape[:2] for scene in made.scenes
+    )
     made(pipe.unet, 1)
     grid = read_grid(made, 1)
     assert grid.shape == (3 * 104 + 2 * GAP, 3 * 80 + 2 * GAP, 3)
@@ -135,8 +153,9 @@ def test_scenes_keep_their_aspect_at_the_training_resolution(tmp_path, pipe, mak
 
 def test_large_pictures_are_shrunk_in_the_grid(monkeypatch):
     monkeypatch.setattr(validation, "CELL", 20)
-    scene = validation.Scene("a", np.full((60, 40, 3), 9, np.uint8), np.zeros((60, 40), np.uint8),
-                             None)
+    scene = validation.Scene(
+        "a", np.full((60, 40, 3), 9, np.uint8), np.zeros((60, 40), np.uint8), None
+    )
     grid = compose_grid([scene], [np.full((60, 40, 3), 7, np.uint8)])
     assert grid.shape == (20, 2 * 13 + GAP, 3)
     assert (grid[:, :13] == 9).all() and (grid[:, -13:] == 7).all()
@@ -156,9 +175,13 @@ def test_lines_and_grids_of_later_steps_are_made_anew(make, pipe):
     assert [line["step"] for line in lines] == [2, 4]
     assert {scene.name for scene in made.scenes} == set(lines[0]["scenes"])
     assert lines[0]["validation_psnr_hole"] == pytest.approx(
-        np.mean(list(lines[0]["scenes"].values())), abs=1e-3)
-    assert sorted(p.name for p in made.folder.iterdir()) == ["metrics.jsonl", "step_2.png",
-                                                             "step_4.png"]
+        np.mean(list(lines[0]["scenes"].values())), abs=1e-3
+    )
+    assert sorted(p.name for p in made.folder.iterdir()) == [
+        "metrics.jsonl",
+        "step_2.png",
+        "step_4.png",
+    ]
 
 
 def test_a_second_process_makes_the_same_and_writes_nothing(make, pipe):
@@ -184,9 +207,9 @@ def test_trackers_that_take_pictures_get_the_grid(make, pipe):
     made = make(make_accelerator(trackers=[blind, Shows(_blank=True), Board(_blank=True)]))
     made(pipe.unet, 5)
     grid = read_grid(made, 5)
-    (values, step, kwargs), = Shows.shown
+    ((values, step, kwargs),) = Shows.shown
     assert step == 5 and kwargs == {} and np.array_equal(values["validation"][0], grid)
-    (values, step, kwargs), = Board.shown
+    ((values, step, kwargs),) = Board.shown
     assert values["validation"].shape == (1, *grid.shape) and kwargs == {"dataformats": "NHWC"}
 
 
@@ -198,13 +221,19 @@ def snapshot(pipe):
     return {
         "weights": {k: v.clone() for k, v in unet.state_dict().items()},
         "grads": {k: p.grad.clone() for k, p in unet.named_parameters()},
-        "modes": [m.training for m in unet.modules()], "config": dict(unet.config),
-        "attributes": sorted(unet.__dict__), "forward": unet.__dict__.get("forward"),
+        "modes": [m.training for m in unet.modules()],
+        "config": dict(unet.config),
+        "attributes": sorted(unet.__dict__),
+        "forward": unet.__dict__.get("forward"),
         "needs": [p.requires_grad for p in unet.parameters()],
         "random": (random.getstate(), np.random.get_state(), torch.get_rng_state()),
-        "scheduler": (id(pipe.scheduler), pipe.scheduler.timesteps.clone(),
-                      pipe.scheduler.num_inference_steps),
-        "vae": (pipe.vae.dtype, {k: v.clone() for k, v in pipe.vae.state_dict().items()})}
+        "scheduler": (
+            id(pipe.scheduler),
+            pipe.scheduler.timesteps.clone(),
+            pipe.scheduler.num_inference_steps,
+        ),
+        "vae": (pipe.vae.dtype, {k: v.clone() for k, v in pipe.vae.state_dict().items()}),
+    }
 
 
 def assert_equal(a, b):
@@ -255,8 +284,9 @@ def test_the_next_training_step_is_the_one_without_validation(make, pipe):
     def learn(unet):
         inputs = torch.randn(2, 9, 8, 8)
         added = {"text_embeds": torch.zeros(2, 16), "time_ids": sdxl.make_time_ids(32, 32, 2)}
-        unet(inputs, torch.tensor([10, 500]), torch.ones(2, 77, 32),
-             added_cond_kwargs=added).sample.square().mean().backward()
+        unet(
+            inputs, torch.tensor([10, 500]), torch.ones(2, 77, 32), added_cond_kwargs=added
+        ).sample.square().mean().backward()
         return [p.grad for p in unet.parameters()]
 
     plain = copy.deepcopy(pipe.unet)
@@ -272,13 +302,25 @@ def test_it_runs_in_evaluation_mode_in_the_trainings_precision(make, pipe, monke
     seen, plain = [], pipe.unet.forward
 
     def forward(*args, **kwargs):
-        seen.append((pipe.unet.mid_block.training, torch.is_autocast_enabled("cpu"),
-                     torch.get_autocast_dtype("cpu"), torch.is_grad_enabled()))
+        seen.append(
+            (
+                pipe.unet.mid_block.training,
+                torch.is_autocast_enabled("cpu"),
+                torch.get_autocast_dtype("cpu"),
+                torch.is_grad_enabled(),
+            )
+        )
         return plain(*args, **kwargs)
 
     decoded, decode = [], pipe.vae.decode
-    monkeypatch.setattr(pipe.vae, "decode", lambda z, **kw: decoded.append(
-        (z.dtype, torch.is_autocast_enabled("cpu"), pipe.vae.dtype)) or decode(z, **kw))
+    monkeypatch.setattr(
+        pipe.vae,
+        "decode",
+        lambda z, **kw: (
+            decoded.append((z.dtype, torch.is_autocast_enabled("cpu"), pipe.vae.dtype))
+            or decode(z, **kw)
+        ),
+    )
     monkeypatch.setattr(pipe.unet, "forward", forward)
     make(make_accelerator(precision="bf16"))(pipe.unet, 1)
     assert set(seen) == {(False, True, torch.bfloat16, False)}
@@ -289,8 +331,9 @@ def test_it_runs_in_evaluation_mode_in_the_trainings_precision(make, pipe, monke
 
 
 def remove(pipe, unet, made, precision="no"):
-    return remove_scenes(pipe, unet, made.scenes, side=32, seed=4, num_inference_steps=2,
-                         precision=precision)
+    return remove_scenes(
+        pipe, unet, made.scenes, side=32, seed=4, num_inference_steps=2, precision=precision
+    )
 
 
 def test_a_wrapped_or_compiled_unet_gives_what_the_plain_one_gives(make, pipe):
@@ -318,8 +361,9 @@ def test_a_wrapped_or_compiled_unet_gives_what_the_plain_one_gives(make, pipe):
 def test_the_wrapper_of_several_processes_is_taken_off(make, pipe):
     made = make()
     expected = made(pipe.unet, 0)
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0,
-                                         world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
     try:
         wrapped = torch.nn.parallel.DistributedDataParallel(pipe.unet)
         assert made(wrapped, 1) == expected
@@ -393,9 +437,13 @@ def test_rejected_triplets_are_no_scenes(tmp_path):
         load(Config("", [meta]))
 
 
-@pytest.mark.parametrize("changes, complaint", [
-    ({"validation_meta_path": "nowhere/meta.json"}, "nowhere.*validation_meta_path"),
-    ({"num_validation_images": 0}, "num_validation_images 0.*validation_steps 0")])
+@pytest.mark.parametrize(
+    "changes, complaint",
+    [
+        ({"validation_meta_path": "nowhere/meta.json"}, "nowhere.*validation_meta_path"),
+        ({"num_validation_images": 0}, "num_validation_images 0.*validation_steps 0"),
+    ],
+)
 def test_missing_scenes_name_the_option(tiny_set, changes, complaint):
     config = Config("", [str(tiny_set)], **changes)
     with pytest.raises(ValueError, match=complaint):

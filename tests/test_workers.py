@@ -39,8 +39,11 @@ def _count_threads(number):
 
 
 def _list_workers():
-    return {child.pid for child in psutil.Process().children()
-            if "spawn_main" in " ".join(child.cmdline())}
+    return {
+        child.pid
+        for child in psutil.Process().children()
+        if "spawn_main" in " ".join(child.cmdline())
+    }
 
 
 def test_results_come_in_order_from_several_processes_and_little_is_taken_ahead():
@@ -104,16 +107,22 @@ def test_a_worker_uses_one_core():
 
 def test_workers_end_with_their_parent(tmp_path):
     script = tmp_path / "parent.py"
-    script.write_text(textwrap.dedent("""
+    script.write_text(
+        textwrap.dedent("""
         import time
         from rorem_lib.workers import map_processes
         if __name__ == "__main__":
             results = map_processes(abs, iter(range(10**9)), workers=2)
             print(next(results), flush=True)
             time.sleep(60)
-    """))
-    parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True,
-                              env={**os.environ, "PYTHONPATH": str(ROOT)})
+    """)
+    )
+    parent = subprocess.Popen(
+        [sys.executable, script],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     parent.stdout.readline()
     children = psutil.Process(parent.pid).children(recursive=True)
     parent.kill()

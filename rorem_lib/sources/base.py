@@ -143,8 +143,10 @@ class Source(ABC):
             return SourceError(f"{folder} is no folder: give the folder of {self.origin}")
         found = sorted(path.name for path in folder.iterdir())
         shown = ", ".join(found[:8]) + (" ..." if len(found) > 8 else "")
-        return SourceError(f"{folder} does not look like {self.origin}: expected {self.layout}; "
-                           f"it holds {shown or 'nothing'}")
+        return SourceError(
+            f"{folder} does not look like {self.origin}: expected {self.layout}; "
+            f"it holds {shown or 'nothing'}"
+        )
 
 
 def make_id(*parts: str | int) -> str:
@@ -184,8 +186,10 @@ def check_shape(mask: np.ndarray, image: np.ndarray, path: Path) -> None:
     """
     (h, w), (height, width) = mask.shape, image.shape[:2]
     if abs(w * height / (h * width) - 1) > 2 / min(h, w, height, width):
-        raise Rejected("mask of another shape", f"{path} is {w}x{h} px, which is another shape "
-                                                f"than its picture's {width}x{height} px")
+        raise Rejected(
+            "mask of another shape",
+            f"{path} is {w}x{h} px, which is another shape than its picture's {width}x{height} px",
+        )
 
 
 def read_split(name: str) -> str | None:

@@ -36,8 +36,12 @@ from rorem_lib.workers import map_processes
 logger = logging.getLogger(__name__)
 
 VERSION = 1  # raise it when what is written changes
-ROLES = {"labelled": ("rord", "mulan"), "pool": ("pool",),
-         "high_resolution": ("high_resolution",), "test": ("test",)}
+ROLES = {
+    "labelled": ("rord", "mulan"),
+    "pool": ("pool",),
+    "high_resolution": ("high_resolution",),
+    "test": ("test",),
+}
 DEFAULT_SIZES = {"labelled": 600, "pool": 400, "high_resolution": 40, "test": 100}
 CANDIDATES = 200  # pictures of the pool that `builtin:candidates` has removals of
 LICENSE = "CC0-1.0"
@@ -63,9 +67,17 @@ class Truth:
 # ---------------------------------------------------------------------------------------- writing
 
 
-def write_scene_sets(folder: str | Path, *, seed: int = 4, labelled: int = 3000, pool: int = 2000,
-                     high_resolution: int = 100, test: int = 500, workers: int = 1,
-                     progress: Callable[[int, int], None] | None = None) -> dict[str, int]:
+def write_scene_sets(
+    folder: str | Path,
+    *,
+    seed: int = 4,
+    labelled: int = 3000,
+    pool: int = 2000,
+    high_resolution: int = 100,
+    test: int = 500,
+    workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, int]:
     """Write the four sets; killed and started again it goes on, and the files are the same.
 
     A set that was written with another seed, size or renderer is written anew.
@@ -93,7 +105,7 @@ def write_scene_sets(folder: str | Path, *, seed: int = 4, labelled: int = 3000,
         _open_set(folder, name, count, seed)
         with TripletWriter(folder / name, part="main") as writer:
             todo = [i for i in range(count) if _name(name, i) not in writer.done_ids]
-        chunks += [(folder, name, seed, todo[i:i + _CHUNK]) for i in range(0, len(todo), _CHUNK)]
+        chunks += [(folder, name, seed, todo[i : i + _CHUNK]) for i in range(0, len(todo), _CHUNK)]
     total = sum(counts.values())
     done = total - sum(len(chunk[3]) for chunk in chunks)
     for written in map_processes(_write_chunk, chunks, workers=workers):
@@ -113,8 +125,10 @@ def _open_set(folder: Path, name: str, count: int, seed: int) -> None:
     if found == wanted:
         return
     if found is None and (folder / name / "meta.json").exists():
-        raise TripletError(f"{folder / name} holds a set that is no scene set: choose another "
-                           "folder, or move that set away")
+        raise TripletError(
+            f"{folder / name} holds a set that is no scene set: choose another "
+            "folder, or move that set away"
+        )
     for old in (folder / name, folder / "hidden" / name):
         if old.exists():
             logger.info("%s has other settings now: it is written anew", old)
@@ -139,10 +153,19 @@ def _write_chunk(chunk: tuple[Path, str, int, list[int]]) -> int:
                 for part in PARTS:
                     (hidden / part).mkdir(parents=True, exist_ok=True)
                     save_image(hidden / part / f"{scene_id}.png", getattr(scene, part))
-            writer.add(id=scene_id, source=scene.image, mask=scene.mask,
-                       gt=scene.truth if labelled else None, origin=f"scenes/{role}",
-                       license=LICENSE, group=scene_id, family=scene.family, kind=scene.kind,
-                       mask_kind=scene.mask_kind, effect=scene.effect)
+            writer.add(
+                id=scene_id,
+                source=scene.image,
+                mask=scene.mask,
+                gt=scene.truth if labelled else None,
+                origin=f"scenes/{role}",
+                license=LICENSE,
+                group=scene_id,
+                family=scene.family,
+                kind=scene.kind,
+                mask_kind=scene.mask_kind,
+                effect=scene.effect,
+            )
     return len(indices)
 
 
@@ -171,10 +194,13 @@ def read_truth(hidden_dir: str | Path, scene_id: str) -> Truth:
         scene_id = re.sub(r"-s\d+$", "", scene_id)
     path = hidden / "truth" / f"{scene_id}.png"
     if not path.is_file():
-        raise TripletError(f"there is no hidden truth {path}: only built-in scenes have one; take "
-                           "the folder hidden/<set> beside the set that holds this scene")
-    return Truth(load_image(path), *(load_image(hidden / part / path.name, "L")
-                                     for part in PARTS[1:]))
+        raise TripletError(
+            f"there is no hidden truth {path}: only built-in scenes have one; take "
+            "the folder hidden/<set> beside the set that holds this scene"
+        )
+    return Truth(
+        load_image(path), *(load_image(hidden / part / path.name, "L") for part in PARTS[1:])
+    )
 
 
 # ----------------------------------------------------------------------------- sets on first use
@@ -192,8 +218,10 @@ def builtin_set(role: str) -> Path:
         OSError: the cache cannot be written; names the folder.
     """
     if role not in ROLES and role != "candidates":
-        raise TripletError(f"there is no built-in set builtin:{role}: take one of " + ", ".join(
-            f"builtin:{name}" for name in (*ROLES, "candidates")))
+        raise TripletError(
+            f"there is no built-in set builtin:{role}: take one of "
+            + ", ".join(f"builtin:{name}" for name in (*ROLES, "candidates"))
+        )
     cache = Path(os.environ.get("ROREM_CACHE") or "~/.cache/rorem").expanduser().absolute()
     key = f"v{VERSION}-{_hash_renderer()[:12]}"
     if role == "candidates":
@@ -202,8 +230,13 @@ def builtin_set(role: str) -> Path:
         weights = next(Path(resolve_model("builtin")).glob("unet/*.safetensors"))
         name = f"candidates-{key}-{hash_file(weights)[:12]}"
         return _make_once(cache / name, _write_candidates) / role / "meta.json"
-    return _make_once(cache / f"scenes-{key}", lambda folder: write_scene_sets(
-        folder, **DEFAULT_SIZES)) / role / "meta.json"
+    return (
+        _make_once(
+            cache / f"scenes-{key}", lambda folder: write_scene_sets(folder, **DEFAULT_SIZES)
+        )
+        / role
+        / "meta.json"
+    )
 
 
 def _make_once(folder: Path, make) -> Path:
@@ -217,8 +250,11 @@ def _make_once(folder: Path, make) -> Path:
         os.rename(beside, folder)
     except OSError as error:
         if not folder.is_dir():  # else another process was faster, and its set is the same
-            raise OSError(error.errno, f"cannot write the cache {folder}: {error.strerror}; set "
-                                       "ROREM_CACHE to a folder with room") from error
+            raise OSError(
+                error.errno,
+                f"cannot write the cache {folder}: {error.strerror}; set "
+                "ROREM_CACHE to a folder with room",
+            ) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return folder
@@ -228,8 +264,9 @@ def _write_candidates(folder: Path) -> None:
     from rorem_lib.removal import GenerateConfig, generate_candidates
 
     pool = builtin_set("pool")
-    generate_candidates(GenerateConfig(output_dir=str(folder), meta_path=[str(pool)],
-                                       count=CANDIDATES))
+    generate_candidates(
+        GenerateConfig(output_dir=str(folder), meta_path=[str(pool)], count=CANDIDATES)
+    )
     for triplet in read_triplets(folder / "candidates"):
         for part in PARTS:
             path = folder / "hidden" / "candidates" / part / f"{triplet.id}.png"

@@ -83,24 +83,39 @@ class CompositesSource(Source):
 
     name = "composites"
     origin = "composites"
-    layout = ("cutouts/ (or folders named by class) with PNG, WebP or TIFF files with "
-              "transparency, and backgrounds/ with pictures")
+    layout = (
+        "cutouts/ (or folders named by class) with PNG, WebP or TIFF files with "
+        "transparency, and backgrounds/ with pictures"
+    )
 
     def __post_init__(self):
         for option, low, high in (
-                ("count", 1, 10**6), ("seed", 0, 2**63), ("size", 32, 4096), ("min_scale", 0.01, 1),
-                ("max_scale", 0.01, 1), ("max_rotation", 0, 180), ("relight", 0, 1),
-                ("shadow", 0, 1), ("reflection", 0, 1), ("effect_masks", 0, 1), ("dilate", 0, 200),
-                ("edge_margin", 0, 0.5), ("feather", 0, 10)):
+            ("count", 1, 10**6),
+            ("seed", 0, 2**63),
+            ("size", 32, 4096),
+            ("min_scale", 0.01, 1),
+            ("max_scale", 0.01, 1),
+            ("max_rotation", 0, 180),
+            ("relight", 0, 1),
+            ("shadow", 0, 1),
+            ("reflection", 0, 1),
+            ("effect_masks", 0, 1),
+            ("dilate", 0, 200),
+            ("edge_margin", 0, 0.5),
+            ("feather", 0, 10),
+        ):
             value, whole = getattr(self, option), isinstance(getattr(type(self), option), int)
             if not isinstance(value, int if whole else (int, float)) or not low <= value <= high:
-                raise ValueError(f"{option} is a {'whole ' * whole}number from {low} to {high}, "
-                                 f"not {value!r}")
+                raise ValueError(
+                    f"{option} is a {'whole ' * whole}number from {low} to {high}, not {value!r}"
+                )
         if self.min_scale > self.max_scale:
             raise ValueError(f"min_scale {self.min_scale} is above max_scale {self.max_scale}")
         if self.shadow + self.reflection > 1:
-            raise ValueError(f"a triplet has one effect: shadow {self.shadow} and reflection "
-                             f"{self.reflection} together are at most 1")
+            raise ValueError(
+                f"a triplet has one effect: shadow {self.shadow} and reflection "
+                f"{self.reflection} together are at most 1"
+            )
 
     @classmethod
     def recognises(cls, folder: Path) -> bool:
@@ -114,14 +129,30 @@ class CompositesSource(Source):
         """
         cutout_folder, background_folder = self._folders()
         if cutout_folder.resolve() == background_folder.resolve():
-            raise SourceError(f"{cutout_folder} is given for the cut-outs and the backgrounds: put "
-                              "them in two folders")
-        cutouts = _list_pictures(cutout_folder, CUTOUT_TYPES, "folder",
-                                 "cut-outs with transparency", leave_out=background_folder)
-        backgrounds = _list_pictures(background_folder, BACKGROUND_TYPES, "backgrounds",
-                                     "background pictures", leave_out=cutout_folder)
-        pairs = zip(range(self.count), _walk(cutouts, self.seed, 1),
-                    _walk(backgrounds, self.seed, 2), strict=False)
+            raise SourceError(
+                f"{cutout_folder} is given for the cut-outs and the backgrounds: put "
+                "them in two folders"
+            )
+        cutouts = _list_pictures(
+            cutout_folder,
+            CUTOUT_TYPES,
+            "folder",
+            "cut-outs with transparency",
+            leave_out=background_folder,
+        )
+        backgrounds = _list_pictures(
+            background_folder,
+            BACKGROUND_TYPES,
+            "backgrounds",
+            "background pictures",
+            leave_out=cutout_folder,
+        )
+        pairs = zip(
+            range(self.count),
+            _walk(cutouts, self.seed, 1),
+            _walk(backgrounds, self.seed, 2),
+            strict=False,
+        )
         for index, cutout, background in pairs:
             yield Item(f"composite-{index:06d}", background, (index, cutout, background))
 
@@ -141,8 +172,13 @@ class CompositesSource(Source):
         cutout_folder, background_folder = self._folders()
         rng = np.random.default_rng([self.seed, index])
         draw, covers_effect = rng.random(), rng.random() < self.effect_masks
-        effect = ("shadow" if draw < self.shadow else
-                  "reflection" if draw < self.shadow + self.reflection else "none")
+        effect = (
+            "shadow"
+            if draw < self.shadow
+            else "reflection"
+            if draw < self.shadow + self.reflection
+            else "none"
+        )
 
         gt = self._crop_background(background_folder / background, rng)
         colour, alpha = self._fit_cutout(cutout_folder / cutout, rng)
@@ -167,13 +203,18 @@ class CompositesSource(Source):
             change = cv2.absdiff(source, gt).max(axis=2)
             white = white | (strength > 0.03) | (change > 8)
         mask = dilate_mask(white.astype(np.uint8) * 255, self.dilate)
-        extra = {"cutout": cutout, "background": background, "mask_kind": mask_kind,
-                 "effect": effect,
-                 "mask_object_share": round(float((~bare).sum() / max(1, (mask > 0).sum())), 4)}
+        extra = {
+            "cutout": cutout,
+            "background": background,
+            "mask_kind": mask_kind,
+            "effect": effect,
+            "mask_object_share": round(float((~bare).sum() / max(1, (mask > 0).sum())), 4),
+        }
         if kind := PurePosixPath(cutout).parent.name:
             extra["class"] = kind
-        return Pictures(Picture(source), Picture(mask), Picture(gt),
-                        background_folder / background, extra)
+        return Pictures(
+            Picture(source), Picture(mask), Picture(gt), background_folder / background, extra
+        )
 
     def _folders(self) -> tuple[Path, Path]:
         folder = Path(self.folder).expanduser()
@@ -186,11 +227,14 @@ class CompositesSource(Source):
         picture = load_image(path)
         height, width = picture.shape[:2]
         if min(height, width) < self.size:
-            raise Rejected("small background", f"{path} is {width}x{height} px: a background is at "
-                                               f"least {self.size} px high and wide (size)")
+            raise Rejected(
+                "small background",
+                f"{path} is {width}x{height} px: a background is at "
+                f"least {self.size} px high and wide (size)",
+            )
         side = int(rng.integers(self.size, min(height, width) + 1))
         top, left = rng.integers(0, height - side + 1), rng.integers(0, width - side + 1)
-        square = picture[top:top + side, left:left + side]
+        square = picture[top : top + side, left : left + side]
         return cv2.resize(square, (self.size, self.size), interpolation=cv2.INTER_AREA)
 
     def _fit_cutout(self, path: Path, rng) -> tuple[np.ndarray, np.ndarray]:
@@ -205,9 +249,12 @@ class CompositesSource(Source):
         turned = max(width * cosine + height * sine, width * sine + height * cosine)
         scale = min(longer / turned, MOST_ENLARGED)
         if scale * turned < self.min_scale * self.size - 1:
-            raise Rejected("small cut-out", f"{path} shows an object of {width}x{height} px: too "
-                                            f"small for min_scale {self.min_scale} of {self.size} "
-                                            "px")
+            raise Rejected(
+                "small cut-out",
+                f"{path} shows an object of {width}x{height} px: too "
+                f"small for min_scale {self.min_scale} of {self.size} "
+                "px",
+            )
         size = max(2, round(width * scale)), max(2, round(height * scale))
         # Pillow weighs colours by alpha in both, so that hidden colours do not bleed in.
         image = image.resize(size, Image.Resampling.HAMMING, reducing_gap=3)
@@ -221,9 +268,12 @@ class CompositesSource(Source):
         if self.feather:
             alpha = cv2.GaussianBlur(alpha, (0, 0), self.feather)
         if not (alpha > 0.5).any():
-            raise Rejected("small cut-out", f"{path} shows so thin an object that nothing solid is "
-                                            f"left when it is {longer:.0f} px long, with feather "
-                                            f"{self.feather}")
+            raise Rejected(
+                "small cut-out",
+                f"{path} shows so thin an object that nothing solid is "
+                f"left when it is {longer:.0f} px long, with feather "
+                f"{self.feather}",
+            )
         return colour, np.where(alpha < FAINTEST, 0, alpha)
 
     def _choose_place(self, alpha, rng, on_ground: bool) -> tuple[int, int]:
@@ -238,7 +288,7 @@ class CompositesSource(Source):
         x = -over_x + (self.size - width + 2 * over_x) * rng.random()
         y = low + (high - low) * rng.random()
         x, y = round(x), round(y)
-        inside = alpha[max(0, -y):max(0, self.size - y), max(0, -x):max(0, self.size - x)]
+        inside = alpha[max(0, -y) : max(0, self.size - y), max(0, -x) : max(0, self.size - x)]
         if inside.sum() < (1 - self.edge_margin) * alpha.sum():
             x = min(max(x, 0), max(0, self.size - width))
             y = min(max(y, 0), max(0, self.size - height))
@@ -256,8 +306,11 @@ def _list_pictures(folder: Path, types, option: str, what: str, leave_out: Path)
     leave_out = leave_out.resolve()
     found, others = [], Counter()
     for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))
-                      and Path(parent, name).resolve() != leave_out]
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith((".", "__MACOSX")) and Path(parent, name).resolve() != leave_out
+        ]
         for name in files:
             kind = os.path.splitext(name)[1].lower()
             if kind in types and not name.startswith("."):
@@ -289,8 +342,10 @@ def _open_cutout(path: Path) -> Image.Image:
             image = ImageOps.exif_transpose(opened).convert("RGBA")
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         load_image(path)  # its errors say what is wrong with a file
-        raise TripletError(f"{path} cannot be read with its transparency ({error}): save it as an "
-                           "8-bit RGBA PNG", file=path) from None
+        raise TripletError(
+            f"{path} cannot be read with its transparency ({error}): save it as an 8-bit RGBA PNG",
+            file=path,
+        ) from None
     alpha = image.getchannel("A").point([0] * _HAZE + list(range(_HAZE, 256)))
     faintest, strongest = alpha.getextrema()
     if faintest >= 250 or strongest < 128:

@@ -40,8 +40,9 @@ def clean_rim(colour, alpha):
     core |= opaque & (1 - cv2.dilate(core, np.ones((5, 5), np.uint8)))  # thin parts have no inside
     if not core.any():
         return colour
-    distance, label = cv2.distanceTransformWithLabels(1 - core, cv2.DIST_L2, 5,
-                                                      labelType=cv2.DIST_LABEL_PIXEL)
+    distance, label = cv2.distanceTransformWithLabels(
+        1 - core, cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL
+    )
     of_label = np.zeros((label.max() + 1, 3), np.float32)
     of_label[label[core > 0]] = colour[core > 0]
     nearest = cv2.blur(of_label[label], (3, 3))
@@ -53,8 +54,10 @@ def clean_rim(colour, alpha):
 def cut_around(gt, x, y, shape):
     """What lies behind and around the object, for its light."""
     height, width = shape
-    return gt[max(0, y - height // 4):y + height + height // 4,
-              max(0, x - width // 4):x + width + width // 4]
+    return gt[
+        max(0, y - height // 4) : y + height + height // 4,
+        max(0, x - width // 4) : x + width + width // 4,
+    ]
 
 
 def relight(colour, alpha, around, light: Light, strength: float):
@@ -125,10 +128,11 @@ def stand(colour, alpha, x, y, size: int) -> Standing:
     feet = (lowest[at] - slopes[:, None] * at).max(axis=1)
     best = int(np.argmin(feet + slopes * columns.mean()))
     foot, slope = feet[best], slopes[best]
-    v, u = np.mgrid[:alpha.shape[0], :alpha.shape[1]].astype(np.float32)
+    v, u = np.mgrid[: alpha.shape[0], : alpha.shape[1]].astype(np.float32)
     above = np.float32(foot) + np.float32(slope) * u - v
-    return Standing(colour, alpha, int(np.ptp(rows)) + 1, foot, slope, above, x - margin,
-                     y - margin, size)
+    return Standing(
+        colour, alpha, int(np.ptp(rows)) + 1, foot, slope, above, x - margin, y - margin, size
+    )
 
 
 def draw_effect(gt, colour, alpha, x, y, effect: str, light: Light, rng):
@@ -162,8 +166,9 @@ def _contact_shadow(o: Standing):
     gap = np.where(solid, o.above, np.inf).min(axis=0)  # below each column of the object
     soft = max(1.0, 0.02 * max(np.ptp(np.flatnonzero(solid.any(axis=0))), o.height))
     band = solid & (o.above < gap + 2 * soft)
-    band = cv2.GaussianBlur(band * np.exp(-np.maximum(gap, 0) / (3 * soft)), (0, 0), 1.5 * soft,
-                            sigmaY=soft)
+    band = cv2.GaussianBlur(
+        band * np.exp(-np.maximum(gap, 0) / (3 * soft)), (0, 0), 1.5 * soft, sigmaY=soft
+    )
     return warp(band / max(1e-6, band.max()), shift(o.x, o.y + soft), o.size)
 
 
@@ -174,12 +179,18 @@ def cast_shadow(o: Standing, light: Light):
     level = np.interp(0.6 + 0.06 * o.height * share, sigmas, np.arange(4))
     # A little taller than the object, since it has a depth: no lit line is left below its foot.
     blocked = cv2.dilate(o.alpha, np.ones((3 + 2 * (o.height // 100), 1), np.uint8))
-    shadow = sum(cv2.GaussianBlur(blocked, (0, 0), sigma) * np.clip(1 - abs(level - k), 0, 1)
-                 for k, sigma in enumerate(sigmas)) * (1 - 0.4 * share)
+    shadow = sum(
+        cv2.GaussianBlur(blocked, (0, 0), sigma) * np.clip(1 - abs(level - k), 0, 1)
+        for k, sigma in enumerate(sigmas)
+    ) * (1 - 0.4 * share)
     side = light.side
     back = light.back - side * o.slope  # along the ground; else tilted ones shrink to a line
-    matrix = np.array([[1 + side * o.slope, -side, o.x + side * o.foot],
-                       [o.slope * (1 - back), back, o.y + o.foot * (1 - back)]])
+    matrix = np.array(
+        [
+            [1 + side * o.slope, -side, o.x + side * o.foot],
+            [o.slope * (1 - back), back, o.y + o.foot * (1 - back)],
+        ]
+    )
     return warp(shadow, matrix, o.size)
 
 

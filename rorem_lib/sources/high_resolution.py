@@ -38,8 +38,10 @@ from rorem_lib.sources.base import (
 )
 
 _DATASETS = {"DIV2K_train_HR": "DIV2K", "DIV2K_valid_HR": "DIV2K", "Flickr2K_HR": "Flickr2K"}
-_LICENSES = {"DIV2K": "academic research only; the pictures belong to their owners",
-             "Flickr2K": "none stated; each picture has its owner's Flickr terms"}
+_LICENSES = {
+    "DIV2K": "academic research only; the pictures belong to their owners",
+    "Flickr2K": "none stated; each picture has its owner's Flickr terms",
+}
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -81,15 +83,19 @@ class HighResolutionSource(Source):
     name: ClassVar[str] = "high_resolution"
     origin: ClassVar[str] = "DIV2K & Flickr2K"
     license: ClassVar[str] = "; ".join(f"{name}: {text}" for name, text in _LICENSES.items())
-    layout: ClassVar[str] = ("DIV2K_train_HR/0001.png, DIV2K_valid_HR/0801.png, "
-                             "Flickr2K/Flickr2K_HR/000001.png, and masks/<the same name>.png")
+    layout: ClassVar[str] = (
+        "DIV2K_train_HR/0001.png, DIV2K_valid_HR/0801.png, "
+        "Flickr2K/Flickr2K_HR/000001.png, and masks/<the same name>.png"
+    )
     has_gt: ClassVar[bool] = False
 
     def __post_init__(self):
         for option, least in (("size", 64), ("margin", 0), ("min_side", 0)):
             if type(getattr(self, option)) is not int or getattr(self, option) < least:
-                raise ValueError(f"{option} must be a whole number of px, {least} or more, not "
-                                 f"{getattr(self, option)!r}")
+                raise ValueError(
+                    f"{option} must be a whole number of px, {least} or more, not "
+                    f"{getattr(self, option)!r}"
+                )
         if self.crop not in ("mask", "center", "none"):
             raise ValueError(f"crop must be mask, center or none, not {self.crop!r}")
         if not self.masks:
@@ -115,8 +121,10 @@ class HighResolutionSource(Source):
             if not mask_folder.is_dir():
                 mask_folder = mask_folder.parent
             if mask_folder.resolve() == folder.resolve():
-                raise SourceError(f"{folder} is given for the pictures and for the masks: put the "
-                                  "masks into a folder of their own and name it with masks")
+                raise SourceError(
+                    f"{folder} is given for the pictures and for the masks: put the "
+                    "masks into a folder of their own and name it with masks"
+                )
             images, masks = _list_stems(folder), _list_stems(mask_folder)
             owners: dict[str, list[str]] = {}
             for stem in masks:
@@ -132,15 +140,20 @@ class HighResolutionSource(Source):
                 f"{', '.join(map(str, folders))}: draw them, or let any segmentation model make "
                 "them (white is to be removed), and name each like its picture, 0001.png, or "
                 "0001_1.png and 0001_2.png where a picture has several; the option masks names "
-                "another folder")
+                "another folder"
+            )
         for folder, mask_folder, images, masks, owners in found:
             dataset = _DATASETS.get(folder.absolute().name, folder.absolute().name)
             for stem, image in images.items():
                 for mask in owners.get(stem, [None]):
-                    yield Item(make_id(dataset, mask or stem), make_id(dataset, stem),
-                               _Place(dataset, str(folder / image),
-                                      mask and str(mask_folder / masks[mask])),
-                               _find_split(folder.absolute().name))
+                    yield Item(
+                        make_id(dataset, mask or stem),
+                        make_id(dataset, stem),
+                        _Place(
+                            dataset, str(folder / image), mask and str(mask_folder / masks[mask])
+                        ),
+                        _find_split(folder.absolute().name),
+                    )
         for mask_folder, stems in used.items():
             for stem, mask in _list_stems(mask_folder).items():
                 if stem not in stems:
@@ -158,19 +171,22 @@ class HighResolutionSource(Source):
         source, mask = open_picture(place.image), open_picture(place.mask, "L").array
         height, width = source.array.shape[:2]
         if min(height, width) < self.min_side:
-            raise Rejected("small picture", f"{place.image} is {width}x{height} px, below "
-                                            f"{self.min_side} px")
+            raise Rejected(
+                "small picture", f"{place.image} is {width}x{height} px, below {self.min_side} px"
+            )
         check_shape(mask, source.array, Path(place.mask))
         if mask.max() < 128:  # nothing to cut around
-            raise Rejected("empty mask", f"{place.mask} is nowhere white (its brightest pixel has "
-                                         f"{mask.max()}, 128 counts)")
+            raise Rejected(
+                "empty mask",
+                f"{place.mask} is nowhere white (its brightest pixel has {mask.max()}, 128 counts)",
+            )
         mask = resize_mask(binarise_mask(mask), height, width)
         x, y, w, h = box = self._choose_box(mask, item.id)
         scale = min(1, self.size / min(w, h))
         size = round(w * scale), round(h * scale)
         if box != (0, 0, width, height) or scale < 1:
-            source = Picture(_shrink(source.array[y:y + h, x:x + w], size))
-        mask = resize_mask(mask[y:y + h, x:x + w], size[1], size[0])
+            source = Picture(_shrink(source.array[y : y + h, x : x + w], size))
+        mask = resize_mask(mask[y : y + h, x : x + w], size[1], size[0])
         extra = {"dataset": place.dataset, "crop": [x, y, x + w, y + h]}
         if place.dataset in _LICENSES:
             extra |= {"origin": place.dataset, "license": _LICENSES[place.dataset]}
@@ -194,8 +210,9 @@ class HighResolutionSource(Source):
         return x, y, w, h
 
 
-def _place_span(start: int, length: int, side: int, whole: int, margin: int,
-                digest: bytes) -> tuple[int, int]:
+def _place_span(
+    start: int, length: int, side: int, whole: int, margin: int, digest: bytes
+) -> tuple[int, int]:
     """Where a span of `side` px lies that holds another one and a margin, within `whole` px."""
     side = min(side, whole)
     low = max(0, min(whole, start + length + margin) - side)
@@ -213,8 +230,10 @@ def _find_folders(root: Path) -> list[Path]:
     """The folders of pictures by their known names; of one that is there twice, the first."""
     if root.absolute().name in _DATASETS and root.is_dir():
         return [root]
-    places = ((parent / name for parent in (root, root / dataset) if (parent / name).is_dir())
-              for name, dataset in _DATASETS.items())
+    places = (
+        (parent / name for parent in (root, root / dataset) if (parent / name).is_dir())
+        for name, dataset in _DATASETS.items()
+    )
     return [found for folders in places if (found := next(folders, None))]
 
 
@@ -229,7 +248,9 @@ def _list_stems(folder: Path) -> dict[str, str]:
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.suffix.lower() in _ENDINGS and not path.name.startswith("."):
             if path.stem in stems:
-                raise SourceError(f"{path} and {stems[path.stem]} have one name: rename or remove "
-                                  "one, masks are found by it")
+                raise SourceError(
+                    f"{path} and {stems[path.stem]} have one name: rename or remove "
+                    "one, masks are found by it"
+                )
             stems[path.stem] = path.name
     return stems

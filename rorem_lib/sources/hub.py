@@ -70,46 +70,62 @@ def talk_to_hub(repo_id: str, revision: str | None = None, cache_dir: str | Path
     try:
         yield
     except errors.GatedRepoError as error:
-        raise SourceError(f"{repo_id} is gated: accept its conditions on {page}, then {login} as "
-                          "the same user") from error
+        raise SourceError(
+            f"{repo_id} is gated: accept its conditions on {page}, then {login} as the same user"
+        ) from error
     except errors.RepositoryNotFoundError as error:
-        raise SourceError(f"there is no dataset {repo_id} on the Hub, or it is private: check the "
-                          f"name ({page}); for a private one {login}") from error
+        raise SourceError(
+            f"there is no dataset {repo_id} on the Hub, or it is private: check the "
+            f"name ({page}); for a private one {login}"
+        ) from error
     except errors.RevisionNotFoundError as error:
-        raise SourceError(f"{repo_id} has no revision {revision!r}: take a branch, a tag or a "
-                          f"commit of {page}/commits/main") from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled,
-            errors.RevisionResolutionError) as error:
-        why = ("HF_HUB_OFFLINE is set: unset it and run once with a network"
-               if constants.is_offline_mode() else
-               "the Hub cannot be reached: check the network (HF_ENDPOINT names a mirror) and run "
-               "again, finished files are kept")
-        raise SourceError(f"{name} is not, or not all, in the cache {cache}, and "
-                          f"{why}") from error
+        raise SourceError(
+            f"{repo_id} has no revision {revision!r}: take a branch, a tag or a "
+            f"commit of {page}/commits/main"
+        ) from error
+    except (
+        errors.LocalEntryNotFoundError,
+        errors.OfflineModeIsEnabled,
+        errors.RevisionResolutionError,
+    ) as error:
+        why = (
+            "HF_HUB_OFFLINE is set: unset it and run once with a network"
+            if constants.is_offline_mode()
+            else "the Hub cannot be reached: check the network (HF_ENDPOINT names a mirror) and "
+            "run again, finished files are kept"
+        )
+        raise SourceError(f"{name} is not, or not all, in the cache {cache}, and {why}") from error
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
-        advice = {401: f"; the token is wrong or has expired, {login}",
-                  403: f"; the token may not do this, {login} with one that may"}.get(status, "")
-        raise SourceError(f"the Hub refuses {name} ({status}: {error.server_message or error})"
-                          f"{advice}") from error
+        advice = {
+            401: f"; the token is wrong or has expired, {login}",
+            403: f"; the token may not do this, {login} with one that may",
+        }.get(status, "")
+        raise SourceError(
+            f"the Hub refuses {name} ({status}: {error.server_message or error}){advice}"
+        ) from error
     except (errors.HTTPError, ConnectionError, TimeoutError, RuntimeError) as error:
         why = f": {error.__cause__}" if error.__cause__ else ""  # hf_xet and LFS: RuntimeError
-        raise SourceError(f"the transfer of {name} broke ({error}{why}): run again, finished files "
-                          "are kept") from error
+        raise SourceError(
+            f"the transfer of {name} broke ({error}{why}): run again, finished files are kept"
+        ) from error
     except errors.HFValidationError as error:
         raise SourceError(f"{repo_id!r} names no dataset of the Hub: {error}") from error
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        raise SourceError(f"no space is left for {name} in {cache}: make room, or set HF_HOME to "
-                          "a larger disk and run again") from error
+        raise SourceError(
+            f"no space is left for {name} in {cache}: make room, or set HF_HOME to "
+            "a larger disk and run again"
+        ) from error
     finally:
         if quiet:
             utils.enable_progress_bars()
 
 
-def list_files(repo_id: str, revision: str | None = None, *,
-               cache_dir: str | Path | None = None) -> list[RemoteFile]:
+def list_files(
+    repo_id: str, revision: str | None = None, *, cache_dir: str | Path | None = None
+) -> list[RemoteFile]:
     """The files of a dataset and their sizes, before anything is downloaded.
 
     Offline it is what the last download of this revision noted.
@@ -131,8 +147,13 @@ def list_files(repo_id: str, revision: str | None = None, *,
         return [RemoteFile(f.path, f.size) for f in found]
 
 
-def download_dataset(repo_id: str, *, revision: str | None = None, patterns: Sequence[str] = (),
-                     cache_dir: str | Path | None = None) -> Fetched:
+def download_dataset(
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    patterns: Sequence[str] = (),
+    cache_dir: str | Path | None = None,
+) -> Fetched:
     """Download a dataset's files from the Hub, or find them in the cache.
 
     A broken connection is resumed where it broke. After a kill the client keeps the finished
@@ -155,19 +176,32 @@ def download_dataset(repo_id: str, *, revision: str | None = None, patterns: Seq
 
     with talk_to_hub(repo_id, revision, cache_dir):
         _drop_torn(repo_id, cache_dir)
-        resolved = HfApi().resolve_revision(repo_id, repo_type="dataset", revision=revision,
-                                            cache_dir=cache_dir)
-        folder = Path(snapshot_download(
-            repo_id, repo_type="dataset", revision=resolved, cache_dir=cache_dir,
-            allow_patterns=list(patterns) or None))
+        resolved = HfApi().resolve_revision(
+            repo_id, repo_type="dataset", revision=revision, cache_dir=cache_dir
+        )
+        folder = Path(
+            snapshot_download(
+                repo_id,
+                repo_type="dataset",
+                revision=resolved,
+                cache_dir=cache_dir,
+                allow_patterns=list(patterns) or None,
+            )
+        )
     commit = resolved.resolved
     if commit != revision:
-        logger.info("%s: %s is commit %s now; name that to read the same again", repo_id,
-                    revision or "the default branch", commit)
+        logger.info(
+            "%s: %s is commit %s now; name that to read the same again",
+            repo_id,
+            revision or "the default branch",
+            commit,
+        )
     if not _match(folder, patterns):
         there = [file.path for file in list_files(repo_id, commit, cache_dir=cache_dir)]
-        raise SourceError(f"no file of {repo_id}@{commit} matches {', '.join(patterns) or '*'}; it "
-                          f"has {', '.join(there[:8]) or 'none'}" + " ..." * (len(there) > 8))
+        raise SourceError(
+            f"no file of {repo_id}@{commit} matches {', '.join(patterns) or '*'}; it "
+            f"has {', '.join(there[:8]) or 'none'}" + " ..." * (len(there) > 8)
+        )
     return Fetched(folder, f"hub:{repo_id}@{commit}", commit)
 
 
@@ -205,31 +239,47 @@ def download_drive(file_id: str, path: str | Path) -> Path:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        gdown.download(id=file_id, output=str(path), resume=True, retries=5, timeout=60,
-                       quiet=os.environ.get("ROREM_BATCH") == "1")
+        gdown.download(
+            id=file_id,
+            output=str(path),
+            resume=True,
+            retries=5,
+            timeout=60,
+            quiet=os.environ.get("ROREM_BATCH") == "1",
+        )
     except gdown.exceptions.FileURLRetrievalError as error:
         text = " ".join(str(error).split())
         if re.search(r"too many users|quota", text, re.IGNORECASE):
-            raise SourceError(f"Google Drive's quota for {file_id} is used up: try again in a day, "
-                              "or copy the file into a Drive of your own and give the copy's id"
-                              ) from error
-        raise SourceError(f"Google Drive does not give {file_id}: check the id, and that it is a "
-                          "file shared with everyone who has the link; or download it in a browser "
-                          f"and give the file ({text})") from error
+            raise SourceError(
+                f"Google Drive's quota for {file_id} is used up: try again in a day, "
+                "or copy the file into a Drive of your own and give the copy's id"
+            ) from error
+        raise SourceError(
+            f"Google Drive does not give {file_id}: check the id, and that it is a "
+            "file shared with everyone who has the link; or download it in a browser "
+            f"and give the file ({text})"
+        ) from error
     except (gdown.exceptions.DownloadError, OSError) as error:
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
-        raise SourceError(f"the download of {file_id} from Google Drive broke ({error}): run "
-                          "again, it goes on where it stopped") from error
+        raise SourceError(
+            f"the download of {file_id} from Google Drive broke ({error}): run "
+            "again, it goes on where it stopped"
+        ) from error
     return path
 
 
 # ------------------------------------------------------------------------------- one door for all
 
 
-def open_remote(spec: str, work_dir: str | Path, *, unpack: bool = True,
-                cache_dir: str | Path | None = None,
-                progress: Callable[[int, int], None] | None = None) -> Fetched:
+def open_remote(
+    spec: str,
+    work_dir: str | Path,
+    *,
+    unpack: bool = True,
+    cache_dir: str | Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Fetched:
     """Make what a spec names a local folder.
 
     Args:
@@ -252,17 +302,20 @@ def open_remote(spec: str, work_dir: str | Path, *, unpack: bool = True,
         if not found:
             raise SourceError(f"{spec!r}: expected hub:owner/name@revision:patterns")
         patterns = [p.strip() for p in (found["patterns"] or "").split(",") if p.strip()]
-        fetched = download_dataset(found["repo"], revision=found["revision"], patterns=patterns,
-                                   cache_dir=cache_dir)
+        fetched = download_dataset(
+            found["repo"], revision=found["revision"], patterns=patterns, cache_dir=cache_dir
+        )
         folder = _lay_out(fetched, patterns, work_dir, unpack, progress)
-        return Fetched(folder, fetched.origin + ":" * bool(patterns) + ",".join(patterns),
-                       fetched.commit)
+        return Fetched(
+            folder, fetched.origin + ":" * bool(patterns) + ",".join(patterns), fetched.commit
+        )
     path = Path(spec).expanduser().absolute()
     if path.is_dir():
         return Fetched(path, str(path))
     if not path.is_file():
-        raise SourceError(f"there is no {path}: give a folder, an archive, hub:owner/name@revision "
-                          "or drive:<id>")
+        raise SourceError(
+            f"there is no {path}: give a folder, an archive, hub:owner/name@revision or drive:<id>"
+        )
     name = f"{archive_stem(path.name) or path.stem}-{_hash(str(path.parent))}"
     return Fetched(extract_archive(path, work_dir / name, progress=progress), str(path))
 
@@ -278,16 +331,16 @@ def _open_drive(spec: str, work_dir: Path, progress) -> Fetched:
     if "/" in file_id:
         file_id = parse_url(file_id)[0]
     if not re.fullmatch(r"[\w-]+", file_id or ""):
-        raise SourceError(f"{spec!r} names no file on Google Drive: expected drive:<id> or the "
-                          "file's link")
+        raise SourceError(
+            f"{spec!r} names no file on Google Drive: expected drive:<id> or the file's link"
+        )
     folder, path = work_dir / f"drive-{file_id}", work_dir / f"drive-{file_id}.archive"
     if path.is_file() or not (folder / MARKER).is_file():  # else the archive was deleted since
         extract_archive(download_drive(file_id, path), folder, progress=progress)
     return Fetched(folder, f"drive:{file_id}")
 
 
-def _lay_out(fetched: Fetched, patterns: list[str], work_dir: Path, unpack: bool,
-             progress) -> Path:
+def _lay_out(fetched: Fetched, patterns: list[str], work_dir: Path, unpack: bool, progress) -> Path:
     """The snapshot itself, or a folder of its own: archives unpacked, the other files as links.
 
     A snapshot's folder is shared by all downloads of the commit, so it may hold more than matched.

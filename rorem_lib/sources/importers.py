@@ -21,10 +21,23 @@ from rorem_lib.sources.peers import (
 from rorem_lib.sources.rord import RordSource
 from rorem_lib.sources.upstream import UpstreamSource
 
-CLASSES: dict[str, type[Source]] = {kind.name: kind for kind in (
-    RordSource, MulanSource, OpenImagesSource, HighResolutionSource, CompositesSource,
-    UpstreamSource, ParquetSetSource, OberSource, SmartEraserSource, RemovalBenchSource,
-    OmniEraserSource, CorneSource)}
+CLASSES: dict[str, type[Source]] = {
+    kind.name: kind
+    for kind in (
+        RordSource,
+        MulanSource,
+        OpenImagesSource,
+        HighResolutionSource,
+        CompositesSource,
+        UpstreamSource,
+        ParquetSetSource,
+        OberSource,
+        SmartEraserSource,
+        RemovalBenchSource,
+        OmniEraserSource,
+        CorneSource,
+    )
+}
 _DEPTH = 3  # levels of folders that are searched for a layout
 _MOST_FOLDERS = 200  # on a level: a layout begins among few folders
 
@@ -50,21 +63,29 @@ def discover_source(folder: str | Path, name: str = "auto") -> tuple[str, Path]:
     kinds = CLASSES if name == "auto" else {name: CLASSES[name]}
     level = [folder]
     for _ in range(_DEPTH + 1):
-        found = [(kind, place) for place in level for kind, importer in kinds.items()
-                 if importer.recognises(place)]
+        found = [
+            (kind, place)
+            for place in level
+            for kind, importer in kinds.items()
+            if importer.recognises(place)
+        ]
         if len(found) == 1:
             return found[0]
         if found and name == "auto":
             listed = "; ".join(f"source={kind}, {place}" for kind, place in found[:6])
-            raise SourceError(f"{folder} can be read in {len(found)} ways: say which source and "
-                              f"which folder: {listed}")
+            raise SourceError(
+                f"{folder} can be read in {len(found)} ways: say which source and "
+                f"which folder: {listed}"
+            )
         level = [inner for place in level for inner in list_folders(place)][:_MOST_FOLDERS]
     if name != "auto":
         return name, folder  # the importer itself says best what it misses
     shown = sorted(path.name for path in folder.iterdir())
     layouts = "\n".join(f"  {kind}: {importer.layout}" for kind, importer in kinds.items())
-    raise SourceError(f"{folder} has none of the layouts that can be imported; it holds "
-                      f"{', '.join(shown[:8]) or 'nothing'}. Known are\n{layouts}")
+    raise SourceError(
+        f"{folder} has none of the layouts that can be imported; it holds "
+        f"{', '.join(shown[:8]) or 'nothing'}. Known are\n{layouts}"
+    )
 
 
 def open_source(name: str, folder: str | Path, **options) -> Source:
@@ -80,16 +101,23 @@ def open_source(name: str, folder: str | Path, **options) -> Source:
         ValueError: an option's value is out of its range.
     """
     if name not in ("auto", *CLASSES):
-        raise SourceError(f"there is no source {name!r}: take auto, or one of "
-                          f"{', '.join(CLASSES)}")
+        raise SourceError(f"there is no source {name!r}: take auto, or one of {', '.join(CLASSES)}")
     name, folder = discover_source(folder, name)
     kind = CLASSES[name]
-    known = {field.name: field.default for field in dataclasses.fields(kind)
-             if field.name != "folder"}
+    known = {
+        field.name: field.default for field in dataclasses.fields(kind) if field.name != "folder"
+    }
     unknown = options.keys() - known.keys()
     if unknown:
         listed = ", ".join(f"{key}={value!r}" for key, value in known.items())
-        raise SourceError(f"the source {name} has no option {', '.join(sorted(unknown))}; it has "
-                          f"{listed or 'none'}")
-    return kind(str(folder), **{key: tuple(value) if isinstance(value, list) else value
-                                for key, value in options.items()})
+        raise SourceError(
+            f"the source {name} has no option {', '.join(sorted(unknown))}; it has "
+            f"{listed or 'none'}"
+        )
+    return kind(
+        str(folder),
+        **{
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in options.items()
+        },
+    )

@@ -94,8 +94,9 @@ class MulanSource(Source):
     name: ClassVar[str] = "mulan"
     origin: ClassVar[str] = "MULAN"
     license: ClassVar[str] = "CC-BY-NC-SA-4.0"
-    layout: ClassVar[str] = ("annotations <image id>.p.zl or layers <image id>-layer_<N>.png, "
-                             "in it or in folders below")
+    layout: ClassVar[str] = (
+        "annotations <image id>.p.zl or layers <image id>-layer_<N>.png, in it or in folders below"
+    )
 
     folder: str
     images: str = ""
@@ -120,8 +121,9 @@ class MulanSource(Source):
             if not isinstance(value, (int, float)) or not 0 <= value <= 1:
                 raise ValueError(f"{key} is a share from 0 to 1, not {value!r}")
         if self.min_area > self.max_area:
-            raise ValueError(f"min_area is at most max_area, not {self.min_area} to "
-                             f"{self.max_area}")
+            raise ValueError(
+                f"min_area is at most max_area, not {self.min_area} to {self.max_area}"
+            )
         for key, least in (("dilate", 0), ("max_mb", 1)):
             value = getattr(self, key)
             if type(value) is not int or value < least:
@@ -146,8 +148,10 @@ class MulanSource(Source):
             raise self.refuse_layout()
         for folder in _split_folders(self._images):
             if not os.path.isdir(folder):
-                raise SourceError(f"images: {folder} is no folder: give those of COCO 2017 and "
-                                  f"LAION, joined by {os.pathsep!r}")
+                raise SourceError(
+                    f"images: {folder} is no folder: give those of COCO 2017 and "
+                    f"LAION, joined by {os.pathsep!r}"
+                )
         try:
             self._read_linking()
         except TripletError as error:
@@ -155,19 +159,23 @@ class MulanSource(Source):
         seen = set()
         for where, image_id, numbers in self._find_stacks():
             if image_id in seen:
-                yield Item(make_id(where, image_id, "again"), image_id,
-                           (where, image_id, numbers, "again"))
+                yield Item(
+                    make_id(where, image_id, "again"), image_id, (where, image_id, numbers, "again")
+                )
                 continue
             seen.add(image_id)
             if numbers is None and not (self.images or self.linking):
-                raise SourceError(f"{Path(self.folder, where)} is an annotation without its "
-                                  "photograph: give the folders of COCO 2017 and LAION as images")
+                raise SourceError(
+                    f"{Path(self.folder, where)} is an annotation without its "
+                    "photograph: give the folders of COCO 2017 and LAION as images"
+                )
             if self.remove == "top":
                 yield Item(make_id(image_id), image_id, (where, image_id, numbers, None))
                 continue
             for layer in self._count_instances(where, numbers) or [None]:
-                yield Item(make_id(image_id, layer or 0), image_id,
-                           (where, image_id, numbers, layer))
+                yield Item(
+                    make_id(image_id, layer or 0), image_id, (where, image_id, numbers, layer)
+                )
         if not seen:
             raise self.refuse_layout()
 
@@ -210,13 +218,15 @@ class MulanSource(Source):
         photo_file = self._find_photo(image_id)
         photo = None if photo_file is None else load_image(photo_file)
         if numbers is not None:
-            background, layers = read_layers(path, image_id, numbers,
-                                              self._read_captions(where))
+            background, layers = read_layers(path, image_id, numbers, self._read_captions(where))
             path = path / f"{image_id}-layer_0.png"
         elif photo is None:
             through = f" nor through {self.linking}" if self.linking else ""
-            raise Rejected("no photograph", f"{path}: there is no photograph {image_id} in "
-                           f"{self.images or '-'}{through}: get it, or add its folder to images")
+            raise Rejected(
+                "no photograph",
+                f"{path}: there is no photograph {image_id} in "
+                f"{self.images or '-'}{through}: get it, or add its folder to images",
+            )
         else:
             background, layers = read_annotation(path, photo, self.max_mb << 20)
         if not layers:
@@ -233,36 +243,52 @@ class MulanSource(Source):
         if layer.captions:
             extra["caption"] = layer.captions[0]
         if photo is not None and photo.shape == background.shape:
-            error = float(np.abs(compose_layers(source, layers[index + 1:]) - photo).mean())
+            error = float(np.abs(compose_layers(source, layers[index + 1 :]) - photo).mean())
             extra |= {"photograph": photo_file.name, "composite_error": round(error, 2)}
         mask = np.where(layer.alpha > 255 * self.threshold, 255, 0).astype(np.uint8)
         mask = dilate_mask(mask, self.dilate)
-        return Pictures(Picture(round_picture(source)), Picture(mask), Picture(round_picture(gt)),
-                        path, extra)
+        return Pictures(
+            Picture(round_picture(source)), Picture(mask), Picture(round_picture(gt)), path, extra
+        )
 
     def _filter(self, layer: Layer, path: Path) -> None:
         named = f"{path}, layer {layer.number}"
         area = float(layer.alpha.mean()) / 255
         if not self.min_area <= area <= self.max_area:
-            raise Rejected("area", f"{named} covers {area:.4f} of the picture, not "
-                                   f"{self.min_area} to {self.max_area}")
+            raise Rejected(
+                "area",
+                f"{named} covers {area:.4f} of the picture, not {self.min_area} to {self.max_area}",
+            )
         border = measure_border(layer.alpha)
         if border > self.max_border:
-            raise Rejected("border", f"{named} has {border:.3f} of its outline on the picture's "
-                                     f"border, above {self.max_border}")
+            raise Rejected(
+                "border",
+                f"{named} has {border:.3f} of its outline on the picture's "
+                f"border, above {self.max_border}",
+            )
         text = " | ".join(layer.captions)
         if self.words and not _has_word(text, self.words):
-            raise Rejected("class words", f"{named} ({text or 'no caption'}) has none of "
-                                          f"{', '.join(self.words)}")
+            raise Rejected(
+                "class words",
+                f"{named} ({text or 'no caption'}) has none of {', '.join(self.words)}",
+            )
         if self.exclude_words and _has_word(text, self.exclude_words):
-            raise Rejected("class words", f"{named} ({text}) has one of "
-                                          f"{', '.join(self.exclude_words)}")
+            raise Rejected(
+                "class words", f"{named} ({text}) has one of {', '.join(self.exclude_words)}"
+            )
 
     def _find_photo(self, image_id: str) -> Path | None:
         names = _spell_id(image_id)
         rows = self._read_linking()
-        linked = next((value for name in names for value in rows.get(name + _ANNOTATION)
-                       or rows.get(name, ()) if value), None)
+        linked = next(
+            (
+                value
+                for name in names
+                for value in rows.get(name + _ANNOTATION) or rows.get(name, ())
+                if value
+            ),
+            None,
+        )
         if linked:
             file = Path(self.folder, self.linking).parent / linked
             if os.path.isfile(file):
@@ -276,8 +302,11 @@ class MulanSource(Source):
         return None
 
     def _read_linking(self) -> dict[str, tuple[str, ...]]:
-        return (_read_table(os.path.join(self.folder, self.linking), _ID_COLUMNS, _PHOTO_COLUMNS)
-                if self.linking else {})
+        return (
+            _read_table(os.path.join(self.folder, self.linking), _ID_COLUMNS, _PHOTO_COLUMNS)
+            if self.linking
+            else {}
+        )
 
     @property
     def _images(self) -> str:
@@ -351,16 +380,20 @@ def _spell_id(image_id: str) -> list[str]:
 def _read_table(file: str, keys: tuple, values: tuple) -> dict[str, tuple[str, ...]]:
     """A CSV's values by the last part of its key; of `keys` and `values`, those that it has."""
     try:
-        table = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig",
-                            encoding_errors="replace")
+        table = pd.read_csv(
+            file, dtype=str, keep_default_na=False, encoding="utf-8-sig", encoding_errors="replace"
+        )
     except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
         raise TripletError(f"{file} cannot be read as CSV ({error})", file=Path(file)) from None
     names = {name.strip().lower(): name for name in table}
     key = next((names[name] for name in keys if name in names), None)
     columns = [names[name] for name in values if name in names]
     if key is None or not columns:
-        raise TripletError(f"{file} has the columns {', '.join(table)}; expected "
-                           f"{' or '.join(keys)}, and {' or '.join(values)}", file=Path(file))
+        raise TripletError(
+            f"{file} has the columns {', '.join(table)}; expected "
+            f"{' or '.join(keys)}, and {' or '.join(values)}",
+            file=Path(file),
+        )
     return dict(zip(map(_last_part, table[key]), zip(*(table[name] for name in columns))))
 
 

@@ -46,8 +46,9 @@ def count_instances(path: Path, max_bytes: int) -> int:
     return len(_get_dict(load_compressed_pickle(path, max_bytes), "instances", path))
 
 
-def read_annotation(path: Path, photo: np.ndarray,
-                    max_bytes: int) -> tuple[np.ndarray, list[Layer]]:
+def read_annotation(
+    path: Path, photo: np.ndarray, max_bytes: int
+) -> tuple[np.ndarray, list[Layer]]:
     """Take a photograph [H, W, 3] uint8 apart as an annotation says.
 
     Returns:
@@ -67,9 +68,14 @@ def read_annotation(path: Path, photo: np.ndarray,
         named = f"{path}, instance {key}"
         entry = _get_dict(instances, key, path)
         alpha = _read_shares(entry, "instance_alpha", photo, named)[..., 0]
-        layers.append(Layer(number, _paste(photo, entry, named),
-                            np.rint(255 * alpha).astype(np.uint8),
-                            _clean(entry.get(key) for key in CAPTIONS)))
+        layers.append(
+            Layer(
+                number,
+                _paste(photo, entry, named),
+                np.rint(255 * alpha).astype(np.uint8),
+                _clean(entry.get(key) for key in CAPTIONS),
+            )
+        )
     return background, layers
 
 
@@ -102,8 +108,10 @@ def _read_array(entry: dict, key: str, photo: np.ndarray, named: str) -> np.ndar
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim != 3 or array.shape[2] not in (1, 3) or array.shape[:2] != photo.shape[:2]:
-        raise TripletError(f"{named}: {key} has {list(array.shape)} values but the photograph is "
-                           f"{describe_size(photo)} px: give the photograph in its first size")
+        raise TripletError(
+            f"{named}: {key} has {list(array.shape)} values but the photograph is "
+            f"{describe_size(photo)} px: give the photograph in its first size"
+        )
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise TripletError(f"{named}: {key} has values that are no numbers")
     return array
@@ -116,8 +124,9 @@ def _get_dict(holder, key, path: Path) -> dict:
     return value
 
 
-def read_layers(folder: Path, image_id: str, numbers: tuple[int, ...],
-                captions: dict) -> tuple[np.ndarray, list[Layer]]:
+def read_layers(
+    folder: Path, image_id: str, numbers: tuple[int, ...], captions: dict
+) -> tuple[np.ndarray, list[Layer]]:
     """Open the layers of a picture that was taken apart already.
 
     Args:
@@ -141,21 +150,27 @@ def read_layers(folder: Path, image_id: str, numbers: tuple[int, ...],
         file = folder / f"{image_id}-layer_{number}.png"
         rgb = load_image(file)
         if rgb.shape != background.shape:
-            raise TripletError(f"{file} is {describe_size(rgb)} px but layer_0 is "
-                               f"{describe_size(background)}: decompose {image_id} again",
-                               file=file)
+            raise TripletError(
+                f"{file} is {describe_size(rgb)} px but layer_0 is "
+                f"{describe_size(background)}: decompose {image_id} again",
+                file=file,
+            )
         with Image.open(file) as image:
             if not image.has_transparency_data:
-                raise TripletError(f"{file} has no alpha channel: decompose {image_id} again",
-                                   file=file)
+                raise TripletError(
+                    f"{file} has no alpha channel: decompose {image_id} again", file=file
+                )
             alpha = np.array(image.convert("RGBA").getchannel("A"))
         layers.append(Layer(number, rgb, alpha, _clean(captions.get(file.name, ()))))
     return background, layers
 
 
 def _clean(captions: Iterable) -> tuple[str, ...]:
-    return tuple(str(text).strip() for text in captions
-                 if isinstance(text, str) and text.strip() not in ("", "N/A"))
+    return tuple(
+        str(text).strip()
+        for text in captions
+        if isinstance(text, str) and text.strip() not in ("", "N/A")
+    )
 
 
 def compose_layers(under: np.ndarray, layers: list[Layer]) -> np.ndarray:
@@ -175,8 +190,9 @@ def round_picture(picture: np.ndarray) -> np.ndarray:
 def measure_border(alpha: np.ndarray) -> float:
     """The share of an object's outline, where it is at least half opaque, on the border."""
     solid = (alpha >= 128).astype(np.uint8)
-    inner = cv2.erode(solid, np.ones((3, 3), np.uint8), borderType=cv2.BORDER_CONSTANT,
-                      borderValue=0)
+    inner = cv2.erode(
+        solid, np.ones((3, 3), np.uint8), borderType=cv2.BORDER_CONSTANT, borderValue=0
+    )
     outline = solid > inner
     on_border = outline.sum() - outline[1:-1, 1:-1].sum()
     return float(on_border) / max(1, int(outline.sum()))

@@ -70,8 +70,10 @@ class OberSource(Source):
     name = "ober"
     origin = "OBER"
     license = "S-Lab License 1.0 (non-commercial)"
-    layout = ("data/train-*.parquet and data/test-*.parquet, or <id>/input_*.jpg with gt_*.jpg, "
-              "mask_*.png and shadow_mask_*.png")
+    layout = (
+        "data/train-*.parquet and data/test-*.parquet, or <id>/input_*.jpg with gt_*.jpg, "
+        "mask_*.png and shadow_mask_*.png"
+    )
 
     def __post_init__(self):
         check_mask_option(self.mask)
@@ -114,18 +116,22 @@ class OberSource(Source):
                             place = (str(file.relative_to(self.folder)), group, row)
                             yield _name_row(place, values, subset, len(seen) + 1, seen)
         if self.subset and self.subset not in subsets:
-            raise SourceError(f"{self.folder} has no subset {self.subset!r}: take one of "
-                              + ", ".join(sorted(subsets)))
+            raise SourceError(
+                f"{self.folder} has no subset {self.subset!r}: take one of "
+                + ", ".join(sorted(subsets))
+            )
 
     def _list_older(self) -> Iterator[Item]:
         folder = Path(self.folder)
-        places = [inner for outer in list_folders(folder)
-                  for inner in (outer, *list_folders(outer))]
+        places = [
+            inner for outer in list_folders(folder) for inner in (outer, *list_folders(outer))
+        ]
         if not any(map(_list_inputs, places)):
             raise self.refuse_layout()
         if self.subset:
-            raise SourceError(f"{folder} is the older release, which names no subsets: leave "
-                              "subset empty")
+            raise SourceError(
+                f"{folder} is the older release, which names no subsets: leave subset empty"
+            )
         seen: set[str] = set()
         for place in places:
             parts = place.relative_to(folder).parts
@@ -145,8 +151,9 @@ class OberSource(Source):
             table = _read_group(str(path), path.stat().st_mtime_ns, group, columns)
             values = table.slice(row, 1).to_pylist()[0]
         except (OSError, pa.ArrowException, IndexError) as error:
-            raise TripletError(f"{path}, row group {group}, cannot be read ({error}): {AGAIN}",
-                               file=path) from None
+            raise TripletError(
+                f"{path}, row group {group}, cannot be read ({error}): {AGAIN}", file=path
+            ) from None
         where = f"{path}, row {row} of group {group}"
         data = {name: (values.get(name) or {}).get("bytes") for name in columns[:3]}
         if not data["gt"] and self.require_gt:
@@ -154,13 +161,22 @@ class OberSource(Source):
         for name in ("input", columns[2]):
             if not data[name]:
                 raise Rejected("missing picture", f"{where}: the column {name} is empty")
-        source, gt, mask = (data[name] and Picture(decode_image(
-            f"{where}, {name}", "L" if name == columns[2] else "RGB", data=data[name])[0])
-            for name in columns[:3])
+        source, gt, mask = (
+            data[name]
+            and Picture(
+                decode_image(
+                    f"{where}, {name}", "L" if name == columns[2] else "RGB", data=data[name]
+                )[0]
+            )
+            for name in columns[:3]
+        )
         # the picture's own hash: the file's says nothing, and takes a second an item
-        extra = {"subset": values.get("subset"), "path": values["input"].get("path"),
-                 "mask_kind": MASKS[self.mask],
-                 "sha256": hashlib.sha256(data["input"]).hexdigest()}
+        extra = {
+            "subset": values.get("subset"),
+            "path": values["input"].get("path"),
+            "mask_kind": MASKS[self.mask],
+            "sha256": hashlib.sha256(data["input"]).hexdigest(),
+        }
         return Pictures(source, mask, gt or None, origin_file=path, extra=extra)
 
     def _load_older(self, *place: str) -> Pictures:
@@ -173,8 +189,13 @@ class OberSource(Source):
             if self.require_gt:
                 raise _no_gt(str(source)) from None
             gt = None
-        return Pictures(open_picture(source), open_picture(mask, "L"), gt and open_picture(gt),
-                        origin_file=source, extra={"mask_kind": MASKS[self.mask]})
+        return Pictures(
+            open_picture(source),
+            open_picture(mask, "L"),
+            gt and open_picture(gt),
+            origin_file=source,
+            extra={"mask_kind": MASKS[self.mask]},
+        )
 
 
 def _no_gt(where: str) -> Rejected:
@@ -189,29 +210,37 @@ def _list_parquet(folder: Path) -> list[Path]:
 
 
 def _list_inputs(folder: Path) -> list[str]:
-    return sorted(name for name in os.listdir(folder)
-                  if name.startswith("input_") and name.lower().endswith(SUFFIXES))
+    return sorted(
+        name
+        for name in os.listdir(folder)
+        if name.startswith("input_") and name.lower().endswith(SUFFIXES)
+    )
 
 
 def _check_file(file: Path) -> None:
     try:
         names = pq.read_schema(file).names
     except (OSError, pa.ArrowException) as error:
-        raise SourceError(f"{file} is no parquet file, or half of one ({error}): {AGAIN}"
-                          ) from None
+        raise SourceError(f"{file} is no parquet file, or half of one ({error}): {AGAIN}") from None
     if lacking := [c for c in ("input", "gt", *COLUMNS.values()) if c not in names]:
-        raise SourceError(f"{file} has no column {', '.join(lacking)}: it is no file of OBER; its "
-                          f"columns are {', '.join(names)}")
+        raise SourceError(
+            f"{file} has no column {', '.join(lacking)}: it is no file of OBER; its "
+            f"columns are {', '.join(names)}"
+        )
 
 
 def _warn_of_gaps(files: list[Path]) -> None:
     """A part of the files is a fair choice, or a download that broke off."""
-    there = Counter(found.groups() for file in files
-                    if (found := re.fullmatch(r"(.+)-\d{5}-of-(\d{5})", file.stem)))
+    there = Counter(
+        found.groups()
+        for file in files
+        if (found := re.fullmatch(r"(.+)-\d{5}-of-(\d{5})", file.stem))
+    )
     for (name, count), number in there.items():
         if number < int(count):
-            logger.warning("%s: %d of %d files of %s are there", files[0].parent, number,
-                           int(count), name)
+            logger.warning(
+                "%s: %d of %d files of %s are there", files[0].parent, number, int(count), name
+            )
 
 
 def _name_row(place: tuple, values: dict, subset: str, number: int, seen: set[str]) -> Item:
@@ -220,9 +249,12 @@ def _name_row(place: tuple, values: dict, subset: str, number: int, seen: set[st
     stem = Path(path).stem if path else f"{Path(file).stem}-{group}-{row}"
     original = re.sub(r"_\d+$", "", stem) if path else stem
     parts = (subset,) if subset else ()
-    return Item(name_once(make_id(*parts, stem), number, seen),
-                name_group(stem, make_id(*parts, original)), place,
-                read_split(str(values.get("split") or Path(file).stem)))
+    return Item(
+        name_once(make_id(*parts, stem), number, seen),
+        name_group(stem, make_id(*parts, original)),
+        place,
+        read_split(str(values.get("split") or Path(file).stem)),
+    )
 
 
 @functools.lru_cache(maxsize=1)  # rows come in order: each group is read once, and one is held

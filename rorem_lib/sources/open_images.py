@@ -40,17 +40,72 @@ from rorem_lib.sources.base import (
 
 # Both are read off the hierarchy of the 600 classes with boxes (the 350 with masks are among them).
 # What is below Clothing, but for bags and umbrellas: these are things of their own.
-CLOTHES = frozenset({
-    "Baseball glove", "Belt", "Bicycle helmet", "Boot", "Brassiere", "Clothing", "Coat",
-    "Cowboy hat", "Crown", "Dress", "Earrings", "Fashion accessory", "Fedora", "Football helmet",
-    "Footwear", "Glasses", "Glove", "Goggles", "Hat", "Helmet", "High heels", "Jacket", "Jeans",
-    "Miniskirt", "Necklace", "Roller skates", "Sandal", "Scarf", "Shirt", "Shorts", "Skirt", "Sock",
-    "Sombrero", "Sports uniform", "Suit", "Sun hat", "Sunglasses", "Swim cap", "Swimwear", "Tiara",
-    "Tie", "Trousers", "Watch"})
+CLOTHES = frozenset(
+    {
+        "Baseball glove",
+        "Belt",
+        "Bicycle helmet",
+        "Boot",
+        "Brassiere",
+        "Clothing",
+        "Coat",
+        "Cowboy hat",
+        "Crown",
+        "Dress",
+        "Earrings",
+        "Fashion accessory",
+        "Fedora",
+        "Football helmet",
+        "Footwear",
+        "Glasses",
+        "Glove",
+        "Goggles",
+        "Hat",
+        "Helmet",
+        "High heels",
+        "Jacket",
+        "Jeans",
+        "Miniskirt",
+        "Necklace",
+        "Roller skates",
+        "Sandal",
+        "Scarf",
+        "Shirt",
+        "Shorts",
+        "Skirt",
+        "Sock",
+        "Sombrero",
+        "Sports uniform",
+        "Suit",
+        "Sun hat",
+        "Sunglasses",
+        "Swim cap",
+        "Swimwear",
+        "Tiara",
+        "Tie",
+        "Trousers",
+        "Watch",
+    }
+)
 # The parts of Person.
-BODY_PARTS = frozenset({
-    "Human arm", "Human beard", "Human body", "Human ear", "Human eye", "Human face", "Human foot",
-    "Human hair", "Human hand", "Human head", "Human leg", "Human mouth", "Human nose", "Skull"})
+BODY_PARTS = frozenset(
+    {
+        "Human arm",
+        "Human beard",
+        "Human body",
+        "Human ear",
+        "Human eye",
+        "Human face",
+        "Human foot",
+        "Human hair",
+        "Human hand",
+        "Human head",
+        "Human leg",
+        "Human mouth",
+        "Human nose",
+        "Skull",
+    }
+)
 
 _SPLITS = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}
 _TABLE = "annotations-object-segmentation"
@@ -127,7 +182,8 @@ class OpenImagesSource(Source):
     layout: ClassVar[str] = (
         "<split>-annotations-object-segmentation.csv and class-descriptions.csv, masks in "
         "<split>-masks-<0-f>/ and pictures in <split>/ (or all flat), or <split>/{data,labels,"
-        "metadata} as FiftyOne writes them; <split> is train, validation or test")
+        "metadata} as FiftyOne writes them; <split> is train, validation or test"
+    )
     has_gt: ClassVar[bool] = False
 
     def __post_init__(self):
@@ -137,20 +193,25 @@ class OpenImagesSource(Source):
         object.__setattr__(self, "_counts", Counter())  # of the listing; no option
         for option in ("per_class", "per_image", "max_size", "dilate", "seed"):
             if type(getattr(self, option)) is not int or getattr(self, option) < 0:
-                raise ValueError(f"{option} must be a whole number, 0 or more, not "
-                                 f"{getattr(self, option)!r}")
+                raise ValueError(
+                    f"{option} must be a whole number, 0 or more, not {getattr(self, option)!r}"
+                )
         if not 0 <= self.min_area < self.max_area <= 1:
-            raise ValueError("min_area and max_area are shares of the picture, 0 <= min_area < "
-                             f"max_area <= 1, not {self.min_area} and {self.max_area}")
+            raise ValueError(
+                "min_area and max_area are shares of the picture, 0 <= min_area < "
+                f"max_area <= 1, not {self.min_area} and {self.max_area}"
+            )
         if not 0 <= self.min_iou <= 1:
             raise ValueError(f"min_iou must be between 0 and 1, not {self.min_iou}")
 
     @classmethod
     def recognises(cls, folder: Path) -> bool:
         folder = Path(folder)
-        return (any(any((folder / place).glob(f"*{_TABLE}*.csv")) for place in _PLACES)
-                or any((folder / name / "labels").is_dir() and (folder / name / "metadata").is_dir()
-                       for names in _SPLITS.values() for name in names))
+        return any(any((folder / place).glob(f"*{_TABLE}*.csv")) for place in _PLACES) or any(
+            (folder / name / "labels").is_dir() and (folder / name / "metadata").is_dir()
+            for names in _SPLITS.values()
+            for name in names
+        )
 
     # ------------------------------------------------------------------------------------ listing
 
@@ -159,8 +220,10 @@ class OpenImagesSource(Source):
         if not tables:
             raise self.refuse_layout()
         names = self._read_names()
-        folders = {split: (self._find_folders(split, "masks"), self._find_folders(split, "images"))
-                   for split in tables}
+        folders = {
+            split: (self._find_folders(split, "masks"), self._find_folders(split, "images"))
+            for split in tables
+        }
         counts = Counter()
         object.__setattr__(self, "_counts", counts)
         for split, paths in tables.items():
@@ -169,10 +232,20 @@ class OpenImagesSource(Source):
             chosen = self._choose(paths, names, present, counts)
             counts["listed"] += len(chosen)
             for row in chosen.itertuples(index=False):
-                yield Item(make_id(row.MaskPath.rsplit(".", 1)[0]), row.ImageID,
-                           _Place(row.MaskPath, row.ImageID, row.LabelName, row.name, row.BoxID,
-                                  mask_folders, image_folders),
-                           split and ("train" if split == "train" else "test"))
+                yield Item(
+                    make_id(row.MaskPath.rsplit(".", 1)[0]),
+                    row.ImageID,
+                    _Place(
+                        row.MaskPath,
+                        row.ImageID,
+                        row.LabelName,
+                        row.name,
+                        row.BoxID,
+                        mask_folders,
+                        image_folders,
+                    ),
+                    split and ("train" if split == "train" else "test"),
+                )
 
     def summarise(self) -> dict[str, int]:
         """What became of the rows of the CSV, once `list_items` has run to its end; else empty.
@@ -191,16 +264,28 @@ class OpenImagesSource(Source):
         if self.annotations:
             path = self._named("annotations")
             words = [*re.split("[-_.]", path.name), *path.parts[-2:-4:-1]]
-            return {next((split for word in words for split, names in _SPLITS.items()
-                          if word in names), None): [path]}
+            return {
+                next(
+                    (split for word in words for split, names in _SPLITS.items() if word in names),
+                    None,
+                ): [path]
+            }
         tables = {}
         for split, names in _SPLITS.items():
-            found = [path for name in names for place in (*_PLACES, name)
-                     for path in sorted((root / place).glob(f"*{name}-{_TABLE}*.csv"))]
+            found = [
+                path
+                for name in names
+                for place in (*_PLACES, name)
+                for path in sorted((root / place).glob(f"*{name}-{_TABLE}*.csv"))
+            ]
             # FiftyOne has it as labels/segmentations.csv, SmartEraser among the metadata
-            found = found or [path for name in names for place in ("labels", "metadata")
-                              for path in sorted((root / name / place).glob("*.csv"))
-                              if "MaskPath" in _read_header(path)]
+            found = found or [
+                path
+                for name in names
+                for place in ("labels", "metadata")
+                for path in sorted((root / name / place).glob("*.csv"))
+                if "MaskPath" in _read_header(path)
+            ]
             if found:
                 tables[split] = found
         return tables
@@ -208,11 +293,20 @@ class OpenImagesSource(Source):
     def _read_names(self) -> dict[str, str] | None:
         """Display names by label; None where nothing needs them and they are not there."""
         root = Path(self.folder)
-        places = [*(root / place for place in _PLACES),
-                  *(root / name / "metadata" for names in _SPLITS.values() for name in names)]
-        files = [self._named("class_names")] if self.class_names else [
-            path for place in places for pattern in ("*class-descriptions*.csv", "classes.csv")
-            for path in sorted(place.glob(pattern))]
+        places = [
+            *(root / place for place in _PLACES),
+            *(root / name / "metadata" for names in _SPLITS.values() for name in names),
+        ]
+        files = (
+            [self._named("class_names")]
+            if self.class_names
+            else [
+                path
+                for place in places
+                for pattern in ("*class-descriptions*.csv", "classes.csv")
+                for path in sorted(place.glob(pattern))
+            ]
+        )
         names: dict[str, str] = {}
         for path in files:
             with open(path, newline="", encoding="utf-8-sig", errors="replace") as stream:
@@ -223,13 +317,19 @@ class OpenImagesSource(Source):
             raise SourceError(
                 f"{', '.join(map(str, files)) or root} holds no class names, so no class can be "
                 "left out: download class-descriptions.csv (LabelName,DisplayName) into "
-                f"{root}, name the file with class_names, or set exclude to an empty list")
+                f"{root}, name the file with class_names, or set exclude to an empty list"
+            )
         known = {name.casefold() for name in names.values()}
-        wrong = [name for name in self.exclude if name not in CLOTHES | BODY_PARTS
-                 and name.casefold() not in known]
+        wrong = [
+            name
+            for name in self.exclude
+            if name not in CLOTHES | BODY_PARTS and name.casefold() not in known
+        ]
         if wrong:
-            raise SourceError(f"exclude names {', '.join(wrong)}, but no class in "
-                              f"{', '.join(map(str, files))} is called so: mend the spelling")
+            raise SourceError(
+                f"exclude names {', '.join(wrong)}, but no class in "
+                f"{', '.join(map(str, files))} is called so: mend the spelling"
+            )
         return names or None
 
     def _named(self, option: str) -> Path:
@@ -243,32 +343,69 @@ class OpenImagesSource(Source):
         root = Path(self.folder)
         masks, found = kind == "masks", []
         for name in _SPLITS.get(split, ("train",)):
-            leaves = [f"{name}-masks-{{c}}", "{C}", "{c}", ""] if masks else [
-                f"{name}_{{c}}", "{c}", ""]
+            leaves = (
+                [f"{name}-masks-{{c}}", "{C}", "{c}", ""] if masks else [f"{name}_{{c}}", "{c}", ""]
+            )
             if getattr(self, kind):
                 bases = [self._named(kind), self._named(kind) / name]
             elif masks:
-                bases = [root / base for base in (
-                    f"{name}/labels/masks", f"{name}/labels", f"{name}/masks", name,
-                    f"{name}-masks", f"masks/{name}", "masks", "")]
+                bases = [
+                    root / base
+                    for base in (
+                        f"{name}/labels/masks",
+                        f"{name}/labels",
+                        f"{name}/masks",
+                        name,
+                        f"{name}-masks",
+                        f"masks/{name}",
+                        "masks",
+                        "",
+                    )
+                ]
             else:
-                bases = [root / base for base in (
-                    f"{name}/data", f"{name}/images", name, f"images/{name}", "images", "data", "")]
-            found += [_Folder(str(base), leaf) for base in bases if base.is_dir()
-                      for leaf in leaves
-                      if any(_holds(folder, ".png" if masks else ".jpg")
-                             for folder in _expand(_Folder(str(base), leaf)))]
+                bases = [
+                    root / base
+                    for base in (
+                        f"{name}/data",
+                        f"{name}/images",
+                        name,
+                        f"images/{name}",
+                        "images",
+                        "data",
+                        "",
+                    )
+                ]
+            found += [
+                _Folder(str(base), leaf)
+                for base in bases
+                if base.is_dir()
+                for leaf in leaves
+                if any(
+                    _holds(folder, ".png" if masks else ".jpg")
+                    for folder in _expand(_Folder(str(base), leaf))
+                )
+            ]
         if not found:
-            what = (f"masks (unzip {name}-masks-0.zip to -f.zip into folders of these names)"
-                    if masks else f"pictures (<ImageID>.jpg in {name}/)")
-            raise SourceError(f"{root} has a CSV of {split or 'masks'} but holds no {what}: add "
-                              f"them, name their folder with {kind}, or move the CSV away")
+            what = (
+                f"masks (unzip {name}-masks-0.zip to -f.zip into folders of these names)"
+                if masks
+                else f"pictures (<ImageID>.jpg in {name}/)"
+            )
+            raise SourceError(
+                f"{root} has a CSV of {split or 'masks'} but holds no {what}: add "
+                f"them, name their folder with {kind}, or move the CSV away"
+            )
         return tuple(dict.fromkeys(found))
 
     # ----------------------------------------------------------------------------------- choosing
 
-    def _choose(self, paths: list[Path], names: dict[str, str] | None, present: set[str] | None,
-                counts: Counter) -> pd.DataFrame:
+    def _choose(
+        self,
+        paths: list[Path],
+        names: dict[str, str] | None,
+        present: set[str] | None,
+        counts: Counter,
+    ) -> pd.DataFrame:
         """The rows to take of one split's CSV, sorted by MaskPath; counts the others."""
         kept = []
         room = self.per_class * (_SPARE if self.per_image else 1)
@@ -277,8 +414,10 @@ class OpenImagesSource(Source):
                 counts["rows"] += len(rows)
                 rows = self._filter(rows, names, present, counts)
                 rows["hash"] = pd.util.hash_array(
-                    (rows["ImageID"] + " " + rows["BoxID"]).to_numpy(object), categorize=False,
-                    hash_key=hashlib.sha256(str(self.seed).encode()).hexdigest()[:16])
+                    (rows["ImageID"] + " " + rows["BoxID"]).to_numpy(object),
+                    categorize=False,
+                    hash_key=hashlib.sha256(str(self.seed).encode()).hexdigest()[:16],
+                )
                 rows = pd.concat([*kept, rows[[*_TEXTS, "name", "hash"]]], ignore_index=True)
                 rows = _drop(rows, ~rows["MaskPath"].duplicated(), "row given twice", counts)
                 rows = rows.sort_values(["hash", "MaskPath"])
@@ -298,8 +437,13 @@ class OpenImagesSource(Source):
             of_image[image] += taken[-1]
         return rows[np.array(taken, bool)].sort_values("MaskPath")
 
-    def _filter(self, rows: pd.DataFrame, names: dict[str, str] | None, present: set[str] | None,
-                counts: Counter) -> pd.DataFrame:
+    def _filter(
+        self,
+        rows: pd.DataFrame,
+        names: dict[str, str] | None,
+        present: set[str] | None,
+        counts: Counter,
+    ) -> pd.DataFrame:
         sound = rows[_TEXTS].notna().all(axis=1)
         for column in ("MaskPath", "ImageID"):  # they become paths
             sound &= rows[column].str.fullmatch(r"[\w-][\w.-]*", na=False)
@@ -309,9 +453,10 @@ class OpenImagesSource(Source):
         excluded = {name.casefold() for name in self.exclude}
         rows = _drop(rows, ~rows["name"].str.casefold().isin(excluded), "excluded class", counts)
         for reason, is_out in (
-                ("small box", lambda rows: _box_area(rows) < self.min_area),
-                ("large box", lambda rows: _box_area(rows) > self.max_area),
-                ("low IoU", lambda rows: rows["PredictedIoU"] < self.min_iou)):
+            ("small box", lambda rows: _box_area(rows) < self.min_area),
+            ("large box", lambda rows: _box_area(rows) > self.max_area),
+            ("low IoU", lambda rows: rows["PredictedIoU"] < self.min_iou),
+        ):
             rows = _drop(rows, ~is_out(rows), reason, counts)
         if present is not None:
             there = np.fromiter((image in present for image in rows["ImageID"]), bool, len(rows))
@@ -331,11 +476,17 @@ class OpenImagesSource(Source):
         if self.max_size and max(height, width) > self.max_size:
             scale = self.max_size / max(height, width)
             height, width = (max(1, round(side * scale)) for side in (height, width))
-            picture = Picture(cv2.resize(picture.array, (width, height),
-                                         interpolation=cv2.INTER_AREA))
+            picture = Picture(
+                cv2.resize(picture.array, (width, height), interpolation=cv2.INTER_AREA)
+            )
         mask = dilate_mask(resize_mask(mask, height, width), self.dilate)
-        return Pictures(picture, Picture(mask), None, path,
-                        {"class": place.name, "label": place.label, "box": place.box})
+        return Pictures(
+            picture,
+            Picture(mask),
+            None,
+            path,
+            {"class": place.name, "label": place.label, "box": place.box},
+        )
 
 
 def _box_area(rows: pd.DataFrame) -> pd.Series:
@@ -357,12 +508,19 @@ def _read_chunks(path: Path) -> Iterator[pd.DataFrame]:
     """The columns in use, some rows at a time; PredictedIoU may be missing."""
     missing = [column for column in _TEXTS + _NUMBERS[:4] if column not in _read_header(path)]
     if missing:
-        raise SourceError(f"{path} has no column {', '.join(missing)}: expected the CSV of the "
-                          f"object segmentations ({','.join(_TEXTS + _NUMBERS)},Clicks)")
+        raise SourceError(
+            f"{path} has no column {', '.join(missing)}: expected the CSV of the "
+            f"object segmentations ({','.join(_TEXTS + _NUMBERS)},Clicks)"
+        )
     types = {column: str for column in _TEXTS} | {column: np.float32 for column in _NUMBERS}
     try:
-        for rows in pd.read_csv(path, usecols=lambda column: column in types, dtype=types,
-                                chunksize=_CHUNK, encoding="utf-8-sig"):
+        for rows in pd.read_csv(
+            path,
+            usecols=lambda column: column in types,
+            dtype=types,
+            chunksize=_CHUNK,
+            encoding="utf-8-sig",
+        ):
             yield rows.reindex(columns=[*types])
     except (ValueError, pd.errors.ParserError) as error:
         raise SourceError(f"{path} is damaged ({error}): {AGAIN}") from None
@@ -381,8 +539,14 @@ def _holds(folder: Path, ending: str) -> bool:
 
 
 def _list_ids(folders: tuple[_Folder, ...]) -> set[str]:
-    return {name[:-4] for folder in folders for path in _expand(folder) if path.is_dir()
-            for name in os.listdir(path) if name.endswith(".jpg")}
+    return {
+        name[:-4]
+        for folder in folders
+        for path in _expand(folder)
+        if path.is_dir()
+        for name in os.listdir(path)
+        if name.endswith(".jpg")
+    }
 
 
 def _find_file(folders: tuple[_Folder, ...], image_id: str, name: str) -> Path:
@@ -390,6 +554,9 @@ def _find_file(folders: tuple[_Folder, ...], image_id: str, name: str) -> Path:
     for path in paths:
         if path.is_file():
             return path
-    raise Rejected("missing file", f"{paths[0]} does not exist" + (
-        f", nor is it in {', '.join(str(path.parent) for path in paths[1:])}" * (len(paths) > 1))
-        + ": download it, or set downloaded_only if only a part was downloaded")
+    raise Rejected(
+        "missing file",
+        f"{paths[0]} does not exist"
+        + (f", nor is it in {', '.join(str(path.parent) for path in paths[1:])}" * (len(paths) > 1))
+        + ": download it, or set downloaded_only if only a part was downloaded",
+    )

@@ -103,10 +103,13 @@ class ParquetSetSource(Source):
                 record = {**record, **dict(json.loads(record["extra"])), "extra": None}
             # known here, for no one may ask for the file when its picture is gone
             extra = {"sha256": hash_file(files["source"])} | {
-                key: value for key, value in record.items()
-                if key not in ("id", "group") and _is_plain(value)}
-            pictures = Pictures(opened["source"], opened["mask"], opened["GT"], files["source"],
-                                extra)
+                key: value
+                for key, value in record.items()
+                if key not in ("id", "group") and _is_plain(value)
+            }
+            pictures = Pictures(
+                opened["source"], opened["mask"], opened["GT"], files["source"], extra
+            )
             weakref.finalize(pictures, stack.pop_all().close)
         return pictures
 
@@ -121,8 +124,9 @@ def _open_shard(shard: Path):
         with pq.ParquetFile(shard) as file:
             yield file
     except (OSError, pa.ArrowException) as error:
-        raise TripletError(f"{shard} is no Parquet file, truncated or damaged ({error}): {AGAIN}",
-                           file=shard) from None
+        raise TripletError(
+            f"{shard} is no Parquet file, truncated or damaged ({error}): {AGAIN}", file=shard
+        ) from None
 
 
 def _read_names(shard: Path) -> Iterator[tuple[int, int, dict]]:
@@ -130,8 +134,9 @@ def _read_names(shard: Path) -> Iterator[tuple[int, int, dict]]:
     with _open_shard(shard) as file:
         names = set(file.schema_arrow.names)
         if not names >= _NEEDED:
-            raise SourceError(f"{shard} has no columns source and mask, but "
-                              f"{', '.join(sorted(names))}")
+            raise SourceError(
+                f"{shard} has no columns source and mask, but {', '.join(sorted(names))}"
+            )
         columns = sorted(names & {"id", "group"})
         for group in range(file.num_row_groups):
             cells = file.read_row_group(group, columns).to_pydict()
@@ -149,8 +154,10 @@ def _read_group(shard: str, changed: int, group: int) -> pa.Table:
 def _write_cell(cell, folder: Path, where: str, shard: Path) -> Path:
     """A picture's bytes as a file under the name that it had."""
     if not isinstance(cell, dict) or not cell.get("bytes"):
-        raise TripletError(f"{where} holds no picture: publish the set again with its pictures "
-                           "embedded", file=shard)
+        raise TripletError(
+            f"{where} holds no picture: publish the set again with its pictures embedded",
+            file=shard,
+        )
     data, name = cell["bytes"], Path(cell.get("path") or "picture")
     suffix = name.suffix if re.fullmatch(r"\.\w{1,5}", name.suffix) else ""
     suffix = suffix or {b"\x89P": ".png", b"\xff\xd8": ".jpg", b"RI": ".webp"}.get(data[:2], "")

@@ -66,8 +66,11 @@ def find_file(folder: Path, *names: str) -> Path:
             found = path.with_suffix(suffix)
             if os.path.isfile(found):  # False, where Path.is_file raises: a name too long
                 return found
-    raise Rejected("missing file", f"{folder / names[0]} is missing, under any picture suffix: "
-                                   "download it again, or leave the item out")
+    raise Rejected(
+        "missing file",
+        f"{folder / names[0]} is missing, under any picture suffix: "
+        "download it again, or leave the item out",
+    )
 
 
 @dataclass(frozen=True)
@@ -87,18 +90,25 @@ class _PairedFolders(Source):
 
     @classmethod
     def recognises(cls, folder: Path) -> bool:
-        return any(cls._has_layout(root, kind) for root in (folder, *list_folders(folder))
-                   for kind in cls.mask_paths)
+        return any(
+            cls._has_layout(root, kind)
+            for root in (folder, *list_folders(folder))
+            for kind in cls.mask_paths
+        )
 
     @classmethod
     def _has_layout(cls, root: Path, kind: str) -> bool:
-        return ((root / cls.source_folder).is_dir() and (root / cls.gt_folder).is_dir()
-                and any((root / path).parent.is_dir() for path in cls.mask_paths[kind]))
+        return (
+            (root / cls.source_folder).is_dir()
+            and (root / cls.gt_folder).is_dir()
+            and any((root / path).parent.is_dir() for path in cls.mask_paths[kind])
+        )
 
     def list_items(self) -> Iterator[Item]:
         folder = Path(self.folder)
-        roots = [root for root in (folder, *list_folders(folder))
-                 if self._has_layout(root, self.mask)]
+        roots = [
+            root for root in (folder, *list_folders(folder)) if self._has_layout(root, self.mask)
+        ]
         if not roots:
             raise self.refuse_layout()
         seen: set[str] = set()
@@ -111,18 +121,27 @@ class _PairedFolders(Source):
             for number, (sources, mask_files, gts) in rows:
                 stem = Path(sources[0]).stem
                 name = name_once(make_id(*prefix, stem), number, seen)
-                place = (prefix, sources, mask_files, gts,
-                         details.get(os.path.basename(sources[0])))
+                place = (
+                    prefix,
+                    sources,
+                    mask_files,
+                    gts,
+                    details.get(os.path.basename(sources[0])),
+                )
                 yield Item(name, name_group(stem, name), place, split)
 
     def _list_rows(self, root: Path, masks: list[str]) -> Iterator[tuple[tuple[str, ...], ...]]:
         """Each triplet's possible paths below `root`: of its source, its mask, its GT."""
         with os.scandir(root / self.source_folder) as entries:
-            names = sorted(e.name for e in entries
-                           if e.name.lower().endswith(SUFFIXES) and e.name[0] != ".")
+            names = sorted(
+                e.name for e in entries if e.name.lower().endswith(SUFFIXES) and e.name[0] != "."
+            )
         for name in names:
-            yield ((f"{self.source_folder}/{name}",), tuple(path.format(name) for path in masks),
-                   (f"{self.gt_folder}/{name}",))
+            yield (
+                (f"{self.source_folder}/{name}",),
+                tuple(path.format(name) for path in masks),
+                (f"{self.gt_folder}/{name}",),
+            )
 
     def _split(self, root: Path) -> str | None:
         return read_split(os.path.basename(os.path.abspath(root)))
@@ -138,8 +157,13 @@ class _PairedFolders(Source):
         extra = dict(details or ()) | ({"set": prefix[0]} if prefix else {})
         if len(self.mask_paths) > 1:
             extra["mask_kind"] = MASKS[self.mask]
-        return Pictures(open_picture(source), open_picture(mask, "L"), open_picture(gt),
-                        origin_file=source, extra=extra)
+        return Pictures(
+            open_picture(source),
+            open_picture(mask, "L"),
+            open_picture(gt),
+            origin_file=source,
+            extra=extra,
+        )
 
 
 @dataclass(frozen=True)
@@ -194,12 +218,18 @@ class SmartEraserSource(_PairedFolders):
         try:
             with open(path, "rb") as stream:  # a million entries: kept as small as they can be
                 for name, value in ijson.kvitems(stream, "", use_float=True):
-                    if (isinstance(value, list) and len(value) > 1 and isinstance(value[0], str)
-                            and isinstance(value[1], list)):
+                    if (
+                        isinstance(value, list)
+                        and len(value) > 1
+                        and isinstance(value[0], str)
+                        and isinstance(value[1], list)
+                    ):
                         details[name] = (("class", sys.intern(value[0])), ("box_xywh", value[1]))
         except (ijson.JSONError, UnicodeDecodeError) as error:
-            raise SourceError(f"{path} is no JSON ({str(error).splitlines()[0]}): {AGAIN}; "
-                              "without it, records have no class and box") from None
+            raise SourceError(
+                f"{path} is no JSON ({str(error).splitlines()[0]}): {AGAIN}; "
+                "without it, records have no class and box"
+            ) from None
         return details
 
 
@@ -223,8 +253,10 @@ class CorneSource(_PairedFolders):
     license = "Apache-2.0"
     layout = "shot/, bg/ and mask_sam/ (mask: object) or masks/ or mask_eff/ (mask: effect)"
     source_folder, gt_folder = "shot", "bg"
-    mask_paths = {"object": ("mask_sam/{}", "mask_sam/mask_{}"),
-                  "effect": ("mask_eff/{}", "masks/mask_{}", "masks/{}")}
+    mask_paths = {
+        "object": ("mask_sam/{}", "mask_sam/mask_{}"),
+        "effect": ("mask_eff/{}", "masks/mask_{}", "masks/{}"),
+    }
 
     def __post_init__(self):
         check_mask_option(self.mask)
@@ -233,16 +265,20 @@ class CorneSource(_PairedFolders):
         return "test" if (root / "mask_eff").is_dir() else "train"
 
     def _list_rows(self, root: Path, masks: list[str]) -> Iterator[tuple[tuple[str, ...], ...]]:
-        lists = [root / f"{name}_list.txt" for name in (
-            "shot", {"object": "mask_sam", "effect": "mask"}[self.mask], "bg")]
+        lists = [
+            root / f"{name}_list.txt"
+            for name in ("shot", {"object": "mask_sam", "effect": "mask"}[self.mask], "bg")
+        ]
         if not all(path.is_file() for path in lists):
             yield from super()._list_rows(root, masks)
             return
         counts = [sum(1 for _ in _read_lines(path)) for path in lists]
         if len(set(counts)) > 1:
-            raise SourceError("the lists are not aligned: " + ", ".join(
-                f"{path} has {count} lines" for path, count in zip(lists, counts))
-                + f": {AGAIN}; without them files are matched by name")
+            raise SourceError(
+                "the lists are not aligned: "
+                + ", ".join(f"{path} has {count} lines" for path, count in zip(lists, counts))
+                + f": {AGAIN}; without them files are matched by name"
+            )
         folders = (self.source_folder, os.path.dirname(masks[0]), self.gt_folder)
         for lines in zip(*map(_read_lines, lists)):
             yield tuple(_locate_line(root, folder, line) for folder, line in zip(folders, lines))

@@ -92,28 +92,39 @@ class RordSource(Source):
     name: ClassVar[str] = "rord"
     origin: ClassVar[str] = "RORD"
     license: ClassVar[str] = "AI-Hub terms of use"
-    layout: ClassVar[str] = ("<part>/jpg/<scene>/*.jpg with <part>/M/<scene>/*_M.json, or "
-                             "{train,val}/{img,gt,mask,label}/<scene>/, or "
-                             "{train,test}/{img,gt,mask}/*.png")
+    layout: ClassVar[str] = (
+        "<part>/jpg/<scene>/*.jpg with <part>/M/<scene>/*_M.json, or "
+        "{train,val}/{img,gt,mask,label}/<scene>/, or "
+        "{train,test}/{img,gt,mask}/*.png"
+    )
 
     def __post_init__(self):
         for option, allowed in (("mask", ("label", "coarse")), ("gt", ("blended", "plate"))):
             if getattr(self, option) not in allowed:
-                raise ValueError(f"{option} must be {' or '.join(allowed)}, not "
-                                 f"{getattr(self, option)!r}")
+                raise ValueError(
+                    f"{option} must be {' or '.join(allowed)}, not {getattr(self, option)!r}"
+                )
         for option in ("frames", "dilate"):
             if type(getattr(self, option)) is not int or getattr(self, option) < 0:
-                raise ValueError(f"{option} must be a whole number, 0 or more, not "
-                                 f"{getattr(self, option)!r}")
+                raise ValueError(
+                    f"{option} must be a whole number, 0 or more, not {getattr(self, option)!r}"
+                )
         for option in ("classes", "size"):  # recipes have lists
             if isinstance(getattr(self, option), list):
                 object.__setattr__(self, option, tuple(getattr(self, option)))
-        if not (isinstance(self.classes, tuple) and self.classes
-                and all(isinstance(start, str) and start for start in self.classes)):
-            raise ValueError(f"classes must be beginnings of class ids, such as ('F',), not "
-                             f"{self.classes!r}")
-        if self.size is not None and not (isinstance(self.size, tuple) and len(self.size) == 2 and
-                                          all(type(v) is int and v > 0 for v in self.size)):
+        if not (
+            isinstance(self.classes, tuple)
+            and self.classes
+            and all(isinstance(start, str) and start for start in self.classes)
+        ):
+            raise ValueError(
+                f"classes must be beginnings of class ids, such as ('F',), not {self.classes!r}"
+            )
+        if self.size is not None and not (
+            isinstance(self.size, tuple)
+            and len(self.size) == 2
+            and all(type(v) is int and v > 0 for v in self.size)
+        ):
             raise ValueError(f"size must be (width, height) in px or None, not {self.size!r}")
 
     @classmethod
@@ -129,14 +140,20 @@ class RordSource(Source):
             pictures = _pictures_of(part)
             split = _SPLITS.get(part.name.lower()) if pictures == "img" else None
             for group, scene, frames, plate in _list_videos(part / pictures):
-                chosen = frames[::self.frames] if self.frames else [frames[len(frames) // 2]]
+                chosen = frames[:: self.frames] if self.frames else [frames[len(frames) // 2]]
                 for frame in chosen:
                     listed = True
-                    yield Item(make_id(part.name, *filter(None, (scene, Path(frame).stem))), group,
-                               _Place(str(part), pictures, scene, frame, plate), split)
+                    yield Item(
+                        make_id(part.name, *filter(None, (scene, Path(frame).stem))),
+                        group,
+                        _Place(str(part), pictures, scene, frame, plate),
+                        split,
+                    )
         if not listed:
-            raise SourceError(f"{self.folder} has the folders of RORD but no frame in them: unpack "
-                              f"the archives, so that there is {self.layout}")
+            raise SourceError(
+                f"{self.folder} has the folders of RORD but no frame in them: unpack "
+                f"the archives, so that there is {self.layout}"
+            )
 
     def load_item(self, item: Item) -> Pictures:
         place: _Place = item.place
@@ -151,11 +168,11 @@ class RordSource(Source):
             raise Rejected("no mask", f"{file} has no label" + " and no mask" * (not raw))
         if coarse and (self.mask == "coarse" or not label):
             label = None
-        classes, polygons = (_read_label(label, self.classes, height, width) if label
-                             else ([], []))
+        classes, polygons = _read_label(label, self.classes, height, width) if label else ([], [])
         if label and not polygons:
-            raise Rejected("no object", f"{label} has no polygon of the classes "
-                                        f"{', '.join(self.classes)}")
+            raise Rejected(
+                "no object", f"{label} has no polygon of the classes {', '.join(self.classes)}"
+            )
         gt, gt_kind = self._open_gt(place, stem, source, polygons)
         extra = {"gt_kind": gt_kind}
         if label:
@@ -176,18 +193,20 @@ class RordSource(Source):
             mask = Picture(dilate_mask(mask.array, self.dilate))
         return Pictures(source, mask, gt, file, extra)
 
-    def _open_gt(self, place: _Place, stem: str, source: Picture,
-                 polygons: list[np.ndarray]) -> tuple[Picture, str]:
+    def _open_gt(
+        self, place: _Place, stem: str, source: Picture, polygons: list[np.ndarray]
+    ) -> tuple[Picture, str]:
         part = Path(place.part)
         blended = _find(part / "gt", place.scene, stem, _ENDINGS)
         if blended and (self.gt == "blended" or not place.plate):
             return open_picture(blended), "blended"
         if not place.plate:
-            raise Rejected("no GT", f"{part / place.pictures / place.scene / place.name} has "
-                                    "neither a GT nor a plate")
+            raise Rejected(
+                "no GT",
+                f"{part / place.pictures / place.scene / place.name} has neither a GT nor a plate",
+            )
         plate = open_picture(part / place.pictures / place.scene / place.plate)
-        if (place.pictures == "img" or self.gt == "plate"
-                or plate.array.shape != source.array.shape):
+        if place.pictures == "img" or self.gt == "plate" or plate.array.shape != source.array.shape:
             return plate, "plate"
         return Picture(_blend_plate(source.array, plate.array, polygons)), "blended"
 
@@ -200,11 +219,19 @@ def _find_parts(folder: Path) -> list[Path]:
     folder = folder.absolute()  # "." has no name
     roots = [folder, *(path for path in list_folders(folder) if "rord" in path.name.lower())]
     for root in roots:
-        parts = [path for path in (root, *list_folders(root)) if _pictures_of(path) == "jpg" or
-                 _pictures_of(path) == "img" and (path == root or path.name.lower() in _SPLITS)]
+        parts = [
+            path
+            for path in (root, *list_folders(root))
+            if _pictures_of(path) == "jpg"
+            or _pictures_of(path) == "img"
+            and (path == root or path.name.lower() in _SPLITS)
+        ]
         # A part that lacks its labels beside one that has them stays: its frames are refused.
-        if any((path / labels).is_dir() for path in parts for labels in
-               (("M",) if _pictures_of(path) == "jpg" else ("mask", "label"))):
+        if any(
+            (path / labels).is_dir()
+            for path in parts
+            for labels in (("M",) if _pictures_of(path) == "jpg" else ("mask", "label"))
+        ):
             return parts
     return []
 
@@ -217,8 +244,10 @@ def _list_folder(folder: Path) -> tuple[list[str], list[str]]:
     """The names of the folders and of the pictures in it, sorted."""
     with os.scandir(folder) as entries:
         seen = [(entry.name, entry.is_dir()) for entry in entries if entry.name[0] != "."]
-    return (sorted(name for name, is_dir in seen if is_dir),
-            sorted(name for name, is_dir in seen if not is_dir and name.endswith(_ENDINGS)))
+    return (
+        sorted(name for name, is_dir in seen if is_dir),
+        sorted(name for name, is_dir in seen if not is_dir and name.endswith(_ENDINGS)),
+    )
 
 
 def _list_videos(pictures: Path) -> Iterator[tuple[str, str, list[str], str | None]]:
@@ -226,16 +255,21 @@ def _list_videos(pictures: Path) -> Iterator[tuple[str, str, list[str], str | No
     scenes, names = _list_folder(pictures)
     for scene in scenes:
         found = _list_folder(pictures / scene)[1]
-        plates = found[-1:] if pictures.name == "jpg" else [
-            name for name in found if Path(name).stem.endswith("G0001")]
+        plates = (
+            found[-1:]
+            if pictures.name == "jpg"
+            else [name for name in found if Path(name).stem.endswith("G0001")]
+        )
         if frames := [name for name in found if name not in plates]:
             yield scene, scene, frames, plates[-1] if plates else None
     if pictures.name == "img":
+
         def scene_of(name: str) -> str:  # all before the frame's number, or a video of one
             return re.sub(r"_F\d+$", "", Path(name).stem)
 
-        for scene, found in itertools.groupby(sorted(names, key=lambda n: (scene_of(n), n)),
-                                              scene_of):
+        for scene, found in itertools.groupby(
+            sorted(names, key=lambda n: (scene_of(n), n)), scene_of
+        ):
             yield scene, "", list(found), None
 
 
@@ -248,8 +282,9 @@ def _find(folder: Path, scene: str, stem: str, endings: tuple[str, ...]) -> Path
 # ------------------------------------------------------------------------------ labels and masks
 
 
-def _read_label(path: Path, classes: tuple[str, ...], height: int,
-                width: int) -> tuple[list[str], list[np.ndarray]]:
+def _read_label(
+    path: Path, classes: tuple[str, ...], height: int, width: int
+) -> tuple[list[str], list[np.ndarray]]:
     """The classes and the polygons (int32 [N, 2], px of the picture) that are to be removed."""
     try:
         label = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -269,8 +304,10 @@ def _read_label(path: Path, classes: tuple[str, ...], height: int,
     except OSError as error:
         raise TripletError(f"{path} cannot be read: {error.strerror}", file=path) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise TripletError(f"{path} is no label of this picture ({type(error).__name__}: {error}): "
-                           f"{AGAIN}", file=path) from None
+        raise TripletError(
+            f"{path} is no label of this picture ({type(error).__name__}: {error}): {AGAIN}",
+            file=path,
+        ) from None
     return sorted(found), polygons
 
 
@@ -322,8 +359,13 @@ def _blend_plate(frame: np.ndarray, plate: np.ndarray, polygons: list[np.ndarray
             luma = np.where(hole, plate_luma, luma)
         else:
             x, y, w, h = cv2.boundingRect(hole)
-            luma = cv2.seamlessClone(cv2.merge([plate_luma] * 3), cv2.merge([luma] * 3), hole * 255,
-                                     (x + w // 2, y + h // 2), cv2.NORMAL_CLONE)[..., 0]
+            luma = cv2.seamlessClone(
+                cv2.merge([plate_luma] * 3),
+                cv2.merge([luma] * 3),
+                hole * 255,
+                (x + w // 2, y + h // 2),
+                cv2.NORMAL_CLONE,
+            )[..., 0]
         gt = cv2.cvtColor(np.dstack([luma, plate_yuv[..., 1:]]), cv2.COLOR_YUV2RGB)
     return gt
 

@@ -53,8 +53,11 @@ def load_compressed_pickle(path: str | Path, max_bytes: int) -> Any:
                 raise _Refused(f"reserves {argument} places in memory")
         return _Unpickler(io.BytesIO(data)).load()
     except _Refused as error:
-        raise TripletError(f"{path} is refused: its pickle {error}, which no array needs and which "
-                           "could harm; get the file from its publisher again", file=path) from None
+        raise TripletError(
+            f"{path} is refused: its pickle {error}, which no array needs and which "
+            "could harm; get the file from its publisher again",
+            file=path,
+        ) from None
     except Exception as error:  # a damaged pickle fails in every way there is
         raise TripletError(f"{path} is a damaged pickle ({error}): {AGAIN}", file=path) from None
 
@@ -70,11 +73,15 @@ def _decompress(path: Path, max_bytes: int) -> bytes:
     except OSError as error:
         raise TripletError(f"{path} cannot be read: {error.strerror}", file=path) from None
     except zlib.error as error:
-        raise TripletError(f"{path} is no zlib data, or damaged ({error}): {AGAIN}",
-                           file=path) from None
+        raise TripletError(
+            f"{path} is no zlib data, or damaged ({error}): {AGAIN}", file=path
+        ) from None
     if len(data) > max_bytes:
-        raise TripletError(f"{path} is larger than {max_bytes} bytes when decompressed: raise the "
-                           "limit if its publisher is to be trusted", file=path)
+        raise TripletError(
+            f"{path} is larger than {max_bytes} bytes when decompressed: raise the "
+            "limit if its publisher is to be trusted",
+            file=path,
+        )
     if not inflater.eof:
         raise TripletError(f"{path} is truncated: {AGAIN}", file=path)
     return data
@@ -97,8 +104,11 @@ class _Dtype:
 
     def __init__(self, code: str, *_: bool):
         if not isinstance(code, str) or not _NUMBERS.fullmatch(code):
-            raise _Refused("has an array of Python objects" if str(code).startswith("O")
-                           else f"has an array of type {code!r}")
+            raise _Refused(
+                "has an array of Python objects"
+                if str(code).startswith("O")
+                else f"has an array of type {code!r}"
+            )
         self.dtype = np.dtype(code)
 
     def __setstate__(self, state: tuple) -> None:
@@ -170,8 +180,11 @@ def _encode(text: str, codec: str) -> bytes:
     return text.encode("latin1")
 
 
-_OLD_NAMES = {"numpy._core.multiarray": "numpy.core.multiarray", "__builtin__": "builtins",
-              "numpy._core.numeric": "numpy.core.numeric"}
+_OLD_NAMES = {
+    "numpy._core.multiarray": "numpy.core.multiarray",
+    "__builtin__": "builtins",
+    "numpy._core.numeric": "numpy.core.numeric",
+}
 _ADMITTED = {
     ("builtins", "set"): set,  # protocols 0 to 3 name sets and empty bytes
     ("builtins", "frozenset"): frozenset,

@@ -38,8 +38,14 @@ LABELLED = {"rord": ("floor_wall", "landscape", "tiles"), "mulan": ("gradient", 
 KNOWN_OBJECTS = ("ball", "box", "polygon", "capsule")
 NEW_OBJECTS = ("ring", "star", "mug")
 _WIDE_EFFECTS = ("none", "contact", "cast", "cast", "reflection")
-EFFECTS = {"pretrain": ("none", "contact", "cast"), "rord": ("contact",), "mulan": ("none",),
-           "pool": _WIDE_EFFECTS, "high_resolution": _WIDE_EFFECTS, "test": _WIDE_EFFECTS}
+EFFECTS = {
+    "pretrain": ("none", "contact", "cast"),
+    "rord": ("contact",),
+    "mulan": ("none",),
+    "pool": _WIDE_EFFECTS,
+    "high_resolution": _WIDE_EFFECTS,
+    "test": _WIDE_EFFECTS,
+}
 MASK_KINDS = ("object", "with_shadow", "loose")
 MASK_SHARES = (0.5, 0.25, 0.25)  # of the mask kinds
 RORD_MASK_SHARES = (0.0, 1.0, 0.0)
@@ -110,8 +116,9 @@ def _near(rng, colour, distance):
 def _smooth_noise(c: _Canvas, cells: int) -> np.ndarray:
     """[H, W] smooth noise of about unit range with `cells` cells a side."""
     small = c.rng.standard_normal((cells + 3, cells + 3)).astype(np.float32)
-    big = cv2.resize(small, (c.size + c.size // cells, c.size + c.size // cells),
-                     interpolation=cv2.INTER_CUBIC)
+    big = cv2.resize(
+        small, (c.size + c.size // cells, c.size + c.size // cells), interpolation=cv2.INTER_CUBIC
+    )
     return big[: c.size, : c.size]
 
 
@@ -235,8 +242,11 @@ def _bricks(c):
     x = c.x + c.rng.uniform(0, length) + np.mod(row, 2) * length / 2
     width = 1.6 * c.unit
     joint = np.maximum(_joints(y, height, width), _joints(x, length, width))
-    a = np.clip(np.array((0.62, 0.33, 0.26)) * c.rng.uniform(0.75, 1.25)
-                + c.rng.uniform(-0.06, 0.06, 3), 0.05, 0.9)
+    a = np.clip(
+        np.array((0.62, 0.33, 0.26)) * c.rng.uniform(0.75, 1.25) + c.rng.uniform(-0.06, 0.06, 3),
+        0.05,
+        0.9,
+    )
     return _mix(a, np.clip(a + c.rng.uniform(0.14, 0.26), 0, 0.95), joint)
 
 
@@ -248,9 +258,17 @@ def _plaid(c):
     return _mix(a, _near(c.rng, a, c.rng.uniform(0.2, 0.35)), t)
 
 
-_BACKGROUNDS = {"gradient": _gradient, "noise": _noise, "stripes": _stripes, "tiles": _tiles,
-                "landscape": _landscape, "floor_wall": _floor_wall, "wood": _wood,
-                "bricks": _bricks, "plaid": _plaid}
+_BACKGROUNDS = {
+    "gradient": _gradient,
+    "noise": _noise,
+    "stripes": _stripes,
+    "tiles": _tiles,
+    "landscape": _landscape,
+    "floor_wall": _floor_wall,
+    "wood": _wood,
+    "bricks": _bricks,
+    "plaid": _plaid,
+}
 
 
 class _Part(NamedTuple):
@@ -318,8 +336,10 @@ def _draw_object(c, kind, effect, light, backdrop, centre, radius) -> _Part:
     floor = centre[1] + radius * 0.85
     shade, glow = np.zeros_like(alpha), None
     if effect == "contact":
-        reach = np.hypot((c.x - centre[0] + light[0] * radius * 0.5) / (1.25 * radius),
-                         (c.y - floor) / (0.42 * radius))
+        reach = np.hypot(
+            (c.x - centre[0] + light[0] * radius * 0.5) / (1.25 * radius),
+            (c.y - floor) / (0.42 * radius),
+        )
         shade = np.clip(1.3 - reach, 0, 1) / 1.3
         shade = shade * shade * (3 - 2 * shade)
     elif effect == "cast":  # the outline, sheared away from the light and squashed on the floor
@@ -333,8 +353,14 @@ def _draw_object(c, kind, effect, light, backdrop, centre, radius) -> _Part:
         glow = glow * np.clip(1 - (c.y - floor) / (1.6 * radius), 0, 1) * (c.y > floor)
         glow = cv2.GaussianBlur(glow, (0, 0), 0.8 * c.unit)
     strength = rng.uniform(0.35, 0.6)
-    return _Part(np.clip(picture, 0, 1).astype(np.float32), alpha, strength * shade,
-                 None if glow is None else 0.45 * glow, kind, centre[1] + radius)
+    return _Part(
+        np.clip(picture, 0, 1).astype(np.float32),
+        alpha,
+        strength * shade,
+        None if glow is None else 0.45 * glow,
+        kind,
+        centre[1] + radius,
+    )
 
 
 def _compose(backdrop, parts):
@@ -368,8 +394,9 @@ def _draw_mask(c, kind, coverage, shadow):
         grown = cv2.dilate(mask, _disc(4 * c.unit)).astype(np.float32)
         wobble = cv2.GaussianBlur(grown, (0, 0), 2 * c.unit) + 40 * _smooth_noise(c, 6)
         near = cv2.dilate(grown, _disc(3 * c.unit)) > 0  # the noise draws no islands
-        return np.maximum(((wobble > 110) & near).astype(np.uint8) * 255,
-                          cv2.dilate(mask, _disc(c.unit)))
+        return np.maximum(
+            ((wobble > 110) & near).astype(np.uint8) * 255, cv2.dilate(mask, _disc(c.unit))
+        )
     return cv2.dilate(mask, _disc(c.rng.uniform(1, 2) * c.unit))
 
 
@@ -412,8 +439,9 @@ def render_scene(seed, *, role: str = "pool", size: int | None = None) -> Scene:
         for _ in range(6):  # objects may touch and hide a part of each other, not lie stacked
             radius = rng.uniform(0.1, 0.2) * size
             centre = (rng.uniform(0.2, 0.8) * size, rng.uniform(low, 0.75) * size)
-            if all(np.hypot(centre[0] - u, centre[1] - v) > 0.85 * (radius + r)
-                   for u, v, r in discs):
+            if all(
+                np.hypot(centre[0] - u, centre[1] - v) > 0.85 * (radius + r) for u, v, r in discs
+            ):
                 break
         else:
             continue
@@ -423,14 +451,15 @@ def render_scene(seed, *, role: str = "pool", size: int | None = None) -> Scene:
     parts.sort(key=lambda part: part.bottom)  # lower in the picture is nearer
     chosen, coverage = _choose_target(parts)
     image = _to_bytes(_compose(backdrop, parts))
-    truth = _to_bytes(_compose(backdrop, parts[:chosen] + parts[chosen + 1:]))
+    truth = _to_bytes(_compose(backdrop, parts[:chosen] + parts[chosen + 1 :]))
     change = np.abs(image.astype(np.int16) - truth).max(axis=2)
     coverage = (coverage * 255).astype(np.uint8)
     shadow = np.where(coverage > 8, 0, change).astype(np.uint8)
     mask_kind = str(rng.choice(MASK_KINDS, p=RORD_MASK_SHARES if role == "rord" else MASK_SHARES))
     mask = _draw_mask(c, mask_kind, coverage, shadow)
-    return Scene(image, truth, coverage, shadow, mask, family, parts[chosen].kind, mask_kind,
-                 effect)
+    return Scene(
+        image, truth, coverage, shadow, mask, family, parts[chosen].kind, mask_kind, effect
+    )
 
 
 def _choose_target(parts):
@@ -438,7 +467,7 @@ def _choose_target(parts):
     best = (-1.0, 0, parts[0].alpha)
     for number, part in enumerate(parts):
         seen = part.alpha.copy()
-        for nearer in parts[number + 1:]:
+        for nearer in parts[number + 1 :]:
             seen = seen * (1 - nearer.alpha)
         share = seen.sum() / max(part.alpha.sum(), 1e-6)
         if share > best[0] + 1e-6:

@@ -64,10 +64,12 @@ class UpstreamSource(Source):
     layout = "meta.json beside source/, mask/ and GT/, here or in sub folders (archives unpacked)"
 
     def __post_init__(self):
-        if (not isinstance(self.metas, (list, tuple))
-                or not all(isinstance(meta, str) and meta for meta in self.metas)):
-            raise ValueError("metas must be a list of paths of meta files or of sets, not "
-                             f"{self.metas!r}")
+        if not isinstance(self.metas, (list, tuple)) or not all(
+            isinstance(meta, str) and meta for meta in self.metas
+        ):
+            raise ValueError(
+                f"metas must be a list of paths of meta files or of sets, not {self.metas!r}"
+            )
         object.__setattr__(self, "metas", tuple(self.metas))  # recipes have lists
         for option in ("require_gt", "allow_absolute", "allow_outside"):
             if not isinstance(getattr(self, option), bool):
@@ -88,8 +90,12 @@ class UpstreamSource(Source):
                 name = name_once(make_id(*prefix, _find_name(record, number)), number, seen)
                 known = record if isinstance(record, dict) else {}
                 group = name if known.get("group") is None else str(known["group"])
-                yield Item(name, group, (os.path.relpath(meta, self.folder), number, record),
-                           read_split(str(known.get("split") or set_name)))
+                yield Item(
+                    name,
+                    group,
+                    (os.path.relpath(meta, self.folder), number, record),
+                    read_split(str(known.get("split") or set_name)),
+                )
 
     def _choose_metas(self) -> list[Path]:
         folder = Path(self.folder)
@@ -106,26 +112,43 @@ class UpstreamSource(Source):
         place, number, record = item.place
         meta = os.path.abspath(os.path.join(self.folder, place))
         where = f"{meta}, record {number}"
-        if (self.require_gt and isinstance(record, dict)
-                and not record.get("inpaint" if "inpaint" in record else "GT")):
-            raise Rejected("no GT", f"{where} has no GT: take it into a pool (require_gt: false), "
-                                    "or generate removals and accept them")
+        if (
+            self.require_gt
+            and isinstance(record, dict)
+            and not record.get("inpaint" if "inpaint" in record else "GT")
+        ):
+            raise Rejected(
+                "no GT",
+                f"{where} has no GT: take it into a pool (require_gt: false), "
+                "or generate removals and accept them",
+            )
         try:
-            triplet = _parse_record(record, number, _locator(
-                meta, self.allow_absolute, self.allow_outside), self.require_gt)
+            triplet = _parse_record(
+                record,
+                number,
+                _locator(meta, self.allow_absolute, self.allow_outside),
+                self.require_gt,
+            )
         except ValueError as error:  # TripletError, or a path that the system cannot spell
             message = str(error) if isinstance(error, TripletError) else f"{where}: {error}"
             raise Rejected("bad record", message) from None
         parts = (triplet.source, triplet.mask, triplet.gt)
         for path in parts:
             if path and not os.path.isfile(path):  # Path.is_file raises at names too long
-                raise Rejected("missing file", f"{path} is missing ({where}): restore it or "
-                                               "remove its record")
-        source, mask, gt = (path and open_picture(path, mode)
-                            for path, mode in zip(parts, ("RGB", "L", "RGB")))
+                raise Rejected(
+                    "missing file", f"{path} is missing ({where}): restore it or remove its record"
+                )
+        source, mask, gt = (
+            path and open_picture(path, mode) for path, mode in zip(parts, ("RGB", "L", "RGB"))
+        )
         extra = {key: value for key, value in triplet.extra.items() if key not in _MEASURED}
-        return Pictures(source, mask, gt, origin_file=triplet.source,
-                        extra={"set": Path(meta).parent.name} | extra)
+        return Pictures(
+            source,
+            mask,
+            gt,
+            origin_file=triplet.source,
+            extra={"set": Path(meta).parent.name} | extra,
+        )
 
 
 @functools.lru_cache(maxsize=16)
@@ -136,11 +159,16 @@ def _locator(meta: str, allow_absolute: bool, allow_outside: bool) -> _Locator:
 
 def _find_metas(folder: Path, depth: int) -> Iterator[Path]:
     with os.scandir(folder) as entries:
-        files = sorted(folder / e.name for e in entries if e.name[0] != "."
-                       and e.name.lower().endswith((".json", ".jsonl")) and e.is_file())
+        files = sorted(
+            folder / e.name
+            for e in entries
+            if e.name[0] != "." and e.name.lower().endswith((".json", ".jsonl")) and e.is_file()
+        )
     named = [file for file in files if file.name.lower().startswith("meta")]
-    yield from (list(filter(_holds_records, named))
-                or [file for file in files if file not in named and _holds_records(file)])
+    yield from (
+        list(filter(_holds_records, named))
+        or [file for file in files if file not in named and _holds_records(file)]
+    )
     if depth:
         for inner in list_folders(folder):
             if inner.name.lower() not in _PICTURE_FOLDERS:
@@ -154,8 +182,12 @@ def _holds_records(path: Path) -> bool:
             if b'"mask"' not in stream.read(65536):
                 return False
     first = itertools.islice(_read(path), 20)  # the very first may be at fault
-    return any(isinstance(record, dict) and isinstance(record.get("mask"), str)
-               and ("source" in record or "inpaint" in record) for record in first)
+    return any(
+        isinstance(record, dict)
+        and isinstance(record.get("mask"), str)
+        and ("source" in record or "inpaint" in record)
+        for record in first
+    )
 
 
 def _read(meta: Path) -> Iterator:

@@ -70,7 +70,7 @@ class Page:
 
     def __init__(self, port: int):
         pages = requests.get(f"http://127.0.0.1:{port}/json/list", timeout=60).json()
-        address, = (x["webSocketDebuggerUrl"] for x in pages if "/lab/" in x["url"])
+        (address,) = (x["webSocketDebuggerUrl"] for x in pages if "/lab/" in x["url"])
         self.socket = websocket.create_connection(address, timeout=120, suppress_origin=True)
         self.sent = 0
 
@@ -90,8 +90,9 @@ class Page:
     def run(self, script: str, argument: object = None):
         """What a JavaScript function returns, promises waited for."""
         expression = f"({script})({json.dumps(argument)})"
-        answer = self.call("Runtime.evaluate", expression=expression, awaitPromise=True,
-                           returnByValue=True)
+        answer = self.call(
+            "Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True
+        )
         if "exceptionDetails" in answer:
             raise RuntimeError(json.dumps(answer["exceptionDetails"]))
         return answer["result"].get("value")
@@ -105,21 +106,30 @@ class Page:
 @contextlib.contextmanager
 def open_notebook(address: str, folder: Path):
     """The annotation notebook run in Chromium, the widget in focus: the page and its processes."""
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser",
-                                                    "google-chrome"))))
+    chromium = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome")))
+    )
     profile = folder / "profile"
     process = subprocess.Popen(
-        [chromium, "--headless", "--window-size=1366,768", "--remote-debugging-port=0",
-         f"--user-data-dir={profile}", *BROWSER, f"{address}/lab/tree/annotate.ipynb?reset"],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        [
+            chromium,
+            "--headless",
+            "--window-size=1366,768",
+            "--remote-debugging-port=0",
+            f"--user-data-dir={profile}",
+            *BROWSER,
+            f"{address}/lab/tree/annotate.ipynb?reset",
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     try:
         while not (profile / "DevToolsActivePort").is_file():
             time.sleep(0.2)
         port = int((profile / "DevToolsActivePort").read_text().split()[0])
         with sync_playwright() as playwright:
             browser = playwright.chromium.connect_over_cdp(f"http://127.0.0.1:{port}")
-            page, = (p for context in browser.contexts for p in context.pages
-                     if "/lab/" in p.url)
+            (page,) = (p for context in browser.contexts for p in context.pages if "/lab/" in p.url)
             page.set_default_timeout(120_000)
             me = Annotating(page, address, folder)
             me.start()
@@ -136,10 +146,16 @@ def open_widget(candidates: int, *, plain: bool = False):
     folder = Path(tempfile.mkdtemp(prefix="annotator-"))
     try:
         write_candidates(folder / "candidates", candidates)
-        write_notebook(folder, output_dir=str(folder / "stage"), annotator="anna",
-                       candidates=str(folder / "candidates"))
-        with (run_lab(folder, plain=plain) as (address, server),
-              open_notebook(address, folder) as (page, browser)):
+        write_notebook(
+            folder,
+            output_dir=str(folder / "stage"),
+            annotator="anna",
+            candidates=str(folder / "candidates"),
+        )
+        with (
+            run_lab(folder, plain=plain) as (address, server),
+            open_notebook(address, folder) as (page, browser),
+        ):
             yield folder, page, server, browser
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -161,9 +177,15 @@ def write_candidates(folder: Path, count: int) -> None:
         for part, picture in (("source", scene.source), ("GT", scene.gt)):
             Image.fromarray(picture).save(folder / part / f"{name}.jpg", quality=92)
         Image.fromarray(scene.mask).save(folder / "mask" / f"{name}.png")
-    rows = [{"id": f"c{place:05d}", "source": f"source/{place % PICTURES:06d}.jpg",
-             "mask": f"mask/{place % PICTURES:06d}.png", "GT": f"GT/{place % PICTURES:06d}.jpg"}
-            for place in range(count)]
+    rows = [
+        {
+            "id": f"c{place:05d}",
+            "source": f"source/{place % PICTURES:06d}.jpg",
+            "mask": f"mask/{place % PICTURES:06d}.png",
+            "GT": f"GT/{place % PICTURES:06d}.jpg",
+        }
+        for place in range(count)
+    ]
     (folder / "meta.json").write_text(json.dumps(rows))
 
 
@@ -174,13 +196,21 @@ def measure_memory(server, browser, page: Page) -> dict:
         page.call("HeapProfiler.collectGarbage")
     time.sleep(2)  # what was freed goes back a little later
     counts = {x["name"]: x["value"] for x in page.call("Performance.getMetrics")["metrics"]}
-    kernel, = (p for p in psutil.Process(server.pid).children(recursive=True)
-               if "ipykernel_launcher" in " ".join(p.cmdline()))
-    pages = [p for p in psutil.Process(browser.pid).children(recursive=True)
-             if "--type=renderer" in " ".join(p.cmdline())]
-    return {"kernel_mb": round(kernel.memory_full_info().pss / 1e6, 1),
-            "page_mb": round(sum(p.memory_full_info().pss for p in pages) / 1e6, 1),
-            "javascript_mb": round(counts["JSHeapUsedSize"] / 1e6, 1)}
+    (kernel,) = (
+        p
+        for p in psutil.Process(server.pid).children(recursive=True)
+        if "ipykernel_launcher" in " ".join(p.cmdline())
+    )
+    pages = [
+        p
+        for p in psutil.Process(browser.pid).children(recursive=True)
+        if "--type=renderer" in " ".join(p.cmdline())
+    ]
+    return {
+        "kernel_mb": round(kernel.memory_full_info().pss / 1e6, 1),
+        "page_mb": round(sum(p.memory_full_info().pss for p in pages) / 1e6, 1),
+        "javascript_mb": round(counts["JSHeapUsedSize"] / 1e6, 1),
+    }
 
 
 def press_one_after_another(page: Page, count: int) -> None:
@@ -204,9 +234,12 @@ def time_decisions(page: Page, act) -> dict:
     page.run("() => { latencies.length = 0; }")
     act()
     found = page.run("() => latencies")
-    return {"count": len(found), "over_50": sum(x > 50 for x in found),
-            "most": round(max(found), 1),
-            **{f"p{q}": round(float(np.percentile(found, q)), 1) for q in (50, 95, 99)}}
+    return {
+        "count": len(found),
+        "over_50": sum(x > 50 for x in found),
+        "most": round(max(found), 1),
+        **{f"p{q}": round(float(np.percentile(found, q)), 1) for q in (50, 95, 99)},
+    }
 
 
 def time_both(page: Page) -> dict:
@@ -229,8 +262,12 @@ def count_kept(page: Page, folder: Path, rate: float) -> dict:
         before = len(read_log(folder))
         press_in_time(page, keys, rate)
         bursts.append(read_log(folder)[before:])
-    return {"rate": rate, "typed": BURST, "kept": [len(kept) for kept in bursts],
-            "as_typed": sum(kept == wanted for kept in bursts)}
+    return {
+        "rate": rate,
+        "typed": BURST,
+        "kept": [len(kept) for kept in bursts],
+        "as_typed": sum(kept == wanted for kept in bursts),
+    }
 
 
 def main() -> None:
@@ -251,14 +288,26 @@ def main() -> None:
             press_one_after_another(page, min(1000, total - done))
     with open_widget(2000, plain=True) as (_, page, *_):
         baseline = time_both(page)
-    save_result("annotator", {
-        "latency_ms": latencies, "latency_ms_in_a_plain_jupyterlab": baseline,
-        "ratio_of_p50": {part: round(latencies[part]["p50"] / baseline[part]["p50"], 2)
-                         for part in latencies},
-        "keys_in_time": bursts, "memory": memory,
-        "memory_last_to_first": {part: round(memory[-1][part] / memory[0][part], 3)
-                                 for part in memory[0] if part != "decisions"}},
-        "jupyterlab", "anywidget", "playwright")
+    save_result(
+        "annotator",
+        {
+            "latency_ms": latencies,
+            "latency_ms_in_a_plain_jupyterlab": baseline,
+            "ratio_of_p50": {
+                part: round(latencies[part]["p50"] / baseline[part]["p50"], 2) for part in latencies
+            },
+            "keys_in_time": bursts,
+            "memory": memory,
+            "memory_last_to_first": {
+                part: round(memory[-1][part] / memory[0][part], 3)
+                for part in memory[0]
+                if part != "decisions"
+            },
+        },
+        "jupyterlab",
+        "anywidget",
+        "playwright",
+    )
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def write_raw(folder: Path, count: int) -> None:
             photo = photos[number % len(photos)]
             top = rng.integers(0, photo.shape[0] - HEIGHT + 1)
             left = rng.integers(0, photo.shape[1] - WIDTH + 1)
-            source = photo[top:top + HEIGHT, left:left + WIDTH]
+            source = photo[top : top + HEIGHT, left : left + WIDTH]
             source = cv2.flip(source, int(rng.integers(-1, 2)))
             gain = rng.uniform(0.8, 1.1, 3)
             source = np.clip(source * gain + rng.integers(-20, 20), 0, 255).astype(np.uint8)
@@ -73,9 +73,13 @@ def time_assembly(raw: Path, out: Path, workers: int) -> float:
     shutil.rmtree(out, ignore_errors=True)
     marks = []
     # Cuts of five photographs look alike; the search itself runs, its answers are not wanted.
-    result = assemble_sets(UpstreamSource(str(raw)), out, workers=workers,
-                           filters=FilterConfig(duplicate_distance=0),
-                           progress=lambda p: marks.append((time.perf_counter(), p.done)))
+    result = assemble_sets(
+        UpstreamSource(str(raw)),
+        out,
+        workers=workers,
+        filters=FilterConfig(duplicate_distance=0),
+        progress=lambda p: marks.append((time.perf_counter(), p.done)),
+    )
     assert not result.reasons.keys() - {"near-duplicate"}, result.reasons
     (first, done), (last, total) = marks[0], marks[-1]
     return (last - first) / (total - done)
@@ -98,18 +102,32 @@ def main(count: int = 640) -> None:
             rows.append(row)
         rates = {name: float(np.median([row[name] for row in rows])) for name in rows[0]}
         ratios = {
-            "one core against OpenCV's decoding": [r["assemble_1"] / r["decode_opencv"]
-                                                   for r in rows],
-            "one core against Pillow's decoding": [r["assemble_1"] / r["decode_pillow"]
-                                                   for r in rows],
-            "two cores against one": [r["assemble_2"] / r["assemble_1"] for r in rows]}
-        save_result("assembly", {
-            "triplets": count, "size": [WIDTH, HEIGHT], "format": "PNG of photographs",
-            "repeats": REPEATS,
-            "triplets_per_second": {k: round(v, 1) for k, v in rates.items()},
-            "ratios": {k: {"median": round(float(np.median(v)), 2),
-                           "all": [round(x, 2) for x in v]} for k, v in ratios.items()}},
-            "opencv-python-headless", "pillow", "numpy", "imagehash")
+            "one core against OpenCV's decoding": [
+                r["assemble_1"] / r["decode_opencv"] for r in rows
+            ],
+            "one core against Pillow's decoding": [
+                r["assemble_1"] / r["decode_pillow"] for r in rows
+            ],
+            "two cores against one": [r["assemble_2"] / r["assemble_1"] for r in rows],
+        }
+        save_result(
+            "assembly",
+            {
+                "triplets": count,
+                "size": [WIDTH, HEIGHT],
+                "format": "PNG of photographs",
+                "repeats": REPEATS,
+                "triplets_per_second": {k: round(v, 1) for k, v in rates.items()},
+                "ratios": {
+                    k: {"median": round(float(np.median(v)), 2), "all": [round(x, 2) for x in v]}
+                    for k, v in ratios.items()
+                },
+            },
+            "opencv-python-headless",
+            "pillow",
+            "numpy",
+            "imagehash",
+        )
 
 
 if __name__ == "__main__":

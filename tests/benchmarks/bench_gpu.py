@@ -68,8 +68,14 @@ def make_cases(*, has_xformers: bool) -> tuple[dict[str, Case], dict[str, Case]]
     kept = {"gradient_checkpointing": False}
     less = {"gradient_checkpointing": True}
     xformers = {"enable_xformers_memory_efficient_attention": True}
-    upstream = {**less, "mixed_precision": "fp16", "vae_precision": "fp32", "cache_latents": False,
-                "channels_last": False, **(xformers if has_xformers else {})}
+    upstream = {
+        **less,
+        "mixed_precision": "fp16",
+        "vae_precision": "fp32",
+        "cache_latents": False,
+        "channels_last": False,
+        **(xformers if has_xformers else {}),
+    }
     rows = {
         "upstream": Case(upstream, upstream=True, own_prompts=True),
         "uncached": Case({**less, "cache_latents": False}),
@@ -78,11 +84,13 @@ def make_cases(*, has_xformers: bool) -> tuple[dict[str, Case], dict[str, Case]]
         "own_prompts": Case(kept, own_prompts=True),
         "xformers": Case({**kept, **xformers}, needs="xformers"),
         "compiled": Case({**kept, "torch_compile": True}),
-        "compiled_checkpointing": Case({**less, "torch_compile": True})}
+        "compiled_checkpointing": Case({**less, "torch_compile": True}),
+    }
     memory = {
         "adamw": Case(),
         "adamw_8bit": Case({"use_8bit_adam": True}, needs="bitsandbytes"),
-        f"lora_{LORA_RANK}": Case({"lora_rank": LORA_RANK})}
+        f"lora_{LORA_RANK}": Case({"lora_rank": LORA_RANK}),
+    }
     return rows, memory
 
 
@@ -180,17 +188,25 @@ def sum_up(runs: list[dict], base: list[dict]) -> dict:
     """
     if bad := next((r for r in runs if "images_per_second" not in r), None):
         return bad
-    row = {name: round(float(np.median([run[name] for run in runs])), 4)
-           for name in ("images_per_second", "mfu") if name in runs[0]}
-    row |= {"memory_gb": max(run["memory_gb"] for run in runs),
-            "gradient_checkpointing": runs[0]["gradient_checkpointing"]}
+    row = {
+        name: round(float(np.median([run[name] for run in runs])), 4)
+        for name in ("images_per_second", "mfu")
+        if name in runs[0]
+    }
+    row |= {
+        "memory_gb": max(run["memory_gb"] for run in runs),
+        "gradient_checkpointing": runs[0]["gradient_checkpointing"],
+    }
     if "skipped_steps" in runs[0]:
         row["skipped_steps"] = max(run["skipped_steps"] for run in runs)
     if all("images_per_second" in run for run in base):
-        ratios = [run["images_per_second"] / other["images_per_second"]
-                  for run, other in zip(runs, base)]
-        row["ratio"] = {"median": round(float(np.median(ratios)), 3),
-                        "all": [round(ratio, 3) for ratio in ratios]}
+        ratios = [
+            run["images_per_second"] / other["images_per_second"] for run, other in zip(runs, base)
+        ]
+        row["ratio"] = {
+            "median": round(float(np.median(ratios)), 3),
+            "all": [round(ratio, 3) for ratio in ratios],
+        }
     return row
 
 
@@ -208,10 +224,16 @@ def run_all(options, gpu: dict, *, run=run_apart) -> dict:
     chosen = ["upstream", *[name for name in options.rows or rows if name != "upstream"]]
     first, limit, batch = (2, 2, 2) if options.tiny else (8, 512, MEMORY_BATCH)
     shared = {"tiny": options.tiny, "steps": options.steps}
-    result = {"gpu": gpu, "model": "built-in" if options.tiny else "SDXL-inpainting",
-              "attention_of_upstream": "xformers" if is_installed("xformers") else "PyTorch",
-              "resolution": 64 if options.tiny else RESOLUTION,
-              "steps": options.steps, "repeats": options.repeats, "rows": {}, "memory": {}}
+    result = {
+        "gpu": gpu,
+        "model": "built-in" if options.tiny else "SDXL-inpainting",
+        "attention_of_upstream": "xformers" if is_installed("xformers") else "PyTorch",
+        "resolution": 64 if options.tiny else RESOLUTION,
+        "steps": options.steps,
+        "repeats": options.repeats,
+        "rows": {},
+        "memory": {},
+    }
     ready = {}
     for name in chosen:
         case = replace(rows[name], **shared)
@@ -242,17 +264,19 @@ def run_all(options, gpu: dict, *, run=run_apart) -> dict:
         say(name, result["memory"][name])
     result["encoding"] = run(measure_encoding, Case(**shared, batch=batch))
     done = [row for row in result["rows"].values() if "images_per_second" in row]
-    result["best"] = {"ratio": max((row["ratio"]["median"] for row in done if "ratio" in row),
-                                   default=None),
-                      "mfu": max((row["mfu"] for row in done if "mfu" in row), default=None),
-                      "goal": GOAL}
+    result["best"] = {
+        "ratio": max((row["ratio"]["median"] for row in done if "ratio" in row), default=None),
+        "mfu": max((row["mfu"] for row in done if "mfu" in row), default=None),
+        "goal": GOAL,
+    }
     return result
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
-    parser.add_argument("--tiny", action="store_true",
-                        help="the built-in model, one batch, one timed step")
+    parser.add_argument(
+        "--tiny", action="store_true", help="the built-in model, one batch, one timed step"
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--rows", nargs="+", choices=tuple(make_cases(has_xformers=False)[0]))
     parser.add_argument("--batch", type=int, help="instead of each row's largest")

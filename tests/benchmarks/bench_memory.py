@@ -49,8 +49,17 @@ def write_raw(folder: Path, count: int) -> None:
             gt[mask > 0] = 255 - gt[mask > 0]
             cv2.imwrite(str(folder / "source" / name), source)
             cv2.imwrite(str(folder / "GT" / name), gt)
-            stream.write(json.dumps({"source": f"source/{name}", "mask": "mask/m.png",
-                                     "GT": f"GT/{name}", "group": f"scene {number // 4}"}) + "\n")
+            stream.write(
+                json.dumps(
+                    {
+                        "source": f"source/{name}",
+                        "mask": "mask/m.png",
+                        "GT": f"GT/{name}",
+                        "group": f"scene {number // 4}",
+                    }
+                )
+                + "\n"
+            )
 
 
 def measure_peak(code: str, raw: Path, out: Path) -> dict:
@@ -69,10 +78,17 @@ def main(few: int = 10_000, many: int = 200_000) -> None:
             write_raw(raw, count)
             found["assemble"][str(count)] = measure_peak(ASSEMBLE, raw, out)
             found["check"][str(count)] = measure_peak(CHECK, raw, out)
-    ratios = {job: round(sizes[str(many)]["peak_mb"] / sizes[str(few)]["peak_mb"], 3)
-              for job, sizes in found.items()}
-    save_result("memory", {"workers": WORKERS, **found, "ratio_of_peaks": ratios}, "numpy",
-                "opencv-python-headless", "ijson")
+    ratios = {
+        job: round(sizes[str(many)]["peak_mb"] / sizes[str(few)]["peak_mb"], 3)
+        for job, sizes in found.items()
+    }
+    save_result(
+        "memory",
+        {"workers": WORKERS, **found, "ratio_of_peaks": ratios},
+        "numpy",
+        "opencv-python-headless",
+        "ijson",
+    )
 
 
 if __name__ == "__main__":

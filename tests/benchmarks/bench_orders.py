@@ -56,12 +56,22 @@ def make_candidates(run: Path, work: Path) -> None:
     recipe = yaml.safe_load((ROOT / "notebooks/recipes/demo.yaml").read_text())
     given = recipe["defaults"]["03_generate_removals"]
     for name, start, count in (("pool", 0, POOL_PICTURES), ("test", TEST_START, TEST_PICTURES)):
-        generate_candidates(GenerateConfig(
-            output_dir=str(work / name), meta_path=[str(run / "assemble/pool")], start=start,
-            pretrained_model_name_or_path=str(run / "initialization/remover"), count=count,
-            seed=recipe["seed"], **given))
-        simulate_labels(work / name / "candidates/meta.json", run / "assemble/hidden/pool",
-                        work / name / "labels")
+        generate_candidates(
+            GenerateConfig(
+                output_dir=str(work / name),
+                meta_path=[str(run / "assemble/pool")],
+                start=start,
+                pretrained_model_name_or_path=str(run / "initialization/remover"),
+                count=count,
+                seed=recipe["seed"],
+                **given,
+            )
+        )
+        simulate_labels(
+            work / name / "candidates/meta.json",
+            run / "assemble/hidden/pool",
+            work / name / "labels",
+        )
 
 
 def read_set(work: Path, name: str):
@@ -79,16 +89,28 @@ def train(folder: Path, triplets, answers: dict, ids: list[str], seed: int):
     from rorem_lib.triplets import TripletWriter
 
     recipe = yaml.safe_load((ROOT / "notebooks/recipes/demo.yaml").read_text())
-    given = {k: v for k, v in recipe["defaults"]["05_train_discriminator"].items()
-             if k not in ("min_share",)}
+    given = {
+        k: v
+        for k, v in recipe["defaults"]["05_train_discriminator"].items()
+        if k not in ("min_share",)
+    }
     shutil.rmtree(folder, ignore_errors=True)
     with TripletWriter(folder / "labelled") as writer:
         for i in ids:
             writer.add_triplet(triplets[i], score=float(answers[i]))
-    train_discriminator(DiscriminatorConfig(**{
-        **given, "output_dir": str(folder), "meta_path": [str(folder / "labelled")],
-        "max_train_steps": STEPS, "checkpointing_steps": STEPS, "seed": seed,
-        "latent_cache_dir": str(folder / "cache")}))
+    train_discriminator(
+        DiscriminatorConfig(
+            **{
+                **given,
+                "output_dir": str(folder),
+                "meta_path": [str(folder / "labelled")],
+                "max_train_steps": STEPS,
+                "checkpointing_steps": STEPS,
+                "seed": seed,
+                "latent_cache_dir": str(folder / "cache"),
+            }
+        )
+    )
     return Discriminator.from_pretrained(str(folder / "discriminator"))
 
 
@@ -107,13 +129,21 @@ def follow_order(work: Path, order: str, seed: int) -> None:
     strata = stratify_items(pool.values()) if order == "stratified" else None
     done = rows[-1]["ids"] if rows else []
     scores = dict(rows[-1]["scores"]) if rows else None
-    for budget in BUDGETS[len(rows):]:
+    for budget in BUDGETS[len(rows) :]:
         # nothing is known before the first labels: they are drawn at random, as in notebook 04
         now = "random" if order == "uncertainty" and not done else order
         taken = set(done)
-        queue = order_items(pool, order=now, scores=scores, strata=strata, overlap_share=0,
-                            audit_share=0 if now == "stratified" else 0.15, repeat_share=0,
-                            annotator="simulated", seed=seed)
+        queue = order_items(
+            pool,
+            order=now,
+            scores=scores,
+            strata=strata,
+            overlap_share=0,
+            audit_share=0 if now == "stratified" else 0.15,
+            repeat_share=0,
+            annotator="simulated",
+            seed=seed,
+        )
         done = done + [x.id for x in queue if x.id not in taken][: budget - len(done)]
         folder = work / "training" / f"{order}-{seed}"
         model = train(folder, pool, answers, done, seed)
@@ -121,8 +151,15 @@ def follow_order(work: Path, order: str, seed: int) -> None:
         if order == "uncertainty" and budget < BUDGETS[-1]:
             scores = dict(zip(pool, score_triplets(model, list(pool.values())).astype(float)))
         accepted = float(np.mean([answers[i] for i in done]))
-        rows.append({"labels": budget, "auc": float(auc), "accepted": accepted, "ids": done,
-                     "scores": scores or {}})
+        rows.append(
+            {
+                "labels": budget,
+                "auc": float(auc),
+                "accepted": accepted,
+                "ids": done,
+                "scores": scores or {},
+            }
+        )
         write_json(found, rows)
         print(f"{order:12} seed {seed} {budget:5} labels  AUC {auc:.3f}", flush=True)
         shutil.rmtree(folder, ignore_errors=True)
@@ -144,8 +181,7 @@ def summarise(work: Path) -> None:
     """Ratios of labels, order to random order, with 95 % t intervals over the seeds' logarithms."""
     curves, accepted = {}, {}
     for order in ORDERS:
-        rows = [json.loads((work / "found" / f"{order}-{seed}.json").read_text())
-                for seed in SEEDS]
+        rows = [json.loads((work / "found" / f"{order}-{seed}.json").read_text()) for seed in SEEDS]
         curves[order] = np.array([[row["auc"] for row in one] for one in rows])
         accepted[order] = np.array([[row["accepted"] for row in one] for one in rows])
     targets = {n: float(curves["random"][:, BUDGETS.index(n)].mean()) for n in (150, 300, 600)}
@@ -153,19 +189,27 @@ def summarise(work: Path) -> None:
     for order in ORDERS:
         mean, half = _find_interval(curves[order])
         result["orders"][order] = {
-            "auc": np.round(mean, 4).tolist(), "auc_interval_half": np.round(half, 4).tolist(),
-            "accepted_share": np.round(accepted[order].mean(axis=0), 3).tolist()}
+            "auc": np.round(mean, 4).tolist(),
+            "auc_interval_half": np.round(half, 4).tolist(),
+            "accepted_share": np.round(accepted[order].mean(axis=0), 3).tolist(),
+        }
         for n, target in targets.items():
             needed = np.array([count_needed(curve, target) for curve in curves[order]])
             base = np.array([count_needed(curve, target) for curve in curves["random"]])
             both = np.isfinite(needed) & np.isfinite(base)
-            row = {"target_auc": round(target, 4), "needed": [
-                round(x) if np.isfinite(x) else None for x in needed]}
+            row = {
+                "target_auc": round(target, 4),
+                "needed": [round(x) if np.isfinite(x) else None for x in needed],
+            }
             if order != "random" and both.sum() > 1:
                 mean, half = _find_interval(np.log(needed[both] / base[both])[:, None])
-                row |= {"seeds_reached": int(both.sum()), "ratio": round(float(np.exp(mean[0])), 2),
-                        "ratio_interval": [round(float(np.exp(mean[0] + s * half[0])), 2)
-                                           for s in (-1, 1)]}
+                row |= {
+                    "seeds_reached": int(both.sum()),
+                    "ratio": round(float(np.exp(mean[0])), 2),
+                    "ratio_interval": [
+                        round(float(np.exp(mean[0] + s * half[0])), 2) for s in (-1, 1)
+                    ],
+                }
             result["orders"][order][f"as_random_with_{n}"] = row
     save_result("orders", result, "torch", "scikit-learn")
     draw(result)
@@ -174,23 +218,54 @@ def summarise(work: Path) -> None:
 def draw(result: dict) -> None:
     """Left the quality that each order reaches; right the labels it needs, random order's as 1."""
     figure, (left, right) = figures.make_axes(9, 3.4, 2)
-    budgets, looks = np.array(result["budgets"]), dict(zip(ORDERS, (
-        (figures.BLACK, "o"), (figures.BLUE, "s"), (figures.VERMILION, "^")), strict=True))
+    budgets, looks = (
+        np.array(result["budgets"]),
+        dict(
+            zip(
+                ORDERS,
+                ((figures.BLACK, "o"), (figures.BLUE, "s"), (figures.VERMILION, "^")),
+                strict=True,
+            )
+        ),
+    )
     for number, (order, (colour, marker)) in enumerate(looks.items()):
         found = result["orders"][order]
         moved = budgets * 1.03 ** (number - 1)  # or the bars hide each other
-        left.errorbar(moved, found["auc"], yerr=found["auc_interval_half"], color=colour,
-                      marker=marker, markersize=5, capsize=3, linewidth=1.5, label=order)
+        left.errorbar(
+            moved,
+            found["auc"],
+            yerr=found["auc_interval_half"],
+            color=colour,
+            marker=marker,
+            markersize=5,
+            capsize=3,
+            linewidth=1.5,
+            label=order,
+        )
         for place, n in enumerate((150, 300, 600)):
             row = found[f"as_random_with_{n}"]
             if "ratio" not in row:
                 continue
             low, high = row["ratio_interval"]
             at = place + 0.12 * (2 * number - 3)
-            right.errorbar([at], [row["ratio"]], yerr=[[row["ratio"] - low], [high - row["ratio"]]],
-                           color=colour, marker=marker, markersize=5, capsize=3)
-            right.annotate(f"{row['seeds_reached']}", (at, high), (0, 2), fontsize=8,
-                           textcoords="offset points", ha="center", color=colour)
+            right.errorbar(
+                [at],
+                [row["ratio"]],
+                yerr=[[row["ratio"] - low], [high - row["ratio"]]],
+                color=colour,
+                marker=marker,
+                markersize=5,
+                capsize=3,
+            )
+            right.annotate(
+                f"{row['seeds_reached']}",
+                (at, high),
+                (0, 2),
+                fontsize=8,
+                textcoords="offset points",
+                ha="center",
+                color=colour,
+            )
     left.set_xscale("log")
     left.set_xticks(budgets, [f"{n:,}" for n in budgets])
     left.set_xticks([], minor=True)
@@ -199,8 +274,14 @@ def draw(result: dict) -> None:
     left.legend(fontsize=9, frameon=False, title="order of the labels", title_fontsize=9)
     right.axhline(1, color=figures.BLACK, linewidth=1)
     right.axhline(1 / 3, color=figures.GREY, linewidth=1, linestyle="--")
-    right.annotate("goal: a third", (-0.45, 1 / 3), (0, 3), textcoords="offset points", fontsize=9,
-                   color=figures.GREY)
+    right.annotate(
+        "goal: a third",
+        (-0.45, 1 / 3),
+        (0, 3),
+        textcoords="offset points",
+        fontsize=9,
+        color=figures.GREY,
+    )
     right.set_yscale("log")
     right.set_yticks([1 / 4, 1 / 3, 1 / 2, 1, 2, 4], ["1/4", "1/3", "1/2", "1", "2", "4"])
     right.set_yticks([], minor=True)
@@ -222,8 +303,9 @@ def _find_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, nargs="?", help="a run of the demo's first two stages")
-    parser.add_argument("work", type=Path, nargs="?",
-                        help="folder for candidates and what was found")
+    parser.add_argument(
+        "work", type=Path, nargs="?", help="folder for candidates and what was found"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--summarise", action="store_true")
     parser.add_argument("--draw", action="store_true", help="the figure of the kept result")
@@ -235,8 +317,11 @@ def main() -> None:
     make_candidates(options.run.absolute(), options.work.absolute())
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.workers, mp_context=context) as pool:
-        jobs = [pool.submit(follow_order, options.work.absolute(), order, seed)
-                for seed in SEEDS for order in ORDERS]
+        jobs = [
+            pool.submit(follow_order, options.work.absolute(), order, seed)
+            for seed in SEEDS
+            for order in ORDERS
+        ]
         for job in jobs:
             job.result()
     return summarise(options.work)

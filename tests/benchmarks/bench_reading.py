@@ -49,19 +49,25 @@ def write_jpeg(folder: Path) -> None:
 
 def read_as_upstream(triplets):
     """Batches of (pictures [B, 6, S, S] -1..1, mask [B, 1, S, S] 0..1), float32."""
-    rows = {"source": [str(t.source) for t in triplets], "gt": [str(t.gt) for t in triplets],
-            "mask": [str(t.mask) for t in triplets]}
+    rows = {
+        "source": [str(t.source) for t in triplets],
+        "gt": [str(t.gt) for t in triplets],
+        "mask": [str(t.mask) for t in triplets],
+    }
     data = Dataset.from_dict(rows)
     for name in rows:
         data = data.cast_column(name, Image())
 
     def prepare(batch):
         def open_all(name):
-            return [np.array(image.convert("RGB").resize((SIZE, SIZE))).transpose(2, 0, 1)
-                    for image in batch[name]]
+            return [
+                np.array(image.convert("RGB").resize((SIZE, SIZE))).transpose(2, 0, 1)
+                for image in batch[name]
+            ]
 
-        pictures = torch.tensor(np.concatenate(
-            [np.stack(open_all("source")), np.stack(open_all("gt"))], axis=1))
+        pictures = torch.tensor(
+            np.concatenate([np.stack(open_all("source")), np.stack(open_all("gt"))], axis=1)
+        )
         mask = torch.tensor(np.stack([x[:1] for x in open_all("mask")]))
         return {"pictures": list(2 * (pictures / 255) - 1), "mask": list(mask / 255)}
 
@@ -97,21 +103,39 @@ def main(count: int = 320) -> None:
             if kind == "JPEG":
                 write_jpeg(raw)
             triplets = read_triplets(raw)
-            for (theirs, mask), (ours, hole) in zip(read_as_upstream(triplets[:3 * BATCH]),
-                                                    read_as_here(triplets[:3 * BATCH])):
+            for (theirs, mask), (ours, hole) in zip(
+                read_as_upstream(triplets[: 3 * BATCH]), read_as_here(triplets[: 3 * BATCH])
+            ):
                 # one divides by 255 and doubles, the other divides by 127.5
                 assert torch.allclose(theirs, torch.cat(ours, 1), atol=2e-7, rtol=0)
                 assert torch.equal(mask >= 0.5, hole >= 0.5), "the masks differ"
-            rows = [(time_reading(read_as_upstream, triplets),
-                     time_reading(read_as_here, triplets)) for _ in range(REPEATS)]
+            rows = [
+                (time_reading(read_as_upstream, triplets), time_reading(read_as_here, triplets))
+                for _ in range(REPEATS)
+            ]
             ratios = [ours / theirs for theirs, ours in rows]
-            found[kind] = {"upstream": round(float(np.median([r[0] for r in rows])), 1),
-                           "read_batches": round(float(np.median([r[1] for r in rows])), 1),
-                           "ratio": {"median": round(float(np.median(ratios)), 2),
-                                     "all": [round(r, 2) for r in ratios]}}
-    save_result("reading", {"triplets": count, "size": SIZE, "batch": BATCH,
-                            "threads": os.cpu_count(), "triplets_per_second": found},
-                "torch", "datasets", "pillow", "opencv-python-headless")
+            found[kind] = {
+                "upstream": round(float(np.median([r[0] for r in rows])), 1),
+                "read_batches": round(float(np.median([r[1] for r in rows])), 1),
+                "ratio": {
+                    "median": round(float(np.median(ratios)), 2),
+                    "all": [round(r, 2) for r in ratios],
+                },
+            }
+    save_result(
+        "reading",
+        {
+            "triplets": count,
+            "size": SIZE,
+            "batch": BATCH,
+            "threads": os.cpu_count(),
+            "triplets_per_second": found,
+        },
+        "torch",
+        "datasets",
+        "pillow",
+        "opencv-python-headless",
+    )
 
 
 if __name__ == "__main__":

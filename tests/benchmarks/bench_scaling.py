@@ -45,18 +45,52 @@ def train(work: Path, precision: str, *, cores: list[int], steps: int) -> float:
     job.write_text(PINNED_JOB)
     command = [sys.executable]
     if len(cores) > 1:
-        command += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes",
-                    len(cores), "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend",
-                    "no", "--main_process_port", 0]
-    command += [job, ",".join(map(str, cores)), "--meta_path", work / "set/meta.json",
-                "--latent_cache_dir", work / "cache", "--output_dir", out / "out", "--resolution",
-                SIZE, "--train_batch_size", BATCH, "--max_train_steps", steps, "--logging_steps",
-                LINE, "--mixed_precision", precision, "--ema_decay", 0, "--checkpointing_steps",
-                1_000_000]
+        command += [
+            "-m",
+            "accelerate.commands.launch",
+            "--multi_gpu",
+            "--num_processes",
+            len(cores),
+            "--num_machines",
+            1,
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+            "--main_process_port",
+            0,
+        ]
+    command += [
+        job,
+        ",".join(map(str, cores)),
+        "--meta_path",
+        work / "set/meta.json",
+        "--latent_cache_dir",
+        work / "cache",
+        "--output_dir",
+        out / "out",
+        "--resolution",
+        SIZE,
+        "--train_batch_size",
+        BATCH,
+        "--max_train_steps",
+        steps,
+        "--logging_steps",
+        LINE,
+        "--mixed_precision",
+        precision,
+        "--ema_decay",
+        0,
+        "--checkpointing_steps",
+        1_000_000,
+    ]
     environment = os.environ | {
-        "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
         # accelerate's launcher starts several processes on a CPU only so
-        "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
+        "ACCELERATE_USE_CPU": "true",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
     run_watched(command, out / "log", env=environment, cwd=ROOT, every=None)
     metrics = json.loads((out / "out/train_metrics.json").read_text())
     if metrics["num_processes"] != len(cores):
@@ -89,17 +123,33 @@ def main() -> int:
         for precision in options.precisions:
             rows = []
             for _ in range(options.repeats):  # side by side: the machine's mood changes
-                rows.append([train(work, precision, cores=options.cores[:count],
-                                   steps=options.steps) for count in (1, 2)])
+                rows.append(
+                    [
+                        train(work, precision, cores=options.cores[:count], steps=options.steps)
+                        for count in (1, 2)
+                    ]
+                )
                 print(f"{precision}: {rows[-1]} images/s", flush=True)
             found[precision] = {
                 "one_process": round(float(np.median([one for one, _ in rows])), 1),
                 "two_processes": round(float(np.median([two for _, two in rows])), 1),
-                "ratio": summarise_ratios([two / one for one, two in rows])}
-    save_result(options.name, {
-        "cores": options.cores, "threads_a_process": 1, "resolution": SIZE,
-        "batch_a_process": BATCH, "steps": options.steps, "repeats": options.repeats,
-        "images_per_second": found}, "torch", "accelerate", "diffusers")
+                "ratio": summarise_ratios([two / one for one, two in rows]),
+            }
+    save_result(
+        options.name,
+        {
+            "cores": options.cores,
+            "threads_a_process": 1,
+            "resolution": SIZE,
+            "batch_a_process": BATCH,
+            "steps": options.steps,
+            "repeats": options.repeats,
+            "images_per_second": found,
+        },
+        "torch",
+        "accelerate",
+        "diffusers",
+    )
     ratios = [row["ratio"]["median"] for row in found.values()]
     print(f"ratios of images a second: {ratios}, the goal is {GOAL}")
     return int(min(ratios) < GOAL)

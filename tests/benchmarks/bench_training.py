@@ -46,8 +46,19 @@ from rorem_lib.remover import RemoverConfig, RemoverObjective
 SIZE, BATCH = 64, 16
 GOAL = 3.0
 ROOT = Path(__file__).parents[2]
-SHARED = ["--resolution", SIZE, "--train_batch_size", BATCH, "--learning_rate", 5e-5, "--seed", 4,
-          "--random_flip", "--checkpointing_steps", 1_000_000]
+SHARED = [
+    "--resolution",
+    SIZE,
+    "--train_batch_size",
+    BATCH,
+    "--learning_rate",
+    5e-5,
+    "--seed",
+    4,
+    "--random_flip",
+    "--checkpointing_steps",
+    1_000_000,
+]
 
 
 @dataclass
@@ -95,12 +106,29 @@ def run_upstream(setting: Setting, precision: str, *, workers: int, flags=()) ->
     trained, `parameters`."""
     folder = setting.make_folder()
     command = [
-        sys.executable, Path(upstream.__file__), setting.checkout, folder / "times.jsonl", *flags,
-        "--pretrained_model_name_or_path", sdxl.BUILTIN_FOLDER, "--meta_path",
-        setting.data / "meta.json", "--output_dir", folder / "out", "--mixed_precision", precision,
-        "--max_train_steps", setting.triplets // BATCH, "--dataloader_num_workers", workers,
-        "--validation_steps", 1_000_000, "--enable_xformers_memory_efficient_attention", "",
-        *SHARED]
+        sys.executable,
+        Path(upstream.__file__),
+        setting.checkout,
+        folder / "times.jsonl",
+        *flags,
+        "--pretrained_model_name_or_path",
+        sdxl.BUILTIN_FOLDER,
+        "--meta_path",
+        setting.data / "meta.json",
+        "--output_dir",
+        folder / "out",
+        "--mixed_precision",
+        precision,
+        "--max_train_steps",
+        setting.triplets // BATCH,
+        "--dataloader_num_workers",
+        workers,
+        "--validation_steps",
+        1_000_000,
+        "--enable_xformers_memory_efficient_attention",
+        "",
+        *SHARED,
+    ]
     found = run_watched(command, folder / "log", env=make_environment(), cwd=folder, every=1)
     lines = read_lines(folder / "times.jsonl")
     if len(lines) != setting.triplets // BATCH:
@@ -109,41 +137,71 @@ def run_upstream(setting: Setting, precision: str, *, workers: int, flags=()) ->
     if "loss" in lines[0]:
         result["loss"] = float(np.mean([line["loss"] for line in lines]))
         with safe_open(folder / "out/final_unet/diffusion_pytorch_model.safetensors", "pt") as file:
-            result["parameters"] = sum(int(np.prod(file.get_slice(name).get_shape()))
-                                       for name in file.keys())
+            result["parameters"] = sum(
+                int(np.prod(file.get_slice(name).get_shape())) for name in file.keys()
+            )
     return result
 
 
 def run_ours(setting: Setting, precision: str) -> dict:
     """Ten epochs from nothing: `images_per_second` with the cache's seconds, `from_cache`
     without, `cache_seconds`, `peak_mb`, `loss` of the first epoch and `parameters`."""
+
     def train(data: Path, steps: int) -> dict:
         folder = setting.make_folder()
         command = [
-            sys.executable, "-m", "rorem_lib.remover", "--meta_path", data / "meta.json",
-            "--output_dir", folder / "out", "--latent_cache_dir", folder / "cache",
-            "--mixed_precision", precision, "--max_train_steps", steps, "--resize_mode", "squash",
-            "--ema_decay", 0, "--logging_steps", setting.triplets // BATCH // 4, *SHARED]
+            sys.executable,
+            "-m",
+            "rorem_lib.remover",
+            "--meta_path",
+            data / "meta.json",
+            "--output_dir",
+            folder / "out",
+            "--latent_cache_dir",
+            folder / "cache",
+            "--mixed_precision",
+            precision,
+            "--max_train_steps",
+            steps,
+            "--resize_mode",
+            "squash",
+            "--ema_decay",
+            0,
+            "--logging_steps",
+            setting.triplets // BATCH // 4,
+            *SHARED,
+        ]
         found = run_watched(command, folder / "log", env=make_environment(), cwd=ROOT, every=1)
         metrics = json.loads((folder / "out/train_metrics.json").read_text())
         lines = read_lines(folder / "out/metrics.jsonl")
-        return metrics | {"before": found["seconds"] - metrics["seconds"], "lines": lines,
-                          "peak_mb": found["peak_mb"]}
+        return metrics | {
+            "before": found["seconds"] - metrics["seconds"],
+            "lines": lines,
+            "peak_mb": found["peak_mb"],
+        }
 
     start = train(setting.few, 1)["before"]
     long = train(setting.data, setting.epochs * setting.triplets // BATCH)
     cache = long["before"] - start
-    return {"images_per_second": long["images"] / (long["seconds"] + cache),
-            "from_cache": long["images"] / long["seconds"], "cache_seconds": cache,
-            "peak_mb": long["peak_mb"], "parameters": long["trainable_parameters"],
-            "loss": float(np.mean([line["loss"] for line in long["lines"][:4]]))}
+    return {
+        "images_per_second": long["images"] / (long["seconds"] + cache),
+        "from_cache": long["images"] / long["seconds"],
+        "cache_seconds": cache,
+        "peak_mb": long["peak_mb"],
+        "parameters": long["trainable_parameters"],
+        "loss": float(np.mean([line["loss"] for line in long["lines"][:4]])),
+    }
 
 
 def time_our_data_path(setting: Setting) -> float:
     """Triplets a second until everything that a training step needs is in memory."""
     config = RemoverConfig(
-        meta_path=[str(setting.data / "meta.json")], resolution=SIZE, resize_mode="squash",
-        train_batch_size=BATCH, latent_cache_dir=str(setting.make_folder()))
+        meta_path=[str(setting.data / "meta.json")],
+        resolution=SIZE,
+        resize_mode="squash",
+        train_batch_size=BATCH,
+        latent_cache_dir=str(setting.make_folder()),
+    )
     objective = RemoverObjective(config)
     objective.accelerator = Accelerator(cpu=True)
     objective.build_model()
@@ -161,23 +219,29 @@ def check_same_training(setting: Setting, theirs: dict, ours: dict) -> None:
     standard deviation).
     """
     apart = theirs["loss"] / ours["loss"] - 1
-    if theirs["parameters"] != ours["parameters"] or abs(apart) > 0.25 * (
-            640 / setting.triplets) ** 0.5:
+    if (
+        theirs["parameters"] != ours["parameters"]
+        or abs(apart) > 0.25 * (640 / setting.triplets) ** 0.5
+    ):
         raise RuntimeError(f"these are two trainings: upstream {theirs}, ours {ours}")
 
 
 def try_workers(setting: Setting, precision: str, workers: list[int], flags=()) -> dict[int, float]:
     """Upstream's images a second by its number of reading processes."""
-    return {count: run_upstream(setting, precision, workers=count, flags=flags)
-            ["images_per_second"] for count in workers}
+    return {
+        count: run_upstream(setting, precision, workers=count, flags=flags)["images_per_second"]
+        for count in workers
+    }
 
 
 def summarise(rows: list[tuple[dict, dict]], name: str) -> dict:
     """Both sides' medians of a value, and the ratios of ours to theirs run by run."""
     theirs, ours = ([row[side][name] for row in rows] for side in (0, 1))
-    return {"upstream": round(float(np.median(theirs)), 1),
-            "ours": round(float(np.median(ours)), 1),
-            "ratio": summarise_ratios([b / a for a, b in zip(theirs, ours)])}
+    return {
+        "upstream": round(float(np.median(theirs)), 1),
+        "ours": round(float(np.median(ours)), 1),
+        "ratio": summarise_ratios([b / a for a, b in zip(theirs, ours)]),
+    }
 
 
 def compare_training(setting: Setting, precision: str, workers: list[int], repeats: int) -> dict:
@@ -191,17 +255,23 @@ def compare_training(setting: Setting, precision: str, workers: list[int], repea
         ours = run_ours(setting, precision)
         check_same_training(setting, theirs, ours)
         rows.append((theirs, ours))
-        print(f"{setting.data.name} {precision} {number + 1}/{repeats}: upstream "
-              f"{theirs['images_per_second']:.1f}, ours {ours['images_per_second']:.1f} images/s",
-              flush=True)
+        print(
+            f"{setting.data.name} {precision} {number + 1}/{repeats}: upstream "
+            f"{theirs['images_per_second']:.1f}, ours {ours['images_per_second']:.1f} images/s",
+            flush=True,
+        )
     result = {name: summarise(rows, name) for name in ("images_per_second", "peak_mb")}
-    result |= {name: round(float(np.median([ours[name] for _, ours in rows])), 1)
-               for name in ("from_cache", "cache_seconds")}
+    result |= {
+        name: round(float(np.median([ours[name] for _, ours in rows])), 1)
+        for name in ("from_cache", "cache_seconds")
+    }
     return result | {
         "upstream_by_workers": {str(k): round(v, 1) for k, v in trial.items()},
         "upstream_without_checkpointing": round(unlike["images_per_second"], 1),
-        "loss_of_first_epoch": [round(float(np.mean([row[side]["loss"] for row in rows])), 4)
-                                for side in (0, 1)]}
+        "loss_of_first_epoch": [
+            round(float(np.mean([row[side]["loss"] for row in rows])), 4) for side in (0, 1)
+        ],
+    }
 
 
 def compare_data_paths(setting: Setting, workers: list[int], repeats: int) -> dict:
@@ -209,23 +279,38 @@ def compare_data_paths(setting: Setting, workers: list[int], repeats: int) -> di
     flags = ["--data-path"]
     trial = try_workers(setting, "no", workers, flags)
     best = max(trial, key=trial.get)
-    rows = [(run_upstream(setting, "no", workers=best, flags=flags),
-             {"images_per_second": time_our_data_path(setting)}) for _ in range(repeats)]
-    return {**summarise(rows, "images_per_second"),
-            "upstream_by_workers": {str(k): round(v, 1) for k, v in trial.items()}}
+    rows = [
+        (
+            run_upstream(setting, "no", workers=best, flags=flags),
+            {"images_per_second": time_our_data_path(setting)},
+        )
+        for _ in range(repeats)
+    ]
+    return {
+        **summarise(rows, "images_per_second"),
+        "upstream_by_workers": {str(k): round(v, 1) for k, v in trial.items()},
+    }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--upstream", type=Path, help="a checkout of the authors' repository; "
-                        "without it, it is cloned")
+    parser.add_argument(
+        "--upstream",
+        type=Path,
+        help="a checkout of the authors' repository; without it, it is cloned",
+    )
     parser.add_argument("--triplets", type=int, default=640, help=f"a multiple of {4 * BATCH}")
     parser.add_argument("--epochs", type=int, default=10, help="that ours trains")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--precisions", nargs="+", default=["bf16", "no"])
     parser.add_argument("--pictures", nargs="+", default=["PNG", "JPEG"])
-    parser.add_argument("--workers", nargs="+", type=int, default=[0, 2, 8],
-                        help="reading processes tried for upstream")
+    parser.add_argument(
+        "--workers",
+        nargs="+",
+        type=int,
+        default=[0, 2, 8],
+        help="reading processes tried for upstream",
+    )
     parser.add_argument("--busy", action="store_true", help="measure on a machine that is not idle")
     parser.add_argument("--name", default="training", help="of the file in results/")
     options = parser.parse_args()
@@ -244,20 +329,38 @@ def main() -> int:
                 write_raw(folder, count)
                 if kind == "JPEG":
                     write_jpeg(folder)
-            setting = Setting(data, few, checkout.resolve(), work, options.triplets,
-                              options.epochs)
-            found[kind] = {precision: compare_training(setting, precision, options.workers,
-                                                       options.repeats)
-                           for precision in options.precisions}
+            setting = Setting(data, few, checkout.resolve(), work, options.triplets, options.epochs)
+            found[kind] = {
+                precision: compare_training(setting, precision, options.workers, options.repeats)
+                for precision in options.precisions
+            }
             paths[kind] = compare_data_paths(setting, options.workers, options.repeats)
-    save_result(options.name, {
-        "triplets": options.triplets, "picture": [WIDTH, HEIGHT], "resolution": SIZE,
-        "batch": BATCH, "epochs": options.epochs, "repeats": options.repeats,
-        "threads": os.cpu_count(), "upstream_commit": upstream.COMMIT,
-        "training": found, "data_path_triplets_per_second": paths},
-        "torch", "diffusers", "accelerate", "datasets", "pillow", "opencv-python-headless")
-    ratios = [row["images_per_second"]["ratio"]["median"]
-              for rows in found.values() for row in rows.values()]
+    save_result(
+        options.name,
+        {
+            "triplets": options.triplets,
+            "picture": [WIDTH, HEIGHT],
+            "resolution": SIZE,
+            "batch": BATCH,
+            "epochs": options.epochs,
+            "repeats": options.repeats,
+            "threads": os.cpu_count(),
+            "upstream_commit": upstream.COMMIT,
+            "training": found,
+            "data_path_triplets_per_second": paths,
+        },
+        "torch",
+        "diffusers",
+        "accelerate",
+        "datasets",
+        "pillow",
+        "opencv-python-headless",
+    )
+    ratios = [
+        row["images_per_second"]["ratio"]["median"]
+        for rows in found.values()
+        for row in rows.values()
+    ]
     print(f"ratios of images a second: {ratios}, the goal is {GOAL}")
     return int(min(ratios) < GOAL)
 

@@ -29,13 +29,23 @@ def describe_machine(*packages: str) -> dict:
             cpu = line.split(":", 1)[1].strip()
             break
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return {"cpu": cpu, "cores": os.cpu_count(), "memory_gib": round(memory),
-            "python": platform.python_version(),
-            **{name: metadata.version(name) for name in packages}}
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "memory_gib": round(memory),
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in packages},
+    }
 
 
-def run_watched(command: Sequence, log: Path, *, env: dict | None = None,
-                cwd: Path | None = None, every: float | None = 0.25) -> dict:
+def run_watched(
+    command: Sequence,
+    log: Path,
+    *,
+    env: dict | None = None,
+    cwd: Path | None = None,
+    every: float | None = 0.25,
+) -> dict:
     """Run a command to its end and look at the memory of it and its children.
 
     Args:
@@ -57,14 +67,14 @@ def run_watched(command: Sequence, log: Path, *, env: dict | None = None,
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # else what was started goes on
     began, peak, main = time.monotonic(), 0, 0
     with open(log, "wb") as stream:
-        process = subprocess.Popen(words, env=env, cwd=cwd, stdout=stream,
-                                   stderr=subprocess.STDOUT)
+        process = subprocess.Popen(words, env=env, cwd=cwd, stdout=stream, stderr=subprocess.STDOUT)
     watched = psutil.Process(process.pid)
     try:
         while every and process.poll() is None:
             with contextlib.suppress(psutil.NoSuchProcess):
-                found = [p.memory_full_info().pss
-                         for p in (watched, *watched.children(recursive=True))]
+                found = [
+                    p.memory_full_info().pss for p in (watched, *watched.children(recursive=True))
+                ]
                 peak, main = max(peak, sum(found)), max(main, found[0])
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(every)
@@ -75,8 +85,10 @@ def run_watched(command: Sequence, log: Path, *, env: dict | None = None,
                 child.kill()
     seconds = time.monotonic() - began
     if process.returncode:
-        raise RuntimeError(f"{' '.join(words)} ended with {process.returncode}:\n"
-                           f"{log.read_text(errors='replace')[-3000:]}")
+        raise RuntimeError(
+            f"{' '.join(words)} ended with {process.returncode}:\n"
+            f"{log.read_text(errors='replace')[-3000:]}"
+        )
     sizes = {"peak_mb": peak / 1e6, "main_process_mb": main / 1e6} if every else {}
     return {"seconds": seconds, **sizes}
 
@@ -89,8 +101,11 @@ def require_idle(limit: float = 0.1) -> None:
     """
     busy = psutil.cpu_percent(interval=3) / 100
     if busy > limit:
-        print(f"other programs take {busy:.0%} of the processors: times would mean nothing. "
-              "--busy measures all the same", file=sys.stderr)
+        print(
+            f"other programs take {busy:.0%} of the processors: times would mean nothing. "
+            "--busy measures all the same",
+            file=sys.stderr,
+        )
         raise SystemExit(2)
 
 
@@ -101,10 +116,19 @@ def summarise_ratios(ratios: Sequence[float]) -> dict:
 
 def save_result(name: str, result: dict, *packages: str) -> Path:
     """Write `results/<name>.json` with the machine and the date, and print it."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
-                            cwd=Path(__file__).parent).stdout.strip()
-    whole = {"benchmark": name, "date": datetime.now(UTC).date().isoformat(), "commit": commit,
-             "machine": describe_machine(*packages), **result}
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+    ).stdout.strip()
+    whole = {
+        "benchmark": name,
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": commit,
+        "machine": describe_machine(*packages),
+        **result,
+    }
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(whole, indent=1) + "\n")

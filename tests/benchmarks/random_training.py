@@ -29,17 +29,30 @@ from rorem_lib.samples import Share
 
 # The architecture of diffusers/stable-diffusion-xl-1.0-inpainting-0.1; all else is the default.
 UNET = {
-    "sample_size": 128, "in_channels": 9, "out_channels": 4, "layers_per_block": 2,
-    "block_out_channels": (320, 640, 1280), "transformer_layers_per_block": [1, 2, 10],
+    "sample_size": 128,
+    "in_channels": 9,
+    "out_channels": 4,
+    "layers_per_block": 2,
+    "block_out_channels": (320, 640, 1280),
+    "transformer_layers_per_block": [1, 2, 10],
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "attention_head_dim": [5, 10, 20], "cross_attention_dim": 2048, "use_linear_projection": True,
-    "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816}
+    "attention_head_dim": [5, 10, 20],
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
 VAE = {
-    "sample_size": 1024, "latent_channels": 4, "layers_per_block": 2,
-    "block_out_channels": (128, 256, 512, 512), "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4, "scaling_factor": 0.13025}
+    "sample_size": 1024,
+    "latent_channels": 4,
+    "layers_per_block": 2,
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "scaling_factor": 0.13025,
+}
 UNET_PARAMETERS, VAE_PARAMETERS = 2_567_478_084, 83_653_863
 FORWARD_FLOPS = 1.5889e12  # of the UNet at 512 px
 RESOLUTION = 512
@@ -70,12 +83,21 @@ class Case:
     memory_share: float = 1.0
 
     def make_config(self, folder: Path) -> RemoverConfig:
-        return RemoverConfig(**{
-            "output_dir": str(folder), "resolution": 64 if self.tiny else RESOLUTION,
-            "train_batch_size": self.batch, "max_train_steps": 2 * self.steps,
-            "logging_steps": self.steps, "checkpointing_steps": 10**9,
-            "dataloader_num_workers": 0 if self.tiny else 2, "mixed_precision": "bf16",
-            "vae_precision": "bf16", "resume_from_checkpoint": "none", **self.options})
+        return RemoverConfig(
+            **{
+                "output_dir": str(folder),
+                "resolution": 64 if self.tiny else RESOLUTION,
+                "train_batch_size": self.batch,
+                "max_train_steps": 2 * self.steps,
+                "logging_steps": self.steps,
+                "checkpointing_steps": 10**9,
+                "dataloader_num_workers": 0 if self.tiny else 2,
+                "mixed_precision": "bf16",
+                "vae_precision": "bf16",
+                "resume_from_checkpoint": "none",
+                **self.options,
+            }
+        )
 
 
 def check_architecture() -> None:
@@ -106,11 +128,14 @@ def make_pipeline(small, device) -> StableDiffusionXLInpaintPipeline:
     """
     with torch.device(device), sdxl.silence_libraries():
         parts = {"unet": UNet2DConditionModel(**UNET), "vae": AutoencoderKL(**VAE)}
-        for name, cls, width in (("text_encoder", CLIPTextModel, 768),
-                                 ("text_encoder_2", CLIPTextModelWithProjection, 1280)):
+        for name, cls, width in (
+            ("text_encoder", CLIPTextModel, 768),
+            ("text_encoder_2", CLIPTextModelWithProjection, 1280),
+        ):
             config = getattr(small, name).config.to_dict()
-            parts[name] = cls(CLIPTextConfig(**config | {"hidden_size": width,
-                                                         "projection_dim": width}))
+            parts[name] = cls(
+                CLIPTextConfig(**config | {"hidden_size": width, "projection_dim": width})
+            )
         pipe = StableDiffusionXLInpaintPipeline(**small.components | parts)
     for part in parts.values():
         part.requires_grad_(False).eval()
@@ -130,15 +155,19 @@ class RandomReader:
         self.count, (height, width) = count, shape
         generator = torch.Generator().manual_seed(0)
         hole = torch.zeros(shape, dtype=torch.uint8)
-        hole[height // 4:height // 2, width // 4:width // 2] = 255
+        hole[height // 4 : height // 2, width // 4 : width // 2] = 255
         if factor:
             latents = (8, 4, height // factor, width // factor)
-            self.parts = {name: torch.randn(latents, generator=generator).to(dtype)
-                          for name in ("gt", "masked")}
+            self.parts = {
+                name: torch.randn(latents, generator=generator).to(dtype)
+                for name in ("gt", "masked")
+            }
             hole = (hole[::factor, ::factor] >= 128).to(torch.uint8)[None]
         else:
-            self.parts = {name: torch.randint(256, (8, *shape, 3), generator=generator,
-                                              dtype=torch.uint8) for name in ("gt", "source")}
+            self.parts = {
+                name: torch.randint(256, (8, *shape, 3), generator=generator, dtype=torch.uint8)
+                for name in ("gt", "source")
+            }
         self.parts["mask"] = hole.expand(8, *hole.shape)
 
     def __len__(self):
@@ -180,11 +209,15 @@ class UpstreamObjective(RandomObjective):
     @torch.no_grad()
     def encode_batch(self, batch):
         vae, mask = self.pipe.vae, (batch["mask"] >= 128).float()[:, None]
-        pictures = {"gt": sdxl.to_tensor(batch["gt"]),
-                    "masked": sdxl.mask_source(sdxl.to_tensor(batch["source"]), mask)}
+        pictures = {
+            "gt": sdxl.to_tensor(batch["gt"]),
+            "masked": sdxl.mask_source(sdxl.to_tensor(batch["source"]), mask),
+        }
         with sdxl.autocast("no", self.device):  # its autocast is the UNet's alone
-            latents = {name: sdxl.encode_images(vae, x, generator=self.generator)
-                       for name, x in pictures.items()}
+            latents = {
+                name: sdxl.encode_images(vae, x, generator=self.generator)
+                for name, x in pictures.items()
+            }
         return latents | {"mask": sdxl.shrink_mask(mask, latents["gt"])}
 
     @functools.cached_property
@@ -199,15 +232,20 @@ class UpstreamObjective(RandomObjective):
 
 def make_stock_optimizer(config, parameters, batch: int = 1) -> torch.optim.Optimizer:
     """AdamW as the authors' trainer makes it: not fused."""
-    return torch.optim.AdamW(parameters, lr=config.learning_rate,
-                             betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon,
-                             weight_decay=config.adam_weight_decay)
+    return torch.optim.AdamW(
+        parameters,
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.adam_weight_decay,
+    )
 
 
 @contextlib.contextmanager
 def replaced(case: Case):
     """Random models in the place of files; upstream's optimizer where it is its turn."""
     with contextlib.ExitStack() as stack:
+
         def replace(module, name, value):
             stack.enter_context(mock.patch.object(module, name, value))
 
@@ -242,10 +280,13 @@ def measure_case(case: Case) -> dict:
     scaler = objective.accelerator.scaler
     # each step that is skipped halves the scale, which begins at 2^16
     skipped = {} if scaler is None else {"skipped_steps": 16 - int(math.log2(scaler.get_scale()))}
-    return {"batch": case.batch, **skipped,
-            **{name: lines[-1][name] for name in ("images_per_second", "mfu") if name in lines[-1]},
-            "memory_gb": max(line["memory_gb"] for line in lines),
-            "gradient_checkpointing": objective.recomputes}
+    return {
+        "batch": case.batch,
+        **skipped,
+        **{name: lines[-1][name] for name in ("images_per_second", "mfu") if name in lines[-1]},
+        "memory_gb": max(line["memory_gb"] for line in lines),
+        "gradient_checkpointing": objective.recomputes,
+    }
 
 
 def measure_encoding(case: Case) -> dict:
@@ -277,6 +318,10 @@ def describe_gpu() -> dict:
         return {}
     card = torch.cuda.get_device_properties(0)
     peak = speed.find_peak_flops("cuda")
-    return {"name": card.name, "memory_gib": round(card.total_memory / 2**30, 1),
-            "capability": f"{card.major}.{card.minor}", "cuda": torch.version.cuda,
-            "peak_tflops": peak and peak / 1e12}
+    return {
+        "name": card.name,
+        "memory_gib": round(card.total_memory / 2**30, 1),
+        "capability": f"{card.major}.{card.minor}",
+        "cuda": torch.version.cuda,
+        "peak_tflops": peak and peak / 1e12,
+    }

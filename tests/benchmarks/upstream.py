@@ -40,8 +40,11 @@ TRAINER_SHA256 = "66fa50b89a7aa76d097f3409025a3df9845afc5a605c4f340a8749381d912e
 def fetch_upstream(folder: Path) -> Path:
     """Clone the authors' repository at the pinned commit into `folder`."""
     folder.mkdir(parents=True)
-    for command in (["init", "-q"], ["fetch", "-q", "--depth", "1", REPOSITORY, COMMIT],
-                    ["checkout", "-q", "FETCH_HEAD"]):
+    for command in (
+        ["init", "-q"],
+        ["fetch", "-q", "--depth", "1", REPOSITORY, COMMIT],
+        ["checkout", "-q", "FETCH_HEAD"],
+    ):
         subprocess.run(["git", "-C", str(folder), *command], check=True)
     return folder
 
@@ -101,9 +104,16 @@ def add_missing_modules() -> None:
         def __call__(self, x):
             return x.flip(-1) if torch.rand(1) < 0.5 else x
 
-    transforms = _add_module("torchvision.transforms", Compose=Compose, CenterCrop=Crop,
-                             RandomCrop=Crop, RandomHorizontalFlip=RandomHorizontalFlip,
-                             Lambda=lambda function: function, ToTensor=object, ToPILImage=object)
+    transforms = _add_module(
+        "torchvision.transforms",
+        Compose=Compose,
+        CenterCrop=Crop,
+        RandomCrop=Crop,
+        RandomHorizontalFlip=RandomHorizontalFlip,
+        Lambda=lambda function: function,
+        ToTensor=object,
+        ToPILImage=object,
+    )
     _add_module("torchvision", transforms=transforms)
     _add_module("einops", rearrange=None)
 
@@ -145,11 +155,15 @@ def load_trainer(folder: Path, *, factor: int, checkpointing: bool = True) -> ty
     import datasets  # noqa: F401
     import diffusers
     import transformers  # noqa: F401
+
     assert diffusers.StableDiffusionXLInpaintPipeline  # it is imported when first asked for
 
     source = read_trainer(folder)
-    source = replace_once(source, r"dataset_columns = \(.*?\)",
-                          'dataset_columns = ("input_image", "edit_prompt", "edited_image")')
+    source = replace_once(
+        source,
+        r"dataset_columns = \(.*?\)",
+        'dataset_columns = ("input_image", "edit_prompt", "edited_image")',
+    )
     source = replace_once(source, r"(latent_size = .*//) ?8", rf"\1 {factor}")
     if not checkpointing:
         source = replace_once(source, r"(if args\.gradient_checkpointing)(?=:)", r"\1 and False")
@@ -161,7 +175,8 @@ def load_trainer(folder: Path, *, factor: int, checkpointing: bool = True) -> ty
     trainer.AutoencoderKL = TinyAutoencoder
     trainer.log_validation = lambda *args, **kwargs: None
     trainer.StableDiffusionXLInpaintPipeline = types.SimpleNamespace(
-        from_pretrained=lambda *args, **kwargs: None)
+        from_pretrained=lambda *args, **kwargs: None
+    )
     return trainer
 
 
@@ -177,6 +192,7 @@ class Record:
 
 def train(trainer: types.ModuleType, record: Record) -> None:
     """The trainer as it is; a line where it logs, at the end of every optimizer step."""
+
     class Accelerator(trainer.Accelerator):
         def log(self, values, step=None, **kwargs):
             record.add(step, loss=values["train_loss"])
@@ -221,8 +237,9 @@ def main() -> None:
     parser.add_argument("--data-path", action="store_true")
     parser.add_argument("--no-checkpointing", action="store_true")
     ours, theirs = parser.parse_known_args()
-    trainer = load_trainer(ours.checkout, factor=ours.factor,
-                           checkpointing=not ours.no_checkpointing)
+    trainer = load_trainer(
+        ours.checkout, factor=ours.factor, checkpointing=not ours.no_checkpointing
+    )
     sys.argv = ["train_RORem.py", *theirs]
     if ours.data_path:
         read_data(trainer, Record(ours.times), factor=ours.factor)
