@@ -28,6 +28,7 @@ import traitlets
 
 from rorem_lib.annotator_keys import KEYS, PREFERENCE_KEYS, list_decisions, merge_keys
 from rorem_lib.annotator_pictures import encode_item
+from rorem_lib.data.triplets import Triplet
 from rorem_lib.label_log import (
     DECISIONS,
     PREFERENCES,
@@ -39,7 +40,6 @@ from rorem_lib.label_log import (
     split_stale,
 )
 from rorem_lib.labels import ADJUDICATION, QueueItem, compute_agreement, count_wanted
-from rorem_lib.triplets import Triplet
 
 logger = logging.getLogger(__name__)
 

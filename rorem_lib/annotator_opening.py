@@ -9,9 +9,9 @@ from pathlib import Path
 import ipywidgets as widgets
 
 from rorem_lib.annotator import Annotator
+from rorem_lib.data.triplets import Triplet
 from rorem_lib.label_log import LabelError, LabelLog, read_labels, split_stale
 from rorem_lib.labels import list_adjudication, order_items
-from rorem_lib.triplets import Triplet
 
 
 def open_annotator(

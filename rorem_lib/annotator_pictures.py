@@ -11,7 +11,8 @@ import numpy as np
 from PIL import ExifTags, Image
 from skimage.measure import find_contours
 
-from rorem_lib.triplets import Triplet, load_image, load_images
+from rorem_lib.data.pictures import load_image
+from rorem_lib.data.triplets import Triplet, load_images
 
 # Files up to this size go to the browser as they are.
 PLAIN_BYTES = 1_000_000

@@ -67,8 +67,8 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
 
 def run_command(options) -> int:
     """Run a parsed `rorem data` command; returns the exit code, never a traceback for bad data."""
-    from rorem_lib.pictures import TripletError
-    from rorem_lib.sources.base import SourceError
+    from rorem_lib.data.items import SourceError
+    from rorem_lib.data.pictures import TripletError
 
     run = {"check": _check, "merge": _merge, "publish": _publish}[options.data_command]
     try:
@@ -87,7 +87,7 @@ def find_sets(folder: str | Path) -> dict[str, Path]:
     Raises:
         TripletError: there is none.
     """
-    from rorem_lib.records import META, resolve_meta
+    from rorem_lib.data.triplets import META, resolve_meta
 
     folder = Path(folder)
     inner = {path.parent.name: path for path in sorted(folder.glob(f"*/{META}"))}
@@ -118,8 +118,9 @@ class _Counter:
 
 
 def _check(options) -> int:
-    from rorem_lib.pictures import TripletError
-    from rorem_lib.records import check_set, read_records
+    from rorem_lib.data.check import check_set
+    from rorem_lib.data.pictures import TripletError
+    from rorem_lib.data.triplets import read_records
 
     faults = 0
     for name, meta in find_sets(options.folder).items():
@@ -151,8 +152,9 @@ def _check(options) -> int:
 
 
 def _merge(options) -> int:
-    from rorem_lib.records import check_set, read_records
-    from rorem_lib.triplets import merge_sets
+    from rorem_lib.data.check import check_set
+    from rorem_lib.data.triplets import read_records
+    from rorem_lib.data.writer import merge_sets
 
     metas = [meta for folder in options.sets for meta in find_sets(folder).values()]
     meta = merge_sets(metas, options.folder)
@@ -164,8 +166,8 @@ def _merge(options) -> int:
 
 
 def _publish(options) -> int:
-    from rorem_lib.assembly import describe_filters
-    from rorem_lib.publishing import publish_sets, upload_dataset
+    from rorem_lib.data.assembly import describe_filters
+    from rorem_lib.data.publishing import publish_sets, upload_dataset
 
     sets = find_sets(options.folder)
     given = Path(options.folder)

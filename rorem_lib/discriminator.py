@@ -25,11 +25,11 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from rorem_lib import latent_cache, loop, options, sdxl, sharding
+from rorem_lib.data.triplets import Triplet, load_images, read_triplets
 from rorem_lib.files import read_json, write_json
 from rorem_lib.latents import CacheSpec
 from rorem_lib.lora import LORA_FILE
 from rorem_lib.order import Order
-from rorem_lib.triplets import Triplet, load_images, read_triplets
 
 HEAD_FILE = "head.safetensors"
 

@@ -330,8 +330,8 @@ def plot_candidates(
         pairs: candidates in a row.
         cell: side of a picture in pixels.
     """
-    from rorem_lib.masks import outline_mask
-    from rorem_lib.triplets import load_images
+    from rorem_lib.data.masks import outline_mask
+    from rorem_lib.data.triplets import load_images
 
     if not triplets:
         figure = Figure(figsize=(4, 0.5), facecolor="white")

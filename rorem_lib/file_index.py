@@ -19,8 +19,8 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from rorem_lib.data.pictures import TripletError
 from rorem_lib.files import hash_file, write_text
-from rorem_lib.pictures import TripletError
 from rorem_lib.workers import Progress, group_chunks, wait_for
 
 logger = logging.getLogger(__name__)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from rorem_lib.data.triplets import read_triplets, resolve_meta
+from rorem_lib.data.writer import TripletWriter
 from rorem_lib.files import read_json, replace_folder, write_json, write_text
 from rorem_lib.label_log import (
     Label,
@@ -23,7 +25,6 @@ from rorem_lib.label_log import (
     read_events,
     replay_events,
 )
-from rorem_lib.triplets import TripletWriter, read_triplets, resolve_meta
 
 WORDS = {
     "accept": {"accept", "accepted", "1", "1.0", "yes", "true", "good", "success"},

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from rorem_lib.data.pictures import load_image
+from rorem_lib.data.triplets import Triplet
 from rorem_lib.label_log import Label
-from rorem_lib.triplets import Triplet, load_image
 
 ORDERS = ("random", "uncertainty", "stratified")
 

@@ -34,11 +34,11 @@ import torch
 from safetensors.torch import save
 
 from rorem_lib.batches import read_batches
+from rorem_lib.data.pictures import TripletError, read_size
+from rorem_lib.data.triplets import Triplet
 from rorem_lib.file_index import describe_stat, hash_files
 from rorem_lib.files import write_json
 from rorem_lib.latents import DTYPES, CacheSpec, encode_pictures, prepare_pictures, vary_mask
-from rorem_lib.pictures import TripletError, read_size
-from rorem_lib.records import Triplet
 from rorem_lib.workers import Heartbeat, Progress, group_chunks, wait_for
 
 logger = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from rorem_lib import sdxl
-from rorem_lib.masks import perturb_mask
-from rorem_lib.records import Triplet, load_images
+from rorem_lib.data.masks import perturb_mask
+from rorem_lib.data.triplets import Triplet, load_images
 
 logger = logging.getLogger(__name__)
 

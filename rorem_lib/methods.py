@@ -21,11 +21,11 @@ import torch
 from diffusers import LCMScheduler
 
 from rorem_lib import sdxl
+from rorem_lib.data.pictures import save_image
+from rorem_lib.data.triplets import Triplet, load_images
 from rorem_lib.files import read_json, write_json
 from rorem_lib.lora import LORA_FILE
-from rorem_lib.pictures import save_image
 from rorem_lib.removal import inpaint_classical, remove_objects
-from rorem_lib.triplets import Triplet, load_images
 
 logger = logging.getLogger(__name__)
 

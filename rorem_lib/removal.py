@@ -21,9 +21,11 @@ from accelerate.utils import convert_outputs_to_fp32
 from PIL import Image
 from tqdm.auto import tqdm
 
-from rorem_lib import masks, options, sdxl, sharding
+from rorem_lib import options, sdxl, sharding
+from rorem_lib.data import masks
+from rorem_lib.data.triplets import load_images, read_triplets, resolve_meta
+from rorem_lib.data.writer import TripletWriter
 from rorem_lib.files import hash_file, read_json, remove_folder, write_json
-from rorem_lib.triplets import TripletWriter, load_images, read_triplets, resolve_meta
 
 logger = logging.getLogger(__name__)
 

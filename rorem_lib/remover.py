@@ -19,11 +19,11 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
 from rorem_lib import loop, lora, options, sdxl, sharding, speed, tracking
+from rorem_lib.data.triplets import read_triplets
 from rorem_lib.latent_cache import open_store
 from rorem_lib.latents import CacheSpec, encode_pictures
 from rorem_lib.order import BucketOrder, split_chunks
 from rorem_lib.samples import PictureReader, Share, TripletSamples, weigh_buckets
-from rorem_lib.triplets import read_triplets
 from rorem_lib.validation import Validation
 
 

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from rorem_lib.data.triplets import Triplet
 from rorem_lib.latent_cache import read_sizes
 from rorem_lib.latents import CacheSpec, prepare_pictures
 from rorem_lib.order import BucketOrder, assign_buckets, make_buckets
-from rorem_lib.records import Triplet
 
 
 @dataclass

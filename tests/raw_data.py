@@ -548,8 +548,8 @@ def _upstream(folder):
 @layout
 def _parquet(folder):
     """Published by this kit, and damaged afterwards."""
-    from rorem_lib.publishing import publish_sets
-    from rorem_lib.triplets import TripletWriter
+    from rorem_lib.data.publishing import publish_sets
+    from rorem_lib.data.writer import TripletWriter
 
     sets = folder.parent / f"{folder.name}.sets"
     for place, numbers in (("labelled", range(6)), ("test", range(6, 8))):

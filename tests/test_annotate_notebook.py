@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pytest
 
+from rorem_lib.data.triplets import read_triplets
+from rorem_lib.data.writer import TripletWriter
 from rorem_lib.execution import NotebookFailed, execute_notebook
 from rorem_lib.labels import LabelLog
 from rorem_lib.stage import ROOT
-from rorem_lib.triplets import TripletWriter, read_triplets
 
 
 @pytest.fixture

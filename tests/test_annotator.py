@@ -17,9 +17,10 @@ from rorem_lib.annotator import Annotator
 from rorem_lib.annotator_keys import KEYS
 from rorem_lib.annotator_opening import open_annotator
 from rorem_lib.annotator_pictures import encode_item, trace_mask
+from rorem_lib.data.triplets import load_images, read_triplets
+from rorem_lib.data.writer import TripletWriter
 from rorem_lib.label_log import LabelError
 from rorem_lib.labels import LabelLog, QueueItem, merge_votes, read_labels
-from rorem_lib.triplets import TripletWriter, load_images, read_triplets
 
 
 def write_candidates(folder, *, count=6, side=32):

@@ -14,8 +14,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from rorem_lib import archives
-from rorem_lib.archives import (
+from rorem_lib.data import archives
+from rorem_lib.data.archives import (
     ArchiveError,
     archive_stem,
     extract_archive,
@@ -184,7 +184,7 @@ def test_killed_halfway_it_starts_again(tmp_path):
     _make_tar(tmp_path / "x.tar", {f"{n:03}": DATA for n in range(200)}, mode="w")
     code = f"""
         import time
-        from rorem_lib.archives import extract_archive
+        from rorem_lib.data.archives import extract_archive
         extract_archive({str(tmp_path / "x.tar")!r}, {str(tmp_path / "out")!r},
                         progress=lambda done, total: time.sleep(.02))
     """

@@ -16,13 +16,15 @@ import psutil
 import pytest
 from PIL import Image
 
-from rorem_lib import conversion, pictures
-from rorem_lib.assembly import assemble_sets
-from rorem_lib.filters import FilterConfig
-from rorem_lib.pictures import TripletError, load_image, save_image
-from rorem_lib.sources.base import SourceError
+from rorem_lib.data import conversion, pictures
+from rorem_lib.data.assembly import assemble_sets
+from rorem_lib.data.check import check_set
+from rorem_lib.data.filters import FilterConfig
+from rorem_lib.data.items import SourceError
+from rorem_lib.data.pictures import TripletError, load_image, save_image
+from rorem_lib.data.triplets import load_images, read_triplets
+from rorem_lib.data.writer import TripletWriter
 from rorem_lib.sources.upstream import UpstreamSource
-from rorem_lib.triplets import TripletWriter, check_set, load_images, read_triplets
 
 SIZE = 96
 
@@ -337,7 +339,7 @@ def test_progress_tells_the_rest_of_the_time(tmp_path):
 def _start(raw, out):
     code = textwrap.dedent("""
         import sys
-        from rorem_lib.assembly import assemble_sets
+        from rorem_lib.data.assembly import assemble_sets
         from rorem_lib.sources.upstream import UpstreamSource
         if __name__ == "__main__":
             assemble_sets(UpstreamSource(sys.argv[1]), sys.argv[2], workers=2, test_share=0.3,

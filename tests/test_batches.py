@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from rorem_lib.batches import read_batches
-from rorem_lib.pictures import TripletError, save_image
-from rorem_lib.records import load_images, read_triplets
-from rorem_lib.triplets import TripletWriter
+from rorem_lib.data.pictures import TripletError, save_image
+from rorem_lib.data.triplets import load_images, read_triplets
+from rorem_lib.data.writer import TripletWriter
 from rorem_lib.workers import group_chunks
 
 load = partial(load_images, size=24)

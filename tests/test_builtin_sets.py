@@ -11,6 +11,10 @@ import numpy as np
 import pytest
 
 import rorem_lib
+from rorem_lib.data.check import check_set
+from rorem_lib.data.pictures import TripletError
+from rorem_lib.data.triplets import load_images, read_triplets
+from rorem_lib.data.writer import TripletWriter
 from rorem_lib.files import hash_file, read_json
 from rorem_lib.sources import builtin_sets
 from rorem_lib.sources.builtin_sets import (
@@ -20,13 +24,6 @@ from rorem_lib.sources.builtin_sets import (
     write_scene_sets,
 )
 from rorem_lib.sources.scenes import render_scene
-from rorem_lib.triplets import (
-    TripletError,
-    TripletWriter,
-    check_set,
-    load_images,
-    read_triplets,
-)
 
 SMALL = {"labelled": 12, "pool": 8, "high_resolution": 3, "test": 5}
 PACKAGE = Path(rorem_lib.__file__).parent

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rorem_lib.pictures import TripletError
+from rorem_lib.data.items import Rejected, SourceError
+from rorem_lib.data.pictures import TripletError
 from rorem_lib.sources import composites, compositing
-from rorem_lib.sources.base import Rejected, SourceError
 from rorem_lib.sources.composites import CompositesSource
 
 GREY = 150

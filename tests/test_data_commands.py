@@ -12,11 +12,13 @@ import pytest
 from hub_server import HubServer
 
 from rorem_lib import data_commands
-from rorem_lib.assembly import assemble_sets
-from rorem_lib.pictures import load_image, save_image
+from rorem_lib.data.assembly import assemble_sets
+from rorem_lib.data.check import check_set
+from rorem_lib.data.pictures import load_image, save_image
+from rorem_lib.data.triplets import read_triplets
+from rorem_lib.data.writer import TripletWriter
 from rorem_lib.sources.upstream import UpstreamSource
 from rorem_lib.stage import ROOT
-from rorem_lib.triplets import TripletWriter, check_set, read_triplets
 
 SIZE = 32
 

@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 
 from rorem_lib import discriminator as module
 from rorem_lib import sdxl
+from rorem_lib.data.triplets import load_images, read_triplets
+from rorem_lib.data.writer import TripletWriter
 from rorem_lib.discriminator import (
     Discriminator,
     DiscriminatorConfig,
@@ -18,7 +20,6 @@ from rorem_lib.discriminator import (
     score_triplets,
     train_discriminator,
 )
-from rorem_lib.triplets import TripletWriter, load_images, read_triplets
 
 
 @pytest.fixture(scope="module")

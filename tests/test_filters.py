@@ -10,13 +10,13 @@ from PIL import Image
 from skimage import data as photographs
 from sklearn.datasets import load_sample_images
 
-from rorem_lib import filters
-from rorem_lib.assembly import assemble_sets
-from rorem_lib.filters import FilterConfig, check_pictures, find_duplicates, hash_picture
-from rorem_lib.pictures import save_image
-from rorem_lib.sources.base import Picture, Pictures, Rejected
+from rorem_lib.data import filters
+from rorem_lib.data.assembly import assemble_sets
+from rorem_lib.data.filters import FilterConfig, check_pictures, find_duplicates, hash_picture
+from rorem_lib.data.items import Picture, Pictures, Rejected
+from rorem_lib.data.pictures import save_image
+from rorem_lib.data.writer import TripletWriter
 from rorem_lib.sources.upstream import UpstreamSource
-from rorem_lib.triplets import TripletWriter
 
 PHOTOS = [
     *load_sample_images().images,

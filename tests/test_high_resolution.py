@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rorem_lib.sources.base import Rejected, SourceError
+from rorem_lib.data.items import Rejected, SourceError
 from rorem_lib.sources.high_resolution import HighResolutionSource
 
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from hub_server import HubServer
 
-from rorem_lib import archives
-from rorem_lib.sources.base import SourceError
-from rorem_lib.sources.hub import open_remote, talk_to_hub
+from rorem_lib.data import archives
+from rorem_lib.data.items import SourceError
+from rorem_lib.data.remote import open_remote, talk_to_hub
 
 BIG = np.random.default_rng(1).bytes(34_000_000)  # the client resumes at multiples of 10 MiB
 
@@ -39,8 +39,8 @@ def _tar(files, mode="w:gz"):
 def _download(*calls):
     """Code that downloads again and again, and shows each commit and tree, or the error."""
     return textwrap.dedent(f"""
-        from rorem_lib.sources.base import SourceError
-        from rorem_lib.sources.hub import download_dataset
+        from rorem_lib.data.items import SourceError
+        from rorem_lib.data.remote import download_dataset
         for name, options in {calls!r}:
             try:
                 got = download_dataset(name, **options)
@@ -115,7 +115,7 @@ def test_a_pinned_revision_stays_and_a_branch_moves(hub, tmp_path):
 def test_files_are_listed_with_their_sizes_before_and_after(hub, tmp_path):
     hub.add("o/d", {"data/a.bin": b"a" * 2345, "b.txt": b"b"})
     code = """
-        from rorem_lib.sources.hub import download_dataset, list_files
+        from rorem_lib.data.remote import download_dataset, list_files
         show([[f.path, f.size] for f in list_files("o/d")])
         download_dataset("o/d")
     """
@@ -178,7 +178,7 @@ def _open(hub, home, work, *specs, **environment):
     return hub.run_client(
         home,
         f"""
-        from rorem_lib.sources.hub import open_remote
+        from rorem_lib.data.remote import open_remote
         for spec in {specs!r}:
             got = open_remote(spec, {str(work)!r})
             show([got.origin, got.commit, str(got.folder), {{
@@ -284,7 +284,7 @@ def test_what_an_earlier_process_loaded_from_drive_is_kept(hub, tmp_path):
     # named as gdown names what a kill leaves
     (tmp_path / "set.bin12345678.part").write_bytes(data[:20_000])
     code = f"""
-        from rorem_lib.sources.hub import download_drive
+        from rorem_lib.data.remote import download_drive
         download_drive("f", {str(tmp_path / "set.bin")!r})
     """
     hub.run_client(tmp_path, code)
@@ -301,8 +301,8 @@ def test_what_drive_refuses_is_answered_with_what_to_do(hub, tmp_path):
     )
     hub.drive["page"] = "</p><p>Sign in"  # a page that gdown knows nothing of
     code = f"""
-        from rorem_lib.sources.base import SourceError
-        from rorem_lib.sources.hub import download_drive
+        from rorem_lib.data.items import SourceError
+        from rorem_lib.data.remote import download_drive
         for name in ("busy", "absent", "page"):
             try:
                 download_drive(name, {str(tmp_path / "out")!r})
@@ -319,8 +319,8 @@ def test_what_drive_refuses_is_answered_with_what_to_do(hub, tmp_path):
 def test_a_drive_file_that_is_no_archive_is_named(hub, tmp_path):
     hub.drive["f"] = b"hello"
     code = f"""
-        from rorem_lib.archives import ArchiveError
-        from rorem_lib.sources.hub import open_remote
+        from rorem_lib.data.archives import ArchiveError
+        from rorem_lib.data.remote import open_remote
         try:
             open_remote("drive:f", {str(tmp_path / "work")!r})
         except ArchiveError as error:

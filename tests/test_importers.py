@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from rorem_lib.data.items import Source, SourceError
 from rorem_lib.sources import importers
-from rorem_lib.sources.base import Source, SourceError
 from rorem_lib.sources.importers import CLASSES, discover_source, open_source
 
 

@@ -9,10 +9,12 @@ import resource
 import numpy as np
 import pytest
 
-from rorem_lib import journal
-from rorem_lib.journal import Journal, JournalIndex, write_lines, write_list
-from rorem_lib.pictures import load_image, save_image
-from rorem_lib.triplets import TripletWriter, check_set, read_triplets, write_files
+from rorem_lib.data import journal
+from rorem_lib.data.check import check_set
+from rorem_lib.data.journal import Journal, JournalIndex, write_lines, write_list
+from rorem_lib.data.pictures import load_image, save_image
+from rorem_lib.data.triplets import read_triplets
+from rorem_lib.data.writer import TripletWriter, write_files
 
 
 def _write(path, *records):

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 from rorem_lib import figures, label_log
+from rorem_lib.data.triplets import load_images, read_triplets
+from rorem_lib.data.writer import TripletWriter
 from rorem_lib.labels import (
     ADJUDICATION,
     POLICIES,
@@ -37,7 +39,6 @@ from rorem_lib.labels import (
     stratify_items,
     write_scored_set,
 )
-from rorem_lib.triplets import TripletWriter, load_images, read_triplets
 
 
 def vote(item_id, answer, annotator="anna", **values):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from rorem_lib.masks import (
+from rorem_lib.data.masks import (
     binarise_mask,
     dilate_mask,
     draw_box_mask,

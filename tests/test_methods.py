@@ -9,10 +9,10 @@ from diffusers import AutoencoderTiny
 from peft import LoraConfig
 
 from rorem_lib import methods as methods_module
+from rorem_lib.data.pictures import load_image, save_image
+from rorem_lib.data.triplets import Triplet, read_triplets
 from rorem_lib.methods import Method, make_methods, run_method
-from rorem_lib.pictures import load_image, save_image
 from rorem_lib.pretrain import VAE, build_pipeline
-from rorem_lib.triplets import Triplet, read_triplets
 
 
 @pytest.fixture(scope="module")

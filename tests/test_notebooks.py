@@ -16,7 +16,7 @@ from rorem_lib.stage import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MIRRORS = {
-    "01_assemble_dataset": ("filters", "FilterConfig"),
+    "01_assemble_dataset": ("data.filters", "FilterConfig"),
     "02_train_remover": ("remover", "RemoverConfig"),
     "03_generate_removals": ("removal", "GenerateConfig"),
     "05_train_discriminator": ("discriminator", "DiscriminatorConfig"),

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rorem_lib.pictures import TripletError
-from rorem_lib.sources.base import Rejected, SourceError
+from rorem_lib.data.items import Rejected, SourceError
+from rorem_lib.data.pictures import TripletError
 from rorem_lib.sources.open_images import BODY_PARTS, CLOTHES, OpenImagesSource
 
 HEADER = "MaskPath,ImageID,LabelName,BoxID,BoxXMin,BoxXMax,BoxYMin,BoxYMax,PredictedIoU,Clicks"

@@ -485,7 +485,10 @@ def test_built_in_sets_count_only_where_they_are_used(folder, tmp_path, monkeypa
     """In the real library: reading a set on disk doesn't depend on the code that renders scenes."""
     write_notebook(
         tmp_path / "plain.ipynb",
-        ['output_dir: str = "x"\ndata: str = ""', "from rorem_lib.triplets import read_triplets"],
+        [
+            'output_dir: str = "x"\ndata: str = ""',
+            "from rorem_lib.data.triplets import read_triplets",
+        ],
     )
 
     def find_modules(data):

@@ -13,14 +13,14 @@ import yaml
 from hub_server import HubServer
 from PIL import Image
 
-from rorem_lib import publishing
-from rorem_lib.assembly import assemble_sets
-from rorem_lib.pictures import TripletError, load_image
-from rorem_lib.publishing import publish_sets, upload_dataset
-from rorem_lib.records import load_images, read_triplets
-from rorem_lib.sources.base import Rejected, SourceError
+from rorem_lib.data import publishing
+from rorem_lib.data.assembly import assemble_sets
+from rorem_lib.data.items import Rejected, SourceError
+from rorem_lib.data.pictures import TripletError, load_image
+from rorem_lib.data.publishing import publish_sets, upload_dataset
+from rorem_lib.data.triplets import load_images, read_triplets
+from rorem_lib.data.writer import TripletWriter
 from rorem_lib.sources.parquet_sets import ParquetSetSource
-from rorem_lib.triplets import TripletWriter
 
 SIZE = 48
 
@@ -422,8 +422,8 @@ def test_damaged_shards_and_cells_are_named(published, tmp_path):
 
 
 UPLOAD = """
-    from rorem_lib.publishing import upload_dataset
-    from rorem_lib.sources.base import SourceError
+    from rorem_lib.data.publishing import upload_dataset
+    from rorem_lib.data.items import SourceError
     try:
         show(upload_dataset({0!r}, "me/removals"))
     except SourceError as error:
@@ -516,7 +516,7 @@ def test_uploads_go_to_a_branch_that_is_made(hub, published, tmp_path):
     hub.run_client(
         tmp_path,
         f"""
-        from rorem_lib.publishing import upload_dataset
+        from rorem_lib.data.publishing import upload_dataset
         upload_dataset({str(published)!r}, "me/removals", revision="v2", private=False)
     """,
     )

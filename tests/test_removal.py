@@ -13,8 +13,9 @@ import torch
 import yaml
 
 from rorem_lib import removal, sdxl
+from rorem_lib.data.triplets import load_images, read_triplets
+from rorem_lib.data.writer import TripletWriter
 from rorem_lib.removal import GenerateConfig, generate_candidates, remove_objects
-from rorem_lib.triplets import TripletWriter, load_images, read_triplets
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = {"num_inference_steps": 2, "mixed_precision": "no"}

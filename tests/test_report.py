@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from rorem_lib import report
+from rorem_lib.data.pictures import save_image
 from rorem_lib.files import read_json, write_json, write_text
-from rorem_lib.pictures import save_image
 
 STAGES = [  # name, notebook, row, parameters, metrics
     ("assemble", "01_assemble_dataset", "", {}, {"n": 900}),

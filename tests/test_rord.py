@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rorem_lib.pictures import TripletError
-from rorem_lib.sources.base import Rejected, SourceError
+from rorem_lib.data.items import Rejected, SourceError
+from rorem_lib.data.pictures import TripletError
 from rorem_lib.sources.rord import RordSource
 
 WIDTH, HEIGHT = 96, 54

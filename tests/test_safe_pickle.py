@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rorem_lib.pictures import TripletError
+from rorem_lib.data.pictures import TripletError
 from rorem_lib.sources.safe_pickle import load_compressed_pickle
 
 LIMIT = 1_000_000
@@ -174,7 +174,7 @@ def test_an_attack_after_good_arrays_is_refused_too(tmp_path):
         (Image.new("RGBA", (2, 2)), "has a picture of mode 'RGBA'"),
         (complex(1, 2), "asks for builtins.complex"),
         (np.ma.masked_array([1]), "asks for numpy.ma._mareconstruct|asks for numpy.ma"),
-        (TripletError("x"), "asks for rorem_lib.pictures.TripletError"),
+        (TripletError("x"), "asks for rorem_lib.data.pictures.TripletError"),
     ],
 )
 def test_other_values_are_refused_by_their_name(tmp_path, value, words):

@@ -7,8 +7,8 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from rorem_lib.assembly import assemble_sets
-from rorem_lib.pictures import save_image
+from rorem_lib.data.assembly import assemble_sets
+from rorem_lib.data.pictures import save_image
 from rorem_lib.safety import SafetyChecker
 from rorem_lib.sdxl import silence_libraries
 from rorem_lib.sources.upstream import UpstreamSource

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from rorem_lib import set_figures
-from rorem_lib.set_summary import summarise_set, tabulate_classes, tabulate_origins
-from rorem_lib.sources.base import Picture, Pictures
-from rorem_lib.triplets import TripletError, TripletWriter, read_triplets
+from rorem_lib.data import figures
+from rorem_lib.data.items import Picture, Pictures
+from rorem_lib.data.pictures import TripletError
+from rorem_lib.data.summary import summarise_set, tabulate_classes, tabulate_origins
+from rorem_lib.data.triplets import read_triplets
+from rorem_lib.data.writer import TripletWriter
 
 
 def _write(folder, count, gt=True, height=30, width=40):
@@ -113,7 +115,7 @@ def _pixels(figure):
 def test_sheets_show_every_triplet_with_its_outline(tmp_path, count, gt):
     _write(tmp_path, count, gt, height=300, width=400)  # outlines must survive the shrinking
     triplets = read_triplets(tmp_path, require_gt=False)
-    pixels = _pixels(set_figures.plot_sheet(triplets, title="some"))
+    pixels = _pixels(figures.plot_sheet(triplets, title="some"))
     pink = (np.abs(pixels.astype(int) - (230, 30, 130)).max(axis=2) < 60).sum()
     assert pink > 6 * count
     assert pixels.shape[1] < 1400
@@ -129,17 +131,17 @@ def test_figures_of_a_source_its_rejections_and_changes():
         ),
         "pool": Pictures(Picture(source), Picture(mask[:30]), None, None),
     }
-    assert _pixels(set_figures.plot_items(items)).std() > 20
-    axis = set_figures.plot_rejections({"misaligned": 3}, kept=9).axes[0]
+    assert _pixels(figures.plot_items(items)).std() > 20
+    axis = figures.plot_rejections({"misaligned": 3}, kept=9).axes[0]
     assert [bar.get_width() for bar in axis.patches] == [9, 3]
     assert [text.get_text() for text in axis.texts] == ["9  (75.0%)", "3  (25.0%)"]
-    axes = set_figures.plot_changes([30, 40], [0, 2], min_change=2, max_change_outside=12).axes
+    axes = figures.plot_changes([30, 40], [0, 2], min_change=2, max_change_outside=12).axes
     assert [axis.lines[0].get_xdata()[0] for axis in axes] == [2, 12]
     assert sum(bar.get_height() for bar in axes[1].patches) == 2
 
 
 def test_mask_areas_have_a_panel_a_set_on_one_scale():
-    figure = set_figures.plot_mask_areas({"labelled": [0.1, 0.1, 0.3], "test": [0.5, 0.2]}, bins=10)
+    figure = figures.plot_mask_areas({"labelled": [0.1, 0.1, 0.3], "test": [0.5, 0.2]}, bins=10)
     first, second = figure.axes
     assert [axis.get_title() for axis in figure.axes] == [
         "labelled: 3, median 10.0%",
@@ -151,4 +153,4 @@ def test_mask_areas_have_a_panel_a_set_on_one_scale():
     ends = [axis.patches[-1].get_x() + axis.patches[-1].get_width() for axis in figure.axes]
     assert ends == pytest.approx([0.51, 0.51])
     with pytest.raises(ValueError, match="no masks"):
-        set_figures.plot_mask_areas({})
+        figures.plot_mask_areas({})

@@ -9,19 +9,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rorem_lib.pictures import decode_image, fit_triplet, read_size
-from rorem_lib.triplets import (
+from rorem_lib.data.check import check_set
+from rorem_lib.data.pictures import (
     TripletError,
-    TripletWriter,
-    check_set,
+    decode_image,
+    fit_triplet,
     load_image,
-    load_images,
-    merge_sets,
-    read_triplets,
-    resolve_meta,
+    read_size,
     save_image,
-    split_by_group,
 )
+from rorem_lib.data.triplets import load_images, read_triplets, resolve_meta
+from rorem_lib.data.writer import TripletWriter, merge_sets, split_by_group
 
 
 def _picture(seed=0, size=24):
@@ -570,7 +568,7 @@ def test_a_killed_writer_loses_the_item_in_work_at_most(tmp_path):
     code = textwrap.dedent("""
         import itertools, sys
         import numpy as np
-        from rorem_lib.triplets import TripletWriter
+        from rorem_lib.data.writer import TripletWriter
         mask = np.zeros((24, 24), np.uint8)
         mask[4:9] = 255
         with TripletWriter(sys.argv[1]) as writer:

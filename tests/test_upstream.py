@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rorem_lib.pictures import TripletError
-from rorem_lib.sources.base import Rejected, SourceError
+from rorem_lib.data.items import Rejected, SourceError
+from rorem_lib.data.pictures import TripletError
+from rorem_lib.data.writer import TripletWriter
 from rorem_lib.sources.upstream import UpstreamSource
-from rorem_lib.triplets import TripletWriter
 
 
 def _picture(seed):

@@ -27,10 +27,11 @@ from pathlib import Path
 
 import numpy as np
 
+from rorem_lib.data.pictures import TripletError, link_file, load_image, save_image
+from rorem_lib.data.triplets import read_triplets
+from rorem_lib.data.writer import TripletWriter
 from rorem_lib.files import hash_file, read_json, remove_folder, write_json
-from rorem_lib.pictures import TripletError, link_file, load_image, save_image
 from rorem_lib.sources import scenes
-from rorem_lib.triplets import TripletWriter, read_triplets
 from rorem_lib.workers import map_processes
 
 logger = logging.getLogger(__name__)

@@ -18,9 +18,9 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
-from rorem_lib.masks import dilate_mask
-from rorem_lib.pictures import TripletError, load_image
-from rorem_lib.sources.base import Item, Picture, Pictures, Rejected, Source, SourceError
+from rorem_lib.data.items import Item, Picture, Pictures, Rejected, Source, SourceError
+from rorem_lib.data.masks import dilate_mask
+from rorem_lib.data.pictures import TripletError, load_image
 from rorem_lib.sources.compositing import (
     FAINTEST,
     clean_rim,

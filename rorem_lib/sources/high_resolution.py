@@ -24,8 +24,7 @@ from typing import ClassVar, NamedTuple
 import cv2
 import numpy as np
 
-from rorem_lib.masks import binarise_mask, resize_mask
-from rorem_lib.sources.base import (
+from rorem_lib.data.items import (
     Item,
     Picture,
     Pictures,
@@ -36,6 +35,7 @@ from rorem_lib.sources.base import (
     make_id,
     open_picture,
 )
+from rorem_lib.data.masks import binarise_mask, resize_mask
 
 _DATASETS = {"DIV2K_train_HR": "DIV2K", "DIV2K_valid_HR": "DIV2K", "Flickr2K_HR": "Flickr2K"}
 _LICENSES = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from rorem_lib.sources.base import Source, SourceError, list_folders
+from rorem_lib.data.items import Source, SourceError, list_folders
 from rorem_lib.sources.composites import CompositesSource
 from rorem_lib.sources.high_resolution import HighResolutionSource
 from rorem_lib.sources.mulan import MulanSource

@@ -32,9 +32,9 @@ from typing import ClassVar
 import numpy as np
 import pandas as pd
 
-from rorem_lib.masks import dilate_mask
-from rorem_lib.pictures import TripletError, load_image
-from rorem_lib.sources.base import Item, Picture, Pictures, Rejected, Source, SourceError, make_id
+from rorem_lib.data.items import Item, Picture, Pictures, Rejected, Source, SourceError, make_id
+from rorem_lib.data.masks import dilate_mask
+from rorem_lib.data.pictures import TripletError, load_image
 from rorem_lib.sources.mulan_layers import (
     CAPTIONS,
     Layer,

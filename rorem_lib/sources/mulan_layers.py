@@ -13,8 +13,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from rorem_lib.pictures import TripletError, load_image
-from rorem_lib.records import describe_size
+from rorem_lib.data.pictures import TripletError, load_image
+from rorem_lib.data.triplets import describe_size
 from rorem_lib.sources.safe_pickle import load_compressed_pickle
 
 CAPTIONS = ("blip2", "llava")  # the models whose captions count

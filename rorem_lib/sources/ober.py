@@ -20,8 +20,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rorem_lib.pictures import AGAIN, TripletError, decode_image
-from rorem_lib.sources.base import (
+from rorem_lib.data.items import (
     Item,
     Picture,
     Pictures,
@@ -34,6 +33,7 @@ from rorem_lib.sources.base import (
     open_picture,
     read_split,
 )
+from rorem_lib.data.pictures import AGAIN, TripletError, decode_image
 from rorem_lib.sources.peers import (
     MASKS,
     SUFFIXES,

@@ -24,9 +24,7 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from rorem_lib.masks import dilate_mask, resize_mask
-from rorem_lib.pictures import AGAIN
-from rorem_lib.sources.base import (
+from rorem_lib.data.items import (
     Item,
     Picture,
     Pictures,
@@ -37,6 +35,8 @@ from rorem_lib.sources.base import (
     make_id,
     open_picture,
 )
+from rorem_lib.data.masks import dilate_mask, resize_mask
+from rorem_lib.data.pictures import AGAIN
 
 # Both are read off the hierarchy of the 600 classes with boxes (the 350 with masks are among them).
 # What is below Clothing, but for bags and umbrellas: these are things of their own.

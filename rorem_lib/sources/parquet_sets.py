@@ -1,4 +1,4 @@
-"""Reads sets published as Parquet shards (`rorem_lib.publishing`, or any with the same columns)."""
+"""Reads sets published as Parquet shards, by `data.publishing` or with the same columns."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rorem_lib.files import hash_file
-from rorem_lib.pictures import AGAIN, TripletError
-from rorem_lib.sources.base import (
+from rorem_lib.data.items import (
     Item,
     Picture,
     Pictures,
@@ -27,6 +25,8 @@ from rorem_lib.sources.base import (
     make_id,
     open_picture,
 )
+from rorem_lib.data.pictures import AGAIN, TripletError
+from rorem_lib.files import hash_file
 
 _NEEDED = {"source", "mask"}
 

@@ -22,8 +22,7 @@ from typing import ClassVar
 
 import ijson
 
-from rorem_lib.pictures import AGAIN
-from rorem_lib.sources.base import (
+from rorem_lib.data.items import (
     UNKNOWN_LICENSE,
     Item,
     Pictures,
@@ -36,6 +35,7 @@ from rorem_lib.sources.base import (
     open_picture,
     read_split,
 )
+from rorem_lib.data.pictures import AGAIN
 
 MASKS = {"object": "object", "effect": "with_effect"}  # option: what records call that kind
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")

@@ -32,9 +32,7 @@ from typing import ClassVar, NamedTuple
 import cv2
 import numpy as np
 
-from rorem_lib.masks import dilate_mask
-from rorem_lib.pictures import AGAIN, TripletError
-from rorem_lib.sources.base import (
+from rorem_lib.data.items import (
     Item,
     Picture,
     Pictures,
@@ -45,6 +43,8 @@ from rorem_lib.sources.base import (
     make_id,
     open_picture,
 )
+from rorem_lib.data.masks import dilate_mask
+from rorem_lib.data.pictures import AGAIN, TripletError
 
 _SPLITS = {"train": "train", "val": "test", "test": "test"}
 _ENDINGS = (".jpg", ".jpeg", ".png")

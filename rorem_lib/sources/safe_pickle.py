@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from rorem_lib.pictures import AGAIN, TripletError
+from rorem_lib.data.pictures import AGAIN, TripletError
 
 _NUMBERS = re.compile(r"[<>|=]?(\?|b1|[iu][1248]|f[248]|U\d{1,6})")
 _MEMO_SLOTS = 1_000_000  # a pickle numbers what it refers to again; the number sizes a table

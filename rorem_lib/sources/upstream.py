@@ -15,9 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rorem_lib.pictures import TripletError
-from rorem_lib.records import META, _Locator, _parse_record, read_records
-from rorem_lib.sources.base import (
+from rorem_lib.data.items import (
     UNKNOWN_LICENSE,
     Item,
     Pictures,
@@ -30,6 +28,8 @@ from rorem_lib.sources.base import (
     open_picture,
     read_split,
 )
+from rorem_lib.data.pictures import TripletError
+from rorem_lib.data.triplets import META, Locator, parse_record, read_records
 
 _DEPTH = 2  # levels of sub folders that are searched
 _MEASURED = {"width", "height", "gt"}  # of the picture as it was; `gt` names another part here
@@ -123,7 +123,7 @@ class UpstreamSource(Source):
                 "or generate removals and accept them",
             )
         try:
-            triplet = _parse_record(
+            triplet = parse_record(
                 record,
                 number,
                 _locator(meta, self.allow_absolute, self.allow_outside),
@@ -152,9 +152,9 @@ class UpstreamSource(Source):
 
 
 @functools.lru_cache(maxsize=16)
-def _locator(meta: str, allow_absolute: bool, allow_outside: bool) -> _Locator:
+def _locator(meta: str, allow_absolute: bool, allow_outside: bool) -> Locator:
     # a look at each file is cheap where it is opened next; listings of 200,000 names are not
-    return _Locator(Path(meta), allow_absolute, allow_outside, look=False)
+    return Locator(Path(meta), allow_absolute, allow_outside, look=False)
 
 
 def _find_metas(folder: Path, depth: int) -> Iterator[Path]:

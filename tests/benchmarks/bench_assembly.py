@@ -22,10 +22,11 @@ from PIL import Image
 from skimage import data
 from sklearn.datasets import load_sample_images
 
-from rorem_lib.assembly import assemble_sets
-from rorem_lib.filters import FilterConfig
+from rorem_lib.data.assembly import assemble_sets
+from rorem_lib.data.filters import FilterConfig
+from rorem_lib.data.triplets import read_triplets
+from rorem_lib.data.writer import TripletWriter
 from rorem_lib.sources.upstream import UpstreamSource
-from rorem_lib.triplets import TripletWriter, read_triplets
 
 WIDTH, HEIGHT = 512, 384  # px, what fits into all photographs at hand
 REPEATS = 3

@@ -20,7 +20,7 @@ from measuring import run_watched, save_result
 WORKERS = 2
 ASSEMBLE = """
 import sys
-from rorem_lib.assembly import assemble_sets
+from rorem_lib.data.assembly import assemble_sets
 from rorem_lib.sources.upstream import UpstreamSource
 if __name__ == "__main__":
     result = assemble_sets(UpstreamSource(sys.argv[1]), sys.argv[2], workers=int(sys.argv[3]))
@@ -28,7 +28,7 @@ if __name__ == "__main__":
 """
 CHECK = """
 import sys
-from rorem_lib.triplets import check_set
+from rorem_lib.data.writer import check_set
 if __name__ == "__main__":
     assert check_set(sys.argv[2] + "/labelled", workers=int(sys.argv[3])) == []
 """

@@ -76,7 +76,7 @@ def make_candidates(run: Path, work: Path) -> None:
 
 def read_set(work: Path, name: str):
     """Triplets by id, and what the simulated annotator said: id -> accepted."""
-    from rorem_lib.triplets import read_triplets
+    from rorem_lib.data.triplets import read_triplets
 
     decisions = merge_votes(read_labels(work / name / "labels"))
     triplets = {t.id: t for t in read_triplets(work / name / "candidates")}
@@ -85,8 +85,8 @@ def read_set(work: Path, name: str):
 
 def train(folder: Path, triplets, answers: dict, ids: list[str], seed: int):
     """A discriminator trained on these labels alone."""
+    from rorem_lib.data.writer import TripletWriter
     from rorem_lib.discriminator import Discriminator, DiscriminatorConfig, train_discriminator
-    from rorem_lib.triplets import TripletWriter
 
     recipe = yaml.safe_load((ROOT / "notebooks/recipes/demo.yaml").read_text())
     given = {

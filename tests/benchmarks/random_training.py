@@ -22,8 +22,8 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from rorem_lib import loop, sdxl, sharding, speed
+from rorem_lib.data.triplets import Triplet
 from rorem_lib.latents import DTYPES, encode_pictures
-from rorem_lib.records import Triplet
 from rorem_lib.remover import RemoverConfig, RemoverObjective
 from rorem_lib.samples import Share
 

@@ -1,4 +1,4 @@
-"""Triplet sets on the disk: read, check, write, merge, split by group (RORem, sec. 3.1).
+"""Write, merge and split triplet sets (RORem, sec. 3.1).
 
 A set is a folder with `source/`, `mask/`, `GT/` and `meta.json`, a JSON list of records whose paths
 are relative to the folder. White in a mask (at least 128) is what is to be removed. The files that
@@ -17,27 +17,17 @@ from pathlib import Path
 
 import numpy as np
 
-from rorem_lib.journal import Journal, JournalIndex, read_lines, write_lines, write_list
-from rorem_lib.pictures import TripletError, link_file, load_image, save_image
-from rorem_lib.records import (
+from rorem_lib.data.journal import Journal, JournalIndex, read_lines, write_lines, write_list
+from rorem_lib.data.pictures import TripletError, link_file, save_image
+from rorem_lib.data.triplets import (
     META,
-    Problem,
     Triplet,
     check_mask,
-    check_set,
     describe_size,
     iter_triplets,
-    load_images,
     read_records,
-    read_triplets,
     resolve_meta,
 )
-
-__all__ = [
-    "Problem", "Triplet", "TripletError", "TripletWriter", "check_set", "iter_triplets",
-    "load_image", "load_images", "merge_sets", "read_triplets", "resolve_meta", "save_image",
-    "split_by_group", "write_files",
-]  # fmt: skip
 
 FOLDERS = {"source": "source", "mask": "mask", "gt": "GT"}
 

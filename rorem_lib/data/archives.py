@@ -20,8 +20,8 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+from rorem_lib.data.pictures import AGAIN
 from rorem_lib.files import read_json, write_json
-from rorem_lib.pictures import AGAIN
 
 MARKER = ".extracted.json"  # in the folder: which archive it was unpacked from
 _NAME = re.compile(

@@ -21,9 +21,9 @@ import imagehash
 import numpy as np
 from PIL import Image
 
-from rorem_lib.pictures import load_image
-from rorem_lib.records import describe_size
-from rorem_lib.sources.base import Pictures, Rejected
+from rorem_lib.data.items import Pictures, Rejected
+from rorem_lib.data.pictures import load_image
+from rorem_lib.data.triplets import describe_size
 
 _SMALL = 256  # px: side of the pictures on which a shift is measured
 _EDGE = 40.0  # strength of an edge (Sobel, grey levels) that noise and JPEG seldom reach

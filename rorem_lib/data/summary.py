@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from rorem_lib.pictures import load_image
-from rorem_lib.records import Triplet, iter_triplets
+from rorem_lib.data.pictures import load_image
+from rorem_lib.data.triplets import Triplet, iter_triplets
 
 CLASS_KEYS = ("class", "classes", "kind")  # whatever an importer calls what was removed
 

@@ -1,7 +1,4 @@
-"""The records of triplet sets: find, read and check them, open their pictures.
-
-`rorem_lib.triplets` is the module to import from; here is the half of it that only reads.
-"""
+"""The records of triplet sets: find and read them, open their pictures."""
 
 from __future__ import annotations
 
@@ -9,18 +6,16 @@ import codecs
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import ijson
 import numpy as np
 
-from rorem_lib.pictures import AGAIN, TripletError, fit_triplet, load_image
-from rorem_lib.workers import map_processes
+from rorem_lib.data.pictures import AGAIN, TripletError, fit_triplet, load_image
 
 META = "meta.json"
-_CHUNK = 32  # triplets that a process checks at a time
 _OWN_KEYS = {"id", "source", "mask", "GT", "group"}
 
 
@@ -43,14 +38,6 @@ class Triplet:
     gt: Path | None
     group: str
     extra: dict = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What `check_set` found wrong with one file."""
-
-    file: Path
-    reason: str
 
 
 # ------------------------------------------------------------------------------- reading records
@@ -120,7 +107,7 @@ def _describe_fault(meta: Path, error: Exception) -> TripletError:
     return TripletError(f"{meta} is neither JSON nor JSON lines ({where}): {AGAIN}")
 
 
-class _Locator:
+class Locator:
     """Turns a record's paths into files; refuses what a set must not reach."""
 
     def __init__(self, meta: Path, allow_absolute: bool, allow_outside: bool, look: bool = True):
@@ -166,7 +153,7 @@ def _list_folder(folder: str) -> list[str]:
         return []
 
 
-def _parse_record(record, number: int, locator: _Locator, require_gt: bool | None) -> Triplet:
+def parse_record(record, number: int, locator: Locator, require_gt: bool | None) -> Triplet:
     where = f"{locator.meta}, record {number}"
     if not isinstance(record, dict):
         raise TripletError(f"{where} is no object: expected source, mask and GT, got {record!r}")
@@ -249,14 +236,14 @@ def iter_triplets(
         meta_paths = [meta_paths]
     for path in meta_paths:
         meta = resolve_meta(path)
-        locator = _Locator(meta, allow_absolute, allow_outside, look)
+        locator = Locator(meta, allow_absolute, allow_outside, look)
         seen: set[int] = set()
         for number, record in enumerate(read_records(meta), 1):
-            triplet = _parse_record(record, number, locator, require_gt)
-            yield _name_once(triplet, record, number, seen, meta)
+            triplet = parse_record(record, number, locator, require_gt)
+            yield make_unique(triplet, record, number, seen, meta)
 
 
-def _name_once(triplet: Triplet, record: dict, number: int, seen: set[int], meta: Path) -> Triplet:
+def make_unique(triplet: Triplet, record: dict, number: int, seen: set[int], meta: Path) -> Triplet:
     """Refuse an id given twice; number the ids made from equal file names (a/0.png, b/0.png).
 
     `seen` holds hashes: of 200,000 names they take a third of the names' memory.
@@ -342,72 +329,3 @@ def check_mask(mask: np.ndarray, path: Path | str) -> None:
             "again, or remove the record",
             file=file,
         )
-
-
-def check_set(
-    meta: str | Path,
-    *,
-    allow_absolute: bool = False,
-    allow_outside: bool = False,
-    workers: int = 1,
-    progress: Callable[[int], None] | None = None,
-) -> list[Problem]:
-    """Open every picture of a set and name each fault; an empty list is a sound set.
-
-    A set has a GT in every record or in none.
-
-    Args:
-        workers: processes that decode.
-        progress: called with the number of records checked so far.
-
-    Raises:
-        TripletError: the set itself is missing or its meta file is no JSON.
-    """
-    meta = resolve_meta(meta)
-    with_gt = any(
-        isinstance(r, dict) and (r.get("GT") or r.get("inpaint")) for r in read_records(meta)
-    )
-    locator = _Locator(meta, allow_absolute, allow_outside, look=False)
-    found: dict[int, Problem] = {}
-
-    def list_chunks():
-        seen: set[int] = set()
-        chunk: list[tuple[int, Triplet]] = []
-        for number, record in enumerate(read_records(meta), 1):
-            try:
-                triplet = _parse_record(record, number, locator, with_gt)
-                chunk.append((number, _name_once(triplet, record, number, seen, meta)))
-            except TripletError as error:
-                found[number] = Problem(error.file or meta, str(error))
-            if len(chunk) == _CHUNK:
-                yield chunk
-                chunk = []
-        yield chunk
-
-    checked = 0
-    for count, problems in map_processes(_check_chunk, list_chunks(), workers=workers):
-        checked += count
-        found |= problems
-        if progress:
-            progress(checked)
-    return [found[number] for number in sorted(found)]
-
-
-def _check_chunk(chunk: list[tuple[int, Triplet]]) -> tuple[int, dict[int, Problem]]:
-    problems = {}
-    for number, triplet in chunk:
-        gone = [
-            path
-            for path in (triplet.source, triplet.mask, triplet.gt)
-            if path and not path.exists()
-        ]
-        try:
-            if gone:
-                raise TripletError(
-                    f"{gone[0]} is missing (record {number}): restore it or remove its record",
-                    file=gone[0],
-                )
-            load_images(triplet)
-        except TripletError as error:
-            problems[number] = Problem(error.file or triplet.source, str(error))
-    return len(chunk), problems

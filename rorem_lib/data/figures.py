@@ -13,10 +13,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from rorem_lib.data.items import Pictures
+from rorem_lib.data.masks import outline_mask
+from rorem_lib.data.triplets import Triplet, load_images
 from rorem_lib.figures import BLUE, ORANGE, SKY, VERMILION, make_axes, plot_grid
-from rorem_lib.masks import outline_mask
-from rorem_lib.records import Triplet, load_images
-from rorem_lib.sources.base import Pictures
 
 
 def plot_sheet(triplets: Sequence[Triplet], *, title: str = "", columns: int = 8) -> Figure:

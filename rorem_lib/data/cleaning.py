@@ -8,12 +8,12 @@ from array import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from rorem_lib import filters
-from rorem_lib.journal import Journal, JournalIndex
-from rorem_lib.pictures import load_image
-from rorem_lib.records import iter_triplets
+from rorem_lib.data import filters
+from rorem_lib.data.journal import Journal, JournalIndex
+from rorem_lib.data.pictures import load_image
+from rorem_lib.data.triplets import iter_triplets
+from rorem_lib.data.writer import TripletWriter
 from rorem_lib.safety import SafetyChecker
-from rorem_lib.triplets import TripletWriter
 
 
 def find_unsafe(

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from rorem_lib.masks import binarise_mask
+from rorem_lib.data.masks import binarise_mask
 
 AGAIN = "delete it or download it again"
 

@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rorem_lib.archives import MARKER, archive_stem, extract_archive, find_archives
-from rorem_lib.sources.base import SourceError
+from rorem_lib.data.archives import MARKER, archive_stem, extract_archive, find_archives
+from rorem_lib.data.items import SourceError
 
 logger = logging.getLogger(__name__)
 

@@ -22,19 +22,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rorem_lib.dataset_card import make_card
-from rorem_lib.files import read_json, write_json, write_text
-from rorem_lib.pictures import TripletError
-from rorem_lib.records import (
+from rorem_lib.data.card import make_card
+from rorem_lib.data.items import SourceError
+from rorem_lib.data.pictures import TripletError
+from rorem_lib.data.remote import talk_to_hub
+from rorem_lib.data.summary import CLASS_KEYS
+from rorem_lib.data.triplets import (
     Triplet,
     describe_size,
     iter_triplets,
     load_images,
     resolve_meta,
 )
-from rorem_lib.set_summary import CLASS_KEYS
-from rorem_lib.sources.base import SourceError
-from rorem_lib.sources.hub import talk_to_hub
+from rorem_lib.files import read_json, write_json, write_text
 
 logger = logging.getLogger(__name__)
 

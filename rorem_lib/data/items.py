@@ -1,4 +1,4 @@
-"""What an importer gives to `rorem_lib.assembly`: items that are cheap to list, then pictures.
+"""What an importer gives to `rorem_lib.data.assembly`: items that are cheap to list, then pictures.
 
 An importer is a frozen dataclass whose fields are its options. `list_items` names every triplet to
 be, in a fixed order and without opening a picture; `load_item` opens one, in a worker process. What
@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from rorem_lib.pictures import decode_image
+from rorem_lib.data.pictures import decode_image
 
 UNKNOWN_LICENSE = "unknown: see the dataset's page"
 

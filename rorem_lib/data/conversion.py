@@ -13,12 +13,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from rorem_lib.data.filters import FilterConfig, check_pictures
+from rorem_lib.data.items import Item, Picture, Pictures, Rejected, Source, SourceError
+from rorem_lib.data.masks import binarise_mask
+from rorem_lib.data.pictures import TripletError
+from rorem_lib.data.writer import write_files
 from rorem_lib.files import hash_file
-from rorem_lib.filters import FilterConfig, check_pictures
-from rorem_lib.masks import binarise_mask
-from rorem_lib.pictures import TripletError
-from rorem_lib.sources.base import Item, Picture, Pictures, Rejected, Source, SourceError
-from rorem_lib.triplets import write_files
 
 logger = logging.getLogger(__name__)
 

@@ -27,16 +27,16 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rorem_lib import cleaning
-from rorem_lib.conversion import Job, convert_chunk, wait_for_space
+from rorem_lib.data import cleaning
+from rorem_lib.data.conversion import Job, convert_chunk, wait_for_space
+from rorem_lib.data.filters import FilterConfig
+from rorem_lib.data.items import Item, Pictures, Rejected, Source, SourceError
+from rorem_lib.data.journal import Journal, JournalIndex, write_lines
+from rorem_lib.data.pictures import TripletError
+from rorem_lib.data.triplets import META, read_records
+from rorem_lib.data.writer import TripletWriter
 from rorem_lib.files import read_json, remove_folder, write_json
-from rorem_lib.filters import FilterConfig
-from rorem_lib.journal import Journal, JournalIndex, write_lines
-from rorem_lib.pictures import TripletError
-from rorem_lib.records import META, read_records
 from rorem_lib.safety import SafetyChecker
-from rorem_lib.sources.base import Item, Pictures, Rejected, Source, SourceError
-from rorem_lib.triplets import TripletWriter
 from rorem_lib.workers import group_chunks, map_processes
 
 logger = logging.getLogger(__name__)
