@@ -17,13 +17,13 @@ import pandas as pd
 
 from rorem_lib import metrics
 from rorem_lib.acceptance import estimate_rate
+from rorem_lib.builtin.judge import judge_removal
+from rorem_lib.builtin.sets import read_truth
 from rorem_lib.data.pictures import load_image
 from rorem_lib.data.triplets import Triplet, load_images, read_triplets
 from rorem_lib.files import write_json, write_text
 from rorem_lib.intervals import compare_paired, wilson_interval
 from rorem_lib.methods import SOURCE, Method, MethodRun, make_methods, run_method
-from rorem_lib.simulated_annotator import judge_removal
-from rorem_lib.sources.builtin_sets import read_truth
 
 __all__ = [
     "Method",

@@ -48,7 +48,7 @@ RUNNER = frozenset(
 )
 # Imports that happen for a set `builtin:<role>` alone. Followed for every stage, they would make
 # each depend on the code that renders scenes and on the code that makes candidates of them.
-BUILTIN_SETS = "sources.builtin_sets"
+BUILTIN_SETS = "builtin.sets"
 ONLY_FOR_BUILTIN_SETS = frozenset(
     {("data.triplets", BUILTIN_SETS), (BUILTIN_SETS, "removal"), (BUILTIN_SETS, "sdxl")}
 )
@@ -193,7 +193,7 @@ def _hash_builtin(package: Path) -> str:
     """The built-in model's files; its card and other text don't count."""
     files = sorted(
         p
-        for p in (package / "builtin").rglob("*")
+        for p in (package / "builtin" / "model").rglob("*")
         if p.is_file() and p.suffix != ".md" and "__pycache__" not in p.parts
     )
     return _digest([(str(p.relative_to(package)), hash_file(p)) for p in files])[:16]

@@ -30,8 +30,8 @@ from torch.utils.data import Dataset
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from rorem_lib import loop, options, sdxl, speed
+from rorem_lib.builtin import scenes
 from rorem_lib.files import write_json
-from rorem_lib.sources import scenes
 
 TEXT_WIDTH = 16
 UNET = {

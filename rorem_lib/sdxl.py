@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 from rorem_lib.model_hub import explain_hub, has_file, lacks_file
 
 logger = logging.getLogger(__name__)
-BUILTIN_FOLDER = Path(__file__).parent / "builtin"
+BUILTIN_FOLDER = Path(__file__).parent / "builtin" / "model"
 BASE_MODEL = "diffusers/stable-diffusion-xl-1.0-inpainting-0.1"  # upstream's starting point
 MODEL_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "scheduler")
 

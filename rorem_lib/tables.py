@@ -12,9 +12,9 @@ from dataclasses import asdict
 import numpy as np
 import pandas as pd
 
+from rorem_lib.builtin.scenes import NEW
 from rorem_lib.intervals import compare_paired, wilson_interval
 from rorem_lib.methods import SOURCE
-from rorem_lib.sources.scenes import NEW
 
 SUCCESS = "success, simulated annotator (%)"
 GUESSED = "success, discriminator (%)"

@@ -64,8 +64,8 @@ def tiny_model(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_set(tmp_path_factory):
     """`meta.json` of ten labelled scenes of 32 px; `scene-0` to `scene-9`."""
+    from rorem_lib.builtin.scenes import render_scene
     from rorem_lib.data.writer import TripletWriter
-    from rorem_lib.sources.scenes import render_scene
 
     with TripletWriter(tmp_path_factory.mktemp("sets") / "tiny") as writer:
         for number in range(10):

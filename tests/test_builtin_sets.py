@@ -11,19 +11,14 @@ import numpy as np
 import pytest
 
 import rorem_lib
+from rorem_lib.builtin import sets
+from rorem_lib.builtin.scenes import render_scene
+from rorem_lib.builtin.sets import builtin_set, hidden_of, read_truth, write_scene_sets
 from rorem_lib.data.check import check_set
 from rorem_lib.data.pictures import TripletError
 from rorem_lib.data.triplets import load_images, read_triplets
 from rorem_lib.data.writer import TripletWriter
 from rorem_lib.files import hash_file, read_json
-from rorem_lib.sources import builtin_sets
-from rorem_lib.sources.builtin_sets import (
-    builtin_set,
-    hidden_of,
-    read_truth,
-    write_scene_sets,
-)
-from rorem_lib.sources.scenes import render_scene
 
 SMALL = {"labelled": 12, "pool": 8, "high_resolution": 3, "test": 5}
 PACKAGE = Path(rorem_lib.__file__).parent
@@ -104,7 +99,7 @@ def test_no_scene_is_in_two_sets(written):
 
 
 def test_equal_seeds_give_equal_bytes_with_one_process_or_two(written, tmp_path, monkeypatch):
-    monkeypatch.setattr(builtin_sets, "_CHUNK", 7)
+    monkeypatch.setattr(sets, "_CHUNK", 7)
     reports = []
     write_scene_sets(
         tmp_path,
@@ -147,7 +142,7 @@ def test_sizes_make_sense(tmp_path, wrong):
 def test_killed_half_way_it_goes_on_to_the_same_files(tmp_path):
     sizes = {"labelled": 40, "pool": 60, "high_resolution": 5, "test": 30}
     code = (
-        "import sys; from rorem_lib.sources.builtin_sets import write_scene_sets; "
+        "import sys; from rorem_lib.builtin.sets import write_scene_sets; "
         f"write_scene_sets(sys.argv[1], seed=3, **{sizes})"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "killed")])
@@ -171,22 +166,22 @@ def test_killed_half_way_it_goes_on_to_the_same_files(tmp_path):
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("ROREM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(builtin_sets, "DEFAULT_SIZES", SMALL)
+    monkeypatch.setattr(sets, "DEFAULT_SIZES", SMALL)
     return tmp_path / "cache"
 
 
 def test_builtin_sets_are_rendered_once_whole_or_not_at_all(cache, monkeypatch):
-    real = builtin_sets.write_scene_sets
+    real = sets.write_scene_sets
 
     def fail_late(folder, **sizes):
         real(folder, **sizes)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(builtin_sets, "write_scene_sets", fail_late)
+    monkeypatch.setattr(sets, "write_scene_sets", fail_late)
     with pytest.raises(OSError, match="set ROREM_CACHE"):
         builtin_set("pool")
     assert list(cache.iterdir()) == []
-    monkeypatch.setattr(builtin_sets, "write_scene_sets", real)
+    monkeypatch.setattr(sets, "write_scene_sets", real)
     meta = builtin_set("pool")
     assert cache in meta.parents and len(read_triplets("builtin:pool", require_gt=False)) == 8
     made = meta.stat().st_mtime_ns
@@ -196,7 +191,7 @@ def test_builtin_sets_are_rendered_once_whole_or_not_at_all(cache, monkeypatch):
 
 def test_the_cache_is_named_after_the_renderer(cache, monkeypatch):
     first = builtin_set("pool")
-    monkeypatch.setattr(builtin_sets, "_hash_renderer", lambda: "0" * 64)
+    monkeypatch.setattr(sets, "_hash_renderer", lambda: "0" * 64)
     assert builtin_set("pool").parent.parent != first.parent.parent
 
 
@@ -220,7 +215,7 @@ def test_builtin_candidates_are_removals_of_the_pool_with_their_truth(cache, mon
         "rorem_lib.removal",
         SimpleNamespace(GenerateConfig=SimpleNamespace, generate_candidates=generate),
     )
-    monkeypatch.setattr(builtin_sets, "CANDIDATES", 6)
+    monkeypatch.setattr(sets, "CANDIDATES", 6)
     meta = builtin_set("candidates")
     triplets = read_triplets("builtin:candidates")
     assert [t.id for t in triplets] == [f"pool-{n:06d}" for n in range(6)]
@@ -255,14 +250,14 @@ def _users(name):
 
 
 def test_only_the_simulated_annotator_and_the_evaluation_read_the_truth():
-    allowed = {"simulated_annotator.py", "evaluation.py", "sources/builtin_sets.py"}
+    allowed = {"builtin/judge.py", "evaluation.py", "builtin/sets.py"}
     users = _users("read_truth") | _users("Truth")
     assert "evaluation.py" in users  # the walk sees something
     assert users <= allowed, f"{users - allowed} must not read the hidden truth"
 
 
 def test_only_pre_training_renders_scenes_besides_and_looks_at_the_pictures_alone():
-    assert _users("render_scene") <= {"pretrain.py", "sources/scenes.py", "sources/builtin_sets.py"}
+    assert _users("render_scene") <= {"pretrain.py", "builtin/scenes.py", "builtin/sets.py"}
     tree = ast.parse((PACKAGE / "pretrain.py").read_text(encoding="utf-8"))
     seen = {
         node.attr

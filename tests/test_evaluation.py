@@ -8,6 +8,7 @@ import pytest
 
 from rorem_lib import evaluation
 from rorem_lib.acceptance import Calibration
+from rorem_lib.builtin.sets import hidden_of, read_truth, write_scene_sets
 from rorem_lib.data.pictures import load_image, save_image
 from rorem_lib.data.triplets import load_images, read_triplets
 from rorem_lib.data.writer import TripletWriter
@@ -15,7 +16,6 @@ from rorem_lib.evaluation import Method, MethodRun, audit_acceptance, collect_ca
 from rorem_lib.figures import plot_grid
 from rorem_lib.files import read_json
 from rorem_lib.methods import BASELINES, make_methods
-from rorem_lib.sources.builtin_sets import hidden_of, read_truth, write_scene_sets
 
 COUNT = 12
 

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from rorem_lib.data.items import Source, SourceError
-from rorem_lib.sources import importers
-from rorem_lib.sources.importers import CLASSES, discover_source, open_source
+from rorem_lib.sources import registry
+from rorem_lib.sources.registry import CLASSES, discover_source, open_source
 
 
 def _touch(root, *names):
@@ -237,7 +237,7 @@ def test_a_named_importer_says_itself_what_it_misses(tmp_path):
 def test_only_so_many_folders_are_looked_into(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        importers,
+        registry,
         "CLASSES",
         {
             "mulan": type(

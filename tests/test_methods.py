@@ -163,7 +163,7 @@ def test_ids_that_are_no_file_names_stay_apart(triplets, tmp_path):
 
 def test_read_triplets_feeds_methods(tmp_path):
     """The real reader's triplets, of a built-in set, are what methods take."""
-    from rorem_lib.sources.builtin_sets import write_scene_sets
+    from rorem_lib.builtin.sets import write_scene_sets
 
     write_scene_sets(tmp_path, labelled=0, pool=0, high_resolution=0, test=2)
     found = read_triplets(tmp_path / "test", require_gt=False)

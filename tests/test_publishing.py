@@ -20,7 +20,7 @@ from rorem_lib.data.pictures import TripletError, load_image
 from rorem_lib.data.publishing import publish_sets, upload_dataset
 from rorem_lib.data.triplets import load_images, read_triplets
 from rorem_lib.data.writer import TripletWriter
-from rorem_lib.sources.parquet_sets import ParquetSetSource
+from rorem_lib.sources.parquet import ParquetSetSource
 
 SIZE = 48
 

@@ -24,9 +24,9 @@ from resume_job import train, train_and_die
 from safetensors.torch import load_file
 
 from rorem_lib import checkpoints, latent_cache, speed
+from rorem_lib.builtin.scenes import render_scene
 from rorem_lib.data.writer import TripletWriter
 from rorem_lib.remover import RemoverConfig, train_remover
-from rorem_lib.sources.scenes import render_scene
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, GLOBAL_BATCH = 8, 8

@@ -2,8 +2,8 @@ import cv2
 import numpy as np
 import pytest
 
-from rorem_lib.sources import scenes
-from rorem_lib.sources.scenes import render_scene
+from rorem_lib.builtin import scenes
+from rorem_lib.builtin.scenes import render_scene
 
 WIDE = ("pool", "high_resolution", "test")
 COUNT = 120

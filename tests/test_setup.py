@@ -168,7 +168,11 @@ def test_git_ignores_what_runs_make_and_keeps_what_ships():
 
     for path in (".venv/bin/python", "runs/demo/report.html", "training/base/checkpoint-100/x"):
         assert is_ignored(path), path
-    for path in ("rorem_lib/builtin/unet/x.safetensors", "notebooks/recipes/demo.yaml", ".ci/run"):
+    for path in (
+        "rorem_lib/builtin/model/unet/x.safetensors",
+        "notebooks/recipes/demo.yaml",
+        ".ci/run",
+    ):
         assert not is_ignored(path), path
 
 

@@ -6,12 +6,12 @@ import cv2
 import numpy as np
 import pytest
 
+from rorem_lib.builtin.judge import REASONS, judge_removal, simulate_labels
+from rorem_lib.builtin.scenes import render_scene
+from rorem_lib.builtin.sets import Truth
 from rorem_lib.data.pictures import save_image
 from rorem_lib.data.writer import TripletWriter
 from rorem_lib.labels import QueueItem
-from rorem_lib.simulated_annotator import REASONS, judge_removal, simulate_labels
-from rorem_lib.sources.builtin_sets import Truth
-from rorem_lib.sources.scenes import render_scene
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """Publish triplet sets: Parquet shards with their pictures embedded, a dataset card, the upload.
 
 The layout is that of datasets on the Hugging Face Hub, so `datasets.load_dataset` opens the folder
-and the repository, streaming or not; `rorem_lib.sources.parquet_sets` reads them back.
+and the repository, streaming or not; `rorem_lib.sources.parquet` reads them back.
 """
 
 from __future__ import annotations

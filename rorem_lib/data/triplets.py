@@ -53,7 +53,7 @@ def resolve_meta(path: str | Path) -> Path:
         TripletError: there is no such set; says which sets are near.
     """
     if str(path).startswith("builtin:"):
-        from rorem_lib.sources.builtin_sets import builtin_set
+        from rorem_lib.builtin.sets import builtin_set
 
         return builtin_set(str(path).removeprefix("builtin:"))
     path = Path(path).expanduser()

@@ -50,8 +50,8 @@ TEST_START, TEST_PICTURES, POOL_PICTURES = 600, 250, 600
 
 def make_candidates(run: Path, work: Path) -> None:
     """Pool and test candidates as the demo's recipe makes them, and their labels."""
+    from rorem_lib.builtin.judge import simulate_labels
     from rorem_lib.removal import GenerateConfig, generate_candidates
-    from rorem_lib.simulated_annotator import simulate_labels
 
     recipe = yaml.safe_load((ROOT / "notebooks/recipes/demo.yaml").read_text())
     given = recipe["defaults"]["03_generate_removals"]

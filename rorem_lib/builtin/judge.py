@@ -171,9 +171,9 @@ def simulate_labels(
     Raises:
         ValueError: a name that does not say that it is simulated.
     """
+    from rorem_lib.builtin.sets import read_truth
     from rorem_lib.data.triplets import load_images, read_triplets
     from rorem_lib.labels import LabelLog, QueueItem, split_stale
-    from rorem_lib.sources.builtin_sets import read_truth
 
     if "simulated" not in annotator:
         raise ValueError(f"the annotator's name must say that it is simulated, not {annotator!r}")

@@ -11,7 +11,7 @@ from rorem_lib.sources.high_resolution import HighResolutionSource
 from rorem_lib.sources.mulan import MulanSource
 from rorem_lib.sources.ober import OberSource
 from rorem_lib.sources.open_images import OpenImagesSource
-from rorem_lib.sources.parquet_sets import ParquetSetSource
+from rorem_lib.sources.parquet import ParquetSetSource
 from rorem_lib.sources.peers import (
     CorneSource,
     OmniEraserSource,

@@ -1,6 +1,6 @@
 """Writes the built-in scenes as triplet sets, and keeps their hidden truth apart.
 
-`rorem_lib.sources.scenes` holds the renderer alone; this module writes what it renders:
+`rorem_lib.builtin.scenes` holds the renderer alone; this module writes what it renders:
 
     <folder>/labelled         source, mask and GT, RORD-like and MULAN-like scenes in turn
     <folder>/pool             source and mask (OpenImages-like)
@@ -27,11 +27,11 @@ from pathlib import Path
 
 import numpy as np
 
+from rorem_lib.builtin import scenes
 from rorem_lib.data.pictures import TripletError, link_file, load_image, save_image
 from rorem_lib.data.triplets import read_triplets
 from rorem_lib.data.writer import TripletWriter
 from rorem_lib.files import hash_file, read_json, remove_folder, write_json
-from rorem_lib.sources import scenes
 from rorem_lib.workers import map_processes
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,1 @@
+"""All that exists for the miniature: scenes, their sets, a judge that knows the truth, a model."""
