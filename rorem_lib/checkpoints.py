@@ -25,8 +25,9 @@ from diffusers import UNet2DConditionModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 
-from rorem_lib import disk, sdxl, sharding
+from rorem_lib import disk, sharding
 from rorem_lib.files import read_json, remove_folder, replace_folder, write_json
+from rorem_lib.models import sdxl
 
 logger = logging.getLogger(__name__)
 

@@ -24,11 +24,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Dataset
 
-from rorem_lib import latent_cache, loop, options, sdxl, sharding
+from rorem_lib import latent_cache, loop, options, sharding
 from rorem_lib.data.triplets import Triplet, load_images, read_triplets
 from rorem_lib.files import read_json, write_json
 from rorem_lib.latents import CacheSpec
-from rorem_lib.lora import LORA_FILE
+from rorem_lib.models import sdxl
+from rorem_lib.models.lora import LORA_FILE
 from rorem_lib.order import Order
 
 HEAD_FILE = "head.safetensors"

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from diffusers import LCMScheduler
 
-from rorem_lib import loop, lora, options, sdxl
+from rorem_lib import loop, options
+from rorem_lib.models import lora, sdxl
 from rorem_lib.remover import RemoverConfig, RemoverObjective
 from rorem_lib.validation import Validation
 

@@ -50,7 +50,7 @@ RUNNER = frozenset(
 # each depend on the code that renders scenes and on the code that makes candidates of them.
 BUILTIN_SETS = "builtin.sets"
 ONLY_FOR_BUILTIN_SETS = frozenset(
-    {("data.triplets", BUILTIN_SETS), (BUILTIN_SETS, "removal"), (BUILTIN_SETS, "sdxl")}
+    {("data.triplets", BUILTIN_SETS), (BUILTIN_SETS, "removal"), (BUILTIN_SETS, "models.sdxl")}
 )
 _AWAIT = ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
 

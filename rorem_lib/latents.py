@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from rorem_lib import sdxl
 from rorem_lib.data.masks import perturb_mask
 from rorem_lib.data.triplets import Triplet, load_images
+from rorem_lib.models import sdxl
 
 logger = logging.getLogger(__name__)
 

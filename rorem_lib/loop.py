@@ -23,8 +23,9 @@ from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, s
 from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader, Dataset
 
-from rorem_lib import checkpoints, disk, sdxl, sharding, tracking
+from rorem_lib import checkpoints, disk, sharding, tracking
 from rorem_lib.files import replace_folder, write_json
+from rorem_lib.models import sdxl
 from rorem_lib.options import LoopConfig
 from rorem_lib.order import Positions
 

@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from diffusers import LCMScheduler
 
-from rorem_lib import sdxl
 from rorem_lib.data.pictures import save_image
 from rorem_lib.data.triplets import Triplet, load_images
 from rorem_lib.files import read_json, write_json
-from rorem_lib.lora import LORA_FILE
-from rorem_lib.removal import inpaint_classical, remove_objects
+from rorem_lib.models import sdxl
+from rorem_lib.models.inpainting import inpaint_classical, remove_objects
+from rorem_lib.models.lora import LORA_FILE
 
 logger = logging.getLogger(__name__)
 

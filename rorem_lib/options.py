@@ -16,8 +16,9 @@ from pathlib import Path
 
 import yaml
 
-from rorem_lib import sharding, speed
+from rorem_lib import sharding
 from rorem_lib.parameters import coerce_value
+from rorem_lib.training.memory import tune_cpu
 
 logger = logging.getLogger(__name__)
 
@@ -273,5 +274,5 @@ def run_job(function, config) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     logging.getLogger("accelerate").setLevel(logging.WARNING)
     if sharding.find_device() == "cpu":
-        speed.tune_cpu()
+        tune_cpu()
     function(config)

@@ -29,9 +29,11 @@ from diffusers import (
 from torch.utils.data import Dataset
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from rorem_lib import loop, options, sdxl, speed
+from rorem_lib import loop, options
 from rorem_lib.builtin import scenes
 from rorem_lib.files import write_json
+from rorem_lib.models import sdxl
+from rorem_lib.models.attention import prepare_training
 
 TEXT_WIDTH = 16
 UNET = {
@@ -210,7 +212,7 @@ class BaseObjective(loop.Objective):
         self.pipe.text_encoder.to(self.device)
         self.pipe.text_encoder_2.to(self.device)
         self.embeds, self.pooled = (t.to(self.device) for t in sdxl.encode_prompt(self.pipe))
-        return speed.prepare_training(self.pipe.unet.to(self.device))
+        return prepare_training(self.pipe.unet.to(self.device))
 
     def make_dataset(self):
         return _SceneStream(self.config, masks=True)

@@ -18,12 +18,15 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
-from rorem_lib import loop, lora, options, sdxl, sharding, speed, tracking
+from rorem_lib import loop, options, sharding, tracking
 from rorem_lib.data.triplets import read_triplets
 from rorem_lib.latent_cache import open_store
 from rorem_lib.latents import CacheSpec, encode_pictures
+from rorem_lib.models import lora, sdxl
+from rorem_lib.models.attention import compile_unet, prepare_training
 from rorem_lib.order import BucketOrder, split_chunks
 from rorem_lib.samples import PictureReader, Share, TripletSamples, weigh_buckets
+from rorem_lib.training.memory import choose_checkpointing, count_flops
 from rorem_lib.validation import Validation
 
 
@@ -173,7 +176,7 @@ class RemoverObjective(loop.Objective):
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
         if half and self.device.type == "cuda":  # a later cast would make a copy for each sample
             self.embeds = self.embeds.to(half)
-        unet = speed.prepare_training(
+        unet = prepare_training(
             self.pipe.unet,
             channels_last=config.channels_last,
             xformers=config.enable_xformers_memory_efficient_attention,
@@ -291,7 +294,7 @@ class RemoverObjective(loop.Objective):
                 "gradients_stay": self._keeps_gradients(),
             }
             wish = any(
-                speed.choose_checkpointing(  # large pictures go in chunks
+                choose_checkpointing(  # large pictures go in chunks
                     model,
                     [size],
                     max(1, self._count_at_once() // (size[0] * size[1] * factor**2)),
@@ -307,11 +310,11 @@ class RemoverObjective(loop.Objective):
         if wish:
             model.enable_gradient_checkpointing()
         if config.torch_compile:
-            speed.compile_unet(model)
+            compile_unet(model)
         # Backward computes gradients of activations and of weights; frozen weights need none.
         passes = 3 if all(p.requires_grad for p in model.parameters()) else 2
         return passes * sum(
-            share * speed.count_flops(model, height // factor, width // factor)
+            share * count_flops(model, height // factor, width // factor)
             for (height, width), share in self.shapes.items()
         )
 

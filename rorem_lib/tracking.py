@@ -19,8 +19,9 @@ import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import LoggerType
 
-from rorem_lib import sharding, speed
+from rorem_lib import sharding
 from rorem_lib.files import write_text
+from rorem_lib.training.memory import find_peak_flops
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ class Tracker:
         self.accelerator, self.config, self.folder = accelerator, config, Path(folder)
         self.batch_total, self.flops_per_image = batch_total, flops_per_image
         self.device = torch.device(accelerator.device)
-        self.peak = speed.find_peak_flops(self.device)
+        self.peak = find_peak_flops(self.device)
         self.window: dict[str, list[torch.Tensor]] = {}
         self.begin()
 

@@ -49,7 +49,8 @@ def tiny_model(tmp_path_factory):
     import torch
     from diffusers import AutoencoderTiny
 
-    from rorem_lib import pretrain, sdxl
+    from rorem_lib import pretrain
+    from rorem_lib.models import sdxl
 
     torch.manual_seed(1)
     pipe = pretrain.build_pipeline(AutoencoderTiny(**pretrain.VAE))

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from rorem_lib import latent_cache, loop, options, remover, speed
+from rorem_lib import latent_cache, loop, options, remover
+from rorem_lib.training.memory import tune_cpu
 
 
 class NotingObjective(remover.RemoverObjective):
@@ -96,7 +97,7 @@ def train_and_die(config, place: str, count: int = 1) -> None:
     Accelerator.save_state = die_in("in checkpoint", Accelerator.save_state)
     loop.checkpoints.replace_folder = die_before("before rename", loop.checkpoints.replace_folder)
     remover.RemoverObjective.save_model = die_in("in model", remover.RemoverObjective.save_model)
-    speed.tune_cpu()
+    tune_cpu()
     remover.train_remover(config)
 
 

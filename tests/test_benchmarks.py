@@ -21,7 +21,9 @@ import bench_gpu  # noqa: E402
 import bench_orders  # noqa: E402
 import random_training  # noqa: E402
 
-from rorem_lib import loop, sdxl, speed  # noqa: E402
+from rorem_lib import loop  # noqa: E402
+from rorem_lib.models import sdxl  # noqa: E402
+from rorem_lib.models.attention import SharedPromptAttention  # noqa: E402
 
 ROWS = {
     "upstream": True,
@@ -185,7 +187,7 @@ def test_each_row_projects_the_prompt_as_it_says(small_sdxl, tmp_path):
         with random_training.replaced(case):
             unet = objective.build_model()
         kinds = {type(processor) for processor in unet.attn_processors.values()}
-        assert (speed.SharedPromptAttention in kinds) is shared
+        assert (SharedPromptAttention in kinds) is shared
 
 
 def test_too_little_memory_is_a_result_and_not_an_error(small_sdxl, monkeypatch):

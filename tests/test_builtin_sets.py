@@ -207,7 +207,7 @@ def test_builtin_candidates_are_removals_of_the_pool_with_their_truth(cache, mon
     # stand-ins: importing the real ones takes longer than all of this module's tests
     monkeypatch.setitem(
         sys.modules,
-        "rorem_lib.sdxl",
+        "rorem_lib.models.sdxl",
         SimpleNamespace(resolve_model=lambda model_id: cache.parent / "model"),
     )
     monkeypatch.setitem(

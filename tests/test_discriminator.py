@@ -10,7 +10,6 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from rorem_lib import discriminator as module
-from rorem_lib import sdxl
 from rorem_lib.data.triplets import load_images, read_triplets
 from rorem_lib.data.writer import TripletWriter
 from rorem_lib.discriminator import (
@@ -20,6 +19,7 @@ from rorem_lib.discriminator import (
     score_triplets,
     train_discriminator,
 )
+from rorem_lib.models import sdxl
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ from accelerate import Accelerator
 from diffusers import LCMScheduler
 from safetensors.torch import load_file
 
-from rorem_lib import sdxl
 from rorem_lib.data.triplets import load_images, read_triplets
 from rorem_lib.distill import DistillConfig, DistillObjective, load_lora, train_lora
-from rorem_lib.removal import remove_objects
+from rorem_lib.models import sdxl
+from rorem_lib.models.inpainting import remove_objects
 
 LORA = "lora/pytorch_lora_weights.safetensors"
 

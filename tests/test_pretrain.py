@@ -9,7 +9,8 @@ import torch
 from diffusers import AutoencoderTiny, AutoPipelineForInpainting
 from safetensors.torch import load_file
 
-from rorem_lib import pretrain, sdxl
+from rorem_lib import pretrain
+from rorem_lib.models import sdxl
 from rorem_lib.pretrain import PretrainConfig
 
 

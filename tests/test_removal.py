@@ -12,10 +12,12 @@ import pytest
 import torch
 import yaml
 
-from rorem_lib import removal, sdxl
+from rorem_lib import removal
 from rorem_lib.data.triplets import load_images, read_triplets
 from rorem_lib.data.writer import TripletWriter
-from rorem_lib.removal import GenerateConfig, generate_candidates, remove_objects
+from rorem_lib.models import inpainting, sdxl
+from rorem_lib.models.inpainting import remove_objects
+from rorem_lib.removal import GenerateConfig, generate_candidates
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = {"num_inference_steps": 2, "mixed_precision": "no"}
@@ -142,7 +144,7 @@ def test_a_thin_mask_does_not_get_lost_in_a_smaller_picture():
     image, mask = draw_picture(640, 640)
     mask[:] = 0
     mask[100, 50:400] = 255
-    small, thin = removal._fit(image, mask, 64, 8)
+    small, thin = inpainting._fit(image, mask, 64, 8)
     assert small.shape[:2] == thin.shape == (64, 64)
     assert (thin[10, 6:39] == 255).all() and set(np.unique(thin)) == {0, 255}
 
@@ -196,10 +198,10 @@ def test_classical_methods_fill_the_hole_alone():
     image[:] = 90
     image[mask > 0] = 250
     for method in ("telea", "ns"):
-        result = removal.inpaint_classical(image, mask, method=method)
+        result = inpainting.inpaint_classical(image, mask, method=method)
         assert np.abs(result.astype(int) - 90).max() <= 2
     with pytest.raises(ValueError, match="take telea or ns"):
-        removal.inpaint_classical(image, mask, method="lama")
+        inpainting.inpaint_classical(image, mask, method="lama")
 
 
 # ------------------------------------------------------------------------------- candidate sets
@@ -264,7 +266,7 @@ def test_methods_take_turns(config, tiny_set, tiny_model):
         pictures = load_images(triplet)
         assert np.array_equal(
             pictures["gt"],
-            removal.inpaint_classical(
+            inpainting.inpaint_classical(
                 pictures["source"], pictures["mask"], method=triplet.extra["remover"]
             ),
         )

@@ -23,10 +23,11 @@ import yaml
 from resume_job import train, train_and_die
 from safetensors.torch import load_file
 
-from rorem_lib import checkpoints, latent_cache, speed
+from rorem_lib import checkpoints, latent_cache
 from rorem_lib.builtin.scenes import render_scene
 from rorem_lib.data.writer import TripletWriter
 from rorem_lib.remover import RemoverConfig, train_remover
+from rorem_lib.training.memory import tune_cpu
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, GLOBAL_BATCH = 8, 8
@@ -39,8 +40,10 @@ def tuned():
     """Trainings in this process compute as those in processes of their own, to the last bit."""
     before = torch.backends.mkldnn.matmul.fp32_precision
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(speed, "_KEEP_MEMORY", ())  # changes no number, and could not be undone
-        speed.tune_cpu()
+        patch.setattr(
+            "rorem_lib.training.memory._KEEP_MEMORY", ()
+        )  # changes no number, and could not be undone
+        tune_cpu()
     yield
     torch.backends.mkldnn.matmul.fp32_precision = before
 

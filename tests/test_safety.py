@@ -9,8 +9,8 @@ from huggingface_hub import constants
 
 from rorem_lib.data.assembly import assemble_sets
 from rorem_lib.data.pictures import save_image
-from rorem_lib.safety import SafetyChecker
-from rorem_lib.sdxl import silence_libraries
+from rorem_lib.models.safety import SafetyChecker
+from rorem_lib.models.sdxl import silence_libraries
 from rorem_lib.sources.upstream import UpstreamSource
 
 

@@ -17,8 +17,8 @@ from hub_server import HubServer
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 
-from rorem_lib import sdxl
-from rorem_lib.model_hub import explain_hub
+from rorem_lib.models import sdxl
+from rorem_lib.models.hub import explain_hub
 from rorem_lib.pretrain import UNET
 
 

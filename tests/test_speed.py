@@ -12,7 +12,19 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from peft import LoraConfig
 
-from rorem_lib import sdxl, speed
+from rorem_lib.models import sdxl
+from rorem_lib.models.attention import (
+    SharedPromptAttention,
+    compile_unet,
+    prepare_training,
+    set_attention,
+)
+from rorem_lib.training.memory import (
+    choose_checkpointing,
+    count_activation_bytes,
+    count_flops,
+    find_peak_flops,
+)
 
 BATCH = 3
 CONFIG = UNet2DConditionModel.load_config(sdxl.BUILTIN_FOLDER / "unet")
@@ -35,7 +47,7 @@ SDXL = {
 @pytest.fixture
 def unet():
     torch.manual_seed(0)
-    return speed.prepare_training(UNet2DConditionModel.from_config(CONFIG))
+    return prepare_training(UNet2DConditionModel.from_config(CONFIG))
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +98,7 @@ def assert_same(one, other):
 
 def share_prompt(unet, *, fused):
     stock = AttnProcessor2_0() if fused else AttnProcessor()
-    shared = speed.SharedPromptAttention(fused=fused)
+    shared = SharedPromptAttention(fused=fused)
     unet.set_attn_processor({n: shared if "attn2" in n else stock for n in unet.attn_processors})
 
 
@@ -151,7 +163,7 @@ def test_prompts_that_differ_are_not_shared(unet, fused):
 def test_set_attention_shares_cross_attention_and_keeps_names(unet):
     kinds = {name: type(processor) for name, processor in unet.attn_processors.items()}
     assert {name: kind for name, kind in kinds.items() if "attn2" in name} == {
-        name: speed.SharedPromptAttention for name in kinds if "attn2" in name
+        name: SharedPromptAttention for name in kinds if "attn2" in name
     }
     assert {kind for name, kind in kinds.items() if "attn1" in name} == {AttnProcessor}
     assert {
@@ -162,10 +174,10 @@ def test_set_attention_shares_cross_attention_and_keeps_names(unet):
 
 def test_away_from_the_cpu_attention_is_fused(full_size):
     unet = copy.deepcopy(full_size)
-    speed.set_attention(unet)
+    set_attention(unet)
     for name, processor in unet.attn_processors.items():
         if "attn2" in name:
-            assert isinstance(processor, speed.SharedPromptAttention) and processor.fused
+            assert isinstance(processor, SharedPromptAttention) and processor.fused
         else:
             assert type(processor) is AttnProcessor2_0
 
@@ -173,7 +185,7 @@ def test_away_from_the_cpu_attention_is_fused(full_size):
 def test_a_layer_unlike_sdxls_keeps_the_stock_processor(unet):
     odd = unet.mid_block.attentions[0].transformer_blocks[0].attn2
     odd.residual_connection = True
-    speed.set_attention(unet)
+    set_attention(unet)
     assert type(odd.processor) is AttnProcessor
     inputs = make_inputs()
     shared = differentiate(unet, **inputs)
@@ -185,15 +197,15 @@ def test_a_layer_unlike_sdxls_keeps_the_stock_processor(unet):
     "installed, text", [(False, r"pip install .*\[xformers\]"), (True, "needs an NVIDIA GPU")]
 )
 def test_xformers_that_cannot_run_is_refused_with_the_mend(unet, monkeypatch, installed, text):
-    monkeypatch.setattr(speed, "is_xformers_available", lambda: installed)
+    monkeypatch.setattr("rorem_lib.models.attention.is_xformers_available", lambda: installed)
     with pytest.raises(ValueError, match=text):
-        speed.set_attention(unet, xformers=True)
+        set_attention(unet, xformers=True)
 
 
 def test_compiled_blocks_train_the_same_at_more_sizes_than_dynamo_allows(unet, monkeypatch):
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     compiled = copy.deepcopy(unet)
-    speed.compile_unet(compiled, backend="eager")
+    compile_unet(compiled, backend="eager")
     assert list(compiled.state_dict()) == list(unet.state_dict())
     for side in (4, 6, 8, 10):
         inputs = make_inputs(side, 8)
@@ -204,13 +216,13 @@ def test_compilation_without_a_compiler_names_the_mend(unet, monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match=r"C\+\+ compiler .* no g\+\+ .*torch_compile"):
-        speed.compile_unet(unet)
+        compile_unet(unet)
 
 
 def test_a_compiler_that_cxx_names_but_is_not_there_is_refused(unet, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler -O3")
     with pytest.raises(ValueError, match="no no-such-compiler here"):
-        speed.compile_unet(unet)
+        compile_unet(unet)
 
 
 def test_flops_are_those_of_the_products_counted_layer_by_layer(unet):
@@ -229,7 +241,7 @@ def test_flops_are_those_of_the_products_counted_layer_by_layer(unet):
             total.append(2 * 2 * hidden_states.shape[1] * keys.shape[1] * width)
             return super().__call__(attn, hidden_states, encoder_hidden_states, **kwargs)
 
-    counted = speed.count_flops(unet, 8, 12, encoder_tokens=20)
+    counted = count_flops(unet, 8, 12, encoder_tokens=20)
     unet.set_attn_processor(Counting())
     for module in unet.modules():
         module.register_forward_hook(note)
@@ -245,16 +257,16 @@ def test_flops_are_those_of_the_products_counted_layer_by_layer(unet):
 
 def test_flops_of_sdxl_inpainting_are_the_known_ones(full_size):
     assert sum(p.numel() for p in full_size.parameters()) == 2_567_478_084
-    assert speed.count_flops(full_size, 64, 64) == pytest.approx(1.589e12, rel=1e-3)
-    assert speed.count_flops(full_size, 128, 128) == pytest.approx(6.762e12, rel=1e-3)
+    assert count_flops(full_size, 64, 64) == pytest.approx(1.589e12, rel=1e-3)
+    assert count_flops(full_size, 128, 128) == pytest.approx(6.762e12, rel=1e-3)
 
 
 def test_counting_leaves_the_model_as_it_is(unet):
     unet.enable_gradient_checkpointing()
     before = {name: (p.data_ptr(), p.requires_grad) for name, p in unet.named_parameters()}
     processors = dict(unet.attn_processors)
-    speed.count_flops(unet, 8, 8)
-    speed.count_activation_bytes(unet, 8, 8, precision="bf16")
+    count_flops(unet, 8, 8)
+    count_activation_bytes(unet, 8, 8, precision="bf16")
     assert {n: (p.data_ptr(), p.requires_grad) for n, p in unet.named_parameters()} == before
     assert unet.attn_processors == processors and unet.is_gradient_checkpointing
     assert all(p.dtype == torch.float32 and p.grad is None for p in unet.parameters())
@@ -283,21 +295,21 @@ def test_peaks_are_found_by_the_name_of_the_gpu(monkeypatch, name, tflops):
     monkeypatch.delenv("ROREM_PEAK_TFLOPS", raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     expected = None if tflops is None else pytest.approx(tflops * 1e12)
-    assert speed.find_peak_flops("cuda:0") == expected
+    assert find_peak_flops("cuda:0") == expected
 
 
 def test_a_peak_that_is_given_goes_before_the_table(monkeypatch):
     monkeypatch.delenv("ROREM_PEAK_TFLOPS", raising=False)
-    assert speed.find_peak_flops("cpu") is None
+    assert find_peak_flops("cpu") is None
     monkeypatch.setenv("ROREM_PEAK_TFLOPS", "0.25")
-    assert speed.find_peak_flops("cpu") == 0.25e12
+    assert find_peak_flops("cpu") == 0.25e12
 
 
 @pytest.mark.parametrize("value", ["fast", "0", "-3", "nan", "inf"])
 def test_a_peak_that_is_no_number_is_refused(monkeypatch, value):
     monkeypatch.setenv("ROREM_PEAK_TFLOPS", value)
     with pytest.raises(ValueError, match="ROREM_PEAK_TFLOPS"):
-        speed.find_peak_flops("cpu")
+        find_peak_flops("cpu")
 
 
 def measure_kept_bytes(unet, precision):
@@ -330,23 +342,23 @@ def measure_kept_bytes(unet, precision):
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_activations_are_counted_as_they_are_kept(unet, precision):
     real = measure_kept_bytes(unet, precision)
-    counted = speed.count_activation_bytes(unet, 16, 16, precision=precision)
+    counted = count_activation_bytes(unet, 16, 16, precision=precision)
     assert counted == pytest.approx(real, rel=0.1)
 
 
 def test_frozen_layers_keep_less(unet):
-    whole = speed.count_activation_bytes(unet, 16, 16)
+    whole = count_activation_bytes(unet, 16, 16)
     unet.requires_grad_(False)
     unet.add_adapter(LoraConfig(r=4, target_modules=["to_k"]))
-    assert speed.count_activation_bytes(unet, 16, 16) < 0.9 * whole
+    assert count_activation_bytes(unet, 16, 16) < 0.9 * whole
 
 
 def test_fused_attention_keeps_no_scores_and_half_precision_less(full_size):
-    half = speed.count_activation_bytes(full_size, 64, 64, precision="bf16")
+    half = count_activation_bytes(full_size, 64, 64, precision="bf16")
     # 3.24 GiB in float32; norms stay so
     assert half == pytest.approx(2.07 * 2**30, rel=0.02)
     # four times the pixels, four times the bytes: nothing grows with their square
-    large = speed.count_activation_bytes(full_size, 128, 128, precision="bf16")
+    large = count_activation_bytes(full_size, 128, 128, precision="bf16")
     assert large == pytest.approx(4 * half, rel=0.05)
 
 
@@ -359,10 +371,10 @@ def test_checkpointing_is_chosen_where_the_largest_size_does_not_fit(
     unet, precision, copies, gradients, stay, most
 ):
     """`gradients` and `most` in multiples of the activations."""
-    largest = 4 * speed.count_activation_bytes(unet, 16, 24, precision=precision)
+    largest = 4 * count_activation_bytes(unet, 16, 24, precision=precision)
     need = 1000 + most * largest + copies * sum(p.numel() for p in unet.parameters())
     chosen = [
-        speed.choose_checkpointing(
+        choose_checkpointing(
             unet,
             [(8, 8), (16, 24)],
             4,
@@ -390,7 +402,7 @@ def test_sdxl_on_80_gb_keeps_what_was_seen_to_fit(full_size, stay, batches):
         "gradients_stay": stay,
     }
     assert {
-        batch: speed.choose_checkpointing(full_size, [(64, 64)], batch, precision="bf16", **memory)
+        batch: choose_checkpointing(full_size, [(64, 64)], batch, precision="bf16", **memory)
         for batch in batches
     } == batches
 
@@ -405,16 +417,16 @@ def test_the_cpu_is_tuned_without_another_rounding():
     """In a process of its own: the settings are the process's."""
     code = """
 import torch
-from rorem_lib import speed
+from rorem_lib.training.memory import tune_cpu
 a, b = torch.randn(300, 700), torch.randn(200, 700)
 exact = torch.nn.functional.linear(a.double(), b.double())
-speed.tune_cpu()
+tune_cpu()
 error = (torch.nn.functional.linear(a, b) - exact).abs().max() / exact.abs().max()
 assert error < 1e-5, error
 # where oneDNN does not round
 speed.F.linear = lambda a, b: (a.double() @ b.double().T).to(a.dtype)
 torch.cpu._is_amx_tile_supported = lambda: False
-speed.tune_cpu()
+tune_cpu()
 assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
@@ -423,13 +435,13 @@ assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
 def test_the_cpu_is_left_alone_where_products_would_be_rounded():
     code = """
 import torch
-from rorem_lib import speed
+from rorem_lib.training.memory import tune_cpu
 plain = speed.F.linear
 speed.F.linear = lambda a, b: (plain(a, b) if a.dtype == torch.float64 else
                                plain(a.bfloat16(), b.bfloat16()).float())
 torch.cpu._is_amx_tile_supported = lambda: False
 torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-speed.tune_cpu()
+tune_cpu()
 assert torch.backends.mkldnn.matmul.fp32_precision == "none"
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])

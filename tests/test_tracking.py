@@ -14,7 +14,7 @@ from accelerate import tracking as accelerate_tracking
 from accelerate.tracking import GeneralTracker
 from accelerate.utils import ProjectConfiguration
 
-from rorem_lib import speed, tracking
+from rorem_lib import tracking
 
 
 @dataclass
@@ -480,7 +480,7 @@ def test_other_errors_stay_what_they_are(error):
 
 def test_the_peak_is_looked_up_once_for_the_device(accelerator, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(speed, "find_peak_flops", lambda device: asked.append(device) or 1e9)
+    monkeypatch.setattr(tracking, "find_peak_flops", lambda device: asked.append(device) or 1e9)
     tracker = make_tracker(accelerator, tmp_path, flops_per_image=1.0)
     for step in (1, 2):
         add(tracker, 1.0)

@@ -226,7 +226,7 @@ def builtin_set(role: str) -> Path:
     cache = Path(os.environ.get("ROREM_CACHE") or "~/.cache/rorem").expanduser().absolute()
     key = f"v{VERSION}-{_hash_renderer()[:12]}"
     if role == "candidates":
-        from rorem_lib.sdxl import resolve_model
+        from rorem_lib.models.sdxl import resolve_model
 
         weights = next(Path(resolve_model("builtin")).glob("unet/*.safetensors"))
         name = f"candidates-{key}-{hash_file(weights)[:12]}"

@@ -36,7 +36,7 @@ from rorem_lib.data.pictures import TripletError
 from rorem_lib.data.triplets import META, read_records
 from rorem_lib.data.writer import TripletWriter
 from rorem_lib.files import read_json, remove_folder, write_json
-from rorem_lib.safety import SafetyChecker
+from rorem_lib.models.safety import SafetyChecker
 from rorem_lib.workers import group_chunks, map_processes
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from rorem_lib.data.journal import Journal, JournalIndex
 from rorem_lib.data.pictures import load_image
 from rorem_lib.data.triplets import iter_triplets
 from rorem_lib.data.writer import TripletWriter
-from rorem_lib.safety import SafetyChecker
+from rorem_lib.models.safety import SafetyChecker
 
 
 def find_unsafe(

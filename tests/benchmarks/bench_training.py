@@ -40,7 +40,7 @@ from measuring import require_idle, run_watched, save_result, summarise_ratios
 from safetensors import safe_open
 from torch.utils.data import DataLoader
 
-from rorem_lib import sdxl
+from rorem_lib.models import sdxl
 from rorem_lib.remover import RemoverConfig, RemoverObjective
 
 SIZE, BATCH = 64, 16

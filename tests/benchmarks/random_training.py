@@ -21,11 +21,14 @@ from diffusers import AutoencoderKL, StableDiffusionXLInpaintPipeline, UNet2DCon
 from diffusers.models.attention_processor import AttnProcessor2_0
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from rorem_lib import loop, sdxl, sharding, speed
+from rorem_lib import loop, remover, sharding
 from rorem_lib.data.triplets import Triplet
 from rorem_lib.latents import DTYPES, encode_pictures
+from rorem_lib.models import sdxl
+from rorem_lib.models.attention import compile_unet
 from rorem_lib.remover import RemoverConfig, RemoverObjective
 from rorem_lib.samples import Share
+from rorem_lib.training.memory import count_flops, find_peak_flops
 
 # The architecture of diffusers/stable-diffusion-xl-1.0-inpainting-0.1; all else is the default.
 UNET = {
@@ -113,7 +116,7 @@ def check_architecture() -> None:
         count = sum(p.numel() for p in model.parameters())
         if count != expected:
             raise ValueError(f"the {name} has {count} parameters, SDXL-inpainting's {expected}")
-    flops = speed.count_flops(unet, RESOLUTION // 8, RESOLUTION // 8)
+    flops = count_flops(unet, RESOLUTION // 8, RESOLUTION // 8)
     if abs(flops / FORWARD_FLOPS - 1) > 1e-3:
         raise ValueError(f"a forward pass has {flops:.4g} FLOPs, not {FORWARD_FLOPS:.4g}")
 
@@ -250,7 +253,7 @@ def replaced(case: Case):
             stack.enter_context(mock.patch.object(module, name, value))
 
         if case.tiny:  # blocks are split as for the compiler, but run as they are: seconds saved
-            replace(speed, "compile_unet", functools.partial(speed.compile_unet, backend="eager"))
+            replace(remover, "compile_unet", functools.partial(compile_unet, backend="eager"))
         else:
             small = sdxl.load_pipeline("builtin")
             replace(sdxl, "load_pipeline", lambda *_, device, **__: make_pipeline(small, device))
@@ -317,7 +320,7 @@ def describe_gpu() -> dict:
     if sharding.find_device() != "cuda":
         return {}
     card = torch.cuda.get_device_properties(0)
-    peak = speed.find_peak_flops("cuda")
+    peak = find_peak_flops("cuda")
     return {
         "name": card.name,
         "memory_gib": round(card.total_memory / 2**30, 1),

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from rorem_lib.model_hub import explain_hub, has_file, lacks_file
+from rorem_lib.models.hub import explain_hub, has_file, lacks_file
 
 logger = logging.getLogger(__name__)
-BUILTIN_FOLDER = Path(__file__).parent / "builtin" / "model"
+BUILTIN_FOLDER = Path(__file__).parents[1] / "builtin" / "model"
 BASE_MODEL = "diffusers/stable-diffusion-xl-1.0-inpainting-0.1"  # upstream's starting point
 MODEL_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "scheduler")
 

@@ -36,7 +36,7 @@ class SafetyChecker:
         )
         from transformers import CLIPImageProcessor
 
-        from rorem_lib.sdxl import silence_libraries
+        from rorem_lib.models.sdxl import silence_libraries
 
         self.model_id = model_id
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -60,7 +60,7 @@ class SafetyChecker:
         self, pictures: Iterable[np.ndarray], *, batch_size: int = 32
     ) -> Iterator[bool]:
         """Whether each picture [H, W, 3] uint8, of any size, is unsafe; in order, lazily."""
-        from rorem_lib.sdxl import silence_libraries
+        from rorem_lib.models.sdxl import silence_libraries
         from rorem_lib.workers import group_chunks
 
         for batch in group_chunks(pictures, batch_size):

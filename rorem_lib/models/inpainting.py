@@ -1,0 +1,181 @@
+"""Remove objects from pictures of any size, in batches, with a diffusion model or with OpenCV.
+
+The stock `StableDiffusionXLInpaintPipeline` does the work. Every picture has a generator of its
+own, so a removal does not depend on the batch it was in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import cv2
+import numpy as np
+import torch
+from accelerate.utils import convert_outputs_to_fp32
+from PIL import Image
+from tqdm.auto import tqdm
+
+from rorem_lib.data import masks
+from rorem_lib.models import sdxl
+
+CLASSICAL = {"telea": cv2.INPAINT_TELEA, "ns": cv2.INPAINT_NS}
+
+
+def _fit(image: np.ndarray, mask: np.ndarray, native: int, multiple: int):
+    """Shrink or enlarge a picture so that its short side is near `native`, sides divisible."""
+    height, width = image.shape[:2]
+    scale = 1.0 if min(height, width) in (native, native * 3 // 2) else native / min(height, width)
+    sides = [max(multiple, round(side * scale / multiple) * multiple) for side in (width, height)]
+    if sides == [width, height]:
+        return image, mask
+    way = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+    # A pixel of the hole must not get lost in a smaller mask: any part of it counts.
+    small = cv2.resize(mask, sides, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+    return cv2.resize(image, sides, interpolation=way), np.where(small > 0, 255, 0).astype(np.uint8)
+
+
+def _put_back(original, mask, fitted, removed):
+    """Bring a removal to the original's size without losing the original's detail.
+
+    Inside the mask it is the enlarged removal; outside the original plus what the removal changed
+    (a shadow that went away), which is smooth enough to be enlarged.
+    """
+    if removed.shape == original.shape:
+        return removed
+    size = (original.shape[1], original.shape[0])
+    change = cv2.resize(removed.astype(np.float32) - fitted, size, interpolation=cv2.INTER_CUBIC)
+    inside = cv2.resize(removed, size, interpolation=cv2.INTER_CUBIC).astype(np.float32)
+    soft = cv2.GaussianBlur((mask >= 128).astype(np.float32), (0, 0), 1.5)[..., None]
+    mixed = inside * soft + (original + change) * (1 - soft)
+    return np.clip(mixed + 0.5, 0, 255).astype(np.uint8)
+
+
+def make_generator(seed: int, number: int) -> torch.Generator:
+    """The noise source of removal `number` under a run's `seed` (each well mixed)."""
+    mixed = np.random.SeedSequence([seed, number]).generate_state(2, np.uint32)
+    return torch.Generator().manual_seed(int(mixed[0]) << 31 | int(mixed[1]) >> 1)
+
+
+@torch.no_grad()
+def remove_objects(
+    pipe,
+    images: list[np.ndarray],
+    object_masks: list[np.ndarray],
+    *,
+    num_inference_steps: int = 20,
+    guidance_scale: float = 1.0,
+    strength: float = 1.0,
+    seed: int = 0,
+    numbers: list[int] | None = None,
+    batch_size: int = 32,
+    dilate: int = 0,
+    paste_back: bool = False,
+    mixed_precision: str = "auto",
+    progress: bool = False,
+) -> list[np.ndarray]:
+    """Remove what the masks cover.
+
+    Args:
+        pipe: a pipeline of `sdxl.load_pipeline`.
+        images: [H, W, 3] uint8, any sizes; equal sizes share a batch.
+        object_masks: [H, W], white (>= 128) is removed.
+        num_inference_steps: denoising steps; each costs one UNet call (two with guidance).
+        guidance_scale: classifier-free guidance; 1 is off (RORem removes without guidance).
+        strength: share of the noise schedule that is run; 1 starts from pure noise.
+        seed: fixes all noise.
+        numbers: what each picture's noise is numbered; by default its place in the list.
+        batch_size: pictures a forward pass.
+        dilate: widens the masks by so many pixels.
+        paste_back: keep the source's own pixels outside the (dilated) mask; shadows then stay.
+        mixed_precision: see `sdxl.choose_precision`.
+        progress: show a bar.
+
+    Returns:
+        The removals, [H, W, 3] uint8, each of its source's size.
+
+    Raises:
+        ValueError: lists of unequal length, or a mask of another size than its image.
+    """
+    if len(images) != len(object_masks):
+        raise ValueError(f"{len(images)} images but {len(object_masks)} masks")
+    numbers = list(range(len(images))) if numbers is None else list(numbers)
+    native = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    multiple = sdxl.find_unit(pipe)
+    fitted = []
+    for number, (image, mask) in enumerate(zip(images, object_masks)):
+        if image.shape[:2] != mask.shape[:2]:
+            raise ValueError(
+                f"picture {number} is {image.shape[1]}x{image.shape[0]} px but its "
+                f"mask {mask.shape[1]}x{mask.shape[0]}"
+            )
+        mask = masks.dilate_mask(masks.binarise_mask(mask), dilate)
+        fitted.append((mask, *_fit(image, mask, native, multiple)))
+    groups: dict[tuple, list[int]] = {}
+    for place, (_, image, _) in enumerate(fitted):
+        groups.setdefault(image.shape, []).append(place)
+    embeds, pooled = sdxl.encode_prompt(pipe)
+    precision = sdxl.choose_precision(mixed_precision, pipe.device)
+    results: list = [None] * len(images)
+    bar = tqdm(total=len(images), disable=not progress, unit="image", mininterval=1)
+    for shape, places in groups.items():
+        for begin in range(0, len(places), batch_size):
+            batch = places[begin : begin + batch_size]
+            with _compute_in(pipe, precision):
+                removed = pipe(
+                    prompt_embeds=embeds.expand(len(batch), -1, -1),
+                    pooled_prompt_embeds=pooled.expand(len(batch), -1),
+                    image=[Image.fromarray(fitted[i][1]) for i in batch],
+                    mask_image=[Image.fromarray(fitted[i][2]) for i in batch],
+                    height=shape[0],
+                    width=shape[1],
+                    num_inference_steps=num_inference_steps,
+                    guidance_scale=guidance_scale,
+                    strength=strength,
+                    output_type="np",
+                    generator=[make_generator(seed, numbers[i]) for i in batch],
+                ).images
+            for i, picture in zip(batch, (removed * 255).round().astype(np.uint8)):
+                mask, image, _ = fitted[i]
+                results[i] = _put_back(images[i], mask, image, picture)
+                if paste_back:
+                    results[i] = np.where(mask[..., None] >= 128, results[i], images[i])
+            bar.update(len(batch))
+    bar.close()
+    return results
+
+
+@contextlib.contextmanager
+def _compute_in(pipe, precision: str):
+    """The pipeline's work in a lower precision. What the UNet gives stays float32, else some
+    schedulers round the latents between steps; so does the VAE in fp16, where SDXL's overflows."""
+    if precision == "no":
+        yield
+        return
+
+    def lower(method, used):
+        def call(x, *args, **options):
+            with sdxl.autocast(used, x.device):
+                return method(x, *args, **options)
+
+        return call
+
+    unet, vae = pipe.unet, pipe.vae
+    own = unet.__dict__.get("forward")
+    unet.forward = convert_outputs_to_fp32(lower(unet.forward, precision))
+    for name in ("encode", "decode"):
+        setattr(vae, name, lower(getattr(vae, name), "no" if precision == "fp16" else precision))
+    try:
+        yield
+    finally:
+        del unet.forward, vae.encode, vae.decode
+        if own is not None:
+            unet.forward = own
+
+
+def inpaint_classical(
+    image: np.ndarray, mask: np.ndarray, *, method: str = "telea", radius: float = 5
+) -> np.ndarray:
+    """OpenCV's Telea or Navier-Stokes ("ns") inpainting; [H, W, 3] uint8 in and out."""
+    if method not in CLASSICAL:
+        raise ValueError(f"unknown classical method {method!r}: take telea or ns")
+    return cv2.inpaint(image, masks.binarise_mask(mask), radius, CLASSICAL[method])
