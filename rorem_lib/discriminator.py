@@ -24,19 +24,20 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Dataset
 
-from rorem_lib import latent_cache, loop, options, sharding
 from rorem_lib.data.triplets import Triplet, load_images, read_triplets
 from rorem_lib.files import read_json, write_json
-from rorem_lib.latents import CacheSpec
 from rorem_lib.models import sdxl
 from rorem_lib.models.lora import LORA_FILE
-from rorem_lib.order import Order
+from rorem_lib.training import distributed, latent_cache, loop
+from rorem_lib.training.config import LoopConfig, parse_config, run_job
+from rorem_lib.training.latents import CacheSpec
+from rorem_lib.training.sampler import Order
 
 HEAD_FILE = "head.safetensors"
 
 
 @dataclass
-class DiscriminatorConfig(options.LoopConfig):
+class DiscriminatorConfig(LoopConfig):
     """Train the discriminator on labelled removals.
 
     Attributes:
@@ -210,7 +211,7 @@ class Discriminator(nn.Module):
         )
         set_peft_model_state_dict(model.unet, load_file(folder / LORA_FILE))
         model.head.load_state_dict(load_file(folder / HEAD_FILE))
-        device = device or sharding.find_device()
+        device = device or distributed.find_device()
         model.pipe[0].vae.to(device)
         return model.to(device).eval()
 
@@ -334,7 +335,7 @@ def train_discriminator(config: DiscriminatorConfig) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options.run_job(train_discriminator, options.parse_config(DiscriminatorConfig, arguments))
+    run_job(train_discriminator, parse_config(DiscriminatorConfig, arguments))
 
 
 if __name__ == "__main__":

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 import torch
 from diffusers import LCMScheduler
 
-from rorem_lib import loop, options
 from rorem_lib.models import lora, sdxl
 from rorem_lib.remover import RemoverConfig, RemoverObjective
-from rorem_lib.validation import Validation
+from rorem_lib.training import loop
+from rorem_lib.training.config import parse_config, run_job
+from rorem_lib.training.validation import Validation
 
 
 @dataclass
@@ -140,7 +141,7 @@ def load_lora(pipe, folder) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options.run_job(train_lora, options.parse_config(DistillConfig, arguments))
+    run_job(train_lora, parse_config(DistillConfig, arguments))
 
 
 if __name__ == "__main__":

@@ -29,11 +29,12 @@ from diffusers import (
 from torch.utils.data import Dataset
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from rorem_lib import loop, options
 from rorem_lib.builtin import scenes
 from rorem_lib.files import write_json
 from rorem_lib.models import sdxl
 from rorem_lib.models.attention import prepare_training
+from rorem_lib.training import loop
+from rorem_lib.training.config import LoopConfig, parse_config
 
 TEXT_WIDTH = 16
 UNET = {
@@ -72,7 +73,7 @@ SCHEDULER = {
 
 
 @dataclass
-class PretrainConfig(options.LoopConfig):
+class PretrainConfig(LoopConfig):
     """Pre-training of the built-in model's autoencoder or base UNet.
 
     Attributes:
@@ -359,13 +360,13 @@ def main(arguments: list[str] | None = None) -> None:
     wish = arguments.pop(0)
     for name, settings in STAGES.items():
         if wish in (name, "all"):
-            given = options.parse_config(
+            given = parse_config(
                 PretrainConfig,
                 [*(w for k, v in settings.items() for w in (f"--{k}", str(v))), *arguments],
             )
             run_stage(name, given)
     if wish in ("export", "all"):
-        root = Path(options.parse_config(PretrainConfig, arguments).output_dir)
+        root = Path(parse_config(PretrainConfig, arguments).output_dir)
         folder = export_model(
             str(root / "widen" / "vae"), str(root / "anneal" / "unet"), root / "model"
         )

@@ -13,13 +13,14 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rorem_lib import options, sharding
 from rorem_lib.data import masks
 from rorem_lib.data.triplets import load_images, read_triplets, resolve_meta
 from rorem_lib.data.writer import TripletWriter
 from rorem_lib.files import hash_file, read_json, remove_folder, write_json
 from rorem_lib.models import sdxl
 from rorem_lib.models.inpainting import CLASSICAL, inpaint_classical, remove_objects
+from rorem_lib.training import distributed
+from rorem_lib.training.config import parse_config, run_job
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ def generate_candidates(config: GenerateConfig) -> dict:
 
     # Unlike `Accelerator`, it does not ask the environment whether it shall stay on the CPU, and
     # would take each of several CPU processes for the only one.
-    state = PartialState(cpu=sharding.find_device() == "cpu")
+    state = PartialState(cpu=distributed.find_device() == "cpu")
     triplets = read_triplets(config.meta_path, require_gt=False)[config.start :]
     triplets = triplets[: config.count] if config.count else triplets
     if not triplets:
@@ -220,7 +221,7 @@ def _name(triplet, k: int, config: GenerateConfig) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options.run_job(generate_candidates, options.parse_config(GenerateConfig, arguments))
+    run_job(generate_candidates, parse_config(GenerateConfig, arguments))
 
 
 if __name__ == "__main__":

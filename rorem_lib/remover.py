@@ -18,20 +18,21 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
-from rorem_lib import loop, options, sharding, tracking
 from rorem_lib.data.triplets import read_triplets
-from rorem_lib.latent_cache import open_store
-from rorem_lib.latents import CacheSpec, encode_pictures
 from rorem_lib.models import lora, sdxl
 from rorem_lib.models.attention import compile_unet, prepare_training
-from rorem_lib.order import BucketOrder, split_chunks
-from rorem_lib.samples import PictureReader, Share, TripletSamples, weigh_buckets
+from rorem_lib.training import distributed, loop, tracking
+from rorem_lib.training.config import LoopConfig, parse_config, run_job
+from rorem_lib.training.dataset import PictureReader, Share, TripletSamples, weigh_buckets
+from rorem_lib.training.latent_cache import open_store
+from rorem_lib.training.latents import CacheSpec, encode_pictures
 from rorem_lib.training.memory import choose_checkpointing, count_flops
-from rorem_lib.validation import Validation
+from rorem_lib.training.sampler import BucketOrder, split_chunks
+from rorem_lib.training.validation import Validation
 
 
 @dataclass
-class RemoverConfig(options.LoopConfig):
+class RemoverConfig(LoopConfig):
     """Train the remover on triplet sets.
 
     Attributes:
@@ -82,7 +83,7 @@ class RemoverConfig(options.LoopConfig):
         comments: a note that is kept with the run.
     """
 
-    upstream_options: ClassVar[bool] = True  # see `options.parse_config`
+    upstream_options: ClassVar[bool] = True  # see `training.config.parse_config`
 
     output_dir: str = "runs/alone/02_train_remover"
     meta_path: list[str] = field(default_factory=lambda: ["builtin:labelled"])
@@ -281,12 +282,12 @@ class RemoverObjective(loop.Objective):
     def tune_model(self, model):
         """Checkpointing and compilation, as the options or the memory say."""
         config, device = self.config, self.device
-        factor, precision = self.pipe.vae_scale_factor, sharding.find_precision(self.accelerator)
+        factor, precision = self.pipe.vae_scale_factor, distributed.find_precision(self.accelerator)
         sizes = {(height // factor, width // factor) for height, width in self.shapes}
         wish = config.gradient_checkpointing
         if wish is None and device.type == "cuda":
             torch.cuda.empty_cache()  # what encoding left reserved is free
-            states, gradients = sharding.count_states(self.accelerator, model, config)
+            states, gradients = distributed.count_states(self.accelerator, model, config)
             memory = {
                 "bytes_free": torch.cuda.mem_get_info(device)[0],
                 "states_bytes": states,
@@ -422,7 +423,7 @@ def train_remover(config: RemoverConfig) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options.run_job(train_remover, options.parse_config(RemoverConfig, arguments))
+    run_job(train_remover, parse_config(RemoverConfig, arguments))
 
 
 if __name__ == "__main__":

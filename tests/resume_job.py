@@ -15,7 +15,9 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from rorem_lib import latent_cache, loop, options, remover
+from rorem_lib import remover
+from rorem_lib.training import latent_cache, loop
+from rorem_lib.training.config import parse_config, run_job
 from rorem_lib.training.memory import tune_cpu
 
 
@@ -105,7 +107,7 @@ def main() -> None:
     # it would part the processes after the first training
     Accelerator.end_training = lambda self: None
     for file in sys.argv[1:]:
-        options.run_job(train, options.parse_config(remover.RemoverConfig, ["--config", file]))
+        run_job(train, parse_config(remover.RemoverConfig, ["--config", file]))
     torch.distributed.destroy_process_group()
 
 

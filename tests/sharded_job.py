@@ -1,9 +1,9 @@
-"""Small trainings on one or several processes, step for step as `rorem_lib.loop` does them.
+"""Small trainings on one or several processes, step for step as `training.loop` does them.
 
     accelerate launch --config_file … tests/sharded_job.py RUNS.json
 
 RUNS.json is a list of trainings, done one after the other. Each has a `LoopConfig`'s options and
-`kind` (what has to come of it, as `sharding.find_kind` says), `model` ("unet", "lora" or "plain"),
+`kind` (what has to come of it, as `distributed.find_kind` says), `model` ("unet", "lora" or "plain"),
 `chunks` (of a micro-batch), `sgd` (plain steps of size 1: how far the weights move is then the
 clipped norm), `fused` (AdamW), `channels_last`, `die` (a place in the second checkpoint where it
 kills itself, see `die_at`), `full` ([rank, bytes]: no file of that process may be larger from the
@@ -29,7 +29,7 @@ from diffusers.optimization import get_scheduler
 from peft import LoraConfig
 from safetensors.torch import save_file
 
-from rorem_lib import checkpoints, loop, order, sharding
+from rorem_lib.training import checkpoints, distributed, loop, sampler
 
 
 def make_unet() -> UNet2DConditionModel:
@@ -157,9 +157,9 @@ def run(options: dict) -> dict:
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=config.gradient_accumulation_steps
         ),
-        kwargs_handlers=sharding.make_handlers("cpu"),
+        kwargs_handlers=distributed.make_handlers("cpu"),
     )
-    assert sharding.find_kind(accelerator) == kind, sharding.find_kind(accelerator)
+    assert distributed.find_kind(accelerator) == kind, distributed.find_kind(accelerator)
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     set_seed(config.seed)
@@ -172,14 +172,14 @@ def run(options: dict) -> dict:
         if options.get("sgd")
         else torch.optim.AdamW(trained, lr=config.learning_rate, fused=options.get("fused"))
     )
-    structure = sharding.copy_structure(accelerator, model)
-    model, optimizer = sharding.prepare(accelerator, model, optimizer, config)
+    structure = distributed.copy_structure(accelerator, model)
+    model, optimizer = distributed.prepare(accelerator, model, optimizer, config)
     scheduler = get_scheduler("linear", optimizer, num_training_steps=100, num_warmup_steps=0)
     accelerator.register_for_checkpointing(scheduler)
-    trained = sharding.list_trained(model)
+    trained = distributed.list_trained(model)
     ema = None
     if config.ema_decay:
-        ema = sharding.Average(trained, decay=config.ema_decay)
+        ema = distributed.Average(trained, decay=config.ema_decay)
         accelerator.register_for_checkpointing(ema)
     step = first = checkpoints.load_checkpoint(accelerator, config, train_size=24)
     states = {"before": copy_state(accelerator, model)}
@@ -187,13 +187,13 @@ def run(options: dict) -> dict:
         "kind": kind,
         "processes": accelerator.num_processes,
         "first": first,
-        "line": sharding.describe(accelerator, config),
+        "line": distributed.describe(accelerator, config),
         "count": sum(p.numel() for p in trained),
         "losses": [],
         "norms": [],
         "rates": [],
     }
-    for positions in order.Positions(config, accelerator, first):
+    for positions in sampler.Positions(config, accelerator, first):
         with accelerator.accumulate(model):
             noise = 1 + 0.01 * torch.randn(()).item()  # of the state a checkpoint restores
             chunks, losses = options.get("chunks", 1), []
@@ -201,10 +201,10 @@ def run(options: dict) -> dict:
                 with contextlib.nullcontext() if number == chunks else accelerator.no_sync(model):
                     with accelerator.autocast():
                         loss = noise * compute_loss(model, name, make_batch(chunk))
-                    sharding.backward(accelerator, loss / chunks, last=number == chunks)
+                    distributed.backward(accelerator, loss / chunks, last=number == chunks)
                 losses.append(loss.detach())
             if accelerator.sync_gradients:
-                norm = sharding.clip(accelerator, model, config.max_grad_norm)
+                norm = distributed.clip(accelerator, model, config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
         result["losses"].append(accelerator.gather(torch.stack(losses)).mean().item())
@@ -221,7 +221,7 @@ def run(options: dict) -> dict:
                 fill_disk(accelerator, *options["full"])
             checkpoints.save_checkpoint(accelerator, config, step, train_size=24)
     states["after"] = copy_state(accelerator, model)
-    whole = sharding.gather_model(accelerator, model, structure, ema)
+    whole = distributed.gather_model(accelerator, model, structure, ema)
     if accelerator.is_main_process:
         states["whole"] = whole.state_dict()
         for file, state in states.items():
@@ -234,7 +234,7 @@ def run(options: dict) -> dict:
 
 
 def copy_state(accelerator, model):
-    state = sharding.gather_state(accelerator, model)
+    state = distributed.gather_state(accelerator, model)
     return {name: tensor.detach().clone() for name, tensor in state.items()}
 
 

@@ -7,10 +7,10 @@ from functools import partial
 import numpy as np
 import pytest
 
-from rorem_lib.batches import read_batches
 from rorem_lib.data.pictures import TripletError, save_image
 from rorem_lib.data.triplets import load_images, read_triplets
 from rorem_lib.data.writer import TripletWriter
+from rorem_lib.training.latent_cache import read_batches
 from rorem_lib.workers import group_chunks
 
 load = partial(load_images, size=24)

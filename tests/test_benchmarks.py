@@ -21,9 +21,9 @@ import bench_gpu  # noqa: E402
 import bench_orders  # noqa: E402
 import random_training  # noqa: E402
 
-from rorem_lib import loop  # noqa: E402
 from rorem_lib.models import sdxl  # noqa: E402
 from rorem_lib.models.attention import SharedPromptAttention  # noqa: E402
+from rorem_lib.training import loop  # noqa: E402
 
 ROWS = {
     "upstream": True,

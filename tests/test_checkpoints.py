@@ -23,8 +23,9 @@ from safetensors.torch import load_file, save_file
 from sharded_job import build_model, run
 from test_sharding import launch
 
-from rorem_lib import checkpoints, disk
-from rorem_lib.options import LoopConfig
+from rorem_lib import disk
+from rorem_lib.training import checkpoints
+from rorem_lib.training.config import LoopConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -19,13 +19,14 @@ import numpy as np
 import pytest
 import torch
 
-from rorem_lib import file_index, latents, workers
+from rorem_lib import workers
 from rorem_lib.data.pictures import TripletError, load_image, save_image
 from rorem_lib.data.triplets import load_images, read_triplets
 from rorem_lib.data.writer import TripletWriter
-from rorem_lib.latent_cache import open_store, read_sizes
-from rorem_lib.latents import CacheSpec, encode_pictures, prepare_pictures
 from rorem_lib.models import sdxl
+from rorem_lib.training import file_index, latents
+from rorem_lib.training.latent_cache import open_store, read_sizes
+from rorem_lib.training.latents import CacheSpec, encode_pictures, prepare_pictures
 
 ALL = CacheSpec(parts=("gt", "masked", "source"))
 

@@ -16,8 +16,9 @@ from resume_job import train
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
 
-from rorem_lib import checkpoints, loop, options, tracking
 from rorem_lib.remover import RemoverConfig
+from rorem_lib.training import checkpoints, loop, tracking
+from rorem_lib.training.config import LoopConfig
 
 
 class Stop(RuntimeError):
@@ -75,7 +76,7 @@ def make_config(folder, **changes):
         "mixed_precision": "no",
         "output_dir": str(folder),
     }
-    return options.LoopConfig(**given | changes)
+    return LoopConfig(**given | changes)
 
 
 def run_toy(config, **options):

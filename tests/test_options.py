@@ -10,11 +10,10 @@ import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
 
-from rorem_lib import options
 from rorem_lib.discriminator import DiscriminatorConfig
 from rorem_lib.distill import DistillConfig
-from rorem_lib.options import LoopConfig
 from rorem_lib.remover import RemoverConfig
+from rorem_lib.training.config import IGNORED, REFUSED, LoopConfig, parse_config
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "notebooks" / "recipes"
@@ -33,7 +32,7 @@ class Options(LoopConfig):
 
 
 def read(line, cls=RemoverConfig):
-    return options.parse_config(cls, line.split())
+    return parse_config(cls, line.split())
 
 
 def write(folder, values):
@@ -51,13 +50,13 @@ def test_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path):
         "rank: 8\nlearning_rate: 1e-4\nmax_train_steps: 2.0e+3\n"
         "meta_path: [a, b]\nrandom_flip: false\n",
     )
-    config = options.parse_config(Options, ["--config", path, "--rank", "16"])
+    config = parse_config(Options, ["--config", path, "--rank", "16"])
     assert config == Options(
         rank=16, learning_rate=1e-4, max_train_steps=2000, meta_path=["a", "b"], random_flip=False
     )
     assert isinstance(config.learning_rate, float)  # YAML itself reads 1e-4 as text
     assert isinstance(config.max_train_steps, int)
-    assert options.parse_config(Options, []) == Options()
+    assert parse_config(Options, []) == Options()
 
 
 def test_lists_and_switches_on_the_command_line():
@@ -83,7 +82,7 @@ def test_lists_and_switches_on_the_command_line():
 )
 def test_a_switch_takes_a_word_as_upstreams_xformers_option_does(words, value):
     option = "--enable_xformers_memory_efficient_attention"
-    config = options.parse_config(RemoverConfig, [option, *words, "--seed", "7"])
+    config = parse_config(RemoverConfig, [option, *words, "--seed", "7"])
     assert config.enable_xformers_memory_efficient_attention is value and config.seed == 7
 
 
@@ -139,7 +138,7 @@ def test_mistyped_options_are_refused(line, capsys):
 def test_mistyped_files_are_refused_by_name(tmp_path, text, complaint):
     path = write(tmp_path, text)
     with pytest.raises(ValueError, match=f"config.yaml: {complaint}"):
-        options.parse_config(Options, ["--config", path])
+        parse_config(Options, ["--config", path])
 
 
 def test_help_names_every_option_and_its_default(capsys):
@@ -217,14 +216,14 @@ UPSTREAM = {
 def test_words_for_epochs_win_over_a_file_of_steps(tmp_path):
     (tmp_path / "job.yaml").write_text("max_train_steps: 50\n")
     words = ["--config", str(tmp_path / "job.yaml"), "--num_train_epochs", "3"]
-    assert options.parse_config(LoopConfig, words).max_train_steps == 0
-    both = options.parse_config(LoopConfig, [*words, "--max_train_steps", "7"])
+    assert parse_config(LoopConfig, words).max_train_steps == 0
+    both = parse_config(LoopConfig, [*words, "--max_train_steps", "7"])
     assert (both.max_train_steps, both.num_train_epochs) == (7, 3)
 
 
 def test_help_says_what_each_option_means(capsys):
     with pytest.raises(SystemExit):
-        options.parse_config(RemoverConfig, ["--help"])
+        parse_config(RemoverConfig, ["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "--seed SEED fixes initialisation, order, noise and flips. Default: 4" in text
     assert "--high_resolution HIGH_RESOLUTION side for high_resolution_meta_path, px." in text
@@ -239,15 +238,15 @@ def test_each_of_upstreams_options_means_the_same_or_says_why_not(name, caplog, 
         line = [f"--no-{name}", *line]
     if value == "refused":
         with pytest.raises(SystemExit):
-            options.parse_config(RemoverConfig, line)
+            parse_config(RemoverConfig, line)
         error = capsys.readouterr().err
-        assert f"--{name}: {options.REFUSED[name]}" in error and "hf_secret" not in error
+        assert f"--{name}: {REFUSED[name]}" in error and "hf_secret" not in error
         return
     changed = {} if value == "ignored" else {name: value}
     if name == "num_train_epochs":  # steps win where they are given
         changed["max_train_steps"] = 0
     assert value in (True, "ignored") or getattr(RemoverConfig(), name) != value
-    assert options.parse_config(RemoverConfig, line) == RemoverConfig(snr_gamma=5.0, **changed)
+    assert parse_config(RemoverConfig, line) == RemoverConfig(snr_gamma=5.0, **changed)
     expected = [f"{name}: no effect, as in upstream's trainer"] if value == "ignored" else []
     assert caplog.messages == expected
 
@@ -255,16 +254,13 @@ def test_each_of_upstreams_options_means_the_same_or_says_why_not(name, caplog, 
 def test_upstreams_options_together_in_words_and_in_a_file_are_one_config(tmp_path, caplog):
     taken = {name: pair for name, pair in UPSTREAM.items() if pair[1] != "refused"}
     line = [word for name, (words, _) in taken.items() for word in ("--" + name, *words.split())]
-    config = options.parse_config(RemoverConfig, line)
+    config = parse_config(RemoverConfig, line)
     values = {
         name: words if value == "ignored" else value for name, (words, value) in taken.items()
     }
     assert read(f"--config {write(tmp_path, values)}") == config
     assert config == RemoverConfig(**{k: v for k, (_, v) in taken.items() if v != "ignored"})
-    assert (
-        caplog.messages
-        == [", ".join(options.IGNORED) + ": no effect, as in upstream's trainer"] * 2
-    )
+    assert caplog.messages == [", ".join(IGNORED) + ": no effect, as in upstream's trainer"] * 2
 
 
 def test_a_file_is_refused_what_words_are_but_may_say_no_to_it(tmp_path):
@@ -341,7 +337,7 @@ def test_upstreams_command_is_this_config_behind_every_launcher(launcher):
         [*launcher.split(), "-m", "rorem_lib.remover", *COMMAND.split()]
     )
     assert started.module and started.training_script == "rorem_lib.remover"
-    assert options.parse_config(RemoverConfig, started.training_script_args) == CONFIG
+    assert parse_config(RemoverConfig, started.training_script_args) == CONFIG
 
 
 def test_words_file_notebook_and_file_with_words_give_one_config(tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from rorem_lib.order import (
+from rorem_lib.training.sampler import (
     BucketOrder,
     Order,
     Positions,

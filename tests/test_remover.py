@@ -14,11 +14,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import default_collate
 
-from rorem_lib import checkpoints
 from rorem_lib.data.triplets import load_images, read_triplets
 from rorem_lib.data.writer import TripletWriter
 from rorem_lib.remover import RemoverConfig, RemoverObjective, train_remover
-from rorem_lib.tracking import split_by_time
+from rorem_lib.training import checkpoints
+from rorem_lib.training.tracking import split_by_time
 
 UNET_FILE = "remover/unet/diffusion_pytorch_model.safetensors"
 

@@ -23,10 +23,10 @@ import yaml
 from resume_job import train, train_and_die
 from safetensors.torch import load_file
 
-from rorem_lib import checkpoints, latent_cache
 from rorem_lib.builtin.scenes import render_scene
 from rorem_lib.data.writer import TripletWriter
 from rorem_lib.remover import RemoverConfig, train_remover
+from rorem_lib.training import checkpoints, latent_cache
 from rorem_lib.training.memory import tune_cpu
 
 ROOT = Path(__file__).resolve().parents[1]

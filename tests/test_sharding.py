@@ -15,8 +15,8 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from sharded_job import make_unet
 
-from rorem_lib import loop, sharding
 from rorem_lib.launch import HARDWARE
+from rorem_lib.training import distributed, loop
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = {"DDP": "many_gpus", "FSDP2": "fsdp2", "ZeRO-2": "deepspeed_zero2"}
@@ -209,36 +209,36 @@ def make_accelerator(kind=DistributedType.NO, **more):
 
 def test_the_first_line_says_what_trains():
     config = loop.LoopConfig(train_batch_size=16)
-    assert sharding.describe(make_accelerator(), config) == "1 process, fp32, global batch 16"
+    assert distributed.describe(make_accelerator(), config) == "1 process, fp32, global batch 16"
     many = make_accelerator(
         DistributedType.MULTI_GPU,
         num_processes=8,
         mixed_precision="bf16",
         device=torch.device("cuda"),
     )
-    assert sharding.describe(many, config) == "8 processes, DDP, bf16, global batch 128"
+    assert distributed.describe(many, config) == "8 processes, DDP, bf16, global batch 128"
     state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=2))
     zero = make_accelerator(
         DistributedType.DEEPSPEED, num_processes=8, mixed_precision="fp16", state=state
     )
     config = loop.LoopConfig(train_batch_size=4, gradient_accumulation_steps=2)
-    assert sharding.describe(zero, config) == "8 processes, ZeRO-2, fp16, global batch 64"
+    assert distributed.describe(zero, config) == "8 processes, ZeRO-2, fp16, global batch 64"
 
 
 def test_what_the_hardware_cannot_do_is_said(monkeypatch, caplog):
     config, half = loop.LoopConfig(), make_accelerator(mixed_precision="fp16")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with caplog.at_level(logging.WARNING):
-        sharding.prepare(half, torch.nn.Linear(1, 1), None, config)
+        distributed.prepare(half, torch.nn.Linear(1, 1), None, config)
     assert "fp16 needs a GPU: this trains in float32" in caplog.text
     assert "asks for FSDP, which needs several GPUs" in caplog.text
-    assert "fp32" in sharding.describe(half, config)
+    assert "fp32" in distributed.describe(half, config)
     for kind, state in (
         (DistributedType.FSDP, {"fsdp_plugin": SimpleNamespace(fsdp_version=1)}),
         (DistributedType.DEEPSPEED, {"deepspeed_plugin": SimpleNamespace(zero_stage=3)}),
     ):
         with pytest.raises(ValueError, match="set fsdp_version to 2, or zero_stage to 2"):
-            sharding.prepare(
+            distributed.prepare(
                 make_accelerator(kind, state=SimpleNamespace(**state)), None, None, config
             )
 
@@ -257,7 +257,7 @@ def test_deepspeed_is_told_the_options_and_gets_inputs_in_its_precision():
             return super().forward(x)
 
     model = Model(2, 2).to(torch.bfloat16)
-    sharding.prepare(accelerator, model, None, config)
+    distributed.prepare(accelerator, model, None, config)
     assert plugin.deepspeed_config == {
         "gradient_clipping": 0.5,
         "gradient_accumulation_steps": 2,
@@ -273,10 +273,10 @@ def test_deepspeed_is_told_the_options_and_gets_inputs_in_its_precision():
 
 def test_a_structure_has_no_weights_until_it_is_filled():
     model = make_unet()
-    empty = sharding.copy_structure(make_accelerator(DistributedType.FSDP), model)
+    empty = distributed.copy_structure(make_accelerator(DistributedType.FSDP), model)
     assert all(p.is_meta for p in empty.parameters())
     assert not any(p.is_meta for p in model.parameters())
-    assert sharding.copy_structure(make_accelerator(), model) is None
+    assert distributed.copy_structure(make_accelerator(), model) is None
     empty.load_state_dict(model.state_dict(), assign=True)
     times, more = torch.tensor([3]), {"text_embeds": torch.ones(1, 8), "time_ids": torch.ones(1, 6)}
     given = (torch.ones(1, 9, 8, 8), times, torch.ones(1, 3, 8))

@@ -417,16 +417,16 @@ def test_the_cpu_is_tuned_without_another_rounding():
     """In a process of its own: the settings are the process's."""
     code = """
 import torch
-from rorem_lib.training.memory import tune_cpu
+from rorem_lib.training import memory
 a, b = torch.randn(300, 700), torch.randn(200, 700)
 exact = torch.nn.functional.linear(a.double(), b.double())
-tune_cpu()
+memory.tune_cpu()
 error = (torch.nn.functional.linear(a, b) - exact).abs().max() / exact.abs().max()
 assert error < 1e-5, error
 # where oneDNN does not round
-speed.F.linear = lambda a, b: (a.double() @ b.double().T).to(a.dtype)
+memory.F.linear = lambda a, b: (a.double() @ b.double().T).to(a.dtype)
 torch.cpu._is_amx_tile_supported = lambda: False
-tune_cpu()
+memory.tune_cpu()
 assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
@@ -435,13 +435,13 @@ assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
 def test_the_cpu_is_left_alone_where_products_would_be_rounded():
     code = """
 import torch
-from rorem_lib.training.memory import tune_cpu
-plain = speed.F.linear
-speed.F.linear = lambda a, b: (plain(a, b) if a.dtype == torch.float64 else
-                               plain(a.bfloat16(), b.bfloat16()).float())
+from rorem_lib.training import memory
+plain = memory.F.linear
+memory.F.linear = lambda a, b: (plain(a, b) if a.dtype == torch.float64 else
+                                plain(a.bfloat16(), b.bfloat16()).float())
 torch.cpu._is_amx_tile_supported = lambda: False
 torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-tune_cpu()
+memory.tune_cpu()
 assert torch.backends.mkldnn.matmul.fp32_precision == "none"
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])

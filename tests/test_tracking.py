@@ -14,7 +14,7 @@ from accelerate import tracking as accelerate_tracking
 from accelerate.tracking import GeneralTracker
 from accelerate.utils import ProjectConfiguration
 
-from rorem_lib import tracking
+from rorem_lib.training import tracking
 
 
 @dataclass

@@ -13,12 +13,13 @@ import torch
 from accelerate.tracking import GeneralTracker, on_main_process
 from accelerate.utils import convert_outputs_to_fp32
 
-from rorem_lib import metrics, validation
+from rorem_lib import metrics
 from rorem_lib.data.pictures import load_image
 from rorem_lib.data.writer import TripletWriter
 from rorem_lib.models import sdxl
 from rorem_lib.models.inpainting import remove_objects
-from rorem_lib.validation import GAP, Validation, compose_grid, load_scenes, remove_scenes
+from rorem_lib.training import validation
+from rorem_lib.training.validation import GAP, Validation, compose_grid, load_scenes, remove_scenes
 
 
 @dataclass

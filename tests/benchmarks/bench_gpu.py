@@ -114,7 +114,7 @@ def run_apart(function, *arguments) -> dict:
     on_cpu = _is_on_cpu()
     context = multiprocessing.get_context("forkserver" if on_cpu else "spawn")
     if on_cpu:
-        context.set_forkserver_preload(["rorem_lib.remover", "rorem_lib.validation"])
+        context.set_forkserver_preload(["rorem_lib.remover", "rorem_lib.training.validation"])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "result.json"
         process = context.Process(target=_answer, args=(str(path), function, arguments))

@@ -23,10 +23,10 @@ from bench_assembly import REPEATS, write_raw
 from datasets import Dataset, Image
 from measuring import save_result
 
-from rorem_lib.batches import read_batches
 from rorem_lib.data.pictures import load_image
 from rorem_lib.data.triplets import load_images, read_triplets
 from rorem_lib.models import sdxl
+from rorem_lib.training.latent_cache import read_batches
 from rorem_lib.workers import group_chunks
 
 SIZE, BATCH = 512, 16

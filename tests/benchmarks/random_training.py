@@ -21,13 +21,14 @@ from diffusers import AutoencoderKL, StableDiffusionXLInpaintPipeline, UNet2DCon
 from diffusers.models.attention_processor import AttnProcessor2_0
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from rorem_lib import loop, remover, sharding
+from rorem_lib import remover
 from rorem_lib.data.triplets import Triplet
-from rorem_lib.latents import DTYPES, encode_pictures
 from rorem_lib.models import sdxl
 from rorem_lib.models.attention import compile_unet
 from rorem_lib.remover import RemoverConfig, RemoverObjective
-from rorem_lib.samples import Share
+from rorem_lib.training import distributed, loop
+from rorem_lib.training.dataset import Share
+from rorem_lib.training.latents import DTYPES, encode_pictures
 from rorem_lib.training.memory import count_flops, find_peak_flops
 
 # The architecture of diffusers/stable-diffusion-xl-1.0-inpainting-0.1; all else is the default.
@@ -270,7 +271,7 @@ def measure_case(case: Case) -> dict:
         bytes), `gradient_checkpointing`, and with fp16's scaler `skipped_steps`, which cost less
         than others; or `batch` and `out_of_memory` with the kit's advice.
     """
-    if case.memory_share < 1 and sharding.find_device() == "cuda":
+    if case.memory_share < 1 and distributed.find_device() == "cuda":
         torch.cuda.set_per_process_memory_fraction(case.memory_share)
     with tempfile.TemporaryDirectory() as folder, replaced(case):
         config = case.make_config(Path(folder))
@@ -295,7 +296,7 @@ def measure_case(case: Case) -> dict:
 def measure_encoding(case: Case) -> dict:
     """Triplets a second that `encode_pictures` makes latents of, by the VAE's precision: what a
     latent cache takes once, each as it is and mirrored; decoding is left out."""
-    device = sharding.find_device()
+    device = distributed.find_device()
     found = {}
     with replaced(case):
         vae = sdxl.load_pipeline("builtin", device=device).vae
@@ -317,7 +318,7 @@ def measure_encoding(case: Case) -> dict:
 
 def describe_gpu() -> dict:
     """Name, memory in GiB, compute capability, CUDA's version and the peak in TFLOP a second."""
-    if sharding.find_device() != "cuda":
+    if distributed.find_device() != "cuda":
         return {}
     card = torch.cuda.get_device_properties(0)
     peak = find_peak_flops("cuda")

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from accelerate.utils import convert_outputs_to_fp32, extract_model_from_parallel
 
-from rorem_lib import metrics, sharding, tracking
+from rorem_lib import metrics
+from rorem_lib.training import distributed, tracking
 from rorem_lib.data import masks
 from rorem_lib.data.pictures import TripletError, save_image
 from rorem_lib.data.triplets import Triplet, iter_triplets, load_images, resolve_meta
@@ -95,7 +96,7 @@ class Validation:
             side=self.side,
             seed=self.config.seed,
             num_inference_steps=self.num_inference_steps,
-            precision=sharding.find_precision(self.accelerator),
+            precision=distributed.find_precision(self.accelerator),
         )
         scores = {
             scene.name: round(metrics.psnr_hole(removal, scene.gt, scene.mask), 4)

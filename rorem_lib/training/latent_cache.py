@@ -21,8 +21,8 @@ import logging
 import os
 import socket
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,12 +33,17 @@ import safetensors
 import torch
 from safetensors.torch import save
 
-from rorem_lib.batches import read_batches
 from rorem_lib.data.pictures import TripletError, read_size
 from rorem_lib.data.triplets import Triplet
-from rorem_lib.file_index import describe_stat, hash_files
+from rorem_lib.training.file_index import describe_stat, hash_files
 from rorem_lib.files import write_json
-from rorem_lib.latents import DTYPES, CacheSpec, encode_pictures, prepare_pictures, vary_mask
+from rorem_lib.training.latents import (
+    CacheSpec,
+    DTYPES,
+    encode_pictures,
+    prepare_pictures,
+    vary_mask,
+)
 from rorem_lib.workers import Heartbeat, Progress, group_chunks, wait_for
 
 logger = logging.getLogger(__name__)
@@ -400,3 +405,49 @@ def _save_shard(shard: _Shard, data: bytes, plan: list[_Shard], root: Path) -> N
             f"{left / 1e9:.3g} GB are still to be written: free so much or set latent_cache_dir to "
             "a folder with more room, then start again",
         ) from error
+
+
+def read_batches(
+    load: Callable[..., Mapping[str, np.ndarray | None]],
+    chunks: Iterable[Sequence],
+    *,
+    threads: int | None = None,
+    ahead: int = 2,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Open triplets in order, batch by batch, by default two batches ahead of the taker.
+
+    Decoding and resizing leave Python's lock, so threads are enough to use all cores.
+
+    Args:
+        load: opens one item, for example `partial(load_images, size=512)`.
+        chunks: the items of each batch; all pictures of one are brought to one size.
+        threads: by default one a core.
+        ahead: batches that are decoded in advance; 0 for a taker that needs all cores itself.
+
+    Yields:
+        What `load` gave for the items of a chunk, stacked: of `load_images` `source` and `gt`
+        [B, h, w, 3] uint8 and `mask` [B, h, w] uint8 0 or 255; without `gt` in a pool.
+
+    Raises:
+        TripletError: a picture cannot be read, or sizes differ.
+    """
+    pool = ThreadPoolExecutor(threads or os.cpu_count())
+    waiting: deque[list] = deque()
+    try:
+        for chunk in chunks:
+            waiting.append([pool.submit(load, item) for item in chunk])
+            if len(waiting) > ahead:
+                yield _stack(waiting.popleft())
+        while waiting:
+            yield _stack(waiting.popleft())
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _stack(futures: list) -> dict[str, np.ndarray]:
+    pictures = [future.result() for future in futures]
+    return {
+        part: np.stack([p[part] for p in pictures])
+        for part, first in pictures[0].items()
+        if first is not None
+    }

@@ -19,7 +19,7 @@ import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import LoggerType
 
-from rorem_lib import sharding
+from rorem_lib.training import distributed
 from rorem_lib.files import write_text
 from rorem_lib.training.memory import find_peak_flops
 
@@ -311,7 +311,7 @@ def describe_out_of_memory(
         ways.append("use_8bit_adam")
     if not getattr(config, "lora_rank", 1) and not hasattr(config, "rank"):
         ways.append("lora_rank 64 (in the place of all weights)")
-    if on_gpu and not any(map(sharding.is_asked_for, ("DEEPSPEED", "FSDP"))):
+    if on_gpu and not any(map(distributed.is_asked_for, ("DEEPSPEED", "FSDP"))):
         ways.append(
             "several GPUs with `accelerate launch --config_file notebooks/recipes/"
             "accelerate/deepspeed_zero2.yaml`"

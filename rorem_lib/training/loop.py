@@ -23,11 +23,12 @@ from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, s
 from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader, Dataset
 
-from rorem_lib import checkpoints, disk, sharding, tracking
+from rorem_lib.training import checkpoints, distributed, tracking
+from rorem_lib import disk
 from rorem_lib.files import replace_folder, write_json
 from rorem_lib.models import sdxl
-from rorem_lib.options import LoopConfig
-from rorem_lib.order import Positions
+from rorem_lib.training.config import LoopConfig
+from rorem_lib.training.sampler import Positions
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class Objective:
     @property
     def global_batch(self) -> int:
         """Samples an optimizer step, over all processes and micro-batches."""
-        return sharding.count_global_batch(self.accelerator, self.config)
+        return distributed.count_global_batch(self.accelerator, self.config)
 
     def build_model(self) -> torch.nn.Module:
         """The module whose `requires_grad` parameters are trained, in float32."""
@@ -104,12 +105,12 @@ def train(objective: Objective, config: LoopConfig) -> dict:
     tracking.check_report_to(config.report_to)
     AcceleratorState._reset_state()  # an earlier training here may have had another precision
     accelerator = Accelerator(
-        mixed_precision=sdxl.choose_precision(config.mixed_precision, sharding.find_device()),
+        mixed_precision=sdxl.choose_precision(config.mixed_precision, distributed.find_device()),
         # as a plugin: else a number in the hardware file wins over the option
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=config.gradient_accumulation_steps
         ),
-        kwargs_handlers=sharding.make_handlers(sharding.find_device()),
+        kwargs_handlers=distributed.make_handlers(distributed.find_device()),
         log_with=None if config.report_to == "none" else config.report_to,
         project_config=ProjectConfiguration(
             project_dir=config.output_dir,
@@ -167,8 +168,8 @@ class _Training:
         optimizer = make_optimizer(
             config, [p for p in model.parameters() if p.requires_grad], objective.global_batch
         )
-        self.structure = sharding.copy_structure(accelerator, model)
-        self.model, self.optimizer = sharding.prepare(accelerator, model, optimizer, config)
+        self.structure = distributed.copy_structure(accelerator, model)
+        self.model, self.optimizer = distributed.prepare(accelerator, model, optimizer, config)
         self.scheduler = get_scheduler(
             config.lr_scheduler,
             self.optimizer,
@@ -177,11 +178,11 @@ class _Training:
         )
         accelerator.register_for_checkpointing(self.scheduler)
         # after `prepare`: a sharded model has other parameters than the one that was built
-        self.trained = sharding.list_trained(self.model)
+        self.trained = distributed.list_trained(self.model)
         self.count = sum(p.numel() for p in self.trained)
         self.ema = None
         if config.ema_decay:
-            self.ema = sharding.Average(
+            self.ema = distributed.Average(
                 self.trained, decay=config.ema_decay, foreach=accelerator.device.type == "cuda"
             )
             accelerator.register_for_checkpointing(self.ema)
@@ -191,7 +192,7 @@ class _Training:
         if self.ema is not None:
             self.ema.to(accelerator.device)
         self.validate = objective.make_validation()
-        if self.validate is not None and sharding.find_kind(accelerator) == "FSDP2":
+        if self.validate is not None and distributed.find_kind(accelerator) == "FSDP2":
             logger.warning(
                 "validation_steps has no effect under FSDP2, whose weights are whole "
                 "on no process: only the finished model can be looked at"
@@ -203,7 +204,7 @@ class _Training:
         )
         if accelerator.is_main_process:
             tracking.trim_lines(self.folder / "metrics.jsonl", self.first)
-            logger.info("%s", sharding.describe(accelerator, config))
+            logger.info("%s", distributed.describe(accelerator, config))
 
     def run(self) -> dict:
         config, accelerator, started = self.config, self.accelerator, time.time()
@@ -256,11 +257,11 @@ class _Training:
                 with contextlib.nullcontext() if last else accelerator.no_sync(model):
                     with accelerator.autocast():
                         loss, extra = self.objective.compute_loss(model, chunk)
-                    sharding.backward(accelerator, loss * share, last=last)
+                    distributed.backward(accelerator, loss * share, last=last)
                 shown.append((share, {"loss": loss.detach(), **extra}))
             self.tracker.add(tracking.merge_chunks(shown))
             if accelerator.sync_gradients:
-                norm = sharding.clip(accelerator, model, self.config.max_grad_norm)
+                norm = distributed.clip(accelerator, model, self.config.max_grad_norm)
             self.optimizer.step()
             self.optimizer.zero_grad()
         if accelerator.sync_gradients:
@@ -327,7 +328,7 @@ class _Training:
             "trainable_parameters": self.count,
             **{k: v for k, v in line.items() if k.startswith("loss")},
         }
-        model = sharding.gather_model(accelerator, self.model, self.structure, self.ema)
+        model = distributed.gather_model(accelerator, self.model, self.structure, self.ema)
         beside = self.folder / ".model.partial"
 
         def write():

@@ -25,7 +25,8 @@ from diffusers import UNet2DConditionModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 
-from rorem_lib import disk, sharding
+from rorem_lib import disk
+from rorem_lib.training import distributed
 from rorem_lib.files import read_json, remove_folder, replace_folder, write_json
 from rorem_lib.models import sdxl
 
@@ -103,13 +104,13 @@ def save_checkpoint(accelerator, config, step: int, *, train_size: int | None = 
     )
     attempt(partial(_check_space, accelerator, config))
     attempt(
-        partial(_save_state, accelerator, beside), together=not sharding.is_divided(accelerator)
+        partial(_save_state, accelerator, beside), together=not distributed.is_divided(accelerator)
     )
     record = {
         "step": step,
         "config": dataclasses.asdict(config),
         "num_processes": accelerator.num_processes,
-        "kind": sharding.find_kind(accelerator),
+        "kind": distributed.find_kind(accelerator),
         **_describe_training(accelerator, config, train_size),
     }
     attempt(partial(_complete, accelerator, folder, beside, record, config))
@@ -118,8 +119,8 @@ def save_checkpoint(accelerator, config, step: int, *, train_size: int | None = 
 def _describe_training(accelerator, config, train_size: int | None) -> dict:
     """What has to be the same in a run that goes on, and no option says alone."""
     return {
-        "global_batch": sharding.count_global_batch(accelerator, config),
-        "precision": sharding.find_precision(accelerator),
+        "global_batch": distributed.count_global_batch(accelerator, config),
+        "precision": distributed.find_precision(accelerator),
         "train_size": train_size,
     }
 
@@ -335,7 +336,7 @@ def load_checkpoint(accelerator, config, *, train_size: int | None = None) -> in
         checkpoint, record, config, _describe_training(accelerator, config, train_size)
     )
     same = record["num_processes"] == accelerator.num_processes
-    _compare_kind(checkpoint, record, sharding.find_kind(accelerator), same)
+    _compare_kind(checkpoint, record, distributed.find_kind(accelerator), same)
     handle = accelerator.register_load_state_pre_hook(partial(_load_weights, accelerator))
     scaler = accelerator.scaler
     if not (checkpoint / "scaler.pt").is_file():  # it was made in another precision
@@ -345,7 +346,7 @@ def load_checkpoint(accelerator, config, *, train_size: int | None = None) -> in
     finally:
         handle.remove()
         accelerator.scaler = scaler
-    if not sharding.is_divided(accelerator):
+    if not distributed.is_divided(accelerator):
         _lay_out_moments(accelerator, checkpoint)
     # counted in micro-batches, of which a step may have another number now
     accelerator.step = record["step"] * config.gradient_accumulation_steps

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from rorem_lib import sharding
+from rorem_lib.training import distributed
 from rorem_lib.parameters import coerce_value
 from rorem_lib.training.memory import tune_cpu
 
@@ -273,6 +273,6 @@ def run_job(function, config) -> None:
     """A stage module's `main`: log lines to standard output, then the work."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     logging.getLogger("accelerate").setLevel(logging.WARNING)
-    if sharding.find_device() == "cpu":
+    if distributed.find_device() == "cpu":
         tune_cpu()
     function(config)

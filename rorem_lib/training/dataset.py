@@ -15,9 +15,9 @@ import torch
 from torch.utils.data import Dataset
 
 from rorem_lib.data.triplets import Triplet
-from rorem_lib.latent_cache import read_sizes
-from rorem_lib.latents import CacheSpec, prepare_pictures
-from rorem_lib.order import BucketOrder, assign_buckets, make_buckets
+from rorem_lib.training.latent_cache import read_sizes
+from rorem_lib.training.latents import CacheSpec, prepare_pictures
+from rorem_lib.training.sampler import BucketOrder, assign_buckets, make_buckets
 
 
 @dataclass
