@@ -109,7 +109,7 @@ NOTEBOOKS = {
         'trouble: str = "none"\nmode: str = "simulate"',
         "import os\nimport signal\nfrom pathlib import Path\n\n"
         "from rorem_lib.colours import count\n"
-        "from rorem_lib.labels import LabelsMissing\n"
+        "from rorem_lib.labels.votes import LabelsMissing\n"
         "from rorem_lib.pipeline import resolve_path, start_stage\n"
         'stage = start_stage(output_dir, notebook="03_judge")',
         'if trouble == "raise":\n    raise ValueError("nothing to judge")\n'

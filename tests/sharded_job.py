@@ -3,11 +3,11 @@
     accelerate launch --config_file … tests/sharded_job.py RUNS.json
 
 RUNS.json is a list of trainings, done one after the other. Each has a `LoopConfig`'s options and
-`kind` (what has to come of it, as `distributed.find_kind` says), `model` ("unet", "lora" or "plain"),
-`chunks` (of a micro-batch), `sgd` (plain steps of size 1: how far the weights move is then the
-clipped norm), `fused` (AdamW), `channels_last`, `die` (a place in the second checkpoint where it
-kills itself, see `die_at`), `full` ([rank, bytes]: no file of that process may be larger from the
-second checkpoint on). Each writes `result.json` and the weights into its `output_dir`.
+`kind` (what has to come of it, as `distributed.find_kind` says), `model` ("unet", "lora" or
+"plain"), `chunks` (of a micro-batch), `sgd` (plain steps of size 1: how far the weights move is
+then the clipped norm), `fused` (AdamW), `channels_last`, `die` (a place in the second checkpoint
+where it kills itself, see `die_at`), `full` ([rank, bytes]: no file of that process may be larger
+from the second checkpoint on). Each writes `result.json` and the weights into its `output_dir`.
 """
 
 import contextlib

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from rorem_lib import annotator
-from rorem_lib.annotator import Annotator
-from rorem_lib.annotator_keys import KEYS
-from rorem_lib.annotator_opening import open_annotator
-from rorem_lib.annotator_pictures import encode_item, trace_mask
 from rorem_lib.data.triplets import load_images, read_triplets
 from rorem_lib.data.writer import TripletWriter
-from rorem_lib.label_log import LabelError
-from rorem_lib.labels import LabelLog, QueueItem, merge_votes, read_labels
+from rorem_lib.labels import widget as annotator
+from rorem_lib.labels.keys import KEYS
+from rorem_lib.labels.log import LabelError, LabelLog, read_labels
+from rorem_lib.labels.pictures import encode_item, trace_mask
+from rorem_lib.labels.queue import QueueItem
+from rorem_lib.labels.votes import merge_votes
+from rorem_lib.labels.widget import Annotator, open_annotator
 
 
 def write_candidates(folder, *, count=6, side=32):
@@ -513,7 +513,7 @@ def test_empty_queue_says_so(tmp_path, triplets):
 
 
 def test_labels_import_no_widgets():
-    command = "import sys, rorem_lib.labels; print(*sys.modules)"
+    command = "import sys, rorem_lib.labels.votes; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
-    assert "rorem_lib.labels" in loaded.stdout.split()
+    assert "rorem_lib.labels.votes" in loaded.stdout.split()
     assert not {"anywidget", "ipywidgets", "IPython", "torch"} & set(loaded.stdout.split())

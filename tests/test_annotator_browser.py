@@ -15,10 +15,10 @@ import pytest
 from lab import BROWSER, ROOT_SELECTOR, Annotating, run_lab, write_notebook
 from PIL import Image
 
-from rorem_lib.annotator_keys import KEYS
 from rorem_lib.builtin.scenes import render_scene
 from rorem_lib.data.triplets import read_triplets
 from rorem_lib.data.writer import TripletWriter
+from rorem_lib.labels.keys import KEYS
 
 playwright_api = pytest.importorskip("playwright.sync_api")
 

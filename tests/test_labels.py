@@ -13,31 +13,28 @@ import datasets
 import numpy as np
 import pytest
 
-from rorem_lib import figures, label_log
+from rorem_lib import figures
 from rorem_lib.data.triplets import load_images, read_triplets
 from rorem_lib.data.writer import TripletWriter
-from rorem_lib.labels import (
+from rorem_lib.labels import log as label_log
+from rorem_lib.labels.exchange import (
+    export_dataset,
+    export_labels,
+    import_labels,
+    write_scored_set,
+)
+from rorem_lib.labels.log import Label, LabelError, LabelLog, read_labels, split_stale
+from rorem_lib.labels.queue import QueueItem, order_items, stratify_items
+from rorem_lib.labels.votes import (
     ADJUDICATION,
     POLICIES,
-    Label,
-    LabelError,
-    LabelLog,
-    QueueItem,
     collect_orders,
     compute_agreement,
     count_missing,
-    export_dataset,
-    export_labels,
     find_conflicts,
     find_fair,
-    import_labels,
     list_adjudication,
     merge_votes,
-    order_items,
-    read_labels,
-    split_stale,
-    stratify_items,
-    write_scored_set,
 )
 
 
@@ -120,7 +117,7 @@ def test_torn_last_line_is_skipped_and_never_glued(tmp_path, caplog):
 
 WRITER = """
 import sys
-from rorem_lib.label_log import LabelLog
+from rorem_lib.labels.log import LabelLog
 log = LabelLog(sys.argv[1], "anna")
 for number in range(100_000):
     log.append(f"c{number}", "accept", note="x" * 300)

@@ -11,7 +11,7 @@ from rorem_lib.builtin.scenes import render_scene
 from rorem_lib.builtin.sets import Truth
 from rorem_lib.data.pictures import save_image
 from rorem_lib.data.writer import TripletWriter
-from rorem_lib.labels import QueueItem
+from rorem_lib.labels.queue import QueueItem
 
 
 @pytest.fixture(scope="module")

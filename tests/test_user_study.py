@@ -9,11 +9,11 @@ import pytest
 from test_annotator import Session, write_candidates
 
 from rorem_lib import tables, user_study
-from rorem_lib.annotator_keys import PREFERENCE_KEYS
 from rorem_lib.data.pictures import save_image
 from rorem_lib.data.triplets import read_triplets
 from rorem_lib.execution import execute_notebook
-from rorem_lib.label_log import LabelError, LabelLog
+from rorem_lib.labels.keys import PREFERENCE_KEYS
+from rorem_lib.labels.log import LabelError, LabelLog
 from rorem_lib.methods import make_methods, run_method
 from rorem_lib.stage import ROOT
 from rorem_lib.user_study import (

@@ -162,7 +162,7 @@ def simulate_labels(
         hidden_dir: the hidden truth that belongs to its scenes.
         folder: where `labels-<annotator>.jsonl` is written; labels already there are kept.
         annotator: the log's name; it always contains "simulated".
-        queue: which candidates and how they were drawn, `label_queue.QueueItem`s, silent
+        queue: which candidates and how they were drawn, `labels.queue.QueueItem`s, silent
             repeats left out; by default all.
 
     Returns:
@@ -173,7 +173,8 @@ def simulate_labels(
     """
     from rorem_lib.builtin.sets import read_truth
     from rorem_lib.data.triplets import load_images, read_triplets
-    from rorem_lib.labels import LabelLog, QueueItem, split_stale
+    from rorem_lib.labels.log import LabelLog, split_stale
+    from rorem_lib.labels.queue import QueueItem
 
     if "simulated" not in annotator:
         raise ValueError(f"the annotator's name must say that it is simulated, not {annotator!r}")

@@ -37,7 +37,9 @@ from sklearn.metrics import roc_auc_score
 
 from rorem_lib import figures
 from rorem_lib.files import write_json
-from rorem_lib.labels import merge_votes, order_items, read_labels, stratify_items
+from rorem_lib.labels.log import read_labels
+from rorem_lib.labels.queue import order_items, stratify_items
+from rorem_lib.labels.votes import merge_votes
 from rorem_lib.stage import ROOT
 
 ORDERS = ("random", "uncertainty", "stratified")

@@ -1,9 +1,8 @@
 """Human decisions about removals: votes, agreement, what is missing and what is a fair sample.
 
 Annotators say yes or no to source, mask and removal; the accepted ones train the remover, all of
-them train the discriminator (RORem, sec. 3.2; CVPR 2025, arXiv 2501.00740). The log itself is in
-`label_log`, who sees what and when in `label_queue`, other formats in `label_exchange`; what is
-public there is reachable from here.
+them train the discriminator (RORem, sec. 3.2). The log itself is in
+`log`, who sees what and when in `queue`, other formats in `exchange`.
 """
 
 from __future__ import annotations
@@ -16,34 +15,13 @@ import krippendorff
 import numpy as np
 from sklearn.metrics import cohen_kappa_score
 
-from rorem_lib.label_exchange import (
-    export_dataset,
-    export_labels,
-    import_labels,
-    write_scored_set,
-)
-from rorem_lib.label_log import (
+from rorem_lib.labels.log import (
     DECISIONS,
     PREFERENCES,
-    REASONS,
     Label,
-    LabelError,
-    LabelLog,
     LabelsMissing,
-    hash_content,
-    read_labels,
-    split_stale,
 )
-from rorem_lib.label_queue import ORDERS, QueueItem, order_items, stratify_items
-
-__all__ = [
-    "ADJUDICATION", "DECISIONS", "ORDERS", "POLICIES", "REASONS", "Label", "LabelError",
-    "LabelLog", "LabelsMissing", "QueueItem", "collect_orders", "compute_agreement",
-    "count_missing", "count_wanted", "export_dataset", "export_labels", "find_conflicts",
-    "find_fair", "hash_content", "import_labels", "list_adjudication", "merge_votes",
-    "order_items", "read_labels", "require_labels", "split_stale", "stratify_items",
-    "write_scored_set",
-]  # fmt: skip
+from rorem_lib.labels.queue import QueueItem
 
 POLICIES = ("majority", "unanimous", "single")
 ADJUDICATION = "adjudication"  # a label's order, where it settles a conflict

@@ -16,7 +16,7 @@ import numpy as np
 from rorem_lib.data.triplets import read_triplets, resolve_meta
 from rorem_lib.data.writer import TripletWriter
 from rorem_lib.files import read_json, replace_folder, write_json, write_text
-from rorem_lib.label_log import (
+from rorem_lib.labels.log import (
     Label,
     LabelError,
     LabelLog,

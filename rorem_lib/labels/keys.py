@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
-from rorem_lib.label_log import PREFERENCES, REASONS
+from rorem_lib.labels.log import PREFERENCES, REASONS
 
 _COMMON_KEYS = {
     "skip": "s",

@@ -14,7 +14,7 @@ import numpy as np
 
 from rorem_lib.data.pictures import load_image
 from rorem_lib.data.triplets import Triplet
-from rorem_lib.label_log import Label
+from rorem_lib.labels.log import Label
 
 ORDERS = ("random", "uncertainty", "stratified")
 

@@ -1,4 +1,4 @@
-// The browser side of rorem_lib.annotator: shows, listens to keys, keeps nothing.
+// The browser side of rorem_lib.labels.widget: shows, listens to keys, keeps nothing.
 // A decision is sent with the id that is on screen; the picture moves when the kernel says "saved".
 
 const KEPT_BEHIND = 3; // places behind the current one that stay decoded, for undo

@@ -2,12 +2,12 @@
 
 It shows what RORem's annotators saw, source and mask beside the removal (RORem, sec. 3.2), and
 keeps nothing itself: each decision goes to the `LabelLog` it was given and the picture moves only
-after the log has it on the disk. The browser side is `annotator.js` and `annotator.css`.
+after the log has it on the disk. The browser side is `widget.js` and `widget.css`.
 
 Messages from the browser: `ready`, `want` (places), `label` (with the places wanted next: one
 message a decision is what JupyterLab has time for; they come with the answer, or soon after it when
 the browser is `calm`), `undo` (with the number of decisions it knows of: a second undo that waits
-behind the first is none), `nudge` (only to hurry an answer, see annotator.js). Messages to the
+behind the first is none), `nudge` (only to hurry an answer, see widget.js). Messages to the
 browser: `state` (where we are, figures), `item` (pictures of one place), `failed` (what was not
 saved).
 """
@@ -15,21 +15,22 @@ saved).
 from __future__ import annotations
 
 import gc
+import html
 import itertools
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import anywidget
+import ipywidgets as widgets
 import traitlets
 
-from rorem_lib.annotator_keys import KEYS, PREFERENCE_KEYS, list_decisions, merge_keys
-from rorem_lib.annotator_pictures import encode_item
 from rorem_lib.data.triplets import Triplet
-from rorem_lib.label_log import (
+from rorem_lib.labels.keys import KEYS, PREFERENCE_KEYS, list_decisions, merge_keys
+from rorem_lib.labels.log import (
     DECISIONS,
     PREFERENCES,
     Label,
@@ -39,7 +40,9 @@ from rorem_lib.label_log import (
     read_labels,
     split_stale,
 )
-from rorem_lib.labels import ADJUDICATION, QueueItem, compute_agreement, count_wanted
+from rorem_lib.labels.pictures import encode_item
+from rorem_lib.labels.queue import QueueItem, order_items
+from rorem_lib.labels.votes import ADJUDICATION, compute_agreement, count_wanted, list_adjudication
 
 logger = logging.getLogger(__name__)
 
@@ -58,10 +61,10 @@ class Annotator(anywidget.AnyWidget):
 
     Args:
         log: where decisions go; it decides what "saved" means.
-        queue: the annotator's places, as `label_queue.order_items` returns them.
+        queue: the annotator's places, as `queue.order_items` returns them.
         triplets: the candidates (GT is the removal); must cover the queue.
         wanted: number of decisions aimed at; 0 is the whole queue.
-        keys: action -> key, replaces single ones of `annotator_keys.KEYS`.
+        keys: action -> key, replaces single ones of `keys.KEYS`.
         prefetch: how many coming places the browser holds decoded.
         view_size: longest side in pixels of what the browser gets; a larger picture's mask box
             comes at full resolution besides.
@@ -76,8 +79,8 @@ class Annotator(anywidget.AnyWidget):
             negative `wanted`.
     """
 
-    _esm = Path(__file__).with_name("annotator.js")
-    _css = Path(__file__).with_name("annotator.css")
+    _esm = Path(__file__).with_name("widget.js")
+    _css = Path(__file__).with_name("widget.css")
     settings = traitlets.Dict().tag(sync=True)
 
     def __init__(
@@ -339,3 +342,64 @@ class Annotator(anywidget.AnyWidget):
         start = 0 if self._place is None else self._place + 1
         opened = (place for place in range(start, len(self._queue)) if self._is_open(place))
         return list(itertools.islice(opened, self._prefetch + 1))
+
+
+def open_annotator(
+    folder: str | Path,
+    triplets: Iterable[Triplet],
+    annotator: str = "",
+    *,
+    adjudicate: bool = False,
+    wanted: int = 0,
+    keys: Mapping[str, str] | None = None,
+    **ordering,
+) -> Annotator | widgets.VBox:
+    """The widget of one annotator, behind a field for the name where none is given.
+
+    Args:
+        folder: the label folder.
+        triplets: the candidates.
+        annotator: whose labels these are.
+        adjudicate: show only what others disagree about, and their votes after each decision.
+        wanted, keys: as for `Annotator`.
+        ordering: as for `queue.order_items`.
+
+    Raises:
+        LabelError: the name cannot name a file, or the folder cannot be made.
+        ValueError: see `Annotator` and `queue.order_items`.
+    """
+    triplets = list(triplets)
+    if not annotator:
+        given = {"adjudicate": adjudicate, "wanted": wanted, "keys": keys, **ordering}
+        return ask_name(lambda name: open_annotator(folder, triplets, name, **given))
+    log = LabelLog(folder, annotator)
+    people = [label for label in read_labels(folder) if not label.simulated]
+    people, _ = split_stale(people, triplets)
+    if adjudicate:
+        queue, votes = list_adjudication(people, annotator)
+        return Annotator(log, queue, triplets, keys=keys, votes=votes)
+    ids = [triplet.id for triplet in triplets]
+    queue = order_items(ids, annotator=annotator, labels=people, **ordering)
+    return Annotator(log, queue, triplets, wanted=wanted, keys=keys, divided=True)
+
+
+def ask_name(open_widget: Callable[[str], Annotator]) -> widgets.VBox:
+    """A field for a name, in whose place the widget comes that is opened with it."""
+    name = widgets.Text(placeholder="such as anna.m", description="Your name")
+    start = widgets.Button(description="Start", button_style="primary")
+    trouble = widgets.HTML()
+    box = widgets.VBox([widgets.HBox([name, start]), trouble])
+
+    def start_labelling(_) -> None:
+        try:
+            if not name.value.strip():
+                raise LabelError("Enter your name: it names the file that your labels go to.")
+            widget = open_widget(name.value.strip())
+            widget.settings = widget.settings | {"focus": True}
+            box.children = [widget]
+        except (LabelError, ValueError) as error:
+            trouble.value = f"<b>{html.escape(str(error))}</b>"
+
+    start.on_click(start_labelling)
+    name.on_msg(lambda field, told, _: told.get("event") == "submit" and start_labelling(field))
+    return box
