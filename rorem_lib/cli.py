@@ -21,10 +21,10 @@ from pathlib import Path
 import yaml
 
 from rorem_lib import data_commands
+from rorem_lib.files import ROOT
 from rorem_lib.pipeline import Progress, ReportFailed, StageFailed, run_recipe
 from rorem_lib.recipes import Recipe, RecipeError, read_recipe
 from rorem_lib.run_folder import RunLocked, is_running, read_states
-from rorem_lib.stage import ROOT
 
 DONE, FAILED, WRONG, WAITING, INTERRUPTED = 0, 1, 2, 3, 130
 

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from rorem_lib.figures import (
+from rorem_lib.plots import (
     BLACK,
     BLUE,
     GREEN,

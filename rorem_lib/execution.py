@@ -19,7 +19,7 @@ from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from traitlets import default
 
-from rorem_lib.stage import ROOT
+from rorem_lib.files import ROOT
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 # The tie to the runner comes first: a runner killed while the kernel starts takes it along too.

@@ -1,14 +1,32 @@
-"""Files and folders that must never be half-written: written beside and renamed."""
+"""Files and folders: where they are, and written so that none is ever found half-written."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# How libraries that do not raise OSError say that a file could not be written to its end.
+_FULL_WORDS = re.compile(
+    r"No space left|quota exceeded|File too large|PytorchStreamWriter failed"
+    r"|file write failed|unexpected pos",
+    re.IGNORECASE,
+)
+
+
+def resolve_path(path) -> Path:
+    """An absolute path; a relative one counts from the repository root, wherever Python runs."""
+    return ROOT / Path(path).expanduser()
 
 
 def write_text(path, text: str | Iterable[str]) -> Path:
@@ -87,3 +105,45 @@ def hash_file(path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error of torch, safetensors or the system means that the disk is full."""
+    if isinstance(error, OSError):
+        return error.errno in _FULL
+    return _FULL_WORDS.search(str(error)) is not None
+
+
+def flush(path: Path) -> None:
+    """Have a file's content, or a folder's names, on the disk before what comes next."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def flush_folder(folder: Path) -> None:
+    """`flush` of everything below a folder, and of the folder."""
+    below = sorted(folder.rglob("*"))
+    for path in [p for p in below if p.is_file()] + [p for p in below if p.is_dir()] + [folder]:
+        flush(path)
+
+
+def format_time(seconds: float | None = None) -> str:
+    """A moment (default: now) as UTC in ISO 8601, to the second."""
+    moment = datetime.now(UTC) if seconds is None else datetime.fromtimestamp(seconds, UTC)
+    return moment.isoformat(timespec="seconds")
+
+
+def clean_metrics(value):
+    """`value` as plain JSON: NumPy and torch values opened, NaN and infinity as None."""
+    if isinstance(value, dict):
+        return {str(k): clean_metrics(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [clean_metrics(v) for v in value]
+    if hasattr(value, "tolist"):
+        return clean_metrics(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)

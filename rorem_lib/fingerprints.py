@@ -26,10 +26,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from rorem_lib.files import hash_file
+from rorem_lib.files import ROOT, hash_file, resolve_path
 from rorem_lib.parameters import read_cells
 from rorem_lib.recipes import Recipe, RecipeError, StageRow, list_strings
-from rorem_lib.stage import ROOT, resolve_path
 
 PACKAGE = ROOT / "rorem_lib"
 RUNNER = frozenset(

@@ -25,8 +25,8 @@ from pathlib import Path
 
 import yaml
 
-from rorem_lib.files import read_json, write_text
-from rorem_lib.stage import ROOT, STARTED, format_time, resolve_path
+from rorem_lib.files import ROOT, format_time, read_json, resolve_path, write_text
+from rorem_lib.stage import STARTED
 
 logger = logging.getLogger(__name__)
 HARDWARE = ROOT / "notebooks" / "recipes" / "accelerate"

@@ -12,7 +12,7 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
-from rorem_lib.files import write_json, write_text
+from rorem_lib.files import ROOT, format_time, resolve_path, write_json, write_text
 from rorem_lib.fingerprints import Fingerprint, compute_fingerprints
 from rorem_lib.recipes import Recipe, RecipeError, StageRow, substitute, suggest
 from rorem_lib.run_folder import (
@@ -25,16 +25,7 @@ from rorem_lib.run_folder import (
     read_states,
     supersede_folder,
 )
-from rorem_lib.stage import (
-    ROOT,
-    STARTED,
-    Stage,
-    describe_environment,
-    format_time,
-    resolve_model,
-    resolve_path,
-    start_stage,
-)
+from rorem_lib.stage import STARTED, Stage, describe_environment, resolve_model, start_stage
 
 __all__ = [
     "Progress",

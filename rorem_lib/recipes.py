@@ -25,8 +25,8 @@ from typing import Any
 
 import yaml
 
+from rorem_lib.files import ROOT
 from rorem_lib.parameters import coerce_value, read_parameters
-from rorem_lib.stage import ROOT
 
 REFERENCE = re.compile(r"\$\{([^}]*)\}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\Z")

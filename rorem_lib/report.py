@@ -16,10 +16,9 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader
 
-from rorem_lib import evaluation_figures, figures, tables
+from rorem_lib import evaluation_figures, plots, tables
 from rorem_lib.acceptance import CALIBRATION_FILE
-from rorem_lib.files import read_json, write_json, write_text
-from rorem_lib.stage import clean_metrics, format_time
+from rorem_lib.files import clean_metrics, format_time, read_json, write_json, write_text
 
 REPORT_FILE, SUMMARY_FILE = "report.html", "summary.json"
 TRAINING = ("02_train_remover", "05_train_discriminator", "07_distill_lora")
@@ -377,7 +376,7 @@ def _draw_calibration(stage: StageRecord) -> str:
     if not (content.get("curve") or {}).get("predicted"):
         return ""
     return _draw(
-        figures.plot_calibration(
+        plots.plot_calibration(
             content["curve"],
             content.get("roc"),
             auc=stage.metrics.get("auc"),
@@ -393,7 +392,7 @@ def _draw_losses(stages: list[StageRecord]) -> str:
             lines = _read_history(stage.folder)
             if lines:
                 histories[stage.name] = lines
-    return _draw(figures.plot_losses(histories)) if histories else ""
+    return _draw(plots.plot_losses(histories)) if histories else ""
 
 
 def _read_history(folder: Path) -> list[dict]:

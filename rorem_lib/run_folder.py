@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from rorem_lib.files import read_json, write_json
+from rorem_lib.files import format_time, read_json, write_json
 from rorem_lib.fingerprints import (
     Fingerprint,
     compute_fingerprints,
@@ -24,7 +24,7 @@ from rorem_lib.fingerprints import (
     list_labels,
 )
 from rorem_lib.recipes import Recipe, StageRow
-from rorem_lib.stage import STARTED, format_time
+from rorem_lib.stage import STARTED
 
 
 class RunLocked(RuntimeError):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-import math
 import os
 import subprocess
 import sys
@@ -16,18 +15,20 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
-from rorem_lib.files import read_json, write_json, write_text
+from rorem_lib.files import (
+    ROOT,
+    clean_metrics,
+    format_time,
+    read_json,
+    resolve_path,
+    write_json,
+    write_text,
+)
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(__file__).resolve().parents[1]
 STARTED = "stage.started.json"
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy", "papermill")
-
-
-def resolve_path(path) -> Path:
-    """An absolute path; a relative one counts from the repository root, wherever Python runs."""
-    return ROOT / Path(path).expanduser()
 
 
 def resolve_model(model_id: str) -> str:
@@ -65,25 +66,6 @@ def _ask_git(*arguments: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return answer.stdout.strip() if answer.returncode == 0 else None
-
-
-def format_time(seconds: float | None = None) -> str:
-    """A moment (default: now) as UTC in ISO 8601, to the second."""
-    moment = datetime.now(UTC) if seconds is None else datetime.fromtimestamp(seconds, UTC)
-    return moment.isoformat(timespec="seconds")
-
-
-def clean_metrics(value):
-    """`value` as plain JSON: NumPy and torch values opened, NaN and infinity as None."""
-    if isinstance(value, dict):
-        return {str(k): clean_metrics(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple, set)):
-        return [clean_metrics(v) for v in value]
-    if hasattr(value, "tolist"):
-        return clean_metrics(value.tolist())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 
 
 @dataclass

@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from rorem_lib.stage import ROOT
+from rorem_lib.files import ROOT
 
 ROOT_SELECTOR = ".rorem-annotator"
 SERVER = [

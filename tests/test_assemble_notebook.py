@@ -20,9 +20,8 @@ from rorem_lib.data.check import check_set
 from rorem_lib.data.triplets import load_images, read_triplets
 from rorem_lib.data.writer import TripletWriter
 from rorem_lib.execution import NotebookFailed, execute_notebook
-from rorem_lib.files import hash_file
+from rorem_lib.files import ROOT, hash_file
 from rorem_lib.sources.registry import CLASSES, open_source
-from rorem_lib.stage import ROOT
 
 NOTEBOOK = ROOT / "notebooks" / "01_assemble_dataset.ipynb"
 NAMED = {"corne", "high_resolution", "mulan_decomposed", "parquet", "rord_raw"}  # the rest: auto

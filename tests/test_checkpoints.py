@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from sharded_job import build_model, run
 from test_sharding import launch
 
-from rorem_lib import disk
+from rorem_lib import files
 from rorem_lib.training import checkpoints
 from rorem_lib.training.config import LoopConfig
 
@@ -428,7 +428,7 @@ def test_a_process_whose_disk_is_full_stops_both(pair):
     ],
 )
 def test_what_a_full_disk_looks_like(error, full):
-    assert disk.is_full(error) is full
+    assert files.is_full(error) is full
 
 
 # ---------------------------------------------------------------------------- limits and the end
@@ -476,15 +476,15 @@ def test_in_the_end_other_models_checkpoints_go(tmp_path):
 
 def test_step_json_is_written_when_all_else_is_on_the_disk(tmp_path, monkeypatch):
     """A machine that loses its power must not leave `step.json` beside files of zeros."""
-    order, flush, write = [], disk.flush, checkpoints.write_json
-    monkeypatch.setattr(disk, "flush", lambda path: (order.append(path.name), flush(path)))
+    order, flush, write = [], files.flush, checkpoints.write_json
+    monkeypatch.setattr(files, "flush", lambda path: (order.append(path.name), flush(path)))
     monkeypatch.setattr(
         checkpoints, "write_json", lambda path, value: (order.append(path.name), write(path, value))
     )
     run(make_run(tmp_path, max_train_steps=2, model="plain"))
-    files = set(list_files(tmp_path / "checkpoint-2")) - {"step.json"}
-    assert set(order[: len(files)]) == files
-    assert order[len(files) :] == [
+    written = set(list_files(tmp_path / "checkpoint-2")) - {"step.json"}
+    assert set(order[: len(written)]) == written
+    assert order[len(written) :] == [
         "checkpoint-2.partial",
         "step.json",
         "checkpoint-2.partial",

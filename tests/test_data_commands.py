@@ -17,8 +17,8 @@ from rorem_lib.data.check import check_set
 from rorem_lib.data.pictures import load_image, save_image
 from rorem_lib.data.triplets import read_triplets
 from rorem_lib.data.writer import TripletWriter
+from rorem_lib.files import ROOT
 from rorem_lib.sources.upstream import UpstreamSource
-from rorem_lib.stage import ROOT
 
 SIZE = 32
 

@@ -13,9 +13,9 @@ from rorem_lib.data.pictures import load_image, save_image
 from rorem_lib.data.triplets import load_images, read_triplets
 from rorem_lib.data.writer import TripletWriter
 from rorem_lib.evaluation import Method, MethodRun, audit_acceptance, collect_cases, evaluate
-from rorem_lib.figures import plot_grid
 from rorem_lib.files import read_json
 from rorem_lib.methods import BASELINES, make_methods
+from rorem_lib.plots import plot_grid
 
 COUNT = 12
 

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rorem_lib import evaluation_figures, figures
+from rorem_lib import evaluation_figures, plots
 
 METHODS = [
     {"name": "Telea", "kind": "telea"},
@@ -43,7 +43,7 @@ def test_every_method_has_a_colour_of_its_own():
     colours = evaluation_figures.assign_colours(METHODS)
     assert list(colours) == [m["name"] for m in METHODS]
     assert len(set(colours.values())) == len(METHODS)
-    assert colours["base"] == figures.BLACK and colours["control"] == figures.VERMILION
+    assert colours["base"] == plots.BLACK and colours["control"] == plots.VERMILION
     many = [{"name": str(n), "kind": "remover"} for n in range(20)]
     assert len(evaluation_figures.assign_colours(many)) == 20
 
@@ -58,32 +58,30 @@ def test_grid_shows_pictures_frames_and_gaps():
     red = np.zeros((64, 64, 3), np.uint8)
     red[..., 0] = 255
     mask = np.full((32, 64), 200, np.uint8)  # not square, one channel
-    figure = figures.plot_grid(
+    figure = plots.plot_grid(
         [[red, mask, None], [None, red, red]],
         column_titles=["source", "mask", "x"],
         row_titles=["a", "b"],
         captions=[["", "blur", ""], ["", "", "ok"]],
-        frames=[[figures.BLUE, None, None], [None, None, None]],
+        frames=[[plots.BLUE, None, None], [None, None, None]],
     )
-    assert shows(figure, "#ff0000") and shows(figure, figures.BLUE) and shows(figure, "#c8c8c8")
+    assert shows(figure, "#ff0000") and shows(figure, plots.BLUE) and shows(figure, "#c8c8c8")
     with pytest.raises(ValueError, match="no pictures"):
-        figures.plot_grid([])
+        plots.plot_grid([])
 
 
 def test_grid_shrinks_large_pictures():
-    figure = figures.plot_grid([[np.full((1024, 512, 3), 90, np.uint8)]], cell=64)
+    figure = plots.plot_grid([[np.full((1024, 512, 3), 90, np.uint8)]], cell=64)
     assert max(render(figure).shape) < 200 and shows(figure, "#5a5a5a")
 
 
 def test_losses_leave_out_what_has_none():
     lines = [{"step": n, "loss": 1 / (n + 1)} for n in range(20)]
-    figure = figures.plot_losses(
-        {"a": lines, "b": [{"step": 1}], "c": lines, "d": lines, "e": lines}
-    )
+    figure = plots.plot_losses({"a": lines, "b": [{"step": 1}], "c": lines, "d": lines, "e": lines})
     titles = [axis.get_title() for axis in figure.axes if axis.axison]
     assert titles == ["a", "c", "d", "e"]
     with pytest.raises(ValueError, match="no losses"):
-        figures.plot_losses({"b": []})
+        plots.plot_losses({"b": []})
 
 
 def test_success_and_failures_bear_missing_values():
@@ -113,7 +111,7 @@ def test_success_and_failures_bear_missing_values():
         assert len(legend) == judges
     failures = evaluation_figures.plot_failures(measured)
     legend = [text.get_text() for text in failures.axes[0].get_legend().get_texts()]
-    assert legend == ["blur", "odd reason"] and shows(failures, figures.SKY)
+    assert legend == ["blur", "odd reason"] and shows(failures, plots.SKY)
     evaluation_figures.plot_failures(measured[:1])
 
 
@@ -128,14 +126,14 @@ def test_rounds_bear_missing_values():
         },
         {"name": "human 1", "success_rate": None, "psnr_hole": None},
     ]
-    assert shows(evaluation_figures.plot_rounds(rounds), figures.BLUE)
+    assert shows(evaluation_figures.plot_rounds(rounds), plots.BLUE)
     render(evaluation_figures.plot_rounds([{"name": "base"}]))
 
 
 def test_scores_and_calibration():
     probabilities = np.linspace(0, 1, 200)
     for labels in (None, probabilities > 0.4):
-        figure = figures.plot_scores(probabilities, 0.7, labels=labels, accepted=60)
+        figure = plots.plot_scores(probabilities, 0.7, labels=labels, accepted=60)
         legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
         assert "threshold 0.70: 60 of 200 accepted" in legend
     curve = {
@@ -146,8 +144,8 @@ def test_scores_and_calibration():
         "count": [50, 50],
     }
     roc = {"false_accepts": [0, 0.2, 1], "true_accepts": [0, 0.7, 1], "thresholds": [1, 0.5, 0]}
-    assert len(figures.plot_calibration(curve, roc, auc=0.75, auc_interval=[0.7, 0.8]).axes) == 2
-    assert len(figures.plot_calibration(curve).axes) == 1
+    assert len(plots.plot_calibration(curve, roc, auc=0.75, auc_interval=[0.7, 0.8]).axes) == 2
+    assert len(plots.plot_calibration(curve).axes) == 1
 
 
 def test_families_and_comparisons():
@@ -176,4 +174,4 @@ def test_families_and_comparisons():
         },
     ]
     figure = evaluation_figures.plot_comparisons(comparisons)
-    assert shows(figure, figures.BLUE) and shows(figure, figures.GREY)
+    assert shows(figure, plots.BLUE) and shows(figure, plots.GREY)

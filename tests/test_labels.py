@@ -13,7 +13,8 @@ import datasets
 import numpy as np
 import pytest
 
-from rorem_lib import figures
+from rorem_lib import plots
+from rorem_lib.data.figures import plot_candidates
 from rorem_lib.data.triplets import load_images, read_triplets
 from rorem_lib.data.writer import TripletWriter
 from rorem_lib.labels import log as label_log
@@ -728,9 +729,9 @@ def test_times_of_equal_labels_do_not_matter_for_reading(tmp_path):
 def test_figures_name_who_is_no_person(candidates):
     labels = [vote("c0", "accept"), vote("c1", "reject", reason="blur")]
     labels += [vote("c2", "skip", "robot", simulated=True)]
-    figure = figures.plot_label_summary(labels)
+    figure = plots.plot_label_summary(labels)
     assert [x.get_text() for x in figure.axes[0].get_yticklabels()] == ["anna", "robot (simulated)"]
     assert [x.get_text() for x in figure.axes[0].get_legend().get_texts()][0] == "accept"
-    shown = figures.plot_candidates(read_triplets(candidates), captions=list("abcd"), pairs=3)
+    shown = plot_candidates(read_triplets(candidates), captions=list("abcd"), pairs=3)
     assert [x.get_text() for x in shown.axes[0].texts if x.get_text() in "abcd"].count("d") == 1
-    assert figures.plot_candidates([]).texts[0].get_text() == "there are none"
+    assert plot_candidates([]).texts[0].get_text() == "there are none"

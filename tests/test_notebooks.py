@@ -11,8 +11,8 @@ from io import StringIO
 
 import pytest
 
+from rorem_lib.files import ROOT
 from rorem_lib.parameters import coerce_value, read_parameters
-from rorem_lib.stage import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MIRRORS = {

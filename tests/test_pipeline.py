@@ -10,10 +10,11 @@ import pytest
 from fake_kit import Kit, wait_until, write_notebook
 
 from rorem_lib import cli, fingerprints, recipes, run_folder
+from rorem_lib.files import clean_metrics
 from rorem_lib.fingerprints import describe_change, hash_modules, list_used_modules, stamp_path
 from rorem_lib.parameters import coerce_value, read_parameters
 from rorem_lib.recipes import RecipeError, read_recipe
-from rorem_lib.stage import clean_metrics, start_stage
+from rorem_lib.stage import start_stage
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 
-from rorem_lib.stage import ROOT
+from rorem_lib.files import ROOT
 
 STAGES = (
     "assemble",

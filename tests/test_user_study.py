@@ -12,10 +12,10 @@ from rorem_lib import tables, user_study
 from rorem_lib.data.pictures import save_image
 from rorem_lib.data.triplets import read_triplets
 from rorem_lib.execution import execute_notebook
+from rorem_lib.files import ROOT
 from rorem_lib.labels.keys import PREFERENCE_KEYS
 from rorem_lib.labels.log import LabelError, LabelLog
 from rorem_lib.methods import make_methods, run_method
-from rorem_lib.stage import ROOT
 from rorem_lib.user_study import (
     Trial,
     collect_successes,

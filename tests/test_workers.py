@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from rorem_lib import workers
-from rorem_lib.stage import ROOT
+from rorem_lib.files import ROOT
 from rorem_lib.workers import group_chunks, map_processes
 
 

@@ -1,6 +1,6 @@
 """Figures of triplet sets: sheets of them, masks, changes, what was rejected.
 
-The rest of the figures is `rorem_lib.figures`.
+The rest of the figures is `rorem_lib.plots`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from rorem_lib.data.items import Pictures
 from rorem_lib.data.masks import outline_mask
 from rorem_lib.data.triplets import Triplet, load_images
-from rorem_lib.figures import BLUE, ORANGE, SKY, VERMILION, make_axes, plot_grid
+from rorem_lib.plots import BLUE, GREY, ORANGE, SKY, VERMILION, make_axes, plot_grid
 
 
 def plot_sheet(triplets: Sequence[Triplet], *, title: str = "", columns: int = 8) -> Figure:
@@ -172,3 +172,30 @@ def plot_mask_areas(areas: Mapping[str, Sequence[float]], *, bins: int = 24) -> 
     axes[0].set_ylabel("pictures", fontsize=9)
     axes[0].yaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
+
+
+def plot_candidates(
+    triplets: Sequence, *, captions: Sequence[str] = (), pairs: int = 4, cell: int = 112
+) -> Figure:
+    """Candidates as annotators see them: the source with the mask's outline, then the removal.
+
+    Args:
+        triplets: candidates (GT is the removal); none gives a figure that says so.
+        captions: a short text for each.
+        pairs: candidates in a row.
+        cell: side of a picture in pixels.
+    """
+    if not triplets:
+        figure = Figure(figsize=(4, 0.5), facecolor="white")
+        figure.text(0.5, 0.5, "there are none", ha="center", va="center", color=GREY)
+        return figure
+    shown = [load_images(triplet) for triplet in triplets]
+    shown = [[outline_mask(x["source"], x["mask"]), x["gt"]] for x in shown]
+    texts = [["", text] for text in captions]
+    rows = range(0, len(shown), pairs)
+    return plot_grid(
+        [sum(shown[row : row + pairs], []) for row in rows],
+        captions=[sum(texts[row : row + pairs], []) for row in rows] if texts else (),
+        column_titles=["source", "removal"] * min(pairs, len(shown)),
+        cell=cell,
+    )

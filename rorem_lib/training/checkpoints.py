@@ -16,6 +16,7 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -23,9 +24,11 @@ import torch
 from accelerate.utils import broadcast_object_list, set_seed
 from diffusers import UNet2DConditionModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.api import CheckpointException
 
-from rorem_lib import disk
+from rorem_lib import files
 from rorem_lib.training import distributed
 from rorem_lib.files import read_json, remove_folder, replace_folder, write_json
 from rorem_lib.models import sdxl
@@ -96,14 +99,14 @@ def save_checkpoint(accelerator, config, step: int, *, train_size: int | None = 
     beside = folder / f"checkpoint-{step}.partial"
     if accelerator.is_main_process:
         _clear(folder)
-    attempt = partial(
-        disk.attempt,
+    do = partial(
+        attempt,
         accelerator,
         beside=beside,
         explain=partial(_describe_full, accelerator, config, beside),
     )
-    attempt(partial(_check_space, accelerator, config))
-    attempt(
+    do(partial(_check_space, accelerator, config))
+    do(
         partial(_save_state, accelerator, beside), together=not distributed.is_divided(accelerator)
     )
     record = {
@@ -113,7 +116,7 @@ def save_checkpoint(accelerator, config, step: int, *, train_size: int | None = 
         "kind": distributed.find_kind(accelerator),
         **_describe_training(accelerator, config, train_size),
     }
-    attempt(partial(_complete, accelerator, folder, beside, record, config))
+    do(partial(_complete, accelerator, folder, beside, record, config))
 
 
 def _describe_training(accelerator, config, train_size: int | None) -> dict:
@@ -214,15 +217,15 @@ def _complete(accelerator, folder: Path, beside: Path, record: dict, config) -> 
     """On the main process: `step.json`, the files to the disk, the name, the old ones away."""
     if not accelerator.is_main_process:
         return
-    disk.flush_folder(beside)
-    files = [p for p in sorted(beside.rglob("*")) if p.is_file()]
+    files.flush_folder(beside)
+    written = [p for p in sorted(beside.rglob("*")) if p.is_file()]
     write_json(
         beside / "step.json",
-        record | {"files": {str(p.relative_to(beside)): p.stat().st_size for p in files}},
+        record | {"files": {str(p.relative_to(beside)): p.stat().st_size for p in written}},
     )
-    disk.flush(beside)
+    files.flush(beside)
     replace_folder(beside, beside.with_suffix(""))
-    disk.flush(folder)
+    files.flush(folder)
     for other in _list_folders(folder):
         if _get_step(other) > record["step"]:
             logger.warning(
@@ -473,3 +476,42 @@ def _compare_kind(checkpoint: Path, record: dict, kind: str, same: bool) -> None
             f"{checkpoint} was made by {record['num_processes']} processes: ZeRO "
             "goes on with that many only"
         )
+
+
+def attempt(
+    accelerator,
+    work: Callable[[], None],
+    *,
+    beside: Path,
+    explain: Callable[[], str],
+    together: bool = True,
+) -> None:
+    """One part of writing the folder `beside`: where it fails on any process, undo it on all.
+
+    Args:
+        work: called on each process.
+        beside: removed where it fails.
+        explain: the words for a full disk.
+        together: without it a failing process raises alone, and its end makes the launcher end
+            the others: they may be waiting for it inside DeepSpeed, where nothing reaches them.
+
+    Raises:
+        OSError: (ENOSPC) the disk is full, on all processes, whichever of them met it.
+        RuntimeError: another process failed; that one raises its own error.
+    """
+    trouble = None
+    try:
+        work()
+    except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
+        trouble = error
+    code = 0 if trouble is None else 2 if files.is_full(trouble) else 1
+    if together or trouble is None:
+        code = int(accelerator.gather(torch.tensor([code], device=accelerator.device)).max())
+    if code == 0:
+        return
+    words = explain() if code == 2 else ""
+    if accelerator.is_main_process or not together:
+        shutil.rmtree(beside, ignore_errors=True)
+    if code == 2:
+        raise OSError(errno.ENOSPC, words) from trouble
+    raise trouble or RuntimeError(f"another process could not write {beside}: its log says why")

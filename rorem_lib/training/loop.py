@@ -24,7 +24,7 @@ from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader, Dataset
 
 from rorem_lib.training import checkpoints, distributed, tracking
-from rorem_lib import disk
+from rorem_lib import files
 from rorem_lib.files import replace_folder, write_json
 from rorem_lib.models import sdxl
 from rorem_lib.training.config import LoopConfig
@@ -336,9 +336,9 @@ class _Training:
                 shutil.rmtree(beside, ignore_errors=True)
                 beside.mkdir()
                 objective.save_model(model, beside)
-                disk.flush_folder(beside)
+                files.flush_folder(beside)
 
-        disk.attempt(
+        checkpoints.attempt(
             accelerator,
             write,
             beside=beside,
@@ -352,7 +352,7 @@ class _Training:
             for part in beside.iterdir():
                 replace_folder(part, self.folder / part.name)
             beside.rmdir()
-            disk.flush(self.folder)
+            files.flush(self.folder)
             metrics |= objective.metrics
             if note := getattr(self.config, "comments", ""):
                 metrics["comments"] = note

@@ -35,12 +35,11 @@ from scipy import stats
 from sklearn.isotonic import IsotonicRegression
 from sklearn.metrics import roc_auc_score
 
-from rorem_lib import figures
-from rorem_lib.files import write_json
+from rorem_lib import plots
+from rorem_lib.files import ROOT, write_json
 from rorem_lib.labels.log import read_labels
 from rorem_lib.labels.queue import order_items, stratify_items
 from rorem_lib.labels.votes import merge_votes
-from rorem_lib.stage import ROOT
 
 ORDERS = ("random", "uncertainty", "stratified")
 BUDGETS = (75, 150, 300, 600)
@@ -219,13 +218,13 @@ def summarise(work: Path) -> None:
 
 def draw(result: dict) -> None:
     """Left the quality that each order reaches; right the labels it needs, random order's as 1."""
-    figure, (left, right) = figures.make_axes(9, 3.4, 2)
+    figure, (left, right) = plots.make_axes(9, 3.4, 2)
     budgets, looks = (
         np.array(result["budgets"]),
         dict(
             zip(
                 ORDERS,
-                ((figures.BLACK, "o"), (figures.BLUE, "s"), (figures.VERMILION, "^")),
+                ((plots.BLACK, "o"), (plots.BLUE, "s"), (plots.VERMILION, "^")),
                 strict=True,
             )
         ),
@@ -274,15 +273,15 @@ def draw(result: dict) -> None:
     left.set_xlabel("labels")
     left.set_ylabel("area under the ROC curve")
     left.legend(fontsize=9, frameon=False, title="order of the labels", title_fontsize=9)
-    right.axhline(1, color=figures.BLACK, linewidth=1)
-    right.axhline(1 / 3, color=figures.GREY, linewidth=1, linestyle="--")
+    right.axhline(1, color=plots.BLACK, linewidth=1)
+    right.axhline(1 / 3, color=plots.GREY, linewidth=1, linestyle="--")
     right.annotate(
         "goal: a third",
         (-0.45, 1 / 3),
         (0, 3),
         textcoords="offset points",
         fontsize=9,
-        color=figures.GREY,
+        color=plots.GREY,
     )
     right.set_yscale("log")
     right.set_yticks([1 / 4, 1 / 3, 1 / 2, 1, 2, 4], ["1/4", "1/3", "1/2", "1", "2", "4"])

@@ -1,8 +1,7 @@
-"""What notebooks and the report show: functions that return a matplotlib Figure.
+"""Figures of arrays and records: pictures side by side, losses, scores, labels.
 
-Pictures, losses, labels and the discriminator are here; `evaluation_figures` has what compares
-methods, `set_figures` what describes a data set. Colours are safe for colour-blind readers (Okabe
-and Ito).
+`data.figures` draws triplets and sets, `evaluation.figures` compares methods. Colours are
+safe for colour-blind readers (Okabe and Ito).
 """
 
 from __future__ import annotations
@@ -317,33 +316,3 @@ def plot_label_summary(labels: Sequence) -> Figure:
                 bbox_to_anchor=(0.5, -0.55 / (0.34 * len(people) + 0.6)),
             )
     return figure
-
-
-def plot_candidates(
-    triplets: Sequence, *, captions: Sequence[str] = (), pairs: int = 4, cell: int = 112
-) -> Figure:
-    """Candidates as annotators see them: the source with the mask's outline, then the removal.
-
-    Args:
-        triplets: candidates (GT is the removal); none gives a figure that says so.
-        captions: a short text for each.
-        pairs: candidates in a row.
-        cell: side of a picture in pixels.
-    """
-    from rorem_lib.data.masks import outline_mask
-    from rorem_lib.data.triplets import load_images
-
-    if not triplets:
-        figure = Figure(figsize=(4, 0.5), facecolor="white")
-        figure.text(0.5, 0.5, "there are none", ha="center", va="center", color=GREY)
-        return figure
-    shown = [load_images(triplet) for triplet in triplets]
-    shown = [[outline_mask(x["source"], x["mask"]), x["gt"]] for x in shown]
-    texts = [["", text] for text in captions]
-    rows = range(0, len(shown), pairs)
-    return plot_grid(
-        [sum(shown[row : row + pairs], []) for row in rows],
-        captions=[sum(texts[row : row + pairs], []) for row in rows] if texts else (),
-        column_titles=["source", "removal"] * min(pairs, len(shown)),
-        cell=cell,
-    )
