@@ -2,7 +2,7 @@
 
 Pictures are uint8 [H, W, 3], masks and effect maps uint8 [H, W]; white (>= 128) in a mask is the
 hole. All PSNRs are in dB over 0..255. No metric here says whether a removal is good: PSNR prefers a
-blurred mean, so success is judged apart (see `rorem_lib.evaluation`).
+blurred mean, so success is judged apart (see `rorem_lib.evaluation.evaluate`).
 """
 
 from __future__ import annotations

@@ -14,19 +14,7 @@ import time
 from pathlib import Path
 
 LIBRARY = Path(__file__).resolve().parents[1] / "rorem_lib"
-RUNNER = (
-    "__init__",
-    "files",
-    "parameters",
-    "recipes",
-    "fingerprints",
-    "run_folder",
-    "stage",
-    "execution",
-    "launch",
-    "pipeline",
-    "cli",
-)
+COPIED = ("__init__.py", "files.py", "parameters.py", "runner")
 
 TRAINER = """
 import argparse, json, os, signal, sys, time
@@ -74,7 +62,8 @@ MODULES = {
     "colours": "from rorem_lib import shapes\n\ndef count():\n    return shapes.SIDES\n",
     "trainer": TRAINER,
     "labels": "class LabelsMissing(RuntimeError):\n    pass\n",
-    "report": (
+    "evaluation/__init__": "",
+    "evaluation/report": (
         "def write_report(run_dir, recipe):\n"
         "    path = run_dir / 'report.html'\n"
         "    old = path.read_text() if path.exists() else ''\n"
@@ -88,7 +77,7 @@ NOTEBOOKS = {
         'output_dir: str = "runs/alone/01_make"\nsize: int = 8\nflavour: str = "plain"\n'
         "seed: int = 1\nrate: float = 1.0e-3\nbig: bool = False\nnames: list[str] = []\n"
         "limit: int | None = None",
-        "from rorem_lib import shapes\nfrom rorem_lib.pipeline import start_stage\n"
+        "from rorem_lib import shapes\nfrom rorem_lib.runner.stage import start_stage\n"
         'stage = start_stage(output_dir, notebook="01_make")',
         'print("making", size, flavour)\n(stage.folder / "made.txt").write_text(str(size))',
         'stage.finish({"size": size, "seed": seed, "sides": shapes.SIDES})',
@@ -96,8 +85,8 @@ NOTEBOOKS = {
     "02_train": [
         'output_dir: str = "runs/alone/02_train"\ndata: str = ""\nmax_train_steps: int = 4\n'
         'pause: float = 0.0\ntrouble: str = "none"',
-        "from rorem_lib.launch import launch_job\n"
-        "from rorem_lib.pipeline import resolve_path, start_stage\n"
+        "from rorem_lib.runner.launch import launch_job\n"
+        "from rorem_lib.files import resolve_path\nfrom rorem_lib.runner.stage import start_stage\n"
         "from rorem_lib.trainer import TrainerConfig\n"
         'stage = start_stage(output_dir, notebook="02_train")',
         "config = TrainerConfig(str(stage.folder), max_train_steps, pause, trouble)\n"
@@ -109,8 +98,8 @@ NOTEBOOKS = {
         'trouble: str = "none"\nmode: str = "simulate"',
         "import os\nimport signal\nfrom pathlib import Path\n\n"
         "from rorem_lib.colours import count\n"
-        "from rorem_lib.labels.votes import LabelsMissing\n"
-        "from rorem_lib.pipeline import resolve_path, start_stage\n"
+        "from rorem_lib.labels import LabelsMissing\n"
+        "from rorem_lib.files import resolve_path\nfrom rorem_lib.runner.stage import start_stage\n"
         'stage = start_stage(output_dir, notebook="03_judge")',
         'if trouble == "raise":\n    raise ValueError("nothing to judge")\n'
         'if trouble == "exit":\n    raise SystemExit(0)\n'
@@ -165,10 +154,13 @@ class Kit:
             shutil.copytree(like.root, root, dirs_exist_ok=True)
             return
         self.library.mkdir(parents=True)
-        for name in RUNNER:
-            shutil.copy(LIBRARY / f"{name}.py", self.library)
+        for name in COPIED:
+            copy = shutil.copytree if (LIBRARY / name).is_dir() else shutil.copy
+            copy(LIBRARY / name, self.library / name)
         for name, source in MODULES.items():
-            (self.library / f"{name}.py").write_text(source)
+            path = self.library / f"{name}.py"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(source)
         for name, cells in NOTEBOOKS.items():
             write_notebook(root / "notebooks" / f"{name}.ipynb", cells)
         shutil.copytree(
@@ -184,7 +176,9 @@ class Kit:
     def environment(self) -> dict:
         return os.environ | {"PYTHONPATH": str(self.root), "PYTHONUNBUFFERED": "1"}
 
-    def start(self, *words: str, module: str = "rorem_lib.cli", **options) -> subprocess.Popen:
+    def start(
+        self, *words: str, module: str = "rorem_lib.runner.cli", **options
+    ) -> subprocess.Popen:
         return subprocess.Popen(
             [sys.executable, "-m", module, *words],
             cwd=self.root,

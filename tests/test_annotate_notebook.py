@@ -7,9 +7,9 @@ import pytest
 
 from rorem_lib.data.triplets import read_triplets
 from rorem_lib.data.writer import TripletWriter
-from rorem_lib.execution import NotebookFailed, execute_notebook
 from rorem_lib.files import ROOT
 from rorem_lib.labels.log import LabelLog
+from rorem_lib.runner.execution import NotebookFailed, execute_notebook
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ import raw_data
 from rorem_lib.data.check import check_set
 from rorem_lib.data.triplets import load_images, read_triplets
 from rorem_lib.data.writer import TripletWriter
-from rorem_lib.execution import NotebookFailed, execute_notebook
 from rorem_lib.files import ROOT, hash_file
+from rorem_lib.runner.execution import NotebookFailed, execute_notebook
 from rorem_lib.sources.registry import CLASSES, open_source
 
 NOTEBOOK = ROOT / "notebooks" / "01_assemble_dataset.ipynb"

@@ -11,13 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 from hub_server import HubServer
 
-from rorem_lib import data_commands
 from rorem_lib.data.assembly import assemble_sets
 from rorem_lib.data.check import check_set
 from rorem_lib.data.pictures import load_image, save_image
 from rorem_lib.data.triplets import read_triplets
 from rorem_lib.data.writer import TripletWriter
 from rorem_lib.files import ROOT
+from rorem_lib.runner import data_commands
 from rorem_lib.sources.upstream import UpstreamSource
 
 SIZE = 32
@@ -51,7 +51,7 @@ def _run(*words, cwd=None, **environment):
     kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     kept |= {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "rorem_lib.cli", "data", *map(str, words)],
+        [sys.executable, "-m", "rorem_lib.runner.cli", "data", *map(str, words)],
         cwd=cwd,
         text=True,
         capture_output=True,
@@ -192,7 +192,7 @@ def test_an_interruption_ends_with_130(tmp_path):
     (folder / "source/a.png").unlink()
     os.mkfifo(folder / "source/a.png")  # whoever reads it waits
     process = subprocess.Popen(
-        [sys.executable, "-m", "rorem_lib.cli", "data", "check", folder, "--workers", "1"],
+        [sys.executable, "-m", "rorem_lib.runner.cli", "data", "check", folder, "--workers", "1"],
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},

@@ -6,15 +6,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rorem_lib import evaluation
 from rorem_lib.acceptance import Calibration
 from rorem_lib.builtin.sets import hidden_of, read_truth, write_scene_sets
 from rorem_lib.data.pictures import load_image, save_image
 from rorem_lib.data.triplets import load_images, read_triplets
 from rorem_lib.data.writer import TripletWriter
-from rorem_lib.evaluation import Method, MethodRun, audit_acceptance, collect_cases, evaluate
+from rorem_lib.evaluation import evaluate as evaluation
+from rorem_lib.evaluation.evaluate import audit_acceptance, collect_cases, evaluate
+from rorem_lib.evaluation.methods import BASELINES, Method, MethodRun, make_methods
 from rorem_lib.files import read_json
-from rorem_lib.methods import BASELINES, make_methods
 from rorem_lib.plots import plot_grid
 
 COUNT = 12

@@ -4,7 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rorem_lib import evaluation_figures, plots
+from rorem_lib import plots
+from rorem_lib.evaluation import figures
 
 METHODS = [
     {"name": "Telea", "kind": "telea"},
@@ -40,17 +41,17 @@ def shows(figure, colour):
 
 
 def test_every_method_has_a_colour_of_its_own():
-    colours = evaluation_figures.assign_colours(METHODS)
+    colours = figures.assign_colours(METHODS)
     assert list(colours) == [m["name"] for m in METHODS]
     assert len(set(colours.values())) == len(METHODS)
     assert colours["base"] == plots.BLACK and colours["control"] == plots.VERMILION
     many = [{"name": str(n), "kind": "remover"} for n in range(20)]
-    assert len(evaluation_figures.assign_colours(many)) == 20
+    assert len(figures.assign_colours(many)) == 20
 
 
 def test_rounds_get_darker():
     rounds = [{"name": f"r{n}", "row": f"r{n}", "kind": "remover"} for n in range(5)]
-    light = [int(c[3:5], 16) for c in evaluation_figures.assign_colours(rounds).values()]
+    light = [int(c[3:5], 16) for c in figures.assign_colours(rounds).values()]
     assert light == sorted(light, reverse=True) and len(set(light)) == 5
 
 
@@ -102,17 +103,17 @@ def test_success_and_failures_bear_missing_values():
         "failures": {},
         "success_rate_discriminator": None,
     }
-    colours = evaluation_figures.assign_colours(METHODS)
-    success = evaluation_figures.plot_success(measured)
+    colours = figures.assign_colours(METHODS)
+    success = figures.plot_success(measured)
     assert shows(success, colours["control"]) and not shows(success, colours["Telea"])
     for rate, judges in ((None, 1), (0.3, 2)):  # who says nothing is not in the legend
         some = [{**method, "success_rate_discriminator": rate} for method in measured]
-        legend = evaluation_figures.plot_success(some).axes[0].get_legend().get_texts()
+        legend = figures.plot_success(some).axes[0].get_legend().get_texts()
         assert len(legend) == judges
-    failures = evaluation_figures.plot_failures(measured)
+    failures = figures.plot_failures(measured)
     legend = [text.get_text() for text in failures.axes[0].get_legend().get_texts()]
     assert legend == ["blur", "odd reason"] and shows(failures, plots.SKY)
-    evaluation_figures.plot_failures(measured[:1])
+    figures.plot_failures(measured[:1])
 
 
 def test_rounds_bear_missing_values():
@@ -126,8 +127,8 @@ def test_rounds_bear_missing_values():
         },
         {"name": "human 1", "success_rate": None, "psnr_hole": None},
     ]
-    assert shows(evaluation_figures.plot_rounds(rounds), plots.BLUE)
-    render(evaluation_figures.plot_rounds([{"name": "base"}]))
+    assert shows(figures.plot_rounds(rounds), plots.BLUE)
+    render(figures.plot_rounds([{"name": "base"}]))
 
 
 def test_scores_and_calibration():
@@ -153,8 +154,8 @@ def test_families_and_comparisons():
         {"known (5)": [0.2, 0.8], "new (5)": [0.1, np.nan]}, index=["Telea", "RORem"]
     )
     table.attrs["methods"] = METHODS
-    colours = evaluation_figures.assign_colours(METHODS)
-    assert shows(evaluation_figures.plot_families(table), colours["RORem"])
+    colours = figures.assign_colours(METHODS)
+    assert shows(figures.plot_families(table), colours["RORem"])
     comparisons = [
         {
             "first": "a",
@@ -173,5 +174,5 @@ def test_families_and_comparisons():
             "significant": False,
         },
     ]
-    figure = evaluation_figures.plot_comparisons(comparisons)
+    figure = figures.plot_comparisons(comparisons)
     assert shows(figure, plots.BLUE) and shows(figure, plots.GREY)

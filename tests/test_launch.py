@@ -10,13 +10,13 @@ import pytest
 import yaml
 from fake_kit import Kit, kill, wait_until
 
-from rorem_lib import launch
-from rorem_lib.launch import HARDWARE, build_command, build_environment, find_hardware
+from rorem_lib.runner import launch
+from rorem_lib.runner.launch import HARDWARE, build_command, build_environment, find_hardware
 
 START = """
 import json, logging, sys
 logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
-from rorem_lib.launch import JobError, launch_job
+from rorem_lib.runner.launch import JobError, launch_job
 from rorem_lib.trainer import TrainerConfig
 try:
     metrics = launch_job("trainer", TrainerConfig("runs/job", {options}), hardware="{hardware}")

@@ -8,10 +8,10 @@ import torch
 from diffusers import AutoencoderTiny
 from peft import LoraConfig
 
-from rorem_lib import methods as methods_module
 from rorem_lib.data.pictures import load_image, save_image
 from rorem_lib.data.triplets import Triplet, read_triplets
-from rorem_lib.methods import Method, make_methods, run_method
+from rorem_lib.evaluation import methods as methods_module
+from rorem_lib.evaluation.methods import Method, make_methods, run_method
 from rorem_lib.pretrain import VAE, build_pipeline
 
 

@@ -9,12 +9,17 @@ import signal
 import pytest
 from fake_kit import Kit, wait_until, write_notebook
 
-from rorem_lib import cli, fingerprints, recipes, run_folder
 from rorem_lib.files import clean_metrics
-from rorem_lib.fingerprints import describe_change, hash_modules, list_used_modules, stamp_path
 from rorem_lib.parameters import coerce_value, read_parameters
-from rorem_lib.recipes import RecipeError, read_recipe
-from rorem_lib.stage import start_stage
+from rorem_lib.runner import cli, fingerprints, recipes, run_folder
+from rorem_lib.runner.fingerprints import (
+    describe_change,
+    hash_modules,
+    list_used_modules,
+    stamp_path,
+)
+from rorem_lib.runner.recipes import RecipeError, read_recipe
+from rorem_lib.runner.stage import start_stage
 
 
 @pytest.fixture
@@ -248,8 +253,8 @@ def test_what_re_runs(finished):
     assert changing(kit.library / "trainer.py", "is odd", "is even") == {"train", "judge"}
     assert changing(kit.library / "colours.py", "count", "count_sides") == {"judge"}
     assert changing(kit.library / "shapes.py", "3", "4") == {"make", "other", "train", "judge"}
-    assert changing(kit.library / "report.py", "old", "older") == set()
-    assert changing(kit.library / "launch.py", "40 lines", "41 lines") == set()
+    assert changing(kit.library / "evaluation" / "report.py", "old", "older") == set()
+    assert changing(kit.library / "runner" / "launch.py", "40 lines", "41 lines") == set()
 
     # and the change is carried out on what is stale alone, upstream results kept
     times = {p.parent.name: p.stat().st_mtime_ns for p in kit.run_dir.glob("*/notebook.ipynb")}
@@ -448,7 +453,7 @@ def test_full_disk_is_told(folder, tmp_path, monkeypatch, capsys):
 
 def test_skipping_imports_nothing_heavy(kit):
     code = (
-        "import sys, rorem_lib.cli as cli\nassert cli.main(['status', 'small']) == 0\n"
+        "import sys, rorem_lib.runner.cli as cli\nassert cli.main(['status', 'small']) == 0\n"
         "print([m for m in ('torch', 'numpy', 'papermill', 'nbformat') if m in sys.modules])"
     )
     output, _ = kit.python(code).communicate(timeout=60)
@@ -498,6 +503,6 @@ def test_built_in_sets_count_only_where_they_are_used(folder, tmp_path, monkeypa
         return set(inputs["modules"]), "builtin" in inputs
 
     modules, weights = find_modules("some/set")
-    assert "triplets" in modules and "sources.scenes" not in modules and not weights
+    assert "data.triplets" in modules and "builtin.scenes" not in modules and not weights
     modules, weights = find_modules("builtin:candidates")
-    assert {"sources.scenes", "removal", "sdxl"} <= modules and weights
+    assert {"builtin.scenes", "removal", "models.sdxl"} <= modules and weights

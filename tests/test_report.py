@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from rorem_lib import report
 from rorem_lib.data.pictures import save_image
+from rorem_lib.evaluation import report
 from rorem_lib.files import read_json, write_json, write_text
 
 STAGES = [  # name, notebook, row, parameters, metrics

@@ -149,7 +149,7 @@ def test_library_itself_imports_nothing_heavy():
 
 def test_console_script_is_the_cli():
     scripts = importlib.metadata.entry_points(group="console_scripts", name="rorem")
-    assert {script.value for script in scripts} == {"rorem_lib.cli:main"}
+    assert {script.value for script in scripts} == {"rorem_lib.runner.cli:main"}
 
 
 def test_license_is_the_whole_apache_text():

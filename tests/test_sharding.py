@@ -15,7 +15,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from sharded_job import make_unet
 
-from rorem_lib.launch import HARDWARE
+from rorem_lib.runner.launch import HARDWARE
 from rorem_lib.training import distributed, loop
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -26,7 +26,7 @@ STAGES = (
 
 
 def run(*arguments, timeout=800):
-    command = [sys.executable, "-m", "rorem_lib.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "rorem_lib.runner.cli", *map(str, arguments)]
     return subprocess.run(
         command,
         cwd=ROOT,

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rorem_lib import tables
+from rorem_lib.evaluation import tables
 
 METHODS = [
     {"name": "Telea", "kind": "telea"},

@@ -8,15 +8,11 @@ import pandas as pd
 import pytest
 from test_annotator import Session, write_candidates
 
-from rorem_lib import tables, user_study
 from rorem_lib.data.pictures import save_image
 from rorem_lib.data.triplets import read_triplets
-from rorem_lib.execution import execute_notebook
-from rorem_lib.files import ROOT
-from rorem_lib.labels.keys import PREFERENCE_KEYS
-from rorem_lib.labels.log import LabelError, LabelLog
-from rorem_lib.methods import make_methods, run_method
-from rorem_lib.user_study import (
+from rorem_lib.evaluation import tables, user_study
+from rorem_lib.evaluation.methods import make_methods, run_method
+from rorem_lib.evaluation.user_study import (
     Trial,
     collect_successes,
     make_trials,
@@ -26,6 +22,10 @@ from rorem_lib.user_study import (
     summarise_study,
     summarise_successes,
 )
+from rorem_lib.files import ROOT
+from rorem_lib.labels.keys import PREFERENCE_KEYS
+from rorem_lib.labels.log import LabelError, LabelLog
+from rorem_lib.runner.execution import execute_notebook
 
 METHODS = ("Telea", "human 1", "final model")
 

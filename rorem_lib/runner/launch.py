@@ -3,8 +3,8 @@
 A job is a module of `rorem_lib` that reads `--config FILE.yaml` and writes `train_metrics.json` to
 its `output_dir`. One process on the CPU is a plain `python -m`; everything else goes through
 `accelerate launch` with a file of `notebooks/recipes/accelerate/`. `accelerate` and the workers it
-starts run behind `python -m rorem_lib.launch MODULE …`, which ties each to its parent: when the
-notebook's kernel is killed, in any way, the kernel (Linux) kills the whole chain.
+starts run behind `python -m rorem_lib.runner.launch MODULE …`, which ties each to its parent: when
+the notebook's kernel is killed, in any way, the kernel (Linux) kills the whole chain.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 import yaml
 
 from rorem_lib.files import ROOT, format_time, read_json, resolve_path, write_text
-from rorem_lib.stage import STARTED
+from rorem_lib.runner.stage import STARTED
 
 logger = logging.getLogger(__name__)
 HARDWARE = ROOT / "notebooks" / "recipes" / "accelerate"
@@ -111,7 +111,7 @@ def build_command(
         tied: go through this module, so that no process outlives its parent; False gives the
             plain command a person would type.
     """
-    tie = ["rorem_lib.launch"] if tied else []
+    tie = ["rorem_lib.runner.launch"] if tied else []
     job = ["-m", *tie, f"rorem_lib.{module}", "--config", str(config)]
     python = [sys.executable if tied else "python"]
     file = find_hardware(hardware)
@@ -318,7 +318,7 @@ def _draw(plot, metrics: Path, title: str) -> None:
 
 
 def main() -> None:
-    """`python -m rorem_lib.launch MODULE …`: run a module tied to the life of its parent."""
+    """`python -m rorem_lib.runner.launch MODULE …`: run a module tied to the life of its parent."""
     die_with_parent()
     rank = os.environ.get("RANK", "0")
     folder = os.environ.get("ROREM_LOG_DIR")

@@ -21,23 +21,9 @@ from rorem_lib.builtin.judge import judge_removal
 from rorem_lib.builtin.sets import read_truth
 from rorem_lib.data.pictures import load_image
 from rorem_lib.data.triplets import Triplet, load_images, read_triplets
+from rorem_lib.evaluation.methods import SOURCE, Method, MethodRun, run_method
 from rorem_lib.files import write_json, write_text
-from rorem_lib.intervals import compare_paired, wilson_interval
-from rorem_lib.methods import SOURCE, Method, MethodRun, make_methods, run_method
-
-__all__ = [
-    "Method",
-    "MethodRun",
-    "Evaluation",
-    "make_methods",
-    "run_method",
-    "evaluate",
-    "summarise_method",
-    "collect_cases",
-    "audit_acceptance",
-    "compare_paired",
-    "wilson_interval",
-]
+from rorem_lib.intervals import wilson_interval
 
 logger = logging.getLogger(__name__)
 

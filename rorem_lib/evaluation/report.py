@@ -16,8 +16,9 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader
 
-from rorem_lib import evaluation_figures, plots, tables
+from rorem_lib import plots
 from rorem_lib.acceptance import CALIBRATION_FILE
+from rorem_lib.evaluation import figures, tables
 from rorem_lib.files import clean_metrics, format_time, read_json, write_json, write_text
 
 REPORT_FILE, SUMMARY_FILE = "report.html", "summary.json"
@@ -302,7 +303,10 @@ def write_report(run_dir: Path, recipe) -> Path:
     versions = next((_read(s.folder / "stage.json") for s in reversed(stages) if s.done), {})
     page = (
         Environment(
-            loader=PackageLoader("rorem_lib"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+            loader=PackageLoader("rorem_lib.evaluation", ""),
+            autoescape=True,
+            trim_blocks=True,
+            lstrip_blocks=True,
         )
         .get_template("report.html")
         .render(
@@ -362,12 +366,12 @@ def _draw_figures(summary: Mapping, methods: list[dict]) -> dict[str, str]:
     """Figures drawn from the summary: name -> data URI."""
     drawn = {}
     if any(r["success_rate"] is not None for r in summary["rounds"]):
-        drawn["rounds"] = _draw(evaluation_figures.plot_rounds(summary["rounds"]))
+        drawn["rounds"] = _draw(figures.plot_rounds(summary["rounds"]))
     if any(m.get("success_rate") is not None for m in methods):
-        drawn["success"] = _draw(evaluation_figures.plot_success(methods))
+        drawn["success"] = _draw(figures.plot_success(methods))
     success = [c for c in summary["comparisons"] if c["measure"] == "accept"]
     if success:
-        drawn["comparisons"] = _draw(evaluation_figures.plot_comparisons(success))
+        drawn["comparisons"] = _draw(figures.plot_comparisons(success))
     return drawn
 
 

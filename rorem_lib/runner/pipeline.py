@@ -12,34 +12,17 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
-from rorem_lib.files import ROOT, format_time, resolve_path, write_json, write_text
-from rorem_lib.fingerprints import Fingerprint, compute_fingerprints
-from rorem_lib.recipes import Recipe, RecipeError, StageRow, substitute, suggest
-from rorem_lib.run_folder import (
-    RunLocked,
-    StageState,
+from rorem_lib.files import ROOT, format_time, write_json, write_text
+from rorem_lib.runner.fingerprints import Fingerprint, compute_fingerprints
+from rorem_lib.runner.recipes import Recipe, RecipeError, StageRow, substitute, suggest
+from rorem_lib.runner.run_folder import (
     lock_run,
     open_folder,
     read_record,
     read_state,
-    read_states,
     supersede_folder,
 )
-from rorem_lib.stage import STARTED, Stage, describe_environment, resolve_model, start_stage
-
-__all__ = [
-    "Progress",
-    "ReportFailed",
-    "RunLocked",
-    "Stage",
-    "StageFailed",
-    "StageState",
-    "read_states",
-    "resolve_model",
-    "resolve_path",
-    "run_recipe",
-    "start_stage",
-]
+from rorem_lib.runner.stage import STARTED, describe_environment
 
 _WHY = {
     "to run": "first run",
@@ -221,9 +204,9 @@ def _write_report(recipe: Recipe, run_dir: Path, prints: dict, record) -> Path |
     path = run_dir / "report.html"
     if path.exists() and read_record(run_dir / "run.json").get("report") == made_from:
         return path
-    if find_spec("rorem_lib.report") is None:
+    if find_spec("rorem_lib.evaluation.report") is None:
         return None
-    from rorem_lib.report import write_report
+    from rorem_lib.evaluation.report import write_report
 
     record()
     try:
@@ -258,7 +241,7 @@ def run_stage(
     shown = os.path.relpath(run_dir, ROOT) if run_dir.is_relative_to(ROOT) else str(run_dir)
     folders = {name: f"{shown}/{name}" for name in row.upstream}
     parameters = {"output_dir": f"{shown}/{row.name}"} | substitute(row.given, folders)
-    from rorem_lib.execution import NotebookFailed, execute_notebook
+    from rorem_lib.runner.execution import NotebookFailed, execute_notebook
 
     try:
         try:

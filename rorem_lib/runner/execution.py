@@ -24,7 +24,7 @@ from rorem_lib.files import ROOT
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 # The tie to the runner comes first: a runner killed while the kernel starts takes it along too.
 _START = (
-    "from rorem_lib.launch import die_with_parent; die_with_parent(); "
+    "from rorem_lib.runner.launch import die_with_parent; die_with_parent(); "
     "from ipykernel.kernelapp import launch_new_instance; launch_new_instance()"
 )
 

@@ -20,11 +20,11 @@ from pathlib import Path
 
 import yaml
 
-from rorem_lib import data_commands
 from rorem_lib.files import ROOT
-from rorem_lib.pipeline import Progress, ReportFailed, StageFailed, run_recipe
-from rorem_lib.recipes import Recipe, RecipeError, read_recipe
-from rorem_lib.run_folder import RunLocked, is_running, read_states
+from rorem_lib.runner import data_commands
+from rorem_lib.runner.pipeline import Progress, ReportFailed, StageFailed, run_recipe
+from rorem_lib.runner.recipes import Recipe, RecipeError, read_recipe
+from rorem_lib.runner.run_folder import RunLocked, is_running, read_states
 
 DONE, FAILED, WRONG, WAITING, INTERRUPTED = 0, 1, 2, 3, 130
 

@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 
 from rorem_lib.builtin.scenes import NEW
+from rorem_lib.evaluation.methods import SOURCE
 from rorem_lib.intervals import compare_paired, wilson_interval
-from rorem_lib.methods import SOURCE
 
 SUCCESS = "success, simulated annotator (%)"
 GUESSED = "success, discriminator (%)"

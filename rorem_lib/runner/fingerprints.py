@@ -28,23 +28,10 @@ from pathlib import Path
 
 from rorem_lib.files import ROOT, hash_file, resolve_path
 from rorem_lib.parameters import read_cells
-from rorem_lib.recipes import Recipe, RecipeError, StageRow, list_strings
+from rorem_lib.runner.recipes import Recipe, RecipeError, StageRow, list_strings
 
 PACKAGE = ROOT / "rorem_lib"
-RUNNER = frozenset(
-    {
-        "cli",
-        "execution",
-        "fingerprints",
-        "launch",
-        "parameters",
-        "pipeline",
-        "recipes",
-        "report",
-        "run_folder",
-        "stage",
-    }
-)
+RUNNER = ("runner", "parameters", "evaluation.report")  # with what lies in them
 # Imports that happen for a set `builtin:<role>` alone. Followed for every stage, they would make
 # each depend on the code that renders scenes and on the code that makes candidates of them.
 BUILTIN_SETS = "builtin.sets"
@@ -153,6 +140,10 @@ def _parse_module(file: Path, name: str, package: Path, modified: int):
     return hashlib.sha256(source.encode()).hexdigest()[:16], used
 
 
+def _runs_alone(name: str) -> bool:
+    return any(name == other or name.startswith(f"{other}.") for other in RUNNER)
+
+
 def hash_modules(names, *, package: Path = PACKAGE, without=frozenset()) -> dict[str, str]:
     """Hashes of these modules and of all that they import, in turn; the runner's left out.
 
@@ -164,7 +155,7 @@ def hash_modules(names, *, package: Path = PACKAGE, without=frozenset()) -> dict
     hashes, waiting = {}, list(names)
     while waiting:
         name = waiting.pop()
-        if name not in hashes and name not in RUNNER:
+        if name not in hashes and not _runs_alone(name):
             hashes[name], used = _read_module(name, package)
             waiting += [other for other in used if (name, other) not in without]
     return {name or package.name: hashes[name] for name in sorted(hashes)}

@@ -21,13 +21,13 @@ import pandas as pd
 from scipy.stats import binomtest
 
 from rorem_lib.data.triplets import Triplet
+from rorem_lib.evaluation.tables import compare_methods
 from rorem_lib.files import read_json, write_json
 from rorem_lib.intervals import bootstrap_mean, wilson_interval
 from rorem_lib.labels.log import Label, LabelError, LabelLog, hash_content, read_labels
 from rorem_lib.labels.queue import order_items
 from rorem_lib.labels.votes import compute_agreement, merge_votes
 from rorem_lib.labels.widget import Annotator, ask_name
-from rorem_lib.tables import compare_methods
 
 KINDS = ("success", "preference")
 TRIALS_FILE = "trials.json"

@@ -17,14 +17,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from rorem_lib.files import format_time, read_json, write_json
-from rorem_lib.fingerprints import (
+from rorem_lib.runner.fingerprints import (
     Fingerprint,
     compute_fingerprints,
     describe_change,
     list_labels,
 )
-from rorem_lib.recipes import Recipe, StageRow
-from rorem_lib.stage import STARTED
+from rorem_lib.runner.recipes import Recipe, StageRow
+from rorem_lib.runner.stage import STARTED
 
 
 class RunLocked(RuntimeError):

@@ -1,0 +1,1 @@
+"""Evaluation: methods, measures, tables, figures, the user study, the report."""
