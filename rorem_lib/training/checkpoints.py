@@ -29,9 +29,9 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.api import CheckpointException
 
 from rorem_lib import files
-from rorem_lib.training import distributed
 from rorem_lib.files import read_json, remove_folder, replace_folder, write_json
 from rorem_lib.models import sdxl
+from rorem_lib.training import distributed
 
 logger = logging.getLogger(__name__)
 
@@ -106,9 +106,7 @@ def save_checkpoint(accelerator, config, step: int, *, train_size: int | None = 
         explain=partial(_describe_full, accelerator, config, beside),
     )
     do(partial(_check_space, accelerator, config))
-    do(
-        partial(_save_state, accelerator, beside), together=not distributed.is_divided(accelerator)
-    )
+    do(partial(_save_state, accelerator, beside), together=not distributed.is_divided(accelerator))
     record = {
         "step": step,
         "config": dataclasses.asdict(config),

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import yaml
 
-from rorem_lib.training import distributed
 from rorem_lib.parameters import coerce_value
+from rorem_lib.training import distributed
 from rorem_lib.training.memory import tune_cpu
 
 logger = logging.getLogger(__name__)

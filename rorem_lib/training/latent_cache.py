@@ -35,11 +35,11 @@ from safetensors.torch import save
 
 from rorem_lib.data.pictures import TripletError, read_size
 from rorem_lib.data.triplets import Triplet
-from rorem_lib.training.file_index import describe_stat, hash_files
 from rorem_lib.files import write_json
+from rorem_lib.training.file_index import describe_stat, hash_files
 from rorem_lib.training.latents import (
-    CacheSpec,
     DTYPES,
+    CacheSpec,
     encode_pictures,
     prepare_pictures,
     vary_mask,

@@ -23,10 +23,10 @@ from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, s
 from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader, Dataset
 
-from rorem_lib.training import checkpoints, distributed, tracking
 from rorem_lib import files
 from rorem_lib.files import replace_folder, write_json
 from rorem_lib.models import sdxl
+from rorem_lib.training import checkpoints, distributed, tracking
 from rorem_lib.training.config import LoopConfig
 from rorem_lib.training.sampler import Positions
 

@@ -11,13 +11,11 @@ import copy
 import ctypes
 import math
 import os
-import shutil
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
-from diffusers.utils import is_xformers_available
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -81,16 +79,6 @@ def tune_cpu() -> None:
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     if (F.linear(a, b) - exact).abs().max() > 1e-5 * exact.abs().max():
         torch.backends.mkldnn.matmul.fp32_precision = "none"
-
-
-
-
-
-
-
-
-
-
 
 
 def count_flops(unet, height: int, width: int, *, encoder_tokens: int = 77) -> float:

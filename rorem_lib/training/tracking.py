@@ -19,8 +19,8 @@ import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import LoggerType
 
-from rorem_lib.training import distributed
 from rorem_lib.files import write_text
+from rorem_lib.training import distributed
 from rorem_lib.training.memory import find_peak_flops
 
 logger = logging.getLogger(__name__)

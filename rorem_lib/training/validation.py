@@ -22,13 +22,13 @@ import torch
 from accelerate.utils import convert_outputs_to_fp32, extract_model_from_parallel
 
 from rorem_lib import metrics
-from rorem_lib.training import distributed, tracking
 from rorem_lib.data import masks
 from rorem_lib.data.pictures import TripletError, save_image
 from rorem_lib.data.triplets import Triplet, iter_triplets, load_images, resolve_meta
 from rorem_lib.files import write_text
 from rorem_lib.models import sdxl
 from rorem_lib.models.inpainting import remove_objects
+from rorem_lib.training import distributed, tracking
 
 FOLDER = "validation_images"
 CELL = 512  # px; larger pictures are shrunk in the grid
