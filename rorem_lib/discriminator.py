@@ -28,6 +28,7 @@ from rorem_lib.data.triplets import Triplet, load_images, read_triplets
 from rorem_lib.files import read_json, write_json
 from rorem_lib.models import sdxl
 from rorem_lib.models.lora import LORA_FILE
+from rorem_lib.sets import resolve_all
 from rorem_lib.training import distributed, latent_cache, loop
 from rorem_lib.training.config import LoopConfig, parse_config, run_job
 from rorem_lib.training.latents import CacheSpec
@@ -58,7 +59,7 @@ class DiscriminatorConfig(LoopConfig):
     """
 
     output_dir: str = "runs/alone/05_train_discriminator"
-    meta_path: list[str] = field(default_factory=lambda: ["builtin:candidates"])
+    meta_path: list[str] = field(default_factory=lambda: ["runs/alone/04_annotate/scored"])
     pretrained_model_name_or_path: str = "builtin"
     revision: str = ""
     resolution: int = 64
@@ -268,7 +269,8 @@ class DiscriminatorObjective(loop.Objective):
 
     def make_dataset(self):
         config = self.config
-        triplets = [t for t in read_triplets(config.meta_path) if t.extra.get("score") is not None]
+        metas = resolve_all(config.meta_path)
+        triplets = [t for t in read_triplets(metas) if t.extra.get("score") is not None]
         labels = np.array([float(t.extra["score"] >= 0.5) for t in triplets])
         if len(set(labels.tolist())) < 2:
             raise ValueError(

@@ -17,6 +17,7 @@ import torch
 from diffusers import LCMScheduler
 
 from rorem_lib.models import lora, sdxl
+from rorem_lib.models.hub import write_card
 from rorem_lib.remover import RemoverConfig, RemoverObjective
 from rorem_lib.training import loop
 from rorem_lib.training.config import parse_config, run_job
@@ -123,6 +124,13 @@ class DistillObjective(RemoverObjective):
 
     def save_model(self, model, folder):
         lora.save_lora(model, folder / "lora")
+        write_card(
+            folder / "lora",
+            title="4-step LoRA of an object remover",
+            base_model=self.config.pretrained_model_name_or_path,
+            resolution=self.config.resolution,
+            text="Distilled (LCM-LoRA) with the RORem kit: 4 steps with diffusers' LCMScheduler.",
+        )
 
 
 def train_lora(config: DistillConfig) -> dict:

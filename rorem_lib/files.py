@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -68,6 +69,15 @@ def replace_folder(beside, path) -> Path:
     os.replace(beside, path)
     shutil.rmtree(aside, ignore_errors=True)
     return path
+
+
+def set_aside(path) -> Path:
+    """Give a file or folder a name that says when it was put away; returns the new path."""
+    path, stamp = Path(path), f"{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    names = (f"{path.name}.{stamp}{n or ''}" for n in itertools.count())
+    target = next(path.with_name(name) for name in names if not path.with_name(name).exists())
+    os.rename(path, target)
+    return target
 
 
 def remove_folder(path) -> None:

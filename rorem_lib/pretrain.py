@@ -213,6 +213,7 @@ class BaseObjective(loop.Objective):
         self.pipe.text_encoder.to(self.device)
         self.pipe.text_encoder_2.to(self.device)
         self.embeds, self.pooled = (t.to(self.device) for t in sdxl.encode_prompt(self.pipe))
+        sdxl.set_resolution(self.pipe, self.pipe.unet, self.config.size)
         return prepare_training(self.pipe.unet.to(self.device))
 
     def make_dataset(self):
@@ -270,7 +271,7 @@ def build_pipeline(vae, *, init_from: str = "") -> StableDiffusionXLInpaintPipel
         "pad_token_id": tokenizer.pad_token_id,
     }
     torch.manual_seed(0)  # the text encoders are never trained: always the same ones
-    return StableDiffusionXLInpaintPipeline(
+    pipe = StableDiffusionXLInpaintPipeline(
         vae=vae,
         unet=unet,
         scheduler=DDIMScheduler(**SCHEDULER),
@@ -279,6 +280,9 @@ def build_pipeline(vae, *, init_from: str = "") -> StableDiffusionXLInpaintPipel
         tokenizer=tokenizer,
         tokenizer_2=_build_tokenizer("!"),
     )
+    if not init_from:
+        sdxl.set_resolution(pipe, unet, scenes.SIZE)
+    return pipe
 
 
 def _build_tokenizer(pad_token: str) -> CLIPTokenizer:

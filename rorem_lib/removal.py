@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rorem_lib.data import masks
-from rorem_lib.data.triplets import load_images, read_triplets, resolve_meta
+from rorem_lib.data.triplets import load_images, read_triplets
 from rorem_lib.data.writer import TripletWriter
-from rorem_lib.files import hash_file, read_json, remove_folder, write_json
+from rorem_lib.files import hash_file, read_json, set_aside, write_json
 from rorem_lib.models import sdxl
 from rorem_lib.models.inpainting import CLASSICAL, inpaint_classical, remove_objects
+from rorem_lib.sets import resolve_all
 from rorem_lib.training import distributed
 from rorem_lib.training.config import parse_config, run_job
 
@@ -39,6 +40,7 @@ class GenerateConfig:
             see how each of them fails.
         start: first picture of the set that is used.
         count: how many pictures are used; 0 takes all from `start` on.
+        resolution: short side at which the remover works, px; 0 takes what it was trained at.
         seeds_per_image: removals made of each picture, with different noise.
         num_inference_steps: denoising steps.
         guidance_scale: classifier-free guidance; 1 is off.
@@ -58,6 +60,7 @@ class GenerateConfig:
     also: list[str] = field(default_factory=list)
     start: int = 0
     count: int = 0
+    resolution: int = 0
     seeds_per_image: int = 1
     num_inference_steps: int = 20
     guidance_scale: float = 1.0
@@ -72,7 +75,7 @@ def generate_candidates(config: GenerateConfig) -> dict:
     """Write `<output_dir>/candidates`, a triplet set whose GT is the removal; resumable.
 
     Ids are the pictures' own, with `-s<k>` behind them where several seeds were used. What another
-    remover, other settings or other pictures left there is written anew.
+    remover, other settings or other pictures left there is set aside.
 
     Returns:
         `{"n_images", "n_removals", "seconds", "removals_per_second", "num_processes"}`.
@@ -85,7 +88,8 @@ def generate_candidates(config: GenerateConfig) -> dict:
     # Unlike `Accelerator`, it does not ask the environment whether it shall stay on the CPU, and
     # would take each of several CPU processes for the only one.
     state = PartialState(cpu=distributed.find_device() == "cpu")
-    triplets = read_triplets(config.meta_path, require_gt=False)[config.start :]
+    metas = resolve_all(config.meta_path)
+    triplets = read_triplets(metas, require_gt=False)[config.start :]
     triplets = triplets[: config.count] if config.count else triplets
     if not triplets:
         raise ValueError(f"no pictures at {config.meta_path} from number {config.start} on")
@@ -100,7 +104,7 @@ def generate_candidates(config: GenerateConfig) -> dict:
         raise ValueError(f"{config.meta_path} share ids, such as {twice}: merge the sets first")
     folder = Path(config.output_dir) / "candidates"
     if state.is_main_process:
-        _open_candidates(folder, config)
+        _open_candidates(folder, config, metas)
     state.wait_for_everyone()
     started, made = time.time(), 0
     methods = _list_methods(config)
@@ -188,6 +192,7 @@ def _open_method(method: str, config: GenerateConfig, device):
         pipe,
         sources,
         object_masks,
+        resolution=config.resolution,
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,
         strength=config.strength,
@@ -198,22 +203,27 @@ def _open_method(method: str, config: GenerateConfig, device):
     )
 
 
-def _open_candidates(folder: Path, config: GenerateConfig) -> None:
-    """Clear away candidates of another remover, other settings or pictures; note this run's."""
+def _open_candidates(folder: Path, config: GenerateConfig, metas: list[Path]) -> None:
+    """Set aside candidates of another remover, other settings or images; note this run's.
+
+    `drawn_from` says where the images' sets lie, for `builtin.sets.hidden_of`.
+    """
     models = [Path(sdxl.resolve_model(m)) for m in _list_methods(config) if m not in CLASSICAL]
     settings = dataclasses.asdict(config) | {
         "weights": [hash_file(p) for m in models for p in sorted(m.glob("unet/*.safetensors"))],
-        "sets": [hash_file(resolve_meta(path)) for path in config.meta_path],
+        "sets": [hash_file(meta) for meta in metas],
     }
     for name in ("output_dir", "batch_size", "meta_path"):
         settings.pop(name)
     marker = folder / "settings.json"
-    if marker.is_file() and read_json(marker) == settings:
-        return
+    if marker.is_file():
+        found = read_json(marker)
+        found.pop("drawn_from", None)
+        if found == settings:
+            return
     if folder.exists():
-        logger.info("%s was made with other settings: it is written anew", folder)
-        remove_folder(folder)
-    write_json(marker, settings)
+        logger.info("%s was made with other settings: it is now %s", folder, set_aside(folder))
+    write_json(marker, settings | {"drawn_from": [str(meta.resolve()) for meta in metas]})
 
 
 def _name(triplet, k: int, config: GenerateConfig) -> str:

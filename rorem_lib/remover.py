@@ -21,6 +21,8 @@ from diffusers.training_utils import compute_snr
 from rorem_lib.data.triplets import read_triplets
 from rorem_lib.models import lora, sdxl
 from rorem_lib.models.attention import compile_unet, prepare_training
+from rorem_lib.models.hub import write_card
+from rorem_lib.sets import resolve
 from rorem_lib.training import distributed, loop, tracking
 from rorem_lib.training.config import LoopConfig, parse_config, run_job
 from rorem_lib.training.dataset import PictureReader, Share, TripletSamples, weigh_buckets
@@ -169,6 +171,7 @@ class RemoverObjective(loop.Objective):
             variant=config.variant or None,
             device=self.device,
         )
+        sdxl.set_resolution(self.pipe, self.pipe.unet, config.resolution)
         # Not the pipeline's own scheduler: an Euler one adds noise in another scaling.
         self.noise_schedule = DDPMScheduler.from_config(self.pipe.scheduler.config)
         self.embeds, self.pooled = sdxl.encode_prompt(self.pipe)  # once: the prompt is constant
@@ -212,7 +215,7 @@ class RemoverObjective(loop.Objective):
             sets = [
                 [
                     t
-                    for t in read_triplets(path)
+                    for t in read_triplets(resolve(path))
                     if t.extra.get("score") is None or t.extra["score"] >= 0.5
                 ]
                 for path in paths
@@ -402,6 +405,14 @@ class RemoverObjective(loop.Objective):
         self.pipe.unet = model.eval()
         with sdxl.silence_libraries():
             self.pipe.save_pretrained(folder / "remover")
+        write_card(
+            folder / "remover",
+            title="Object remover",
+            base_model=self.config.pretrained_model_name_or_path,
+            resolution=self.config.resolution,
+            text=f"Trained for {self.config.max_train_steps:,} steps on "
+            f"{self.metrics['train_size']:,} triplets with the RORem kit.",
+        )
 
 
 def _take(sets: list[list], count: int) -> list[list]:

@@ -5,7 +5,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ from rorem_lib.data.check import check_set
 from rorem_lib.data.pictures import TripletError
 from rorem_lib.data.triplets import load_images, read_triplets
 from rorem_lib.data.writer import TripletWriter
-from rorem_lib.files import hash_file, read_json
+from rorem_lib.files import hash_file, read_json, write_json
 
 SMALL = {"labelled": 12, "pool": 8, "high_resolution": 3, "test": 5}
 PACKAGE = Path(rorem_lib.__file__).parent
@@ -183,7 +182,7 @@ def test_builtin_sets_are_rendered_once_whole_or_not_at_all(cache, monkeypatch):
     assert list(cache.iterdir()) == []
     monkeypatch.setattr(sets, "write_scene_sets", real)
     meta = builtin_set("pool")
-    assert cache in meta.parents and len(read_triplets("builtin:pool", require_gt=False)) == 8
+    assert cache in meta.parents and len(read_triplets(meta, require_gt=False)) == 8
     made = meta.stat().st_mtime_ns
     assert hidden_of(builtin_set("test")).is_dir()
     assert meta.stat().st_mtime_ns == made
@@ -195,35 +194,14 @@ def test_the_cache_is_named_after_the_renderer(cache, monkeypatch):
     assert builtin_set("pool").parent.parent != first.parent.parent
 
 
-def test_builtin_candidates_are_removals_of_the_pool_with_their_truth(cache, monkeypatch):
-    (cache.parent / "model" / "unet").mkdir(parents=True)
-    (cache.parent / "model" / "unet" / "x.safetensors").write_bytes(b"weights")
-
-    def generate(config):
-        with TripletWriter(Path(config.output_dir) / "candidates") as writer:
-            for triplet in read_triplets(config.meta_path, require_gt=False)[: config.count]:
-                writer.add_triplet(triplet, gt=load_images(triplet)["source"])
-
-    # stand-ins: importing the real ones takes longer than all of this module's tests
-    monkeypatch.setitem(
-        sys.modules,
-        "rorem_lib.models.sdxl",
-        SimpleNamespace(resolve_model=lambda model_id: cache.parent / "model"),
-    )
-    monkeypatch.setitem(
-        sys.modules,
-        "rorem_lib.removal",
-        SimpleNamespace(GenerateConfig=SimpleNamespace, generate_candidates=generate),
-    )
-    monkeypatch.setattr(sets, "CANDIDATES", 6)
-    meta = builtin_set("candidates")
-    triplets = read_triplets("builtin:candidates")
-    assert [t.id for t in triplets] == [f"pool-{n:06d}" for n in range(6)]
-    hidden, pool = hidden_of(meta), hidden_of(builtin_set("pool"))
-    for triplet in triplets:
-        assert np.array_equal(
-            read_truth(hidden, triplet.id).truth, read_truth(pool, triplet.id).truth
-        )
+def test_candidates_have_the_truth_of_the_scenes_they_were_drawn_from(cache, tmp_path):
+    pool = builtin_set("pool")
+    with TripletWriter(tmp_path / "candidates") as writer:
+        for triplet in read_triplets(pool, require_gt=False):
+            writer.add_triplet(triplet, gt=triplet.source)
+    assert hidden_of(tmp_path / "candidates" / "meta.json") is None
+    write_json(tmp_path / "candidates" / "settings.json", {"drawn_from": [str(pool)]})
+    assert hidden_of(tmp_path / "candidates" / "meta.json") == hidden_of(pool) is not None
 
 
 # ----------------------------------------------------------------------------- nothing leaks

@@ -54,6 +54,23 @@ def test_unet_calls_are_counted_not_believed(model, triplets, tmp_path):
     assert run_method(Method("telea", kind="telea"), triplets, tmp_path / "r").unet_calls == 0
 
 
+def test_a_methods_resolution_wins_over_the_models(model, triplets, tmp_path, monkeypatch):
+    seen, remove = [], methods_module.remove_objects
+
+    def note(*given, resolution, **options):
+        seen.append(resolution)
+        return remove(*given, resolution=resolution, **options)
+
+    monkeypatch.setattr(methods_module, "remove_objects", note)
+    rows = [
+        {"name": "own", "model": str(model), "num_inference_steps": 1},
+        {"name": "small", "model": str(model), "num_inference_steps": 1, "resolution": 32},
+    ]
+    for method in make_methods(rows, resolution=48):
+        run_method(method, triplets[:1], tmp_path / "r")
+    assert set(seen[: len(seen) // 2]) == {48} and set(seen[len(seen) // 2 :]) == {32}
+
+
 def test_lora_and_lcm_change_the_removal(model, triplets, tmp_path):
     pipe = methods_module.sdxl.load_pipeline(str(model))
     pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))

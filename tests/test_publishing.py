@@ -18,7 +18,7 @@ from rorem_lib.data.assembly import assemble_sets
 from rorem_lib.data.items import Rejected, SourceError
 from rorem_lib.data.pictures import TripletError, load_image
 from rorem_lib.data.publishing import publish_sets, upload_dataset
-from rorem_lib.data.triplets import load_images, read_triplets
+from rorem_lib.data.triplets import HIDDEN_MARK, load_images, read_triplets
 from rorem_lib.data.writer import TripletWriter
 from rorem_lib.sources.parquet import ParquetSetSource
 
@@ -273,8 +273,9 @@ def test_a_split_has_a_gt_in_every_record_or_in_none(tmp_path):
 def test_hidden_truth_is_never_published(tmp_path):
     folder = _write_set(tmp_path / "set", 2)
     (tmp_path / "hidden").mkdir()
+    (tmp_path / "hidden" / HIDDEN_MARK).touch()
     folder = folder.rename(tmp_path / "hidden" / "set")
-    with pytest.raises(TripletError, match="lies in a folder named hidden"):
+    with pytest.raises(TripletError, match="hidden folder"):
         _publish({"train": folder}, tmp_path / "out")
 
 

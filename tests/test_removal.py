@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,53 @@ def test_any_size_comes_back_as_it_went_in(pipe, height, width):
     (result,) = remove_objects(pipe, [image], [mask], **QUICK | {"num_inference_steps": 1})
     assert result.shape == image.shape and result.dtype == np.uint8
     assert np.array_equal(image, before[0]) and np.array_equal(mask, before[1])
+
+
+def get_latent_sides(pipe, size=(64, 64), **options):
+    """Sides of the latents that the UNet sees while an image of `size` is worked on."""
+    seen = set()
+    hook = pipe.unet.register_forward_pre_hook(
+        lambda module, arguments, keywords: seen.add(tuple(arguments[0].shape[-2:])),
+        with_kwargs=True,
+    )
+    image, mask = draw_picture(*size)
+    try:
+        remove_objects(pipe, [image], [mask], num_inference_steps=1, **options)
+    finally:
+        hook.remove()
+    return seen
+
+
+def test_the_size_is_what_was_trained_not_what_sample_size_says(tiny_model, tmp_path, caplog):
+    """`sample_size` says 1024 px in every SDXL-inpainting model, whatever it was trained at."""
+    pipe = sdxl.load_pipeline(str(tiny_model))
+    assert sdxl.get_resolution(pipe) == 64 and pipe.vae_scale_factor == 4
+    pipe.unet.register_to_config(sample_size=32)
+    assert get_latent_sides(pipe, (96, 96)) == {(16, 16)}
+    assert get_latent_sides(pipe, (96, 160), resolution=96) == {(24, 40)}
+    sdxl.set_resolution(pipe, pipe.unet, 96)
+    pipe.unet.register_to_config(sample_size=32)
+    pipe.save_pretrained(tmp_path / "saved")
+    again = sdxl.load_pipeline(str(tmp_path / "saved"))
+    assert get_latent_sides(again) == {(24, 24)}
+
+
+def test_a_model_that_does_not_say_its_size_works_at_512(tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model, tmp_path / "silent")
+    path = folder / "unet" / "config.json"
+    config = json.loads(path.read_text())
+    del config[sdxl.TRAINED_RESOLUTION]
+    path.write_text(json.dumps(config | {"sample_size": 32}))
+    assert get_latent_sides(sdxl.load_pipeline(str(folder))) == {(128, 128)}
+
+
+def test_other_programs_take_the_note_of_the_size_without_a_word(tiny_model, caplog):
+    from diffusers import AutoPipelineForInpainting
+
+    with caplog.at_level("WARNING", logger="diffusers"):
+        stock = AutoPipelineForInpainting.from_pretrained(tiny_model)
+    assert not [r for r in caplog.records if sdxl.TRAINED_RESOLUTION in r.getMessage()]
+    assert stock.unet.config.sample_size * stock.vae_scale_factor == 64
 
 
 @pytest.mark.parametrize("precision, vae", [("fp16", torch.float32), ("bf16", torch.bfloat16)])
@@ -272,6 +320,31 @@ def test_methods_take_turns(config, tiny_set, tiny_model):
         )
     outside = load_images(triplets[1])["mask"] < 128  # a model's removal is no paste-back
     assert (load_images(triplets[1])["gt"] != load_images(triplets[1])["source"])[outside].any()
+
+
+def test_candidates_are_drawn_at_the_resolution_asked_for(config, monkeypatch):
+    seen, remove = [], removal.remove_objects
+
+    def note(*given, resolution, **options):
+        seen.append(resolution)
+        return remove(*given, resolution=resolution, **options)
+
+    monkeypatch.setattr(removal, "remove_objects", note)
+    config.count, config.resolution = 1, 32
+    generate_candidates(config)
+    assert seen == [32]
+
+
+def test_what_other_settings_made_is_set_aside_not_deleted(config):
+    config.count = 1
+    generate_candidates(config)
+    first = read_results(config)["scene-0"]
+    config.resolution = 32
+    generate_candidates(config)
+    (aside,) = Path(config.output_dir).glob("candidates.*")
+    (old,) = read_triplets(aside)
+    assert np.array_equal(load_images(old)["gt"], first)
+    assert not np.array_equal(read_results(config)["scene-0"], first)
 
 
 def test_a_stopped_generation_goes_on(config, monkeypatch):

@@ -16,6 +16,7 @@ from torch.utils.data import default_collate
 
 from rorem_lib.data.triplets import load_images, read_triplets
 from rorem_lib.data.writer import TripletWriter
+from rorem_lib.models import sdxl
 from rorem_lib.remover import RemoverConfig, RemoverObjective, train_remover
 from rorem_lib.training import checkpoints
 from rorem_lib.training.tracking import split_by_time
@@ -72,6 +73,11 @@ def test_stock_diffusers_opens_the_remover_and_runs_it(config, tiny_set, tmp_pat
     ).images[0]
     assert image.size == (32, 32)
     assert not list((tmp_path / "out").rglob("*.bin")), "weights are safetensors, never pickles"
+    trained = sdxl.load_pipeline(str(tmp_path / "out" / "remover"))
+    assert sdxl.get_resolution(trained) == 32, "the size it was trained at is noted in the model"
+    assert trained.unet.config.sample_size * trained.vae_scale_factor == 32
+    card = (tmp_path / "out" / "remover" / "README.md").read_text()
+    assert "resolution: 32" in card and "32 px" in card and "10 triplets" in card
 
 
 def test_all_of_the_unet_is_trained_and_nothing_else(config, tiny_model, tmp_path):

@@ -18,7 +18,7 @@ from rorem_lib.data.pictures import (
     read_size,
     save_image,
 )
-from rorem_lib.data.triplets import load_images, read_triplets, resolve_meta
+from rorem_lib.data.triplets import HIDDEN_MARK, load_images, read_triplets, resolve_meta
 from rorem_lib.data.writer import TripletWriter, merge_sets, split_by_group
 
 
@@ -167,6 +167,7 @@ def test_outside_and_absolute_paths_only_when_asked_for(made):
 def test_hidden_truth_is_never_read(made):
     truth = made / "hidden" / "pool" / "truth"
     truth.mkdir(parents=True)
+    (made / "hidden" / HIDDEN_MARK).touch()
     save_image(truth / "a.png", _picture(9))
     (made / "innocent").symlink_to(truth)
     for path in (
@@ -186,6 +187,17 @@ def test_hidden_truth_is_never_read(made):
         writer.add(id="a", source=_picture(), mask=_mask(), gt=truth / "a.png")
 
 
+def test_a_folder_is_hidden_by_its_mark_not_by_its_name(made):
+    _write_meta(made, [_record("a")])
+    folder = made.parent / "hidden" / "photos"
+    made.rename(folder.parent.parent / "photos")
+    folder.parent.mkdir()
+    (made.parent / "photos").rename(folder)
+    assert len(read_triplets(folder)) > 0
+    with TripletWriter(made.parent / "new") as writer:
+        writer.add_triplet(read_triplets(folder)[0])
+
+
 def test_an_id_given_twice_is_refused(made):
     _write_meta(made, [_record("a", id="x"), _record("b", id="x")])
     with pytest.raises(TripletError, match="record 2: id x occurs twice .first in record 1"):
@@ -199,8 +211,6 @@ def test_missing_sets_are_named_with_what_is_near(made, tmp_path):
     with pytest.raises(TripletError, match="there is .*set"):
         resolve_meta(tmp_path)
     assert resolve_meta(made) == resolve_meta(str(made / "meta.json")) == made / "meta.json"
-    with pytest.raises(TripletError, match="take one of builtin:labelled"):
-        resolve_meta("builtin:everything")
 
 
 def test_a_damaged_meta_file_is_named(made):

@@ -7,6 +7,7 @@ from PIL import Image
 
 from rorem_lib.data.items import Rejected, SourceError
 from rorem_lib.data.pictures import TripletError
+from rorem_lib.data.triplets import HIDDEN_MARK
 from rorem_lib.data.writer import TripletWriter
 from rorem_lib.sources.upstream import UpstreamSource
 
@@ -223,7 +224,7 @@ def test_a_test_set_is_not_for_training(tmp_path):
         (_record(source="source/" + "x" * 400 + ".png"), "missing file", "is missing"),
         (_record(source="source/gone.png"), "missing file", "gone.png is missing .*restore it"),
         (_record(GT=None), "no GT", "record 1 has no GT.*require_gt: false"),
-        (_record(source="hidden/a.png"), "bad record", "folder named hidden"),
+        (_record(source="hidden/a.png"), "bad record", "hidden folder"),
         (_record(source="a\0b/a.png"), "bad record", "record 1: .*null"),
     ],
 )
@@ -232,6 +233,8 @@ def test_a_bad_record_is_rejected_and_the_rest_goes_on(tmp_path, record, reason,
     folder = _write_set(
         tmp_path / "set", ["a", "b"], text=json.dumps([record, _record("b"), _record("a")])
     )
+    (folder / "hidden").mkdir()
+    (folder / "hidden" / HIDDEN_MARK).touch()
     source = UpstreamSource(str(folder))
     items = list(source.list_items())
     assert len({item.id for item in items}) == 3

@@ -26,6 +26,7 @@ from rorem_lib.files import ROOT
 from rorem_lib.labels.keys import PREFERENCE_KEYS
 from rorem_lib.labels.log import LabelError, LabelLog
 from rorem_lib.runner.execution import execute_notebook
+from rorem_lib.sets import resolve
 
 METHODS = ("Telea", "human 1", "final model")
 
@@ -324,7 +325,7 @@ def test_the_evaluation_notebook_reads_the_answers_and_waits_for_nobody(tmp_path
     monkeypatch.setenv("ROREM_BATCH", "1")
     stage = tmp_path / "stage"
     methods = [{"name": "Telea", "kind": "telea"}, {"name": "Navier-Stokes", "kind": "ns"}]
-    triplets = read_triplets("builtin:test", require_gt=False)[:4]
+    triplets = read_triplets(resolve("builtin:test"), require_gt=False)[:4]
     paths = {
         m.name: run_method(m, triplets, stage / "removals").paths
         for m in make_methods(methods, seed=4)

@@ -24,8 +24,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-REASONS = ("incomplete removal", "wrong content", "colour shift", "blur", "shadow left")
-
 
 @dataclass(frozen=True)
 class Limits:
@@ -142,7 +140,7 @@ def judge_removal(source, mask, result, truth, *, limits: Limits = Limits()) -> 
         "blur": ratio < limits.blur and missing > limits.missing,
         "shadow left": shadow is not None and shadow > limits.shadow,
     }
-    reason = next((name for name in REASONS if failed[name]), None)
+    reason = next((name for name, bad in failed.items() if bad), None)
     return Verdict(reason is None, reason, measures)
 
 

@@ -9,7 +9,7 @@
     <folder>/hidden/<set>/{truth,object,shadow}/<id>.png
 
 The hidden truth of the last three is for the simulated annotator and the evaluation alone, and is
-reached only through `read_truth`; the triplet reader refuses every path with a `hidden` folder. A
+reached only through `read_truth`; a mark in `hidden/` makes the triplet reader refuse its files. A
 scene is a function of (role, seed, index) and every set has roles of its own, so no scene is in
 two sets.
 """
@@ -28,10 +28,10 @@ from pathlib import Path
 import numpy as np
 
 from rorem_lib.builtin import scenes
-from rorem_lib.data.pictures import TripletError, link_file, load_image, save_image
-from rorem_lib.data.triplets import read_triplets
+from rorem_lib.data.pictures import TripletError, load_image, save_image
+from rorem_lib.data.triplets import HIDDEN_MARK
 from rorem_lib.data.writer import TripletWriter
-from rorem_lib.files import hash_file, read_json, remove_folder, write_json
+from rorem_lib.files import hash_file, read_json, remove_folder, write_json, write_text
 from rorem_lib.workers import map_processes
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,6 @@ ROLES = {
     "test": ("test",),
 }
 DEFAULT_SIZES = {"labelled": 600, "pool": 400, "high_resolution": 40, "test": 100}
-CANDIDATES = 200  # pictures of the pool that `builtin:candidates` has removals of
 LICENSE = "CC0-1.0"
 PARTS = ("truth", "object", "shadow")
 _CHUNK = 100  # scenes between two reports of progress
@@ -101,6 +100,7 @@ def write_scene_sets(
     counts = {"labelled": labelled, "pool": pool, "high_resolution": high_resolution, "test": test}
     if min(*counts.values(), workers - 1) < 0:
         raise ValueError(f"sizes of sets are 0 or more, workers 1 or more: {counts}, {workers=}")
+    write_text(folder / "hidden" / HIDDEN_MARK, "Nothing in here is ever read as a triplet.\n")
     chunks = []
     for name, count in counts.items():
         _open_set(folder, name, count, seed)
@@ -174,10 +174,18 @@ def _write_chunk(chunk: tuple[Path, str, int, list[int]]) -> int:
 
 
 def hidden_of(meta_path: str | Path) -> Path | None:
-    """The folder of hidden truth that belongs to a scene set's `meta.json`, None if it has none."""
+    """The folder of hidden truth that belongs to a set's `meta.json`, None if it has none.
+
+    It lies beside a set of scenes. Candidates note in `settings.json` which sets they were drawn
+    from, and their truth is that of these scenes.
+    """
     folder = Path(meta_path).parent
-    hidden = folder.parent / "hidden" / folder.name
-    return hidden if hidden.is_dir() else None
+    places = [folder]
+    if (folder / "settings.json").is_file():
+        drawn_from = read_json(folder / "settings.json").get("drawn_from", [])
+        places += [Path(path).parent for path in drawn_from]
+    hidden = (place.parent / "hidden" / place.name for place in places)
+    return next((place for place in hidden if place.is_dir()), None)
 
 
 def read_truth(hidden_dir: str | Path, scene_id: str) -> Truth:
@@ -211,26 +219,19 @@ def builtin_set(role: str) -> Path:
     """The `meta.json` that `builtin:<role>` means, made at its first use and kept in the cache.
 
     Sets are rendered below `$ROREM_CACHE` (default `~/.cache/rorem`) in a folder named after the
-    renderer's version, so an old cache is never mistaken for a new one. `candidates` are removals
-    of 200 pictures of the pool by the built-in base model.
+    renderer's version, so an old cache is never mistaken for a new one.
 
     Raises:
         TripletError: an unknown role.
         OSError: the cache cannot be written; names the folder.
     """
-    if role not in ROLES and role != "candidates":
+    if role not in ROLES:
         raise TripletError(
             f"there is no built-in set builtin:{role}: take one of "
-            + ", ".join(f"builtin:{name}" for name in (*ROLES, "candidates"))
+            + ", ".join(f"builtin:{name}" for name in ROLES)
         )
     cache = Path(os.environ.get("ROREM_CACHE") or "~/.cache/rorem").expanduser().absolute()
     key = f"v{VERSION}-{_hash_renderer()[:12]}"
-    if role == "candidates":
-        from rorem_lib.models.sdxl import resolve_model
-
-        weights = next(Path(resolve_model("builtin")).glob("unet/*.safetensors"))
-        name = f"candidates-{key}-{hash_file(weights)[:12]}"
-        return _make_once(cache / name, _write_candidates) / role / "meta.json"
     return (
         _make_once(
             cache / f"scenes-{key}", lambda folder: write_scene_sets(folder, **DEFAULT_SIZES)
@@ -259,20 +260,6 @@ def _make_once(folder: Path, make) -> Path:
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return folder
-
-
-def _write_candidates(folder: Path) -> None:
-    from rorem_lib.removal import GenerateConfig, generate_candidates
-
-    pool = builtin_set("pool")
-    generate_candidates(
-        GenerateConfig(output_dir=str(folder), meta_path=[str(pool)], count=CANDIDATES)
-    )
-    for triplet in read_triplets(folder / "candidates"):
-        for part in PARTS:
-            path = folder / "hidden" / "candidates" / part / f"{triplet.id}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            link_file(hidden_of(pool) / part / path.name, path)
 
 
 @functools.cache

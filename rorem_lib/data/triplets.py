@@ -16,6 +16,7 @@ import numpy as np
 from rorem_lib.data.pictures import AGAIN, TripletError, fit_triplet, load_image
 
 META = "meta.json"
+HIDDEN_MARK = ".hidden-truth"  # a file; what lies beside and below it is never read as a triplet
 _OWN_KEYS = {"id", "source", "mask", "GT", "group"}
 
 
@@ -44,18 +45,14 @@ class Triplet:
 
 
 def resolve_meta(path: str | Path) -> Path:
-    """The `meta.json` that a set's id, folder or file means.
+    """The `meta.json` that a set's folder or file means (`sets.resolve` knows `builtin:` too).
 
     Args:
-        path: `builtin:<role>` (rendered at its first use), a set's folder, or its meta file.
+        path: a set's folder, or its meta file.
 
     Raises:
         TripletError: there is no such set; says which sets are near.
     """
-    if str(path).startswith("builtin:"):
-        from rorem_lib.builtin.sets import builtin_set
-
-        return builtin_set(str(path).removeprefix("builtin:"))
     path = Path(path).expanduser()
     meta = path / META if path.is_dir() or not path.suffix else path
     if meta.is_file():
@@ -107,6 +104,12 @@ def _describe_fault(meta: Path, error: Exception) -> TripletError:
     return TripletError(f"{meta} is neither JSON nor JSON lines ({where}): {AGAIN}")
 
 
+def is_hidden(folder: str | Path) -> bool:
+    """Whether a folder, or one above it, carries the mark of hidden truth."""
+    folder = Path(os.path.realpath(folder))
+    return any((place / HIDDEN_MARK).exists() for place in (folder, *folder.parents))
+
+
 class Locator:
     """Turns a record's paths into files; refuses what a set must not reach."""
 
@@ -116,17 +119,17 @@ class Locator:
         self.allow_absolute, self.allow_outside = allow_absolute, allow_outside
         # One listing a folder is far cheaper than asking for 200,000 files one by one.
         self._list = functools.cache(lambda folder: frozenset(_list_folder(folder)))
-        self._real = functools.cache(os.path.realpath)
+        self._is_hidden = functools.cache(is_hidden)
 
     def find(self, value, where: str) -> Path:
         if not isinstance(value, str) or not value:
             raise TripletError(f"{where}: a path must be a text, not {value!r}")
         full = os.path.normpath(os.path.join(self.folder, value))
         parent, name = os.path.split(full)
-        if "hidden" in Path(value).parts or "hidden" in Path(self._real(parent)).parts:
+        if self._is_hidden(parent):
             raise TripletError(
-                f"{where}: {value} lies in a folder named hidden, which holds the "
-                "built-in scenes' truth and is never read as a triplet"
+                f"{where}: {value} lies in a hidden folder (there is a file {HIDDEN_MARK} in it or "
+                "above it): the built-in scenes' truth is never read as a triplet"
             )
         if os.path.isabs(value):
             if not self.allow_absolute:

@@ -24,6 +24,7 @@ from rorem_lib.data.triplets import (
     Triplet,
     check_mask,
     describe_size,
+    is_hidden,
     iter_triplets,
     read_records,
     resolve_meta,
@@ -214,7 +215,7 @@ def _write_part(folder: Path, name: str, part: str, value) -> str:
         save_image(place / f"{name}.png", value)
         return f"{FOLDERS[part]}/{name}.png"
     real = os.path.realpath(value)
-    if "hidden" in real.split(os.sep):
+    if is_hidden(os.path.dirname(real)):
         raise TripletError(
             f"{value} lies in a hidden folder: the scenes' truth never becomes a triplet"
         )

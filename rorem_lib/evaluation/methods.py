@@ -50,6 +50,7 @@ class Method:
         revision: the Hub revision.
         lora: folder of LoRA weights laid over the model; "" for none.
         scheduler: "default" (the model's own) or "lcm".
+        resolution: short side at which the model works, px; 0 takes what it was trained at.
         num_inference_steps: denoising steps.
         guidance_scale: classifier-free guidance; 1 is off, as RORem removes.
         strength: share of the noise schedule; 1 starts from pure noise.
@@ -64,6 +65,7 @@ class Method:
     revision: str = ""
     lora: str = ""
     scheduler: str = "default"
+    resolution: int = 0
     num_inference_steps: int = 20
     guidance_scale: float = 1.0
     strength: float = 1.0
@@ -97,14 +99,14 @@ class MethodRun:
 
 
 def make_methods(
-    rows: Sequence[Mapping], *, seed: int = 0, resolve: Callable[[str], str] = str
+    rows: Sequence[Mapping], *, resolve: Callable[[str], str] = str, **defaults
 ) -> list[Method]:
     """Check methods given as dicts, as a notebook's parameter or a recipe has them.
 
     Args:
         rows: dicts with the fields of `Method`; `name` is required.
-        seed: for rows that set none.
         resolve: turns `model` and `lora` into what can be opened.
+        defaults: fields of `Method` for rows that do not set them, such as `seed`.
 
     Raises:
         ValueError: a key or choice is unknown, a name is missing or occurs twice.
@@ -121,7 +123,7 @@ def make_methods(
                     else "it has no name"
                 )
             )
-        method = Method(**{"seed": seed, **row})
+        method = Method(**defaults | dict(row))
         methods.append(
             replace(
                 method,
@@ -234,6 +236,7 @@ def _open_method(method: Method, device: str) -> tuple[Callable, Callable]:
             pipe,
             sources,
             masks,
+            resolution=method.resolution,
             num_inference_steps=steps or method.num_inference_steps,
             guidance_scale=method.guidance_scale,
             strength=method.strength,

@@ -27,7 +27,14 @@ logger = logging.getLogger(__name__)
 
 DECISIONS = ("accept", "reject", "skip")
 PREFERENCES = ("left", "same", "right")  # which of two removals, in a user study
-REASONS = ("incomplete removal", "wrong content", "blur", "shadow left", "other")
+REASONS = (
+    "incomplete removal",
+    "wrong content",
+    "blur",
+    "shadow left",
+    "colour shift",
+    "other",
+)
 
 
 class LabelError(RuntimeError):

@@ -7,11 +7,14 @@ from pathlib import Path
 
 from huggingface_hub import (
     _CACHED_NO_EXIST,
+    ModelCardData,
     constants,
     errors,
     hf_hub_download,
     try_to_load_from_cache,
 )
+
+from rorem_lib.files import write_text
 
 _KNOWN = (
     errors.RepositoryNotFoundError,
@@ -118,3 +121,29 @@ def lacks_file(error: BaseException, *, local_files_only: bool = False, **_) -> 
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def write_card(folder, *, title: str, base_model: str, resolution: int, text: str) -> None:
+    """Write a trained model's `README.md`, the model card that the Hub shows.
+
+    Args:
+        folder: the model's.
+        title: what the model is.
+        base_model: what it was trained from; named in the metadata where it is a Hub id.
+        resolution: side of the images it was trained on, px: the size to use it at.
+        text: how it was trained.
+    """
+    on_hub = base_model.count("/") == 1 and not Path(base_model).exists()
+    data = ModelCardData(
+        license="cc0-1.0" if base_model == "builtin" else "openrail++",
+        library_name="diffusers",
+        pipeline_tag="image-to-image",
+        tags=["inpainting", "object-removal", "stable-diffusion-xl"],
+        base_model=base_model if on_hub else None,
+        resolution=resolution,
+    )
+    body = f"""# {title}
+
+{text} Trained at {resolution} px: bring the image's short side to that size, as the kit does.
+"""
+    write_text(Path(folder) / "README.md", f"---\n{data.to_yaml()}\n---\n\n{body}")

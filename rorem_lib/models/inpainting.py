@@ -21,10 +21,10 @@ from rorem_lib.models import sdxl
 CLASSICAL = {"telea": cv2.INPAINT_TELEA, "ns": cv2.INPAINT_NS}
 
 
-def _fit(image: np.ndarray, mask: np.ndarray, native: int, multiple: int):
-    """Shrink or enlarge a picture so that its short side is near `native`, sides divisible."""
+def _fit(image: np.ndarray, mask: np.ndarray, resolution: int, multiple: int):
+    """Shrink or enlarge an image so that its short side is near `resolution`, sides divisible."""
     height, width = image.shape[:2]
-    scale = 1.0 if min(height, width) in (native, native * 3 // 2) else native / min(height, width)
+    scale = resolution / min(height, width)
     sides = [max(multiple, round(side * scale / multiple) * multiple) for side in (width, height)]
     if sides == [width, height]:
         return image, mask
@@ -62,12 +62,13 @@ def remove_objects(
     images: list[np.ndarray],
     object_masks: list[np.ndarray],
     *,
-    num_inference_steps: int = 20,
+    resolution: int = 0,
+    num_inference_steps: int = 50,
     guidance_scale: float = 1.0,
     strength: float = 1.0,
     seed: int = 0,
     numbers: list[int] | None = None,
-    batch_size: int = 32,
+    batch_size: int = 8,
     dilate: int = 0,
     paste_back: bool = False,
     mixed_precision: str = "auto",
@@ -79,6 +80,8 @@ def remove_objects(
         pipe: a pipeline of `sdxl.load_pipeline`.
         images: [H, W, 3] uint8, any sizes; equal sizes share a batch.
         object_masks: [H, W], white (>= 128) is removed.
+        resolution: short side at which the model works, px: images are brought to it and back; 0
+            takes what the model was trained at (`sdxl.get_resolution`).
         num_inference_steps: denoising steps; each costs one UNet call (two with guidance).
         guidance_scale: classifier-free guidance; 1 is off (RORem removes without guidance).
         strength: share of the noise schedule that is run; 1 starts from pure noise.
@@ -99,7 +102,7 @@ def remove_objects(
     if len(images) != len(object_masks):
         raise ValueError(f"{len(images)} images but {len(object_masks)} masks")
     numbers = list(range(len(images))) if numbers is None else list(numbers)
-    native = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    resolution = resolution or sdxl.get_resolution(pipe)
     multiple = sdxl.find_unit(pipe)
     fitted = []
     for number, (image, mask) in enumerate(zip(images, object_masks)):
@@ -109,7 +112,7 @@ def remove_objects(
                 f"mask {mask.shape[1]}x{mask.shape[0]}"
             )
         mask = masks.dilate_mask(masks.binarise_mask(mask), dilate)
-        fitted.append((mask, *_fit(image, mask, native, multiple)))
+        fitted.append((mask, *_fit(image, mask, resolution, multiple)))
     groups: dict[tuple, list[int]] = {}
     for place, (_, image, _) in enumerate(fitted):
         groups.setdefault(image.shape, []).append(place)

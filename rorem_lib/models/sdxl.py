@@ -20,6 +20,11 @@ from rorem_lib.models.hub import explain_hub, has_file, lacks_file
 logger = logging.getLogger(__name__)
 BUILTIN_FOLDER = Path(__file__).parents[1] / "builtin" / "model"
 BASE_MODEL = "diffusers/stable-diffusion-xl-1.0-inpainting-0.1"  # upstream's starting point
+# The side of the images a model was trained on, px, in its UNet's config. SDXL's `sample_size` does
+# not say it: that is 128 (1024 px) in every SDXL-inpainting model, also in RORem's, trained at 512.
+# A leading underscore keeps other programs from warning of a key that they do not know.
+TRAINED_RESOLUTION = "_trained_resolution"
+DEFAULT_RESOLUTION = 512  # RORem's (sec. 4.1), for models that do not say it
 MODEL_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "scheduler")
 
 
@@ -210,6 +215,21 @@ def choose_precision(wish: str, device="cpu") -> str:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return "bf16" if fast else "no"
+
+
+def get_resolution(pipe) -> int:
+    """Short side of the images at which a pipeline works, px: what it was trained at, or 512."""
+    return int(pipe.unet.config.get(TRAINED_RESOLUTION) or DEFAULT_RESOLUTION)
+
+
+def set_resolution(pipe, unet, resolution: int) -> None:
+    """Note the size that a UNet is trained at, px, in the config that is saved with it.
+
+    `sample_size` too: other programs take it for the size to work at where none is given.
+    """
+    unet.register_to_config(
+        **{TRAINED_RESOLUTION: resolution, "sample_size": resolution // pipe.vae_scale_factor}
+    )
 
 
 def find_unit(pipe) -> int:

@@ -24,10 +24,11 @@ from accelerate.utils import convert_outputs_to_fp32, extract_model_from_paralle
 from rorem_lib import metrics
 from rorem_lib.data import masks
 from rorem_lib.data.pictures import TripletError, save_image
-from rorem_lib.data.triplets import Triplet, iter_triplets, load_images, resolve_meta
+from rorem_lib.data.triplets import Triplet, iter_triplets, load_images
 from rorem_lib.files import write_text
 from rorem_lib.models import sdxl
 from rorem_lib.models.inpainting import remove_objects
+from rorem_lib.sets import choose_preview, resolve
 from rorem_lib.training import distributed, tracking
 
 FOLDER = "validation_images"
@@ -145,12 +146,12 @@ def load_scenes(config, *, side: int, unit: int) -> list[Scene]:
             f"num_validation_images {config.num_validation_images}: take at least 1, "
             "or validation_steps 0 for no validation"
         )
-    place = config.validation_meta_path
     try:
-        if not place:
-            place = resolve_meta([*config.meta_path, *config.high_resolution_meta_path][0])
-            beside = place.resolve().parent.parent / "test" / "meta.json"
-            place = beside if beside.is_file() else place
+        if config.validation_meta_path:
+            place = resolve(config.validation_meta_path)
+        else:
+            first = [*config.meta_path, *config.high_resolution_meta_path][0]
+            place = choose_preview(resolve(first))
         triplets = list(
             islice(
                 (t for t in iter_triplets(place, require_gt=False) if _counts(t)),
@@ -207,7 +208,7 @@ def remove_scenes(
         pipe: what the rest comes from; left as it was too.
         unet: not wrapped for several processes.
         scenes: of `load_scenes`.
-        side: their short side in px; the model works at this size, not at the one in its config.
+        side: their short side in px, at which the model works.
         seed: fixes all noise; global random states stay what they were.
         num_inference_steps: denoising steps, without guidance.
         precision: what the UNet runs in: "no", "bf16" or "fp16". The VAE runs in float32, since
@@ -219,13 +220,14 @@ def remove_scenes(
     """
     with (
         _keep_random_states(unet.device),
-        _lend_parts(pipe, unet, side),
+        _lend_parts(pipe, unet),
         _evaluate(unet, precision),
     ):
         return remove_objects(
             pipe,
             [scene.source for scene in scenes],
             [scene.mask for scene in scenes],
+            resolution=side,
             seed=seed,
             batch_size=batch_size,
             num_inference_steps=num_inference_steps,
@@ -245,17 +247,15 @@ def _keep_random_states(device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _lend_parts(pipe, unet, side: int) -> Iterator[None]:
-    """Put the UNet into the pipeline, the VAE beside it in float32, all for pictures of `side`."""
-    unet_before, scheduler, sample_size = pipe.unet, pipe.scheduler, unet.config.sample_size
+def _lend_parts(pipe, unet) -> Iterator[None]:
+    """Put the UNet into the pipeline, the VAE beside it in float32."""
+    unet_before, scheduler = pipe.unet, pipe.scheduler
     device, dtype = pipe.vae.device, pipe.vae.dtype
     try:
         _move(pipe.vae, unet.device, torch.float32)
         pipe.unet, pipe.scheduler = unet, copy.deepcopy(scheduler)  # it notes where it stands
-        unet.register_to_config(sample_size=side // pipe.vae_scale_factor)
         yield
     finally:
-        unet.register_to_config(sample_size=sample_size)
         pipe.unet, pipe.scheduler = unet_before, scheduler
         _move(pipe.vae, device, dtype)
 
