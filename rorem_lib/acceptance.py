@@ -109,13 +109,14 @@ def _to_logits(scores: np.ndarray) -> np.ndarray:
 
 
 def _fit_calibration(scores, labels, method: str) -> Calibration:
-    if method == "platt":
+    if method == "platt":  # p = sigmoid(a logit(s) + b), a and b by maximum likelihood
         line = LogisticRegression(C=1e6).fit(_to_logits(scores)[:, None], labels)
         slope = float(line.coef_[0, 0])
         if slope <= 0:  # a falling line would accept what the discriminator likes least
             share = float(np.clip(labels.mean(), _EDGE, 1 - _EDGE))
             return Calibration("platt", 0.0, float(logit(share)))
         return Calibration("platt", slope, float(line.intercept_[0]))
+    # p(s): the non-decreasing steps of least squared error to the labels
     steps = clone(_ISOTONIC).fit(scores, labels)
     return Calibration(
         "isotonic",

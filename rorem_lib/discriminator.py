@@ -294,6 +294,16 @@ class DiscriminatorObjective(loop.Objective):
         return _ScoredLatents(store, labels, config)
 
     def compute_loss(self, model, batch):
+        """Binary cross-entropy of the logit l [B] and people's answer y [B] in {0, 1}.
+
+        -(w y log sigmoid(l) + (1 - y) log(1 - sigmoid(l))), w = rejected / accepted where classes
+        are balanced, else 1. Upstream's is (softplus(l) - y)^2, whose score is no probability.
+
+        Args:
+            model: the discriminator.
+            batch: latents `gt` (the removal), `source` [B, 4, h, w], `mask` [B, 1, h, w], `label`
+                [B].
+        """
         logits = model(batch["gt"], batch["mask"], batch["source"]).float()
         loss = F.binary_cross_entropy_with_logits(
             logits, batch["label"], pos_weight=self.positive_weight

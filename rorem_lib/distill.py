@@ -70,13 +70,17 @@ class DistillObjective(RemoverObjective):
     def _clean(self, predicted, noisy, t):
         """(x0, noise) that a prediction at time t [B] means, each [B, 4, h, w]."""
         a, s = self.alpha[t][:, None, None, None], self.sigma[t][:, None, None, None]
+        # v: x0 = alpha_t x_t - sigma_t v, eps = sigma_t x_t + alpha_t v
+        # eps: x0 = (x_t - sigma_t eps) / alpha_t
         if self.noise_schedule.config.prediction_type == "v_prediction":
             return a * noisy - s * predicted, a * predicted + s * noisy
         return (noisy - s * predicted) / a.clamp(min=1e-3), predicted
 
     def _student(self, model, noisy, t, latents, added):
-        """Consistency function: c_skip x + c_out x0, with the boundary x at t = 0."""
+        """Consistency function f(x_t, t) = c_skip(t) x_t + c_out(t) x0; f(x_0, 0) = x_0."""
         x0, _ = self._clean(self._call(model, noisy, t, latents, added), noisy, t)
+        # tau = 10 t, sigma_data^2 = 0.25:
+        # c_skip = 0.25 / (tau^2 + 0.25), c_out = tau / sqrt(tau^2 + 0.25)
         time = (t.float() * self.config.timestep_scaling)[:, None, None, None]
         skip = 0.25 / (time**2 + 0.25)
         return skip * noisy + time / (time**2 + 0.25).sqrt() * x0
@@ -88,12 +92,22 @@ class DistillObjective(RemoverObjective):
         ).sample.float()
 
     def compute_loss(self, model, batch):
+        """d(f(x_t, t), f(x_{t-k}, t-k)): two points of a path have one end (LCM, papers/lcm.md).
+
+        x_{t-k} is one DDIM step of the teacher, the same UNet with its LoRA off; no gradient goes
+        through the second term. No guidance: RORem removes without (sec. 3.3).
+
+        Args:
+            model: the UNet with LoRA, as it is or wrapped.
+            batch: as the remover's.
+        """
         config, latents = self.config, self.encode_batch(batch)
-        clean = latents["gt"]
+        clean = latents["gt"]  # z(GT) [B, 4, h, w]
         added = self.make_condition(clean)
-        # The uniform timestep is snapped to the grid stride - 1, 2 stride - 1, …, 999.
+        # The uniform timestep is snapped to the DDIM grid k - 1, 2k - 1, …, 999.
         t = batch["timestep"] // self.stride * self.stride + self.stride - 1
         earlier = (t - self.stride).clamp(min=0)
+        # x_t = alpha_t z + sigma_t eps
         noisy = self.noise_schedule.add_noise(clean, batch["noise"], t)
         predicted = self._student(model, noisy, t, latents, added)
         unet = getattr(model, "module", model)
@@ -101,10 +115,11 @@ class DistillObjective(RemoverObjective):
             unet.disable_adapters()
             x0, noise = self._clean(self._call(unet, noisy, t, latents, added), noisy, t)
             unet.enable_adapters()
+            # x_{t-k} = alpha_{t-k} x0 + sigma_{t-k} eps, both of the teacher
             a, s = (v[earlier][:, None, None, None] for v in (self.alpha, self.sigma))
             target = self._student(unet, a * x0 + s * noise, earlier, latents, added)
         error = predicted - target
-        if config.huber_c:
+        if config.huber_c:  # sqrt(e^2 + c^2) - c
             loss = ((error**2 + config.huber_c**2).sqrt() - config.huber_c).mean()
         else:
             loss = error.square().mean()

@@ -374,24 +374,44 @@ class RemoverObjective(loop.Objective):
         }
 
     def compute_loss(self, model, batch):
+        """||eps - eps_theta([z_t | m | z(s (1 - m))], t)||^2 over all latents (RORem, sec. 3.3).
+
+        The same for the velocity where the model's scheduler predicts that (papers/zero_snr.md).
+        The plain mean is the paper's; weights are options, off by default.
+
+        Args:
+            model: the UNet, as it is or wrapped.
+            batch: `noise` [B, 4, h, w], `timestep` [B] from 0 to 999, `least` [B] (the timestep
+                below which a hole does not count), and latents or images (`encode_batch`).
+
+        Returns:
+            The loss, and its parts by quarters of the timesteps.
+        """
         scheduler, config = self.noise_schedule, self.config
         latents = self.encode_batch(batch)
+        # z(GT) [B, 4, h, w]; m [B, 1, h, w] in {0, 1}; eps [B, 4, h, w]; t [B]
         clean, mask, noise, t = latents["gt"], latents["mask"], batch["noise"], batch["timestep"]
+        # z_t = alpha_t z(GT) + sigma_t eps
         noisy = scheduler.add_noise(clean, noise, t)
         velocity = scheduler.config.prediction_type == "v_prediction"
+        # v = alpha_t eps - sigma_t z(GT)
         target = scheduler.get_velocity(clean, noise, t) if velocity else noise
+        # [z_t | m | z(s (1 - m))]: [B, 9, h, w]
         inputs = torch.cat([noisy, mask, latents["masked"]], dim=1)
         predicted = model(
             inputs,
             t,
-            self.embeds.expand(len(clean), -1, -1),
+            self.embeds.expand(len(clean), -1, -1),  # "" for all: [B, 77, 2048]
             added_cond_kwargs=self.make_condition(clean),
         ).sample.float()
         error = (predicted - target).square()
+        # Weights w [B, 1, h, w]: 1 + mask_weight in the hole; 0 in the hole of a removal below its
+        # timestep. sum(w e) / sum(w) an image, so that large holes do not outweigh small ones.
         counts = (t >= batch["least"])[:, None, None, None]
         weight = torch.where(counts, 1 + config.mask_weight * mask, 1 - mask)
         error = (weight * error).mean(dim=(1, 2, 3)) / weight.mean(dim=(1, 2, 3)).clamp(min=1e-3)
         if config.snr_gamma:
+            # min(SNR, gamma) / SNR for eps, min(SNR, gamma) / (SNR + 1) for v (arXiv 2303.09556)
             snr = compute_snr(scheduler, t).clamp(min=1e-4)
             error = error * snr.clamp(max=config.snr_gamma) / (snr + 1 if velocity else snr)
         return error.mean(), tracking.split_by_time(
