@@ -4,12 +4,12 @@ import json
 
 import numpy as np
 import pytest
+from cells import CellFailed, run_cells
 
 from rorem_lib.data.triplets import read_triplets
 from rorem_lib.data.writer import TripletWriter
 from rorem_lib.files import ROOT
-from rorem_lib.labels.log import LabelLog
-from rorem_lib.runner.execution import NotebookFailed, execute_notebook
+from rorem_lib.labels.log import LabelLog, LabelsMissing
 
 
 @pytest.fixture
@@ -24,10 +24,7 @@ def candidates(tmp_path):
     return tmp_path / "candidates"
 
 
-def test_the_accept_share_is_estimated_without_what_was_drawn_by_uncertainty(
-    candidates, tmp_path, monkeypatch
-):
-    monkeypatch.setenv("ROREM_BATCH", "1")
+def test_the_accept_share_is_estimated_without_what_was_drawn_by_uncertainty(candidates, tmp_path):
     stage = tmp_path / "stage"
     log = LabelLog(stage / "labels", "anna")
     for place, (label, order) in enumerate(
@@ -37,7 +34,7 @@ def test_the_accept_share_is_estimated_without_what_was_drawn_by_uncertainty(
     with TripletWriter(tmp_path / "scores") as writer:
         for triplet in read_triplets(candidates):
             writer.add_triplet(triplet, score=0.5)
-    execute_notebook(
+    run_cells(
         ROOT / "notebooks" / "04_annotate.ipynb",
         tmp_path / "done.ipynb",
         {
@@ -48,7 +45,6 @@ def test_the_accept_share_is_estimated_without_what_was_drawn_by_uncertainty(
             "scores": str(tmp_path / "scores"),
             "labels_wanted": 5,
         },
-        say=lambda text: None,
     )
     metrics = json.loads((stage / "metrics.json").read_text())
     assert (metrics["accept_share"], metrics["n_labelled"]) == (0.5, 5)
@@ -59,10 +55,7 @@ def test_the_accept_share_is_estimated_without_what_was_drawn_by_uncertainty(
     ] * 3
 
 
-def test_batch_run_stops_for_labels_and_goes_on_when_they_are_there(
-    candidates, tmp_path, monkeypatch
-):
-    monkeypatch.setenv("ROREM_BATCH", "1")
+def test_batch_run_stops_for_labels_and_goes_on_when_they_are_there(candidates, tmp_path):
     stage = tmp_path / "stage"
     parameters = {"output_dir": str(stage), "candidates": str(candidates)}
     parameters |= {"annotator": "anna", "labels_wanted": 5, "overlap_share": 0.0}
@@ -71,15 +64,15 @@ def test_batch_run_stops_for_labels_and_goes_on_when_they_are_there(
     def run(**changes):
         notebook = ROOT / "notebooks" / "04_annotate.ipynb"
         given = parameters | changes
-        execute_notebook(notebook, tmp_path / "done.ipynb", given, say=lambda text: None)
+        run_cells(notebook, tmp_path / "done.ipynb", given)
         return json.loads((stage / "metrics.json").read_text())
 
     log = LabelLog(stage / "labels", "anna")
     triplets = read_triplets(candidates)
     log.append("c0", "accept", content_file=triplets[0].gt, ms=60_000)
-    with pytest.raises(NotebookFailed) as failure:
+    with pytest.raises(CellFailed) as failure:
         run()
-    assert failure.value.name == "LabelsMissing"
+    assert isinstance(failure.value.__cause__, LabelsMissing)
     assert "4 of 5 labels are missing: open notebooks/04_annotate.ipynb" in str(failure.value)
     assert str(candidates) in str(failure.value) and not (stage / "metrics.json").exists()
     for words in (

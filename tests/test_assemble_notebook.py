@@ -15,12 +15,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import raw_data
+from cells import CellFailed, run_cells
 
 from rorem_lib.data.check import check_set
 from rorem_lib.data.triplets import load_images, read_triplets
 from rorem_lib.data.writer import TripletWriter
 from rorem_lib.files import ROOT, hash_file
-from rorem_lib.runner.execution import NotebookFailed, execute_notebook
 from rorem_lib.sources.registry import CLASSES, open_source
 
 NOTEBOOK = ROOT / "notebooks" / "01_assemble_dataset.ipynb"
@@ -29,13 +29,8 @@ APART = {"composites", "omnieraser"}  # have tests of their own
 
 
 def run(folder, **parameters):
-    """Execute the notebook into `folder`, with the metrics that it wrote."""
-    execute_notebook(
-        NOTEBOOK,
-        folder / "notebook.ipynb",
-        {"output_dir": str(folder), **parameters},
-        say=lambda text: None,
-    )
+    """Run the notebook into `folder`, with the metrics that it wrote."""
+    run_cells(NOTEBOOK, folder / "notebook.ipynb", {"output_dir": str(folder), **parameters})
     return json.loads((folder / "metrics.json").read_text())
 
 
@@ -288,7 +283,7 @@ def test_what_cannot_be_assembled_is_said_in_the_notebook(changes, words, tmp_pa
     (tmp_path / "figures/a.txt").write_text("")
     given = {"source": "auto", "input_dir": "raw"} | changes
     given["input_dir"] = str(tmp_path / given["input_dir"])
-    with pytest.raises(NotebookFailed) as failure:
+    with pytest.raises(CellFailed) as failure:
         run(tmp_path, **given)
     assert words in str(failure.value) and not (tmp_path / "metrics.json").exists()
     errors = [

@@ -6,6 +6,7 @@ import os
 import numpy as np
 import pandas as pd
 import pytest
+from cells import run_cells
 from test_annotator import Session, write_candidates
 
 from rorem_lib.data.pictures import save_image
@@ -25,7 +26,6 @@ from rorem_lib.evaluation.user_study import (
 from rorem_lib.files import ROOT
 from rorem_lib.labels.keys import PREFERENCE_KEYS
 from rorem_lib.labels.log import LabelError, LabelLog
-from rorem_lib.runner.execution import execute_notebook
 from rorem_lib.sets import resolve
 
 METHODS = ("Telea", "human 1", "final model")
@@ -321,8 +321,7 @@ def test_without_a_name_it_is_asked_for(tmp_path, triplets, removals):
     assert widget.settings["annotator"] == "anna" and len(widget.settings["panes"]) == 3
 
 
-def test_the_evaluation_notebook_reads_the_answers_and_waits_for_nobody(tmp_path, monkeypatch):
-    monkeypatch.setenv("ROREM_BATCH", "1")
+def test_the_evaluation_notebook_reads_the_answers_and_waits_for_nobody(tmp_path):
     stage = tmp_path / "stage"
     methods = [{"name": "Telea", "kind": "telea"}, {"name": "Navier-Stokes", "kind": "ns"}]
     triplets = read_triplets(resolve("builtin:test"), require_gt=False)[:4]
@@ -336,7 +335,7 @@ def test_the_evaluation_notebook_reads_the_answers_and_waits_for_nobody(tmp_path
         trials,
         lambda t: "accept" if t.methods == ("Telea",) else "reject",
     )
-    execute_notebook(
+    run_cells(
         ROOT / "notebooks" / "08_evaluate.ipynb",
         tmp_path / "done.ipynb",
         {
@@ -348,7 +347,6 @@ def test_the_evaluation_notebook_reads_the_answers_and_waits_for_nobody(tmp_path
             "user_study": "success",
             "study_pictures": 3,
         },
-        say=lambda text: None,
     )
     study = json.loads((stage / "metrics.json").read_text())["user_study"]
     assert [(m["name"], m["success_rate"]) for m in study["methods"]] == [
