@@ -88,27 +88,20 @@ class CompositesSource(Source):
         "transparency, and backgrounds/ with pictures"
     )
 
+    limits = {
+        "count": (1, 10**6),
+        "seed": (0, 2**63),
+        "size": (32, 4096),
+        "min_scale": (0.01, 1),
+        "max_scale": (0.01, 1),
+        "max_rotation": (0, 180),
+        "dilate": (0, 200),
+        "edge_margin": (0, 0.5),
+        "feather": (0, 10),
+    }
+
     def __post_init__(self):
-        for option, low, high in (
-            ("count", 1, 10**6),
-            ("seed", 0, 2**63),
-            ("size", 32, 4096),
-            ("min_scale", 0.01, 1),
-            ("max_scale", 0.01, 1),
-            ("max_rotation", 0, 180),
-            ("relight", 0, 1),
-            ("shadow", 0, 1),
-            ("reflection", 0, 1),
-            ("effect_masks", 0, 1),
-            ("dilate", 0, 200),
-            ("edge_margin", 0, 0.5),
-            ("feather", 0, 10),
-        ):
-            value, whole = getattr(self, option), isinstance(getattr(type(self), option), int)
-            if not isinstance(value, int if whole else (int, float)) or not low <= value <= high:
-                raise ValueError(
-                    f"{option} is a {'whole ' * whole}number from {low} to {high}, not {value!r}"
-                )
+        super().__post_init__()
         if self.min_scale > self.max_scale:
             raise ValueError(f"min_scale {self.min_scale} is above max_scale {self.max_scale}")
         if self.shadow + self.reflection > 1:

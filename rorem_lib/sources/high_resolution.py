@@ -15,6 +15,7 @@ longer side 2,040 px. Flickr2K (EDSR, Lim et al. 2017) is 2,650 of the same size
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -88,16 +89,11 @@ class HighResolutionSource(Source):
         "Flickr2K/Flickr2K_HR/000001.png, and masks/<the same name>.png"
     )
     has_gt: ClassVar[bool] = False
+    choices = {"crop": ("mask", "center", "none")}
+    limits = {"size": (64, math.inf)}
 
     def __post_init__(self):
-        for option, least in (("size", 64), ("margin", 0), ("min_side", 0)):
-            if type(getattr(self, option)) is not int or getattr(self, option) < least:
-                raise ValueError(
-                    f"{option} must be a whole number of px, {least} or more, not "
-                    f"{getattr(self, option)!r}"
-                )
-        if self.crop not in ("mask", "center", "none"):
-            raise ValueError(f"crop must be mask, center or none, not {self.crop!r}")
+        super().__post_init__()
         if not self.masks:
             raise ValueError("masks must name a folder: the pictures have no masks of their own")
 

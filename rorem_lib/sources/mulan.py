@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -97,6 +98,8 @@ class MulanSource(Source):
     layout: ClassVar[str] = (
         "annotations <image id>.p.zl or layers <image id>-layer_<N>.png, in it or in folders below"
     )
+    choices = {"order": ("ascending", "descending"), "remove": ("top", "each")}
+    limits = {"max_mb": (1, math.inf)}
 
     folder: str
     images: str = ""
@@ -113,28 +116,16 @@ class MulanSource(Source):
     max_mb: int = 2048
 
     def __post_init__(self):
-        for key, allowed in (("order", ("ascending", "descending")), ("remove", ("top", "each"))):
-            if getattr(self, key) not in allowed:
-                raise ValueError(f"{key} is {' or '.join(allowed)}, not {getattr(self, key)!r}")
-        for key in ("threshold", "min_area", "max_area", "max_border"):
-            value = getattr(self, key)
-            if not isinstance(value, (int, float)) or not 0 <= value <= 1:
-                raise ValueError(f"{key} is a share from 0 to 1, not {value!r}")
-        if self.min_area > self.max_area:
-            raise ValueError(
-                f"min_area is at most max_area, not {self.min_area} to {self.max_area}"
-            )
-        for key, least in (("dilate", 0), ("max_mb", 1)):
-            value = getattr(self, key)
-            if type(value) is not int or value < least:
-                raise ValueError(f"{key} is a whole number, {least} or more, not {value!r}")
         for key in ("words", "exclude_words"):
             value = getattr(self, key)
-            value = value.split(",") if isinstance(value, str) else value
-            if not all(isinstance(word, str) for word in value):
-                raise ValueError(f"{key} is a list of words, not {value!r}")
-            words = tuple(word.strip() for word in value if word.strip())
-            object.__setattr__(self, key, words)
+            words = value.split(",") if isinstance(value, str) else value
+            words = (word.strip() if isinstance(word, str) else word for word in words)
+            object.__setattr__(self, key, tuple(word for word in words if word != ""))
+        super().__post_init__()
+        if self.min_area > self.max_area:
+            raise ValueError(
+                f"min_area must be at most max_area, not {self.min_area} to {self.max_area}"
+            )
 
     # ------------------------------------------------------------------------------------ listing
 

@@ -187,22 +187,12 @@ class OpenImagesSource(Source):
     has_gt: ClassVar[bool] = False
 
     def __post_init__(self):
-        if not isinstance(self.exclude, (list, tuple)):
-            raise ValueError(f"exclude must be a list of class names, not {self.exclude!r}")
-        object.__setattr__(self, "exclude", tuple(self.exclude))  # recipes have lists
+        super().__post_init__()
         object.__setattr__(self, "_counts", Counter())  # of the listing; no option
-        for option in ("per_class", "per_image", "max_size", "dilate", "seed"):
-            if type(getattr(self, option)) is not int or getattr(self, option) < 0:
-                raise ValueError(
-                    f"{option} must be a whole number, 0 or more, not {getattr(self, option)!r}"
-                )
-        if not 0 <= self.min_area < self.max_area <= 1:
+        if self.min_area >= self.max_area:
             raise ValueError(
-                "min_area and max_area are shares of the picture, 0 <= min_area < "
-                f"max_area <= 1, not {self.min_area} and {self.max_area}"
+                f"min_area must be below max_area, not {self.min_area} and {self.max_area}"
             )
-        if not 0 <= self.min_iou <= 1:
-            raise ValueError(f"min_iou must be between 0 and 1, not {self.min_iou}")
 
     @classmethod
     def recognises(cls, folder: Path) -> bool:

@@ -54,10 +54,6 @@ class ParquetSetSource(Source):
     license = "unknown"
     layout = "data/<split>-*.parquet with the columns source, mask and GT"
 
-    def __post_init__(self):
-        if not isinstance(self.require_gt, bool):
-            raise ValueError(f"require_gt must be true or false, not {self.require_gt!r}")
-
     @classmethod
     def recognises(cls, folder: Path) -> bool:
         shards = _list_shards(Path(folder))

@@ -94,7 +94,7 @@ def open_source(name: str, folder: str | Path, **options) -> Source:
     Args:
         name: one of `CLASSES`, or "auto" to look at the folder.
         folder: the raw data.
-        options: the importer's own, see its docstring; lists stand for tuples.
+        options: the importer's own, see its docstring.
 
     Raises:
         SourceError: no such importer, no such folder, or an option it has not.
@@ -114,10 +114,4 @@ def open_source(name: str, folder: str | Path, **options) -> Source:
             f"the source {name} has no option {', '.join(sorted(unknown))}; it has "
             f"{listed or 'none'}"
         )
-    return kind(
-        str(folder),
-        **{
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in options.items()
-        },
-    )
+    return kind(str(folder), **options)
