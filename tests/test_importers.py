@@ -165,7 +165,8 @@ LAYOUTS = {
 
 
 def test_every_importer_has_a_layout_here():
-    assert {name.split()[0] for name in LAYOUTS} == set(CLASSES)
+    known = {name.split()[0] for name in LAYOUTS}
+    assert known == CLASSES.keys() - {"paired"}  # it is found by patterns, not by its layout
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -170,7 +170,7 @@ class Source(ABC):
         """What `list_items` left out, by reason: rows of a table that never were items."""
         return {}
 
-    def refuse_layout(self) -> SourceError:
+    def refuse_layout(self, expected: str = "") -> SourceError:
         """The error for a folder without this source's layout; names what is there."""
         folder = Path(self.folder)
         if not folder.is_dir():
@@ -178,7 +178,7 @@ class Source(ABC):
         found = sorted(path.name for path in folder.iterdir())
         shown = ", ".join(found[:8]) + (" ..." if len(found) > 8 else "")
         return SourceError(
-            f"{folder} does not look like {self.origin}: expected {self.layout}; "
+            f"{folder} does not look like {self.origin}: expected {expected or self.layout}; "
             f"it holds {shown or 'nothing'}"
         )
 

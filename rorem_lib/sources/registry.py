@@ -9,15 +9,16 @@ from rorem_lib.data.items import Source, SourceError, list_folders
 from rorem_lib.sources.composites import CompositesSource
 from rorem_lib.sources.high_resolution import HighResolutionSource
 from rorem_lib.sources.mulan import MulanSource
-from rorem_lib.sources.ober import OberSource
 from rorem_lib.sources.open_images import OpenImagesSource
-from rorem_lib.sources.parquet import ParquetSetSource
-from rorem_lib.sources.peers import (
+from rorem_lib.sources.paired import (
     CorneSource,
+    OberSource,
     OmniEraserSource,
+    PairedSource,
     RemovalBenchSource,
     SmartEraserSource,
 )
+from rorem_lib.sources.parquet import ParquetSetSource
 from rorem_lib.sources.rord import RordSource
 from rorem_lib.sources.upstream import UpstreamSource
 
@@ -36,6 +37,7 @@ CLASSES: dict[str, type[Source]] = {
         RemovalBenchSource,
         OmniEraserSource,
         CorneSource,
+        PairedSource,
     )
 }
 _DEPTH = 3  # levels of folders that are searched for a layout
