@@ -41,6 +41,11 @@ class Rejected(Exception):
         self.reason, self.message = reason, message
 
 
+def describe_rejection(id: str, group: str, set: str, reason: str, message: str) -> dict:
+    """A line of `rejected.jsonl`; `set` is where the item would have gone."""
+    return {"id": id, "group": group, "set": set, "reason": reason, "message": message}
+
+
 @dataclass(frozen=True)
 class Item:
     """A triplet to be; small, since many are queued.
