@@ -41,74 +41,35 @@ from rorem_lib.data.pictures import AGAIN
 # Both are read off the hierarchy of the 600 classes with boxes (the 350 with masks are among them).
 # What is below Clothing, but for bags and umbrellas: these are things of their own.
 CLOTHES = frozenset(
-    {
-        "Baseball glove",
-        "Belt",
-        "Bicycle helmet",
-        "Boot",
-        "Brassiere",
-        "Clothing",
-        "Coat",
-        "Cowboy hat",
-        "Crown",
-        "Dress",
-        "Earrings",
-        "Fashion accessory",
-        "Fedora",
-        "Football helmet",
-        "Footwear",
-        "Glasses",
-        "Glove",
-        "Goggles",
-        "Hat",
-        "Helmet",
-        "High heels",
-        "Jacket",
-        "Jeans",
-        "Miniskirt",
-        "Necklace",
-        "Roller skates",
-        "Sandal",
-        "Scarf",
-        "Shirt",
-        "Shorts",
-        "Skirt",
-        "Sock",
-        "Sombrero",
-        "Sports uniform",
-        "Suit",
-        "Sun hat",
-        "Sunglasses",
-        "Swim cap",
-        "Swimwear",
-        "Tiara",
-        "Tie",
-        "Trousers",
-        "Watch",
-    }
+    (
+        "Baseball glove, Belt, Bicycle helmet, Boot, Brassiere, Clothing, Coat, Cowboy hat, Crown, "
+        "Dress, Earrings, Fashion accessory, Fedora, Football helmet, Footwear, Glasses, Glove, "
+        "Goggles, Hat, Helmet, High heels, Jacket, Jeans, Miniskirt, Necklace, Roller skates, "
+        "Sandal, Scarf, Shirt, Shorts, Skirt, Sock, Sombrero, Sports uniform, Suit, Sun hat, "
+        "Sunglasses, Swim cap, Swimwear, Tiara, Tie, Trousers, Watch"
+    ).split(", ")
 )
 # The parts of Person.
 BODY_PARTS = frozenset(
-    {
-        "Human arm",
-        "Human beard",
-        "Human body",
-        "Human ear",
-        "Human eye",
-        "Human face",
-        "Human foot",
-        "Human hair",
-        "Human hand",
-        "Human head",
-        "Human leg",
-        "Human mouth",
-        "Human nose",
-        "Skull",
-    }
+    (
+        "Human arm, Human beard, Human body, Human ear, Human eye, Human face, Human foot, Human "
+        "hair, Human hand, Human head, Human leg, Human mouth, Human nose, Skull"
+    ).split(", ")
 )
 
 _SPLITS = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}
 _TABLE = "annotations-object-segmentation"
+# Where people put a split's masks and images, and the folders in there by the ids' first digits.
+_LAYOUTS = {
+    "masks": (
+        "{name}/labels/masks|{name}/labels|{name}/masks|{name}|{name}-masks|masks/{name}|masks|",
+        "{name}-masks-{{c}}|{{C}}|{{c}}|",
+    ),
+    "images": (
+        "{name}/data|{name}/images|{name}|images/{name}|images|data|",
+        "{name}_{{c}}|{{c}}|",
+    ),
+}
 _PLACES = ("", "annotations", "metadata")  # where people put the CSV files
 _TEXTS = ["MaskPath", "ImageID", "LabelName", "BoxID"]
 _NUMBERS = ["BoxXMin", "BoxXMax", "BoxYMin", "BoxYMax", "PredictedIoU"]
@@ -333,47 +294,16 @@ class OpenImagesSource(Source):
         root = Path(self.folder)
         masks, found = kind == "masks", []
         for name in _SPLITS.get(split, ("train",)):
-            leaves = (
-                [f"{name}-masks-{{c}}", "{C}", "{c}", ""] if masks else [f"{name}_{{c}}", "{c}", ""]
-            )
+            bases, leaves = (text.format(name=name).split("|") for text in _LAYOUTS[kind])
+            bases = [root / base for base in bases]
             if getattr(self, kind):
                 bases = [self._named(kind), self._named(kind) / name]
-            elif masks:
-                bases = [
-                    root / base
-                    for base in (
-                        f"{name}/labels/masks",
-                        f"{name}/labels",
-                        f"{name}/masks",
-                        name,
-                        f"{name}-masks",
-                        f"masks/{name}",
-                        "masks",
-                        "",
-                    )
-                ]
-            else:
-                bases = [
-                    root / base
-                    for base in (
-                        f"{name}/data",
-                        f"{name}/images",
-                        name,
-                        f"images/{name}",
-                        "images",
-                        "data",
-                        "",
-                    )
-                ]
             found += [
-                _Folder(str(base), leaf)
+                folder
                 for base in bases
                 if base.is_dir()
-                for leaf in leaves
-                if any(
-                    _holds(folder, ".png" if masks else ".jpg")
-                    for folder in _expand(_Folder(str(base), leaf))
-                )
+                for folder in (_Folder(str(base), leaf) for leaf in leaves)
+                if any(_holds(path, ".png" if masks else ".jpg") for path in _expand(folder))
             ]
         if not found:
             what = (
