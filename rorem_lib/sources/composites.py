@@ -126,27 +126,12 @@ class CompositesSource(Source):
                 f"{cutout_folder} is given for the cut-outs and the backgrounds: put "
                 "them in two folders"
             )
-        cutouts = _list_pictures(
-            cutout_folder,
-            CUTOUT_TYPES,
-            "folder",
-            "cut-outs with transparency",
-            leave_out=background_folder,
-        )
-        backgrounds = _list_pictures(
-            background_folder,
-            BACKGROUND_TYPES,
-            "backgrounds",
-            "background pictures",
-            leave_out=cutout_folder,
-        )
-        pairs = zip(
-            range(self.count),
-            _walk(cutouts, self.seed, 1),
-            _walk(backgrounds, self.seed, 2),
-            strict=False,
-        )
-        for index, cutout, background in pairs:
+        what = f"folder takes a folder of cut-outs with transparency ({', '.join(CUTOUT_TYPES)})"
+        cutouts = _list_images(cutout_folder, CUTOUT_TYPES, what, background_folder)
+        what = f"backgrounds takes a folder of images ({', '.join(BACKGROUND_TYPES)})"
+        backgrounds = _list_images(background_folder, BACKGROUND_TYPES, what, cutout_folder)
+        walks = _walk(cutouts, self.seed, 1), _walk(backgrounds, self.seed, 2)
+        for index, cutout, background in zip(range(self.count), *walks):
             yield Item(f"composite-{index:06d}", background, (index, cutout, background))
 
     def load_item(self, item: Item) -> Pictures:
@@ -165,14 +150,8 @@ class CompositesSource(Source):
         cutout_folder, background_folder = self._folders()
         rng = np.random.default_rng([self.seed, index])
         draw, covers_effect = rng.random(), rng.random() < self.effect_masks
-        effect = (
-            "shadow"
-            if draw < self.shadow
-            else "reflection"
-            if draw < self.shadow + self.reflection
-            else "none"
-        )
-
+        effect = "reflection" if draw < self.shadow + self.reflection else "none"
+        effect = "shadow" if draw < self.shadow else effect
         gt = self._crop_background(background_folder / background, rng)
         colour, alpha = self._fit_cutout(cutout_folder / cutout, rng)
         x, y = self._choose_place(alpha, rng, on_ground=effect != "none")
@@ -291,18 +270,18 @@ class CompositesSource(Source):
 # ------------------------------------------------------------------------------------------- files
 
 
-def _list_pictures(folder: Path, types, option: str, what: str, leave_out: Path) -> list[str]:
-    """Names of the pictures below a folder, relative and with `/`, sorted."""
-    expected = f"{option} takes a folder of {what} ({', '.join(types)}), in it or in folders below"
+def _list_images(folder: Path, types: tuple[str, ...], expected: str, other: Path) -> list[str]:
+    """Names of the images below a folder but for those in `other`, relative, with `/`, sorted."""
+    expected += ", in it or in folders below"
     if not folder.is_dir():
         raise SourceError(f"{folder} is no folder: {expected}")
-    leave_out = leave_out.resolve()
+    other = other.resolve()
     found, others = [], Counter()
     for parent, folders, files in os.walk(folder):
         folders[:] = [
             name
             for name in folders
-            if not name.startswith((".", "__MACOSX")) and Path(parent, name).resolve() != leave_out
+            if not name.startswith((".", "__MACOSX")) and Path(parent, name).resolve() != other
         ]
         for name in files:
             kind = os.path.splitext(name)[1].lower()

@@ -34,6 +34,7 @@ from rorem_lib.data.items import (
     check_shape,
     make_id,
     open_picture,
+    read_split,
 )
 from rorem_lib.data.masks import dilate_mask, resize_mask
 from rorem_lib.data.pictures import AGAIN
@@ -70,7 +71,7 @@ _LAYOUTS = {
         "{name}_{{c}}|{{c}}|",
     ),
 }
-_PLACES = ("", "annotations", "metadata")  # where people put the CSV files
+_PLACES = (".", "annotations", "metadata")  # where people put the CSV files
 _TEXTS = ["MaskPath", "ImageID", "LabelName", "BoxID"]
 _NUMBERS = ["BoxXMin", "BoxXMax", "BoxYMin", "BoxYMax", "PredictedIoU"]
 _CHUNK = 200_000  # rows in memory at a time; the CSV of the training split has 2.7 million
@@ -91,8 +92,8 @@ class _Place(NamedTuple):
     mask: str
     image: str
     label: str
-    name: str
     box: str
+    name: str
     mask_folders: tuple[_Folder, ...]
     image_folders: tuple[_Folder, ...]
 
@@ -158,7 +159,7 @@ class OpenImagesSource(Source):
     @classmethod
     def recognises(cls, folder: Path) -> bool:
         folder = Path(folder)
-        return any(any((folder / place).glob(f"*{_TABLE}*.csv")) for place in _PLACES) or any(
+        return bool(_glob(folder, *(f"{place}/*{_TABLE}*.csv" for place in _PLACES))) or any(
             (folder / name / "labels").is_dir() and (folder / name / "metadata").is_dir()
             for names in _SPLITS.values()
             for name in names
@@ -178,25 +179,13 @@ class OpenImagesSource(Source):
         counts = Counter()
         object.__setattr__(self, "_counts", counts)
         for split, paths in tables.items():
-            mask_folders, image_folders = folders[split]
-            present = _list_ids(image_folders) if self.downloaded_only else None
+            present = _list_ids(folders[split][1]) if self.downloaded_only else None
             chosen = self._choose(paths, names, present, counts)
             counts["listed"] += len(chosen)
-            for row in chosen.itertuples(index=False):
-                yield Item(
-                    make_id(row.MaskPath.rsplit(".", 1)[0]),
-                    row.ImageID,
-                    _Place(
-                        row.MaskPath,
-                        row.ImageID,
-                        row.LabelName,
-                        row.name,
-                        row.BoxID,
-                        mask_folders,
-                        image_folders,
-                    ),
-                    split and ("train" if split == "train" else "test"),
-                )
+            for row in chosen[[*_TEXTS, "name"]].itertuples(index=False):
+                place = _Place(*row, *folders[split])
+                name = make_id(place.mask.rsplit(".", 1)[0])
+                yield Item(name, place.image, place, split and read_split(split))
 
     def summarise(self) -> dict[str, int]:
         """What became of the rows of the CSV, once `list_items` has run to its end; else empty.
@@ -215,49 +204,26 @@ class OpenImagesSource(Source):
         if self.annotations:
             path = self._named("annotations")
             words = [*re.split("[-_.]", path.name), *path.parts[-2:-4:-1]]
-            return {
-                next(
-                    (split for word in words for split, names in _SPLITS.items() if word in names),
-                    None,
-                ): [path]
-            }
+            found = (split for word in words for split, x in _SPLITS.items() if word in x)
+            return {next(found, None): [path]}
         tables = {}
         for split, names in _SPLITS.items():
-            found = [
-                path
-                for name in names
-                for place in (*_PLACES, name)
-                for path in sorted((root / place).glob(f"*{name}-{_TABLE}*.csv"))
-            ]
+            places = [(name, place) for name in names for place in (*_PLACES, name)]
+            found = _glob(root, *(f"{place}/*{name}-{_TABLE}*.csv" for name, place in places))
             # FiftyOne has it as labels/segmentations.csv, SmartEraser among the metadata
-            found = found or [
-                path
-                for name in names
-                for place in ("labels", "metadata")
-                for path in sorted((root / name / place).glob("*.csv"))
-                if "MaskPath" in _read_header(path)
+            others = (f"{name}/{place}/*.csv" for name in names for place in ("labels", "metadata"))
+            tables[split] = found or [
+                x for x in _glob(root, *others) if "MaskPath" in _read_header(x)
             ]
-            if found:
-                tables[split] = found
-        return tables
+        return {split: found for split, found in tables.items() if found}
 
     def _read_names(self) -> dict[str, str] | None:
         """Display names by label; None where nothing needs them and they are not there."""
         root = Path(self.folder)
-        places = [
-            *(root / place for place in _PLACES),
-            *(root / name / "metadata" for names in _SPLITS.values() for name in names),
-        ]
-        files = (
-            [self._named("class_names")]
-            if self.class_names
-            else [
-                path
-                for place in places
-                for pattern in ("*class-descriptions*.csv", "classes.csv")
-                for path in sorted(place.glob(pattern))
-            ]
-        )
+        places = [*_PLACES, *(f"{name}/metadata" for names in _SPLITS.values() for name in names)]
+        patterns = ("*class-descriptions*.csv", "classes.csv")
+        files = [self._named("class_names")] if self.class_names else []
+        files = files or _glob(root, *(f"{place}/{x}" for place in places for x in patterns))
         names: dict[str, str] = {}
         for path in files:
             with open(path, newline="", encoding="utf-8-sig", errors="replace") as stream:
@@ -396,17 +362,11 @@ class OpenImagesSource(Source):
         if self.max_size and max(height, width) > self.max_size:
             scale = self.max_size / max(height, width)
             height, width = (max(1, round(side * scale)) for side in (height, width))
-            picture = Picture(
-                cv2.resize(picture.array, (width, height), interpolation=cv2.INTER_AREA)
-            )
+            small = cv2.resize(picture.array, (width, height), interpolation=cv2.INTER_AREA)
+            picture = Picture(small)
         mask = dilate_mask(resize_mask(mask, height, width), self.dilate)
-        return Pictures(
-            picture,
-            Picture(mask),
-            None,
-            path,
-            {"class": place.name, "label": place.label, "box": place.box},
-        )
+        extra = {"class": place.name, "label": place.label, "box": place.box}
+        return Pictures(picture, Picture(mask), None, path, extra)
 
 
 def _box_area(rows: pd.DataFrame) -> pd.Series:
@@ -417,6 +377,10 @@ def _drop(rows: pd.DataFrame, good, reason: str, counts: Counter) -> pd.DataFram
     left = rows[good]
     counts[reason] += len(rows) - len(left)
     return left
+
+
+def _glob(root: Path, *patterns: str) -> list[Path]:
+    return [path for pattern in patterns for path in sorted(root.glob(pattern))]
 
 
 def _read_header(path: Path) -> list[str]:
