@@ -21,6 +21,7 @@ import numpy as np
 
 from rorem_lib.data.pictures import decode_image
 
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # of images
 UNKNOWN_LICENSE = "unknown: see the dataset's page"
 
 

@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
-from rorem_lib.data.items import Item, Picture, Pictures, Rejected, Source, SourceError
+from rorem_lib.data.items import SUFFIXES, Item, Picture, Pictures, Rejected, Source, SourceError
 from rorem_lib.data.masks import dilate_mask
 from rorem_lib.data.pictures import TripletError, load_image
 from rorem_lib.sources.compositing import (
@@ -33,7 +33,6 @@ from rorem_lib.sources.compositing import (
 )
 
 CUTOUT_TYPES = (".png", ".webp", ".tif", ".tiff")
-BACKGROUND_TYPES = (*CUTOUT_TYPES, ".jpg", ".jpeg", ".bmp")
 MOST_ENLARGED = 1.5  # a cut-out blown up further looks softer than its background
 _HAZE = 8  # alpha below is the noise of a matting model, not an object
 
@@ -128,8 +127,8 @@ class CompositesSource(Source):
             )
         what = f"folder takes a folder of cut-outs with transparency ({', '.join(CUTOUT_TYPES)})"
         cutouts = _list_images(cutout_folder, CUTOUT_TYPES, what, background_folder)
-        what = f"backgrounds takes a folder of images ({', '.join(BACKGROUND_TYPES)})"
-        backgrounds = _list_images(background_folder, BACKGROUND_TYPES, what, cutout_folder)
+        what = f"backgrounds takes a folder of images ({', '.join(SUFFIXES)})"
+        backgrounds = _list_images(background_folder, SUFFIXES, what, cutout_folder)
         walks = _walk(cutouts, self.seed, 1), _walk(backgrounds, self.seed, 2)
         for index, cutout, background in zip(range(self.count), *walks):
             yield Item(f"composite-{index:06d}", background, (index, cutout, background))

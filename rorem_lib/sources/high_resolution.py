@@ -26,6 +26,7 @@ import cv2
 import numpy as np
 
 from rorem_lib.data.items import (
+    SUFFIXES,
     Item,
     Picture,
     Pictures,
@@ -43,7 +44,6 @@ _LICENSES = {
     "DIV2K": "academic research only; the pictures belong to their owners",
     "Flickr2K": "none stated; each picture has its owner's Flickr terms",
 }
-_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 class _Place(NamedTuple):
@@ -142,14 +142,10 @@ class HighResolutionSource(Source):
             dataset = _DATASETS.get(folder.absolute().name, folder.absolute().name)
             for stem, image in images.items():
                 for mask in owners.get(stem, [None]):
-                    yield Item(
-                        make_id(dataset, mask or stem),
-                        make_id(dataset, stem),
-                        _Place(
-                            dataset, str(folder / image), mask and str(mask_folder / masks[mask])
-                        ),
-                        _find_split(folder.absolute().name),
-                    )
+                    file = mask and str(mask_folder / masks[mask])
+                    place = _Place(dataset, str(folder / image), file)
+                    name, group = make_id(dataset, mask or stem), make_id(dataset, stem)
+                    yield Item(name, group, place, _get_split(folder.absolute().name))
         for mask_folder, stems in used.items():
             for stem, mask in _list_stems(mask_folder).items():
                 if stem not in stems:
@@ -233,7 +229,7 @@ def _find_folders(root: Path) -> list[Path]:
     return [found for folders in places if (found := next(folders, None))]
 
 
-def _find_split(folder: str) -> str | None:
+def _get_split(folder: str) -> str | None:
     words = set(re.split(r"[^a-z]+", folder.lower()))
     return "train" if "train" in words else "test" if words & {"val", "valid", "test"} else None
 
@@ -242,7 +238,7 @@ def _list_stems(folder: Path) -> dict[str, str]:
     """File names of pictures by what stands before the ending."""
     stems: dict[str, str] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if path.suffix.lower() in _ENDINGS and not path.name.startswith("."):
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
             if path.stem in stems:
                 raise SourceError(
                     f"{path} and {stems[path.stem]} have one name: rename or remove "

@@ -150,9 +150,8 @@ class MulanSource(Source):
         seen = set()
         for where, image_id, numbers in self._find_stacks():
             if image_id in seen:
-                yield Item(
-                    make_id(where, image_id, "again"), image_id, (where, image_id, numbers, "again")
-                )
+                name = make_id(where, image_id, "again")
+                yield Item(name, image_id, (where, image_id, numbers, "again"))
                 continue
             seen.add(image_id)
             if numbers is None and not (self.images or self.linking):
@@ -164,9 +163,8 @@ class MulanSource(Source):
                 yield Item(make_id(image_id), image_id, (where, image_id, numbers, None))
                 continue
             for layer in self._count_instances(where, numbers) or [None]:
-                yield Item(
-                    make_id(image_id, layer or 0), image_id, (where, image_id, numbers, layer)
-                )
+                name = make_id(image_id, layer or 0)
+                yield Item(name, image_id, (where, image_id, numbers, layer))
         if not seen:
             raise self.refuse_layout()
 
@@ -271,16 +269,8 @@ class MulanSource(Source):
     def _find_photo(self, image_id: str) -> Path | None:
         names = _spell_id(image_id)
         rows = self._read_linking()
-        linked = next(
-            (
-                value
-                for name in names
-                for value in rows.get(name + _ANNOTATION) or rows.get(name, ())
-                if value
-            ),
-            None,
-        )
-        if linked:
+        known = (rows.get(name + _ANNOTATION) or rows.get(name, ()) for name in names)
+        if linked := next(filter(None, itertools.chain(*known)), None):
             file = Path(self.folder, self.linking).parent / linked
             if os.path.isfile(file):
                 return file
@@ -293,11 +283,10 @@ class MulanSource(Source):
         return None
 
     def _read_linking(self) -> dict[str, tuple[str, ...]]:
-        return (
-            _read_table(os.path.join(self.folder, self.linking), _ID_COLUMNS, _PHOTO_COLUMNS)
-            if self.linking
-            else {}
-        )
+        if not self.linking:
+            return {}
+        path = os.path.join(self.folder, self.linking)
+        return _read_table(path, _ID_COLUMNS, _PHOTO_COLUMNS)
 
     @property
     def _images(self) -> str:

@@ -24,6 +24,7 @@ from typing import NamedTuple
 import ijson
 
 from rorem_lib.data.items import (
+    SUFFIXES,
     UNKNOWN_LICENSE,
     Item,
     Picture,
@@ -77,7 +78,6 @@ LAYOUTS = {
     ),
 }
 MASK_KINDS = {"object": "object", "effect": "with_effect"}  # as records call them
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 _FIELD = re.compile(r"\{([A-Za-z_]\w*)\}", re.ASCII)
 _RORD_SCENE = re.compile(r"I-\d+_[A-Z0-9]+_[TW]\d+(?=_F\d)")
 _KEYS_OF_RECORDS = frozenset(
