@@ -236,7 +236,8 @@ def find_duplicates(
 def _find_near(values: np.ndarray, distance: int) -> Iterator[tuple[int, int]]:
     """Pairs of different values [N] uint64 within `distance` bits.
 
-    Cut into `distance + 1` bands, two near values agree in one band at least.
+    Cut into `distance + 1` bands, two near values agree in one band at least. ImageHash compares
+    two hashes at a time: among 200,000 these are 20 billion pairs.
     """
     edges = np.linspace(0, _HASH_BITS, distance + 2).astype(int)
     found = set()

@@ -534,7 +534,7 @@ class OberSource(_Paired):
                 subsets.add(subset)
                 if self.subset not in ("", subset):
                     continue
-                path = (values["input"] or {}).get("path")
+                path = (values.get("input") or {}).get("path")
                 stem = Path(path).stem if path else f"{shard.stem}-{group}-{row}"
                 image = re.sub(r"_\d+$", "", stem) if path else stem
                 parts = (subset,) if subset else ()
