@@ -286,7 +286,7 @@ def test_the_older_folders_are_read(older):
         found.source.array, np.array(Image.open(found.origin_file).convert("RGB"))
     )
     assert found.gt.file == older / "train" / "0001" / "gt_2_full.jpg"
-    assert np.array_equal(found.mask.array, _mask(3))
+    assert np.array_equal(found.mask.array, _mask(3)) and found.extra == {"mask_kind": "object"}
     effect = OberSource(str(older), mask="effect")
     assert np.array_equal(effect.load_item(list(effect.list_items())[1]).mask.array, _mask(9))
     (older / "train" / "0001" / "gt_2_full.jpg").unlink()

@@ -96,9 +96,13 @@ def test_the_files_suffixes_may_differ(bench):
 
 def test_two_pictures_of_one_stem_have_ids_of_their_own(bench):
     _save(bench / "images" / "0001.jpg", _picture(5))
-    items = list(RemovalBenchSource(str(bench)).list_items())
+    _save(bench / "gt" / "0001.jpg", _picture(6))
+    source = RemovalBenchSource(str(bench))
+    items = list(source.list_items())
     assert [i.id for i in items] == ["0001", "0001~2", "照片 2"]
     assert [i.place[1] for i in items[:2]] == [("images/0001.jpg",), ("images/0001.png",)]
+    # each has the GT of its own suffix
+    assert [source.load_item(i).gt.file.name for i in items[:2]] == ["0001.jpg", "0001.png"]
 
 
 def test_files_that_are_no_pictures_are_left_out(bench):
@@ -422,6 +426,10 @@ def test_a_suffix_in_a_pattern_is_binding(tmp_path):
     _save(tmp_path / "m/b.png", _mask(3))
     (item,) = PairedSource(str(tmp_path), "{name}.png", "m/{name}.jpg").list_items()
     assert item.id == "b"
+    _save(tmp_path / "n/b.PNG", _mask(5))  # upper and lower case are the same
+    upper = PairedSource(str(tmp_path), "{name}.png", "n/{name}.png")
+    (found,) = _load(upper).values()
+    assert np.array_equal(found.mask.array, _mask(5))
     with pytest.raises(Rejected, match=r"m/b\.jpg is missing: download it again"):
         PairedSource(str(tmp_path), "{name}.png", "m/{name}.jpg").load_item(item)
 
