@@ -545,12 +545,12 @@ def test_missing_folders_are_named_with_what_is_expected(tmp_path):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"count": 0}, "count is a whole number from 1"),
-        ({"size": 512.5}, "size is a whole number"),
-        ({"min_scale": "0.2"}, "min_scale is a number from 0.01 to 1, not '0.2'"),
+        ({"count": 0}, "count must be a whole number from 1"),
+        ({"size": 512.5}, "size must be a whole number"),
+        ({"min_scale": "0.2"}, "min_scale must be a number from 0.01 to 1, not '0.2'"),
         ({"min_scale": 0.7}, "min_scale 0.7 is above max_scale 0.6"),
-        ({"relight": 2}, "relight is a number from 0 to 1"),
-        ({"edge_margin": 0.9}, "edge_margin is a number from 0 to 0.5"),
+        ({"relight": 2}, "relight must be a number from 0 to 1"),
+        ({"edge_margin": 0.9}, "edge_margin must be a number from 0 to 0.5"),
         ({"shadow": 0.8, "reflection": 0.3}, "together are at most 1"),
     ],
 )

@@ -244,7 +244,7 @@ def test_missing_and_doubled_pictures_are_explained(root, tmp_path):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"size": 32}, "size must be a whole number of px, 64 or more"),
+        ({"size": 32}, "size must be a whole number, 64 or more, not 32"),
         ({"crop": "top"}, "crop must"),
         ({"margin": -1}, "margin must"),
         ({"min_side": 0.5}, "min_side must"),

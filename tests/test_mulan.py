@@ -694,16 +694,16 @@ def test_faults_of_layers_are_named(decomposed, change, words):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"order": "up"}, "order is ascending or descending, not 'up'"),
-        ({"remove": "all"}, "remove is top or each"),
-        ({"threshold": 128}, "threshold is a share"),
-        ({"max_border": -1}, "max_border is a share"),
-        ({"max_area": float("nan")}, "max_area is a"),
-        ({"min_area": 0.5, "max_area": 0.1}, "min_area is at most max_area, not 0.5 to 0.1"),
-        ({"dilate": -1}, "dilate is a whole number, 0 or more, not -1"),
-        ({"dilate": 2.5}, "dilate is a whole number"),
-        ({"max_mb": 0}, "max_mb is a whole number, 1"),
-        ({"words": (1,)}, "words is a list of words"),
+        ({"order": "up"}, "order must be ascending or descending, not 'up'"),
+        ({"remove": "all"}, "remove must be top or each"),
+        ({"threshold": 128}, "threshold must be a number from 0 to 1"),
+        ({"max_border": -1}, "max_border must be a number"),
+        ({"max_area": float("nan")}, "max_area must be a number"),
+        ({"min_area": 0.5, "max_area": 0.1}, "min_area must be at most max_area, not 0.5 to 0.1"),
+        ({"dilate": -1}, "dilate must be a whole number, 0 or more, not -1"),
+        ({"dilate": 2.5}, "dilate must be a whole number"),
+        ({"max_mb": 0}, "max_mb must be a whole number, 1"),
+        ({"words": (1,)}, "words must be a list"),
     ],
 )
 def test_options_are_checked(options, words):

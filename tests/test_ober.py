@@ -10,8 +10,8 @@ from PIL import Image
 
 from rorem_lib.data.items import Rejected, SourceError
 from rorem_lib.data.pictures import TripletError
-from rorem_lib.sources import ober
-from rorem_lib.sources.ober import OberSource
+from rorem_lib.sources import parquet
+from rorem_lib.sources.paired import OberSource
 
 FEATURES = datasets.Features(
     {
@@ -157,14 +157,14 @@ def test_the_mask_with_the_effect_is_chosen(released):
 
 def test_listing_reads_no_picture(released, monkeypatch):
     read = []
-    real = ober.pq.ParquetFile.read_row_group
+    real = parquet.pq.ParquetFile.read_row_group
 
     def spy(self, *args, **options):
         table = real(self, *args, **options)
         read.append(table.nbytes)
         return table
 
-    monkeypatch.setattr(ober.pq.ParquetFile, "read_row_group", spy)
+    monkeypatch.setattr(parquet.pq.ParquetFile, "read_row_group", spy)
     assert len(list(OberSource(str(released)).list_items())) == 9
     assert len(read) == 6 and max(read) < 300 < len(_encode(_picture(0)))
 
@@ -172,17 +172,17 @@ def test_listing_reads_no_picture(released, monkeypatch):
 def test_rows_in_order_read_each_row_group_once(released):
     source = OberSource(str(released))
     items = list(source.list_items())
-    ober._read_group.cache_clear()
+    parquet.read_group.cache_clear()
     for item in items[3:8]:  # rows 0 and 1, 0, 0 and 1
         source.load_item(item)
-    info = ober._read_group.cache_info()
+    info = parquet.read_group.cache_info()
     assert (info.misses, info.hits, info.currsize) == (3, 2, 1)
 
 
 def test_a_pool_without_gt_only_when_asked_for(released):
     source = OberSource(str(released), subset="OBER-Wild")
     (item,) = source.list_items()
-    with pytest.raises(Rejected, match="row 1 of group 0 has no GT.*require_gt") as error:
+    with pytest.raises(Rejected, match="row 1 of row group 0 has no GT.*require_gt") as error:
         source.load_item(item)
     assert error.value.reason == "no GT" and source.gives_gt
     pool = OberSource(str(released), subset="OBER-Wild", require_gt=False)
@@ -228,12 +228,12 @@ def test_pictures_in_bytes_are_converted_as_files_are(tmp_path):
     assert found.source.array.shape == (16, 12, 3)
     assert np.abs(found.source.array[2, 5].astype(int) - (200, 40, 40)).max() < 12
     assert np.array_equal(found.mask.array, _mask(4))
-    with pytest.raises(TripletError, match="row 1 of group 0, input is truncated") as error:
+    with pytest.raises(TripletError, match="row 1 of row group 0, input is truncated") as error:
         source.load_item(cut)
     assert "test-00000-of-00001.parquet" in str(error.value) and error.value.file is None
-    with pytest.raises(TripletError, match="row 0 of group 1, input is no picture"):
+    with pytest.raises(TripletError, match="row 0 of row group 1, input is no picture"):
         source.load_item(text)
-    with pytest.raises(Rejected, match="row 1 of group 1: the column object_mask is empty"):
+    with pytest.raises(Rejected, match="row 1 of row group 1: the column object_mask is empty"):
         source.load_item(lacking)
 
 
@@ -241,10 +241,10 @@ def test_damaged_and_foreign_files_are_named_before_the_run(released):
     path = released / "data" / "train-00001-of-00002.parquet"
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
-    with pytest.raises(SourceError, match="train-00001-of-00002.parquet is no parquet file"):
+    with pytest.raises(SourceError, match="train-00001-of-00002.parquet is no Parquet file"):
         next(iter(OberSource(str(released)).list_items()))
     datasets.Dataset.from_dict({"image": ["x"], "gt": ["y"]}).to_parquet(path)
-    with pytest.raises(SourceError, match="has no column input, object_mask, object_effect_mask"):
+    with pytest.raises(SourceError, match="no columns input and object_mask and object_effect_ma"):
         next(iter(OberSource(str(released)).list_items()))
 
 
@@ -253,11 +253,11 @@ def test_a_file_that_is_damaged_later_rejects_its_items(released):
     item = list(source.list_items())[6]
     path = released / "data" / "train-00001-of-00002.parquet"
     path.write_bytes(b"PAR1" + bytes(500))
-    with pytest.raises(TripletError, match="row group 0, cannot be read") as error:
+    with pytest.raises(TripletError, match="train-00001-of-00002.parquet is no Parq") as error:
         source.load_item(item)
     assert error.value.file == path
     path.unlink()
-    with pytest.raises(TripletError, match="cannot be read"):
+    with pytest.raises(TripletError, match="train-00001-of-00002.parquet"):
         source.load_item(item)
 
 
@@ -286,9 +286,9 @@ def test_the_older_folders_are_read(older):
         found.source.array, np.array(Image.open(found.origin_file).convert("RGB"))
     )
     assert found.gt.file == older / "train" / "0001" / "gt_2_full.jpg"
-    assert np.array_equal(found.mask.array, _mask(3))
-    effect = OberSource(str(older), mask="effect").load_item(items[1])
-    assert np.array_equal(effect.mask.array, _mask(9))
+    assert np.array_equal(found.mask.array, _mask(3)) and found.extra == {"mask_kind": "object"}
+    effect = OberSource(str(older), mask="effect")
+    assert np.array_equal(effect.load_item(list(effect.list_items())[1]).mask.array, _mask(9))
     (older / "train" / "0001" / "gt_2_full.jpg").unlink()
     with pytest.raises(Rejected, match="input_2_full.jpg has no GT"):
         source.load_item(items[1])

@@ -395,8 +395,8 @@ def test_a_misspelt_class_is_refused(tmp_path):
         ({"per_class": -1}, "per_class must be"),
         ({"per_image": 1.5}, "per_image must be a whole number"),
         ({"dilate": -2}, "dilate must be"),
-        ({"min_area": 0.5, "max_area": 0.5}, "min_area < max_area <= 1"),
-        ({"min_iou": 2}, "min_iou must be between 0 and 1"),
+        ({"min_area": 0.5, "max_area": 0.5}, "min_area must be below max_area, not 0.5 and 0.5"),
+        ({"min_iou": 2}, "min_iou must be a number from 0 to 1"),
         ({"max_size": True}, "max_size must be"),
     ],
 )

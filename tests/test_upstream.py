@@ -301,8 +301,8 @@ def test_a_set_and_a_folder_of_sets_are_recognised(tmp_path):
 
 def test_options_say_what_is_allowed():
     for options, words in (
-        ({"metas": "meta.json"}, "metas must be a list of paths"),
-        ({"metas": [3]}, "metas must be a list of paths"),
+        ({"metas": "meta.json"}, "metas must be a list"),
+        ({"metas": [3]}, "metas must be a list"),
         ({"allow_absolute": "no"}, "allow_absolute must be true or false"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import json
 import logging
 import pickle
 import tempfile
@@ -27,16 +28,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rorem_lib.data import cleaning
 from rorem_lib.data.conversion import Job, convert_chunk, wait_for_space
-from rorem_lib.data.filters import FilterConfig
+from rorem_lib.data.filters import Checker, FilterConfig, reject_duplicates, reject_unsafe
 from rorem_lib.data.items import Item, Pictures, Rejected, Source, SourceError
 from rorem_lib.data.journal import Journal, JournalIndex, write_lines
 from rorem_lib.data.pictures import TripletError
 from rorem_lib.data.triplets import META, read_records
 from rorem_lib.data.writer import TripletWriter
 from rorem_lib.files import read_json, remove_folder, write_json
-from rorem_lib.models.safety import SafetyChecker
 from rorem_lib.workers import group_chunks, map_processes
 
 logger = logging.getLogger(__name__)
@@ -97,7 +96,7 @@ def assemble_sets(
     limit: int = 0,
     workers: int = 1,
     evaluation_sets: Iterable[str | Path] = (),
-    safety: SafetyChecker | None = None,
+    safety: Checker | None = None,
     patience: float = 600,
     progress: Callable[[Progress], None] | None = None,
 ) -> Assembly:
@@ -245,7 +244,8 @@ def _claim_folder(folder: Path, settings: dict) -> None:
     """Note the settings; clear what others left."""
     marker = folder / "assembly.json"
     found = read_json(marker)["settings"] if marker.is_file() else None
-    if found == _as_json(settings):
+    settings = json.loads(json.dumps(settings))  # as it comes back from a file: tuples are lists
+    if found == settings:
         return
     if found is None and any((folder / name / META).exists() for name in _SETS):
         raise TripletError(
@@ -253,7 +253,7 @@ def _claim_folder(folder: Path, settings: dict) -> None:
             "folder, or move them away"
         )
     if found:
-        changed = [key for key in settings if found.get(key) != _as_json(settings)[key]]
+        changed = [key for key in settings if found.get(key) != settings[key]]
         logger.info(
             "%s was assembled with other settings (%s): it is written anew",
             folder,
@@ -265,13 +265,6 @@ def _claim_folder(folder: Path, settings: dict) -> None:
             old.unlink()
         remove_folder(old)
     write_json(marker, {"settings": settings})
-
-
-def _as_json(value):
-    """As it comes back from a JSON file: tuples are lists."""
-    if isinstance(value, dict):
-        return {key: _as_json(item) for key, item in value.items()}
-    return [_as_json(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _choose_set(item: Item, *, source: Source, share: float, seed: int) -> str:
@@ -325,8 +318,8 @@ def _finish(
     """What needs all records: the safety checker and near-duplicates; then fold the journals."""
     answers = Journal(job.folder / "safety.jsonl")
     for late in (
-        *cleaning.find_unsafe(writers, safety, answers),
-        *cleaning.find_duplicates(
+        *reject_unsafe(writers, safety, answers),
+        *reject_duplicates(
             writers, distance=job.filters.duplicate_distance, evaluation_sets=evaluation_sets
         ),
     ):

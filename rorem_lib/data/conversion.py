@@ -14,7 +14,15 @@ import cv2
 import numpy as np
 
 from rorem_lib.data.filters import FilterConfig, check_pictures
-from rorem_lib.data.items import Item, Picture, Pictures, Rejected, Source, SourceError
+from rorem_lib.data.items import (
+    Item,
+    Picture,
+    Pictures,
+    Rejected,
+    Source,
+    SourceError,
+    describe_rejection,
+)
 from rorem_lib.data.masks import binarise_mask
 from rorem_lib.data.pictures import TripletError
 from rorem_lib.data.writer import write_files
@@ -71,13 +79,7 @@ def convert_chunk(task: tuple[Job, list[tuple[Item, str]]]) -> Outcome:
             outcome.records.append((name, wait_for_space(write, job.patience)))
         except Rejected as error:
             outcome.rejected.append(
-                {
-                    "id": item.id,
-                    "group": item.group,
-                    "set": name,
-                    "reason": error.reason,
-                    "message": error.message,
-                }
+                describe_rejection(item.id, item.group, name, error.reason, error.message)
             )
     return outcome
 

@@ -5,25 +5,32 @@ outside too, the pair is either misaligned (another camera position: RORD's trip
 or another picture. Shadows and reflections outside of the mask are welcome, so the outside is
 judged by its typical pixel, not by its worst.
 
-`find_duplicates` compares whole sets: the same picture twice among the training pictures, or in
-training and evaluation, makes every figure too good.
+`find_duplicates` compares whole sets: the same image twice among the training images, or in
+training and evaluation, makes every figure too good. `reject_duplicates` and `reject_unsafe` do so,
+and ask a safety checker, when an assembly has all records together.
 """
 
 from __future__ import annotations
 
+import bisect
+import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import cv2
 import imagehash
 import numpy as np
 from PIL import Image
 
-from rorem_lib.data.items import Pictures, Rejected
+from rorem_lib.data.items import Pictures, Rejected, describe_rejection
+from rorem_lib.data.journal import Journal, JournalIndex
 from rorem_lib.data.pictures import load_image
-from rorem_lib.data.triplets import describe_size
+from rorem_lib.data.triplets import describe_size, iter_triplets
+from rorem_lib.data.writer import TripletWriter
 
 _SMALL = 256  # px: side of the pictures on which a shift is measured
 _EDGE = 40.0  # strength of an edge (Sobel, grey levels) that noise and JPEG seldom reach
@@ -229,7 +236,8 @@ def find_duplicates(
 def _find_near(values: np.ndarray, distance: int) -> Iterator[tuple[int, int]]:
     """Pairs of different values [N] uint64 within `distance` bits.
 
-    Cut into `distance + 1` bands, two near values agree in one band at least.
+    Cut into `distance + 1` bands, two near values agree in one band at least. ImageHash compares
+    two hashes at a time: among 200,000 these are 20 billion pairs.
     """
     edges = np.linspace(0, _HASH_BITS, distance + 2).astype(int)
     found = set()
@@ -259,3 +267,104 @@ def look_alike(first: str | Path, second: str | Path, *, limit: float = 12.0) ->
         for path in (first, second)
     ]
     return float(np.abs(small[0] - small[1]).mean()) <= limit
+
+
+# ------------------------------------------------------------------------------- the whole set
+
+
+class Checker(Protocol):
+    """A content filter, such as `rorem_lib.models.safety.SafetyChecker`.
+
+    Attributes:
+        model_id: names it: an assembly with another checker is another one.
+    """
+
+    model_id: str
+
+    def find_unsafe(self, pictures: Iterable[np.ndarray]) -> Iterable[bool]:
+        """Whether each image [H, W, 3] uint8, of any size, is unsafe; in order."""
+
+
+def reject_unsafe(
+    writers: dict[str, TripletWriter], safety: Checker | None, answers: Journal
+) -> Iterator[dict]:
+    """Rejections of sources that the checker takes for unsafe.
+
+    Args:
+        writers: the sets so far, by name.
+        safety: None rejects none.
+        answers: what the checker said before, so that no image is looked at twice.
+    """
+    if safety is None:
+        return
+    with JournalIndex([answers.path]) as known:
+        for writer in writers.values():
+            with writer.open_index() as index:
+                todo = [key for key in index.list_ids() if key not in known]
+                pictures = (load_image(writer.folder / index[key]["source"]) for key in todo)
+                for key, unsafe in zip(todo, safety.find_unsafe(pictures), strict=True):
+                    answers.append({"id": key, "unsafe": bool(unsafe)})
+    answers.close()
+    message = "the safety checker takes the source for unsafe"
+    with JournalIndex([answers.path]) as known:
+        for name, writer in writers.items():
+            with writer.open_index() as index:
+                for key in index.list_ids():
+                    if known[key]["unsafe"]:
+                        yield describe_rejection(key, index[key]["group"], name, "unsafe", message)
+
+
+def reject_duplicates(
+    writers: dict[str, TripletWriter], *, distance: int, evaluation_sets: Iterable[str | Path] = ()
+) -> Iterator[dict]:
+    """Rejections of near-duplicates: of evaluation sets, in the test set, then in the rest.
+
+    Args:
+        writers: the sets so far, by name; their records have a `phash`.
+        distance: see `find_duplicates`; -1 rejects none.
+        evaluation_sets: sets of images that must not occur in these.
+    """
+    if distance < 0:
+        return
+    hashes, groups = array("Q"), array("q")
+    files = []
+    for triplet in iter_triplets(list(evaluation_sets), require_gt=False):
+        files.append(triplet.source)
+        known = triplet.extra.get("phash")
+        hashes.append(int(known or hash_picture(load_image(triplet.source)), 16))
+        groups.append(-len(files))  # each is a group
+    numbers: dict[str, int] = {}
+    with contextlib.ExitStack() as stack:
+        ids, starts, indices = [], [], []
+        # The test set first: of an image that is in both, the training set gives up its own.
+        order = sorted(writers, key=lambda name: (name != "test", name))
+        for name in order:
+            indices.append(index := stack.enter_context(writers[name].open_index()))
+            starts.append(len(ids))
+            ids += index.list_ids()
+            for record in index.items():
+                hashes.append(int(record["phash"], 16))
+                groups.append(numbers.setdefault(record["group"], len(numbers)))
+
+        def get_record(position: int) -> tuple[str, dict]:
+            which = bisect.bisect_right(starts, position - len(files)) - 1
+            return order[which], indices[which][ids[position - len(files)]]
+
+        def locate(position: int) -> Path:
+            if position < len(files):
+                return files[position]
+            name, record = get_record(position)
+            return writers[name].folder / record["source"]
+
+        for late, early in find_duplicates(
+            hashes, groups, locate, start=len(files), distance=distance
+        ):
+            name, record = get_record(late)
+            twin = (
+                f"{files[early]}, a picture of an evaluation set"
+                if early < len(files)
+                else "{1[id]} of {0}".format(*get_record(early))
+            )
+            yield describe_rejection(
+                record["id"], record["group"], name, "near-duplicate", f"looks like {twin}"
+            )

@@ -9,10 +9,11 @@ it and keeps it with its reason, and goes on.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +21,7 @@ import numpy as np
 
 from rorem_lib.data.pictures import decode_image
 
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # of images
 UNKNOWN_LICENSE = "unknown: see the dataset's page"
 
 
@@ -38,6 +40,11 @@ class Rejected(Exception):
     def __init__(self, reason: str, message: str):
         super().__init__(message)
         self.reason, self.message = reason, message
+
+
+def describe_rejection(id: str, group: str, set: str, reason: str, message: str) -> dict:
+    """A line of `rejected.jsonl`; `set` is where the item would have gone."""
+    return {"id": id, "group": group, "set": set, "reason": reason, "message": message}
 
 
 @dataclass(frozen=True)
@@ -89,14 +96,20 @@ class Pictures:
 
 
 class Source(ABC):
-    """One kind of raw data.
+    """One kind of raw data; its options are the fields of a dataclass, checked by their defaults.
 
     Attributes:
         name: how recipes and the notebook call it.
         origin: what records say they come from.
         license: SPDX identifier or name, as the publisher states it.
         layout: the files it expects, for the error message when they are not there.
-        has_gt: False for a pool of pictures and masks.
+        has_gt: False for a pool of images and masks.
+        choices: of options that are texts, the values that they can have.
+        limits: of options that are numbers, the lowest and the highest value; by default 0 to 1,
+            whole numbers 0 or more.
+
+    Raises:
+        ValueError: an option's value is of another type than its default, or not among these.
     """
 
     name: ClassVar[str]
@@ -104,7 +117,34 @@ class Source(ABC):
     license: ClassVar[str]
     layout: ClassVar[str]
     has_gt: ClassVar[bool] = True
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {}
+    limits: ClassVar[dict[str, tuple[float, float]]] = {}
     folder: str
+
+    def __post_init__(self):
+        for option in fields(self):
+            if isinstance(value := getattr(self, option.name), list):  # as recipes have them
+                object.__setattr__(self, option.name, value := tuple(value))
+            if wanted := self._refuse(option.name, value, type(option.default)):
+                raise ValueError(f"{option.name} must be {wanted}, not {value!r}")
+
+    def _refuse(self, name: str, value, kind: type) -> str | None:
+        """What an option must be, where its value is something else."""
+        if kind is bool:
+            return None if isinstance(value, bool) else "true or false"
+        if kind is tuple:
+            texts = isinstance(value, tuple) and all(isinstance(x, str) and x for x in value)
+            return None if texts else "a list of texts that are not empty"
+        if kind in (int, float):
+            low, high = self.limits.get(name, (0, math.inf if kind is int else 1))
+            number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+            if number and low <= value <= high:
+                return None
+            what = f"a {'whole ' * (kind is int)}number"
+            return f"{what}, {low} or more" if high == math.inf else f"{what} from {low} to {high}"
+        if choices := self.choices.get(name):
+            return None if value in choices else " or ".join(choices)
+        return "a text" if kind is str and not isinstance(value, str) else None
 
     @classmethod
     @abstractmethod
@@ -136,7 +176,7 @@ class Source(ABC):
         """What `list_items` left out, by reason: rows of a table that never were items."""
         return {}
 
-    def refuse_layout(self) -> SourceError:
+    def refuse_layout(self, expected: str = "") -> SourceError:
         """The error for a folder without this source's layout; names what is there."""
         folder = Path(self.folder)
         if not folder.is_dir():
@@ -144,7 +184,7 @@ class Source(ABC):
         found = sorted(path.name for path in folder.iterdir())
         shown = ", ".join(found[:8]) + (" ..." if len(found) > 8 else "")
         return SourceError(
-            f"{folder} does not look like {self.origin}: expected {self.layout}; "
+            f"{folder} does not look like {self.origin}: expected {expected or self.layout}; "
             f"it holds {shown or 'nothing'}"
         )
 

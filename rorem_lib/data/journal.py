@@ -1,8 +1,9 @@
 """Journals: what a long job has done so far, as JSON lines that survive a kill.
 
-A line is appended as soon as an item is done. At the end `fold_journals` orders the lines by id, so
-that the result does not depend on interruptions, on the order of the work or on how many processes
-did it. Only ids and positions are held in memory, never the records.
+A line is appended as soon as an item is done. At the end `JournalIndex` gives the objects in the
+order of their ids, so that the result does not depend on interruptions, on the order of the work or
+on how many processes did it. Only ids and positions are held in memory, never the objects. What
+libraries write as JSON lines is whole when they close it; this is whole after every line.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
-from rorem_lib.data.items import Item, Picture, Pictures, Rejected, Source, SourceError
+from rorem_lib.data.items import SUFFIXES, Item, Picture, Pictures, Rejected, Source, SourceError
 from rorem_lib.data.masks import dilate_mask
 from rorem_lib.data.pictures import TripletError, load_image
 from rorem_lib.sources.compositing import (
@@ -33,7 +33,6 @@ from rorem_lib.sources.compositing import (
 )
 
 CUTOUT_TYPES = (".png", ".webp", ".tif", ".tiff")
-BACKGROUND_TYPES = (*CUTOUT_TYPES, ".jpg", ".jpeg", ".bmp")
 MOST_ENLARGED = 1.5  # a cut-out blown up further looks softer than its background
 _HAZE = 8  # alpha below is the noise of a matting model, not an object
 
@@ -88,27 +87,20 @@ class CompositesSource(Source):
         "transparency, and backgrounds/ with pictures"
     )
 
+    limits = {
+        "count": (1, 10**6),
+        "seed": (0, 2**63),
+        "size": (32, 4096),
+        "min_scale": (0.01, 1),
+        "max_scale": (0.01, 1),
+        "max_rotation": (0, 180),
+        "dilate": (0, 200),
+        "edge_margin": (0, 0.5),
+        "feather": (0, 10),
+    }
+
     def __post_init__(self):
-        for option, low, high in (
-            ("count", 1, 10**6),
-            ("seed", 0, 2**63),
-            ("size", 32, 4096),
-            ("min_scale", 0.01, 1),
-            ("max_scale", 0.01, 1),
-            ("max_rotation", 0, 180),
-            ("relight", 0, 1),
-            ("shadow", 0, 1),
-            ("reflection", 0, 1),
-            ("effect_masks", 0, 1),
-            ("dilate", 0, 200),
-            ("edge_margin", 0, 0.5),
-            ("feather", 0, 10),
-        ):
-            value, whole = getattr(self, option), isinstance(getattr(type(self), option), int)
-            if not isinstance(value, int if whole else (int, float)) or not low <= value <= high:
-                raise ValueError(
-                    f"{option} is a {'whole ' * whole}number from {low} to {high}, not {value!r}"
-                )
+        super().__post_init__()
         if self.min_scale > self.max_scale:
             raise ValueError(f"min_scale {self.min_scale} is above max_scale {self.max_scale}")
         if self.shadow + self.reflection > 1:
@@ -133,27 +125,12 @@ class CompositesSource(Source):
                 f"{cutout_folder} is given for the cut-outs and the backgrounds: put "
                 "them in two folders"
             )
-        cutouts = _list_pictures(
-            cutout_folder,
-            CUTOUT_TYPES,
-            "folder",
-            "cut-outs with transparency",
-            leave_out=background_folder,
-        )
-        backgrounds = _list_pictures(
-            background_folder,
-            BACKGROUND_TYPES,
-            "backgrounds",
-            "background pictures",
-            leave_out=cutout_folder,
-        )
-        pairs = zip(
-            range(self.count),
-            _walk(cutouts, self.seed, 1),
-            _walk(backgrounds, self.seed, 2),
-            strict=False,
-        )
-        for index, cutout, background in pairs:
+        what = f"folder takes a folder of cut-outs with transparency ({', '.join(CUTOUT_TYPES)})"
+        cutouts = _list_images(cutout_folder, CUTOUT_TYPES, what, background_folder)
+        what = f"backgrounds takes a folder of images ({', '.join(SUFFIXES)})"
+        backgrounds = _list_images(background_folder, SUFFIXES, what, cutout_folder)
+        walks = _walk(cutouts, self.seed, 1), _walk(backgrounds, self.seed, 2)
+        for index, cutout, background in zip(range(self.count), *walks):
             yield Item(f"composite-{index:06d}", background, (index, cutout, background))
 
     def load_item(self, item: Item) -> Pictures:
@@ -172,14 +149,8 @@ class CompositesSource(Source):
         cutout_folder, background_folder = self._folders()
         rng = np.random.default_rng([self.seed, index])
         draw, covers_effect = rng.random(), rng.random() < self.effect_masks
-        effect = (
-            "shadow"
-            if draw < self.shadow
-            else "reflection"
-            if draw < self.shadow + self.reflection
-            else "none"
-        )
-
+        effect = "reflection" if draw < self.shadow + self.reflection else "none"
+        effect = "shadow" if draw < self.shadow else effect
         gt = self._crop_background(background_folder / background, rng)
         colour, alpha = self._fit_cutout(cutout_folder / cutout, rng)
         x, y = self._choose_place(alpha, rng, on_ground=effect != "none")
@@ -298,18 +269,18 @@ class CompositesSource(Source):
 # ------------------------------------------------------------------------------------------- files
 
 
-def _list_pictures(folder: Path, types, option: str, what: str, leave_out: Path) -> list[str]:
-    """Names of the pictures below a folder, relative and with `/`, sorted."""
-    expected = f"{option} takes a folder of {what} ({', '.join(types)}), in it or in folders below"
+def _list_images(folder: Path, types: tuple[str, ...], expected: str, other: Path) -> list[str]:
+    """Names of the images below a folder but for those in `other`, relative, with `/`, sorted."""
+    expected += ", in it or in folders below"
     if not folder.is_dir():
         raise SourceError(f"{folder} is no folder: {expected}")
-    leave_out = leave_out.resolve()
+    other = other.resolve()
     found, others = [], Counter()
     for parent, folders, files in os.walk(folder):
         folders[:] = [
             name
             for name in folders
-            if not name.startswith((".", "__MACOSX")) and Path(parent, name).resolve() != leave_out
+            if not name.startswith((".", "__MACOSX")) and Path(parent, name).resolve() != other
         ]
         for name in files:
             kind = os.path.splitext(name)[1].lower()

@@ -15,6 +15,7 @@ longer side 2,040 px. Flickr2K (EDSR, Lim et al. 2017) is 2,650 of the same size
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ import cv2
 import numpy as np
 
 from rorem_lib.data.items import (
+    SUFFIXES,
     Item,
     Picture,
     Pictures,
@@ -42,7 +44,6 @@ _LICENSES = {
     "DIV2K": "academic research only; the pictures belong to their owners",
     "Flickr2K": "none stated; each picture has its owner's Flickr terms",
 }
-_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 class _Place(NamedTuple):
@@ -88,16 +89,11 @@ class HighResolutionSource(Source):
         "Flickr2K/Flickr2K_HR/000001.png, and masks/<the same name>.png"
     )
     has_gt: ClassVar[bool] = False
+    choices = {"crop": ("mask", "center", "none")}
+    limits = {"size": (64, math.inf)}
 
     def __post_init__(self):
-        for option, least in (("size", 64), ("margin", 0), ("min_side", 0)):
-            if type(getattr(self, option)) is not int or getattr(self, option) < least:
-                raise ValueError(
-                    f"{option} must be a whole number of px, {least} or more, not "
-                    f"{getattr(self, option)!r}"
-                )
-        if self.crop not in ("mask", "center", "none"):
-            raise ValueError(f"crop must be mask, center or none, not {self.crop!r}")
+        super().__post_init__()
         if not self.masks:
             raise ValueError("masks must name a folder: the pictures have no masks of their own")
 
@@ -146,14 +142,10 @@ class HighResolutionSource(Source):
             dataset = _DATASETS.get(folder.absolute().name, folder.absolute().name)
             for stem, image in images.items():
                 for mask in owners.get(stem, [None]):
-                    yield Item(
-                        make_id(dataset, mask or stem),
-                        make_id(dataset, stem),
-                        _Place(
-                            dataset, str(folder / image), mask and str(mask_folder / masks[mask])
-                        ),
-                        _find_split(folder.absolute().name),
-                    )
+                    file = mask and str(mask_folder / masks[mask])
+                    place = _Place(dataset, str(folder / image), file)
+                    name, group = make_id(dataset, mask or stem), make_id(dataset, stem)
+                    yield Item(name, group, place, _get_split(folder.absolute().name))
         for mask_folder, stems in used.items():
             for stem, mask in _list_stems(mask_folder).items():
                 if stem not in stems:
@@ -237,7 +229,7 @@ def _find_folders(root: Path) -> list[Path]:
     return [found for folders in places if (found := next(folders, None))]
 
 
-def _find_split(folder: str) -> str | None:
+def _get_split(folder: str) -> str | None:
     words = set(re.split(r"[^a-z]+", folder.lower()))
     return "train" if "train" in words else "test" if words & {"val", "valid", "test"} else None
 
@@ -246,7 +238,7 @@ def _list_stems(folder: Path) -> dict[str, str]:
     """File names of pictures by what stands before the ending."""
     stems: dict[str, str] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if path.suffix.lower() in _ENDINGS and not path.name.startswith("."):
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
             if path.stem in stems:
                 raise SourceError(
                     f"{path} and {stems[path.stem]} have one name: rename or remove "

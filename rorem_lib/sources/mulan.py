@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -97,6 +98,8 @@ class MulanSource(Source):
     layout: ClassVar[str] = (
         "annotations <image id>.p.zl or layers <image id>-layer_<N>.png, in it or in folders below"
     )
+    choices = {"order": ("ascending", "descending"), "remove": ("top", "each")}
+    limits = {"max_mb": (1, math.inf)}
 
     folder: str
     images: str = ""
@@ -113,28 +116,16 @@ class MulanSource(Source):
     max_mb: int = 2048
 
     def __post_init__(self):
-        for key, allowed in (("order", ("ascending", "descending")), ("remove", ("top", "each"))):
-            if getattr(self, key) not in allowed:
-                raise ValueError(f"{key} is {' or '.join(allowed)}, not {getattr(self, key)!r}")
-        for key in ("threshold", "min_area", "max_area", "max_border"):
-            value = getattr(self, key)
-            if not isinstance(value, (int, float)) or not 0 <= value <= 1:
-                raise ValueError(f"{key} is a share from 0 to 1, not {value!r}")
-        if self.min_area > self.max_area:
-            raise ValueError(
-                f"min_area is at most max_area, not {self.min_area} to {self.max_area}"
-            )
-        for key, least in (("dilate", 0), ("max_mb", 1)):
-            value = getattr(self, key)
-            if type(value) is not int or value < least:
-                raise ValueError(f"{key} is a whole number, {least} or more, not {value!r}")
         for key in ("words", "exclude_words"):
             value = getattr(self, key)
-            value = value.split(",") if isinstance(value, str) else value
-            if not all(isinstance(word, str) for word in value):
-                raise ValueError(f"{key} is a list of words, not {value!r}")
-            words = tuple(word.strip() for word in value if word.strip())
-            object.__setattr__(self, key, words)
+            words = value.split(",") if isinstance(value, str) else value
+            words = (word.strip() if isinstance(word, str) else word for word in words)
+            object.__setattr__(self, key, tuple(word for word in words if word != ""))
+        super().__post_init__()
+        if self.min_area > self.max_area:
+            raise ValueError(
+                f"min_area must be at most max_area, not {self.min_area} to {self.max_area}"
+            )
 
     # ------------------------------------------------------------------------------------ listing
 
@@ -159,9 +150,8 @@ class MulanSource(Source):
         seen = set()
         for where, image_id, numbers in self._find_stacks():
             if image_id in seen:
-                yield Item(
-                    make_id(where, image_id, "again"), image_id, (where, image_id, numbers, "again")
-                )
+                name = make_id(where, image_id, "again")
+                yield Item(name, image_id, (where, image_id, numbers, "again"))
                 continue
             seen.add(image_id)
             if numbers is None and not (self.images or self.linking):
@@ -173,9 +163,8 @@ class MulanSource(Source):
                 yield Item(make_id(image_id), image_id, (where, image_id, numbers, None))
                 continue
             for layer in self._count_instances(where, numbers) or [None]:
-                yield Item(
-                    make_id(image_id, layer or 0), image_id, (where, image_id, numbers, layer)
-                )
+                name = make_id(image_id, layer or 0)
+                yield Item(name, image_id, (where, image_id, numbers, layer))
         if not seen:
             raise self.refuse_layout()
 
@@ -280,16 +269,8 @@ class MulanSource(Source):
     def _find_photo(self, image_id: str) -> Path | None:
         names = _spell_id(image_id)
         rows = self._read_linking()
-        linked = next(
-            (
-                value
-                for name in names
-                for value in rows.get(name + _ANNOTATION) or rows.get(name, ())
-                if value
-            ),
-            None,
-        )
-        if linked:
+        known = (rows.get(name + _ANNOTATION) or rows.get(name, ()) for name in names)
+        if linked := next(filter(None, itertools.chain(*known)), None):
             file = Path(self.folder, self.linking).parent / linked
             if os.path.isfile(file):
                 return file
@@ -302,11 +283,10 @@ class MulanSource(Source):
         return None
 
     def _read_linking(self) -> dict[str, tuple[str, ...]]:
-        return (
-            _read_table(os.path.join(self.folder, self.linking), _ID_COLUMNS, _PHOTO_COLUMNS)
-            if self.linking
-            else {}
-        )
+        if not self.linking:
+            return {}
+        path = os.path.join(self.folder, self.linking)
+        return _read_table(path, _ID_COLUMNS, _PHOTO_COLUMNS)
 
     @property
     def _images(self) -> str:

@@ -34,6 +34,7 @@ from rorem_lib.data.items import (
     check_shape,
     make_id,
     open_picture,
+    read_split,
 )
 from rorem_lib.data.masks import dilate_mask, resize_mask
 from rorem_lib.data.pictures import AGAIN
@@ -41,75 +42,36 @@ from rorem_lib.data.pictures import AGAIN
 # Both are read off the hierarchy of the 600 classes with boxes (the 350 with masks are among them).
 # What is below Clothing, but for bags and umbrellas: these are things of their own.
 CLOTHES = frozenset(
-    {
-        "Baseball glove",
-        "Belt",
-        "Bicycle helmet",
-        "Boot",
-        "Brassiere",
-        "Clothing",
-        "Coat",
-        "Cowboy hat",
-        "Crown",
-        "Dress",
-        "Earrings",
-        "Fashion accessory",
-        "Fedora",
-        "Football helmet",
-        "Footwear",
-        "Glasses",
-        "Glove",
-        "Goggles",
-        "Hat",
-        "Helmet",
-        "High heels",
-        "Jacket",
-        "Jeans",
-        "Miniskirt",
-        "Necklace",
-        "Roller skates",
-        "Sandal",
-        "Scarf",
-        "Shirt",
-        "Shorts",
-        "Skirt",
-        "Sock",
-        "Sombrero",
-        "Sports uniform",
-        "Suit",
-        "Sun hat",
-        "Sunglasses",
-        "Swim cap",
-        "Swimwear",
-        "Tiara",
-        "Tie",
-        "Trousers",
-        "Watch",
-    }
+    (
+        "Baseball glove, Belt, Bicycle helmet, Boot, Brassiere, Clothing, Coat, Cowboy hat, Crown, "
+        "Dress, Earrings, Fashion accessory, Fedora, Football helmet, Footwear, Glasses, Glove, "
+        "Goggles, Hat, Helmet, High heels, Jacket, Jeans, Miniskirt, Necklace, Roller skates, "
+        "Sandal, Scarf, Shirt, Shorts, Skirt, Sock, Sombrero, Sports uniform, Suit, Sun hat, "
+        "Sunglasses, Swim cap, Swimwear, Tiara, Tie, Trousers, Watch"
+    ).split(", ")
 )
 # The parts of Person.
 BODY_PARTS = frozenset(
-    {
-        "Human arm",
-        "Human beard",
-        "Human body",
-        "Human ear",
-        "Human eye",
-        "Human face",
-        "Human foot",
-        "Human hair",
-        "Human hand",
-        "Human head",
-        "Human leg",
-        "Human mouth",
-        "Human nose",
-        "Skull",
-    }
+    (
+        "Human arm, Human beard, Human body, Human ear, Human eye, Human face, Human foot, Human "
+        "hair, Human hand, Human head, Human leg, Human mouth, Human nose, Skull"
+    ).split(", ")
 )
 
 _SPLITS = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}
 _TABLE = "annotations-object-segmentation"
-_PLACES = ("", "annotations", "metadata")  # where people put the CSV files
+# Where people put a split's masks and images, and the folders in there by the ids' first digits.
+_LAYOUTS = {
+    "masks": (
+        "{name}/labels/masks|{name}/labels|{name}/masks|{name}|{name}-masks|masks/{name}|masks|",
+        "{name}-masks-{{c}}|{{C}}|{{c}}|",
+    ),
+    "images": (
+        "{name}/data|{name}/images|{name}|images/{name}|images|data|",
+        "{name}_{{c}}|{{c}}|",
+    ),
+}
+_PLACES = (".", "annotations", "metadata")  # where people put the CSV files
 _TEXTS = ["MaskPath", "ImageID", "LabelName", "BoxID"]
 _NUMBERS = ["BoxXMin", "BoxXMax", "BoxYMin", "BoxYMax", "PredictedIoU"]
 _CHUNK = 200_000  # rows in memory at a time; the CSV of the training split has 2.7 million
@@ -130,8 +92,8 @@ class _Place(NamedTuple):
     mask: str
     image: str
     label: str
-    name: str
     box: str
+    name: str
     mask_folders: tuple[_Folder, ...]
     image_folders: tuple[_Folder, ...]
 
@@ -187,27 +149,17 @@ class OpenImagesSource(Source):
     has_gt: ClassVar[bool] = False
 
     def __post_init__(self):
-        if not isinstance(self.exclude, (list, tuple)):
-            raise ValueError(f"exclude must be a list of class names, not {self.exclude!r}")
-        object.__setattr__(self, "exclude", tuple(self.exclude))  # recipes have lists
+        super().__post_init__()
         object.__setattr__(self, "_counts", Counter())  # of the listing; no option
-        for option in ("per_class", "per_image", "max_size", "dilate", "seed"):
-            if type(getattr(self, option)) is not int or getattr(self, option) < 0:
-                raise ValueError(
-                    f"{option} must be a whole number, 0 or more, not {getattr(self, option)!r}"
-                )
-        if not 0 <= self.min_area < self.max_area <= 1:
+        if self.min_area >= self.max_area:
             raise ValueError(
-                "min_area and max_area are shares of the picture, 0 <= min_area < "
-                f"max_area <= 1, not {self.min_area} and {self.max_area}"
+                f"min_area must be below max_area, not {self.min_area} and {self.max_area}"
             )
-        if not 0 <= self.min_iou <= 1:
-            raise ValueError(f"min_iou must be between 0 and 1, not {self.min_iou}")
 
     @classmethod
     def recognises(cls, folder: Path) -> bool:
         folder = Path(folder)
-        return any(any((folder / place).glob(f"*{_TABLE}*.csv")) for place in _PLACES) or any(
+        return bool(_glob(folder, *(f"{place}/*{_TABLE}*.csv" for place in _PLACES))) or any(
             (folder / name / "labels").is_dir() and (folder / name / "metadata").is_dir()
             for names in _SPLITS.values()
             for name in names
@@ -227,25 +179,13 @@ class OpenImagesSource(Source):
         counts = Counter()
         object.__setattr__(self, "_counts", counts)
         for split, paths in tables.items():
-            mask_folders, image_folders = folders[split]
-            present = _list_ids(image_folders) if self.downloaded_only else None
+            present = _list_ids(folders[split][1]) if self.downloaded_only else None
             chosen = self._choose(paths, names, present, counts)
             counts["listed"] += len(chosen)
-            for row in chosen.itertuples(index=False):
-                yield Item(
-                    make_id(row.MaskPath.rsplit(".", 1)[0]),
-                    row.ImageID,
-                    _Place(
-                        row.MaskPath,
-                        row.ImageID,
-                        row.LabelName,
-                        row.name,
-                        row.BoxID,
-                        mask_folders,
-                        image_folders,
-                    ),
-                    split and ("train" if split == "train" else "test"),
-                )
+            for row in chosen[[*_TEXTS, "name"]].itertuples(index=False):
+                place = _Place(*row, *folders[split])
+                name = make_id(place.mask.rsplit(".", 1)[0])
+                yield Item(name, place.image, place, split and read_split(split))
 
     def summarise(self) -> dict[str, int]:
         """What became of the rows of the CSV, once `list_items` has run to its end; else empty.
@@ -264,49 +204,26 @@ class OpenImagesSource(Source):
         if self.annotations:
             path = self._named("annotations")
             words = [*re.split("[-_.]", path.name), *path.parts[-2:-4:-1]]
-            return {
-                next(
-                    (split for word in words for split, names in _SPLITS.items() if word in names),
-                    None,
-                ): [path]
-            }
+            found = (split for word in words for split, x in _SPLITS.items() if word in x)
+            return {next(found, None): [path]}
         tables = {}
         for split, names in _SPLITS.items():
-            found = [
-                path
-                for name in names
-                for place in (*_PLACES, name)
-                for path in sorted((root / place).glob(f"*{name}-{_TABLE}*.csv"))
-            ]
+            places = [(name, place) for name in names for place in (*_PLACES, name)]
+            found = _glob(root, *(f"{place}/*{name}-{_TABLE}*.csv" for name, place in places))
             # FiftyOne has it as labels/segmentations.csv, SmartEraser among the metadata
-            found = found or [
-                path
-                for name in names
-                for place in ("labels", "metadata")
-                for path in sorted((root / name / place).glob("*.csv"))
-                if "MaskPath" in _read_header(path)
+            others = (f"{name}/{place}/*.csv" for name in names for place in ("labels", "metadata"))
+            tables[split] = found or [
+                x for x in _glob(root, *others) if "MaskPath" in _read_header(x)
             ]
-            if found:
-                tables[split] = found
-        return tables
+        return {split: found for split, found in tables.items() if found}
 
     def _read_names(self) -> dict[str, str] | None:
         """Display names by label; None where nothing needs them and they are not there."""
         root = Path(self.folder)
-        places = [
-            *(root / place for place in _PLACES),
-            *(root / name / "metadata" for names in _SPLITS.values() for name in names),
-        ]
-        files = (
-            [self._named("class_names")]
-            if self.class_names
-            else [
-                path
-                for place in places
-                for pattern in ("*class-descriptions*.csv", "classes.csv")
-                for path in sorted(place.glob(pattern))
-            ]
-        )
+        places = [*_PLACES, *(f"{name}/metadata" for names in _SPLITS.values() for name in names)]
+        patterns = ("*class-descriptions*.csv", "classes.csv")
+        files = [self._named("class_names")] if self.class_names else []
+        files = files or _glob(root, *(f"{place}/{x}" for place in places for x in patterns))
         names: dict[str, str] = {}
         for path in files:
             with open(path, newline="", encoding="utf-8-sig", errors="replace") as stream:
@@ -343,47 +260,16 @@ class OpenImagesSource(Source):
         root = Path(self.folder)
         masks, found = kind == "masks", []
         for name in _SPLITS.get(split, ("train",)):
-            leaves = (
-                [f"{name}-masks-{{c}}", "{C}", "{c}", ""] if masks else [f"{name}_{{c}}", "{c}", ""]
-            )
+            bases, leaves = (text.format(name=name).split("|") for text in _LAYOUTS[kind])
+            bases = [root / base for base in bases]
             if getattr(self, kind):
                 bases = [self._named(kind), self._named(kind) / name]
-            elif masks:
-                bases = [
-                    root / base
-                    for base in (
-                        f"{name}/labels/masks",
-                        f"{name}/labels",
-                        f"{name}/masks",
-                        name,
-                        f"{name}-masks",
-                        f"masks/{name}",
-                        "masks",
-                        "",
-                    )
-                ]
-            else:
-                bases = [
-                    root / base
-                    for base in (
-                        f"{name}/data",
-                        f"{name}/images",
-                        name,
-                        f"images/{name}",
-                        "images",
-                        "data",
-                        "",
-                    )
-                ]
             found += [
-                _Folder(str(base), leaf)
+                folder
                 for base in bases
                 if base.is_dir()
-                for leaf in leaves
-                if any(
-                    _holds(folder, ".png" if masks else ".jpg")
-                    for folder in _expand(_Folder(str(base), leaf))
-                )
+                for folder in (_Folder(str(base), leaf) for leaf in leaves)
+                if any(_holds(path, ".png" if masks else ".jpg") for path in _expand(folder))
             ]
         if not found:
             what = (
@@ -476,17 +362,11 @@ class OpenImagesSource(Source):
         if self.max_size and max(height, width) > self.max_size:
             scale = self.max_size / max(height, width)
             height, width = (max(1, round(side * scale)) for side in (height, width))
-            picture = Picture(
-                cv2.resize(picture.array, (width, height), interpolation=cv2.INTER_AREA)
-            )
+            small = cv2.resize(picture.array, (width, height), interpolation=cv2.INTER_AREA)
+            picture = Picture(small)
         mask = dilate_mask(resize_mask(mask, height, width), self.dilate)
-        return Pictures(
-            picture,
-            Picture(mask),
-            None,
-            path,
-            {"class": place.name, "label": place.label, "box": place.box},
-        )
+        extra = {"class": place.name, "label": place.label, "box": place.box}
+        return Pictures(picture, Picture(mask), None, path, extra)
 
 
 def _box_area(rows: pd.DataFrame) -> pd.Series:
@@ -497,6 +377,10 @@ def _drop(rows: pd.DataFrame, good, reason: str, counts: Counter) -> pd.DataFram
     left = rows[good]
     counts[reason] += len(rows) - len(left)
     return left
+
+
+def _glob(root: Path, *patterns: str) -> list[Path]:
+    return [path for pattern in patterns for path in sorted(root.glob(pattern))]
 
 
 def _read_header(path: Path) -> list[str]:

@@ -1,4 +1,7 @@
-"""Reads sets published as Parquet shards, by `data.publishing` or with the same columns."""
+"""Reads sets published as Parquet shards, by `data.publishing` or with the same columns.
+
+What reads shards row by row, with their faults named, serves `sources.paired` too.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import json
 import re
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +31,7 @@ from rorem_lib.data.items import (
 from rorem_lib.data.pictures import AGAIN, TripletError
 from rorem_lib.files import hash_file
 
-_NEEDED = {"source", "mask"}
+_NEEDED = ("source", "mask")
 
 
 @dataclass(frozen=True)
@@ -54,27 +57,20 @@ class ParquetSetSource(Source):
     license = "unknown"
     layout = "data/<split>-*.parquet with the columns source, mask and GT"
 
-    def __post_init__(self):
-        if not isinstance(self.require_gt, bool):
-            raise ValueError(f"require_gt must be true or false, not {self.require_gt!r}")
-
     @classmethod
     def recognises(cls, folder: Path) -> bool:
-        shards = _list_shards(Path(folder))
-        try:
-            return bool(shards) and set(pq.read_schema(shards[0]).names) >= _NEEDED
-        except (OSError, pa.ArrowException):
-            return False
+        return has_columns(Path(folder), _NEEDED)
 
     def list_items(self) -> Iterator[Item]:
-        shards = _list_shards(Path(self.folder))
+        shards = list_shards(Path(self.folder))
         if not shards:
             raise self.refuse_layout()
         seen: dict[str, int] = {}
         for shard in shards:
             place = str(shard.relative_to(self.folder))
             split = re.sub(r"-\d+(-of-\d+)?$", "", shard.stem)
-            for group, row, values in _read_names(shard):
+            check_columns(shard, _NEEDED)
+            for group, row, values in list_rows(shard, ["id", "group"]):
                 name = values.get("id")
                 name = make_id(f"{shard.stem}-{group}-{row}" if name is None else name)
                 seen[name] = seen.get(name, 0) + 1
@@ -87,8 +83,7 @@ class ParquetSetSource(Source):
         file, group, row = item.place
         shard = Path(self.folder) / file
         where = f"{shard}, row {row} of row group {group}"
-        table = _read_group(str(shard), shard.stat().st_mtime_ns, group)
-        record = table.slice(row, 1).to_pylist()[0]
+        record = read_row(shard, group, row)
         cells = {part: record.pop(part, None) for part in ("source", "mask", "GT")}
         if cells["GT"] is None and self.require_gt and item.split != "test":
             raise Rejected("no GT", f"{where} has no GT: take it into a pool (require_gt: false)")
@@ -114,41 +109,77 @@ class ParquetSetSource(Source):
         return pictures
 
 
-def _list_shards(folder: Path) -> list[Path]:
-    return sorted((folder / "data").glob("*.parquet")) or sorted(folder.glob("*.parquet"))
+def list_shards(folder: Path) -> list[Path]:
+    """The Parquet files of a folder's `data/`, else of the folder itself."""
+    for place in (folder / "data", folder):
+        if files := sorted(path for path in place.glob("*.parquet") if path.name[0] != "."):
+            return files
+    return []
 
 
-@contextlib.contextmanager
-def _open_shard(shard: Path):
+def has_columns(folder: Path, columns: Collection[str]) -> bool:
+    """Whether the first shard of a folder has these columns: other sets have files of its name."""
     try:
-        with pq.ParquetFile(shard) as file:
-            yield file
-    except (OSError, pa.ArrowException) as error:
-        raise TripletError(
-            f"{shard} is no Parquet file, truncated or damaged ({error}): {AGAIN}", file=shard
-        ) from None
+        return any(
+            set(columns) <= set(pq.read_schema(shard).names) for shard in list_shards(folder)[:1]
+        )
+    except (OSError, pa.ArrowException):
+        return False
 
 
-def _read_names(shard: Path) -> Iterator[tuple[int, int, dict]]:
-    """(row group, row in it, {id, group}) of every row; no picture is read."""
-    with _open_shard(shard) as file:
-        names = set(file.schema_arrow.names)
-        if not names >= _NEEDED:
-            raise SourceError(
-                f"{shard} has no columns source and mask, but {', '.join(sorted(names))}"
-            )
-        columns = sorted(names & {"id", "group"})
+def check_columns(shard: Path, columns: Collection[str]) -> None:
+    """Refuse a shard that lacks one of these columns.
+
+    Raises:
+        SourceError: it lacks one; names it, and those that are there.
+        TripletError: it is no Parquet file, or a damaged one.
+    """
+    with _name_faults(shard):
+        names = pq.read_schema(shard).names
+    if lacking := [column for column in columns if column not in names]:
+        raise SourceError(
+            f"{shard} has no columns {' and '.join(lacking)}, but {', '.join(sorted(names))}"
+        )
+
+
+def list_rows(shard: Path, columns: Sequence[str]) -> Iterator[tuple[int, int, dict]]:
+    """(row group, row in it, values) of every row; reads only those of `columns` that there are.
+
+    Raises:
+        TripletError: it is no Parquet file, or a damaged one.
+    """
+    with _name_faults(shard), pq.ParquetFile(shard) as file:
         for group in range(file.num_row_groups):
-            cells = file.read_row_group(group, columns).to_pydict()
-            for row in range(file.metadata.row_group(group).num_rows):
-                yield group, row, {key: cells[key][row] for key in columns}
+            for row, values in enumerate(file.read_row_group(group, columns).to_pylist()):
+                yield group, row, values
+
+
+def read_row(shard: Path, group: int, row: int, columns: tuple[str, ...] | None = None) -> dict:
+    """One row of a shard, of all columns or of some.
+
+    Raises:
+        TripletError: the file is gone, damaged, or has no such row any more.
+    """
+    with _name_faults(shard):
+        table = read_group(str(shard), shard.stat().st_mtime_ns, group, columns)
+        return table.slice(row, 1).to_pylist()[0]
 
 
 @functools.lru_cache(maxsize=1)  # rows come in order: each group is read once, and one is held
-def _read_group(shard: str, changed: int, group: int) -> pa.Table:
+def read_group(shard: str, changed: int, group: int, columns: tuple[str, ...] | None) -> pa.Table:
     """A row group of a shard; `changed`, its time, keeps a replaced file from the cache."""
-    with _open_shard(Path(shard)) as file:
-        return file.read_row_group(group, use_threads=False)
+    with pq.ParquetFile(shard) as file:
+        return file.read_row_group(group, columns and list(columns), use_threads=False)
+
+
+@contextlib.contextmanager
+def _name_faults(shard: Path):
+    try:
+        yield
+    except (OSError, pa.ArrowException, IndexError) as error:
+        raise TripletError(
+            f"{shard} is no Parquet file, truncated or damaged ({error}): {AGAIN}", file=shard
+        ) from None
 
 
 def _write_cell(cell, folder: Path, where: str, shard: Path) -> Path:

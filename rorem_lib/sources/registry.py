@@ -9,15 +9,16 @@ from rorem_lib.data.items import Source, SourceError, list_folders
 from rorem_lib.sources.composites import CompositesSource
 from rorem_lib.sources.high_resolution import HighResolutionSource
 from rorem_lib.sources.mulan import MulanSource
-from rorem_lib.sources.ober import OberSource
 from rorem_lib.sources.open_images import OpenImagesSource
-from rorem_lib.sources.parquet import ParquetSetSource
-from rorem_lib.sources.peers import (
+from rorem_lib.sources.paired import (
     CorneSource,
+    OberSource,
     OmniEraserSource,
+    PairedSource,
     RemovalBenchSource,
     SmartEraserSource,
 )
+from rorem_lib.sources.parquet import ParquetSetSource
 from rorem_lib.sources.rord import RordSource
 from rorem_lib.sources.upstream import UpstreamSource
 
@@ -36,6 +37,7 @@ CLASSES: dict[str, type[Source]] = {
         RemovalBenchSource,
         OmniEraserSource,
         CorneSource,
+        PairedSource,
     )
 }
 _DEPTH = 3  # levels of folders that are searched for a layout
@@ -94,7 +96,7 @@ def open_source(name: str, folder: str | Path, **options) -> Source:
     Args:
         name: one of `CLASSES`, or "auto" to look at the folder.
         folder: the raw data.
-        options: the importer's own, see its docstring; lists stand for tuples.
+        options: the importer's own, see its docstring.
 
     Raises:
         SourceError: no such importer, no such folder, or an option it has not.
@@ -114,10 +116,4 @@ def open_source(name: str, folder: str | Path, **options) -> Source:
             f"the source {name} has no option {', '.join(sorted(unknown))}; it has "
             f"{listed or 'none'}"
         )
-    return kind(
-        str(folder),
-        **{
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in options.items()
-        },
-    )
+    return kind(str(folder), **options)

@@ -97,29 +97,12 @@ class RordSource(Source):
         "{train,val}/{img,gt,mask,label}/<scene>/, or "
         "{train,test}/{img,gt,mask}/*.png"
     )
+    choices = {"mask": ("label", "coarse"), "gt": ("blended", "plate")}
 
     def __post_init__(self):
-        for option, allowed in (("mask", ("label", "coarse")), ("gt", ("blended", "plate"))):
-            if getattr(self, option) not in allowed:
-                raise ValueError(
-                    f"{option} must be {' or '.join(allowed)}, not {getattr(self, option)!r}"
-                )
-        for option in ("frames", "dilate"):
-            if type(getattr(self, option)) is not int or getattr(self, option) < 0:
-                raise ValueError(
-                    f"{option} must be a whole number, 0 or more, not {getattr(self, option)!r}"
-                )
-        for option in ("classes", "size"):  # recipes have lists
-            if isinstance(getattr(self, option), list):
-                object.__setattr__(self, option, tuple(getattr(self, option)))
-        if not (
-            isinstance(self.classes, tuple)
-            and self.classes
-            and all(isinstance(start, str) and start for start in self.classes)
-        ):
-            raise ValueError(
-                f"classes must be beginnings of class ids, such as ('F',), not {self.classes!r}"
-            )
+        super().__post_init__()
+        if not self.classes:
+            raise ValueError("classes must be beginnings of class ids, such as ('F',), not empty")
         if self.size is not None and not (
             isinstance(self.size, tuple)
             and len(self.size) == 2

@@ -63,18 +63,6 @@ class UpstreamSource(Source):
     license = UNKNOWN_LICENSE
     layout = "meta.json beside source/, mask/ and GT/, here or in sub folders (archives unpacked)"
 
-    def __post_init__(self):
-        if not isinstance(self.metas, (list, tuple)) or not all(
-            isinstance(meta, str) and meta for meta in self.metas
-        ):
-            raise ValueError(
-                f"metas must be a list of paths of meta files or of sets, not {self.metas!r}"
-            )
-        object.__setattr__(self, "metas", tuple(self.metas))  # recipes have lists
-        for option in ("require_gt", "allow_absolute", "allow_outside"):
-            if not isinstance(getattr(self, option), bool):
-                raise ValueError(f"{option} must be true or false, not {getattr(self, option)!r}")
-
     @classmethod
     def recognises(cls, folder: Path) -> bool:
         return any((place / META).is_file() for place in (folder, *list_folders(folder)))

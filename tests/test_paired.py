@@ -1,3 +1,5 @@
+"""Folders whose files belong together by patterns: anybody's, and those of other groups."""
+
 import json
 import pickle
 
@@ -5,14 +7,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rorem_lib.data.assembly import assemble_sets
+from rorem_lib.data.filters import FilterConfig
 from rorem_lib.data.items import Rejected, SourceError
 from rorem_lib.data.pictures import TripletError
-from rorem_lib.sources.peers import (
+from rorem_lib.data.triplets import load_images, read_triplets
+from rorem_lib.sources.paired import (
     CorneSource,
     OmniEraserSource,
+    PairedSource,
     RemovalBenchSource,
     SmartEraserSource,
 )
+from rorem_lib.sources.registry import open_source
 
 ALL = (RemovalBenchSource, SmartEraserSource, OmniEraserSource, CorneSource)
 
@@ -89,9 +96,13 @@ def test_the_files_suffixes_may_differ(bench):
 
 def test_two_pictures_of_one_stem_have_ids_of_their_own(bench):
     _save(bench / "images" / "0001.jpg", _picture(5))
-    items = list(RemovalBenchSource(str(bench)).list_items())
+    _save(bench / "gt" / "0001.jpg", _picture(6))
+    source = RemovalBenchSource(str(bench))
+    items = list(source.list_items())
     assert [i.id for i in items] == ["0001", "0001~2", "照片 2"]
     assert [i.place[1] for i in items[:2]] == [("images/0001.jpg",), ("images/0001.png",)]
+    # each has the GT of its own suffix
+    assert [source.load_item(i).gt.file.name for i in items[:2]] == ["0001.jpg", "0001.png"]
 
 
 def test_files_that_are_no_pictures_are_left_out(bench):
@@ -304,3 +315,161 @@ def test_importers_and_items_go_to_other_processes(corne):
     item = pickle.loads(pickle.dumps(next(iter(source.list_items()))))
     assert np.array_equal(source.load_item(item).mask.array, _mask(5))
     assert item == next(iter(CorneSource(str(corne), mask="effect").list_items()))
+
+
+# -------------------------------------------------------------------------- patterns of one's own
+
+
+SCENES = {
+    "source": "{scene}/images/{name}.jpg",
+    "mask": "{scene}/masks/{name}_{class}.png",
+    "gt": "{scene}/gt/{name}.*",
+}
+
+
+@pytest.fixture
+def scenes(tmp_path):
+    """Two scenes; the first image of the first one has two masks, one image of the other none."""
+    for number, (scene, name) in enumerate((("loft", "0_1"), ("loft", "2"), ("shed [b]", "2"))):
+        picture = np.full((40, 60, 3), 60 + 40 * number, np.uint8)
+        _save(tmp_path / scene / "images" / f"{name}.jpg", picture, quality=95)
+        _save(tmp_path / scene / "gt" / f"{name}.webp", picture + 8, lossless=True)
+        for side, kind in enumerate(("chair", "table")[: 2 - number]):
+            _save(tmp_path / scene / "masks" / f"{name}_{kind}.PNG", _mask(5 + 4 * side, 40, 60))
+    (tmp_path / "loft/images/notes.txt").write_text("no image")
+    return tmp_path
+
+
+def test_each_mask_of_an_image_is_a_triplet_of_its_scene(scenes):
+    source = open_source("paired", scenes, **SCENES, group="{scene}", license="CC0-1.0")
+    filters = FilterConfig(duplicate_distance=-1)
+    result = assemble_sets(source, scenes / "out", filters=filters)
+    found = {t.id: t for t in read_triplets(result.sets["labelled"])}
+    assert list(found) == ["loft-0_1-chair", "loft-0_1-table", "loft-2-chair"]
+    assert {t.group for t in found.values()} == {"loft"}
+    first, second, _ = map(load_images, found.values())
+    assert np.array_equal(first["source"], second["source"])
+    assert np.array_equal(first["mask"], _mask(5, 40, 60))
+    assert np.array_equal(second["mask"], _mask(9, 40, 60))
+    assert abs(int(first["gt"][0, 0, 0]) - 68) < 2
+    extra = found["loft-0_1-table"].extra
+    assert (extra["scene"], extra["class"], extra["origin"], extra["license"], extra["file"]) == (
+        "loft",
+        "table",
+        "paired folders",
+        "CC0-1.0",
+        "loft/images/0_1.jpg",
+    )
+    (line,) = (scenes / "out/rejected.jsonl").read_text().splitlines()
+    assert json.loads(line) | {"message": ""} == {
+        "id": "shed [b]-2",
+        "group": "shed [b]",
+        "set": "labelled",
+        "reason": "missing file",
+        "message": "",
+    }
+    assert f"{scenes}/shed [b]/masks/2_*.png is missing" in json.loads(line)["message"]
+
+
+def test_by_default_an_image_with_all_its_masks_is_a_group(scenes):
+    items = list(PairedSource(str(scenes), **SCENES).list_items())
+    assert [(item.id, item.group, item.split) for item in items] == [
+        ("loft-0_1-chair", "loft-0_1", None),
+        ("loft-0_1-table", "loft-0_1", None),
+        ("loft-2-chair", "loft-2", None),
+        ("shed [b]-2", "shed [b]-2", None),
+    ]
+    clone = pickle.loads(pickle.dumps(PairedSource(str(scenes), **SCENES)))
+    assert list(clone.list_items()) == items
+    assert np.array_equal(clone.load_item(items[1]).mask.array, _mask(9, 40, 60))
+
+
+def test_all_files_may_lie_in_one_folder(tmp_path):
+    for name, array in (("a", _picture(1)), ("a_gt", _picture(2)), ("a_mask", _mask(3))):
+        _save(tmp_path / "[raw] 1" / f"{name}.png", array)
+    source = PairedSource(
+        str(tmp_path), "[raw] 1/{name}.png", "[raw] 1/{name}_mask.png", "[raw] 1/{name}_gt.png"
+    )
+    (item,) = source.list_items()
+    found = source.load_item(item)
+    assert item.id == "a" and found.extra == {} and source.gives_gt
+    assert np.array_equal(found.source.array, _picture(1))
+    assert np.array_equal(found.gt.array, _picture(2))
+    assert np.array_equal(found.mask.array, _mask(3))
+
+
+def test_one_mask_and_one_plate_serve_a_whole_scene_and_folders_say_the_split(tmp_path):
+    for split in ("train", "val"):
+        for name in ("I-210614_O04019_W01_F0001", "b"):
+            _save(tmp_path / split / "7" / f"{name}.jpg", _picture(1))
+        _save(tmp_path / split / "7" / "plate.png", _picture(2))
+        _save(tmp_path / "masks" / "7.png", _mask(3))
+    masks = f"{tmp_path}/masks/{{scene}}.png"
+    source = PairedSource(
+        str(tmp_path), "{split}/{scene}/{name}.*", masks, "{split}/{scene}/plate.png"
+    )
+    items = list(source.list_items())
+    assert [(item.id, item.group, item.split) for item in items] == [
+        ("train-7-I-210614_O04019_W01_F0001", "I-210614_O04019_W01", "train"),
+        ("train-7-b", "train-7-b", "train"),
+        ("val-7-I-210614_O04019_W01_F0001", "I-210614_O04019_W01", "test"),
+        ("val-7-b", "val-7-b", "test"),
+    ]
+    found = source.load_item(items[3])
+    assert np.array_equal(found.gt.array, _picture(2)) and found.extra["split"] == "val"
+    assert np.array_equal(found.mask.array, _mask(3))
+
+
+def test_a_suffix_in_a_pattern_is_binding(tmp_path):
+    _save(tmp_path / "a.jpg", _picture(1))
+    _save(tmp_path / "b.PNG", _picture(2))
+    _save(tmp_path / "m/b.png", _mask(3))
+    (item,) = PairedSource(str(tmp_path), "{name}.png", "m/{name}.jpg").list_items()
+    assert item.id == "b"
+    _save(tmp_path / "n/b.PNG", _mask(5))  # upper and lower case are the same
+    upper = PairedSource(str(tmp_path), "{name}.png", "n/{name}.png")
+    (found,) = _load(upper).values()
+    assert np.array_equal(found.mask.array, _mask(5))
+    with pytest.raises(Rejected, match=r"m/b\.jpg is missing: download it again"):
+        PairedSource(str(tmp_path), "{name}.png", "m/{name}.jpg").load_item(item)
+
+
+def test_without_a_pattern_of_the_gt_it_is_a_pool(scenes):
+    source = PairedSource(str(scenes), "{scene}/images/{name}.*", SCENES["mask"])
+    assert not source.gives_gt and PairedSource(str(scenes), **SCENES).gives_gt
+    assert source.load_item(next(source.list_items())).gt is None
+    result = assemble_sets(source, scenes / "out", filters=FilterConfig(duplicate_distance=-1))
+    assert result.counts == {"pool": 3}
+
+
+@pytest.mark.parametrize(
+    "patterns, words",
+    [
+        ({}, "source_options = .*it holds loft, shed"),
+        (SCENES | {"source": "{scene}/image/{name}.jpg"}, r"expected \{scene\}/image/.*holds loft"),
+        (SCENES | {"mask": "masks/{name}.png"}, r"expected .*, masks/\{name\}.png, .*holds loft"),
+    ],
+)
+def test_patterns_that_fit_nothing_are_named_with_what_is_there(scenes, patterns, words):
+    with pytest.raises(SourceError, match=f"(?s){scenes}.*{words}"):
+        list(open_source("paired", scenes, **patterns).list_items())
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"gt": "gt/{number}.png"}, "gt has a field that is not scene or name or class"),
+        ({"group": "{class}"}, "group has a field that is not scene or name"),
+        ({"source": "images/{na me}.png"}, "source"),
+        ({"source": "images/{name.png"}, "source"),
+        ({"mask": "masks/{name}{.png"}, "mask has a field"),
+        ({"source": "photo.png", "gt": "gt.png"}, "a source with a field, such as {name}"),
+        ({"mask": ""}, "and a mask"),
+        ({"gt": "gt/{name}"}, r"gt must end in \.\* or \.png"),
+        ({"mask": "masks/{name}_{origin}.png"}, "fields must not be called origin"),
+        ({"source": 3}, "source must be a text"),
+    ],
+)
+def test_patterns_that_mean_nothing_are_refused(change, words):
+    with pytest.raises(ValueError, match=words):
+        PairedSource("x", **SCENES | change)
