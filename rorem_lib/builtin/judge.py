@@ -24,6 +24,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+VERSION = 1  # raise it when a removal is judged otherwise
 REASONS = ("incomplete removal", "wrong content", "colour shift", "blur", "shadow left")
 
 

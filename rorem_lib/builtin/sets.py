@@ -16,7 +16,6 @@ two sets.
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import re
@@ -36,7 +35,7 @@ from rorem_lib.workers import map_processes
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1  # raise it when what is written changes
+VERSION = 1  # raise it when the same settings render other scenes: old sets are then made anew
 ROLES = {
     "labelled": ("rord", "mulan"),
     "pool": ("pool",),
@@ -81,7 +80,7 @@ def write_scene_sets(
 ) -> dict[str, int]:
     """Write the four sets; killed and started again it goes on, and the files are the same.
 
-    A set that was written with another seed, size or renderer is written anew.
+    A set that was written with another seed, size or `VERSION` is written anew.
 
     Args:
         folder: where the sets' folders go.
@@ -119,9 +118,9 @@ def write_scene_sets(
 
 
 def _open_set(folder: Path, name: str, count: int, seed: int) -> None:
-    """Clear what another seed, size or renderer left; note what is written now."""
+    """Clear what another seed, size or `VERSION` left; note what is written now."""
     marker = folder / name / "scenes.json"
-    wanted = {"seed": seed, "count": count, "renderer": _hash_renderer()}
+    wanted = {"seed": seed, "count": count, "version": VERSION}
     found = read_json(marker) if marker.is_file() else None
     if found == wanted:
         return
@@ -210,9 +209,9 @@ def read_truth(hidden_dir: str | Path, scene_id: str) -> Truth:
 def builtin_set(role: str) -> Path:
     """The `meta.json` that `builtin:<role>` means, made at its first use and kept in the cache.
 
-    Sets are rendered below `$ROREM_CACHE` (default `~/.cache/rorem`) in a folder named after the
-    renderer's version, so an old cache is never mistaken for a new one. `candidates` are removals
-    of 200 pictures of the pool by the built-in base model.
+    Sets are rendered below `$ROREM_CACHE` (default `~/.cache/rorem`) in a folder named after
+    `VERSION`, so an old cache is never mistaken for a new one. `candidates` are removals of 200
+    pictures of the pool by the built-in base model.
 
     Raises:
         TripletError: an unknown role.
@@ -224,16 +223,15 @@ def builtin_set(role: str) -> Path:
             + ", ".join(f"builtin:{name}" for name in (*ROLES, "candidates"))
         )
     cache = Path(os.environ.get("ROREM_CACHE") or "~/.cache/rorem").expanduser().absolute()
-    key = f"v{VERSION}-{_hash_renderer()[:12]}"
     if role == "candidates":
         from rorem_lib.models.sdxl import resolve_model
 
         weights = next(Path(resolve_model("builtin")).glob("unet/*.safetensors"))
-        name = f"candidates-{key}-{hash_file(weights)[:12]}"
+        name = f"candidates-v{VERSION}-{hash_file(weights)[:12]}"
         return _make_once(cache / name, _write_candidates) / role / "meta.json"
     return (
         _make_once(
-            cache / f"scenes-{key}", lambda folder: write_scene_sets(folder, **DEFAULT_SIZES)
+            cache / f"scenes-v{VERSION}", lambda folder: write_scene_sets(folder, **DEFAULT_SIZES)
         )
         / role
         / "meta.json"
@@ -273,8 +271,3 @@ def _write_candidates(folder: Path) -> None:
             path = folder / "hidden" / "candidates" / part / f"{triplet.id}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             link_file(hidden_of(pool) / part / path.name, path)
-
-
-@functools.cache
-def _hash_renderer() -> str:
-    return hash_file(scenes.__file__)
