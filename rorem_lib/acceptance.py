@@ -26,6 +26,7 @@ from rorem_lib.intervals import wilson_interval
 
 logger = logging.getLogger(__name__)
 
+VERSION = 1  # raise it when the same scores are calibrated or accepted otherwise
 CALIBRATION_FILE = "calibration.json"
 METHODS = ("platt", "isotonic")
 LEAST_LABELS = 10  # of each answer; below that a calibration is a guess

@@ -34,6 +34,7 @@ from rorem_lib.training.config import LoopConfig, parse_config, run_job
 from rorem_lib.training.latents import CacheSpec
 from rorem_lib.training.sampler import Order
 
+VERSION = 1  # raise it when the same settings train other weights
 HEAD_FILE = "head.safetensors"
 
 

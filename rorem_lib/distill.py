@@ -23,6 +23,8 @@ from rorem_lib.training import loop
 from rorem_lib.training.config import parse_config, run_job
 from rorem_lib.training.validation import Validation
 
+VERSION = 1  # raise it when the same settings train other weights
+
 
 @dataclass
 class DistillConfig(RemoverConfig):

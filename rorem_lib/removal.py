@@ -25,6 +25,8 @@ from rorem_lib.training.config import parse_config, run_job
 
 logger = logging.getLogger(__name__)
 
+VERSION = 1  # raise it when the same settings give other removals
+
 
 @dataclass
 class GenerateConfig:

@@ -32,6 +32,8 @@ from rorem_lib.training.memory import choose_checkpointing, count_flops
 from rorem_lib.training.sampler import BucketOrder, split_chunks
 from rorem_lib.training.validation import Validation
 
+VERSION = 1  # raise it when the same settings train other weights
+
 
 @dataclass
 class RemoverConfig(LoopConfig):

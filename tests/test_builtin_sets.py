@@ -124,6 +124,18 @@ def test_another_seed_or_size_is_written_anew(tmp_path):
     assert read_triplets(tmp_path / "test", require_gt=False) == []
 
 
+def test_a_set_of_another_version_is_written_anew(tmp_path, monkeypatch):
+    sizes = {"labelled": 2, "pool": 0, "high_resolution": 0, "test": 0}
+    write_scene_sets(tmp_path, seed=1, **sizes)
+    source = tmp_path / "labelled" / "source" / "labelled-000001.png"
+    source.write_bytes(b"of an earlier version")
+    write_scene_sets(tmp_path, seed=1, **sizes)
+    assert source.read_bytes() == b"of an earlier version"
+    monkeypatch.setattr(sets, "VERSION", 99)
+    write_scene_sets(tmp_path, seed=1, **sizes)
+    assert source.read_bytes() != b"of an earlier version"
+
+
 def test_a_set_of_another_kind_is_not_overwritten(tmp_path):
     (tmp_path / "pool").mkdir()
     (tmp_path / "pool" / "meta.json").write_text("[]")
@@ -188,9 +200,9 @@ def test_builtin_sets_are_rendered_once_whole_or_not_at_all(cache, monkeypatch):
     assert meta.stat().st_mtime_ns == made
 
 
-def test_the_cache_is_named_after_the_renderer(cache, monkeypatch):
+def test_another_version_has_another_cache(cache, monkeypatch):
     first = builtin_set("pool")
-    monkeypatch.setattr(sets, "_hash_renderer", lambda: "0" * 64)
+    monkeypatch.setattr(sets, "VERSION", 99)
     assert builtin_set("pool").parent.parent != first.parent.parent
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import json
 import subprocess
+import symtable
 import sys
 import tokenize
 from io import StringIO
@@ -124,8 +125,48 @@ def test_is_a_stage(path, notebook):
         for node in ast.walk(ast.parse(cell["source"])):
             if isinstance(node, ast.Call):
                 calls[getattr(node.func, "id", getattr(node.func, "attr", ""))] = node
-    assert ast.unparse(calls["start_stage"]) == (f"start_stage(output_dir, notebook='{path.stem}')")
+    start = f"start_stage(output_dir, notebook='{path.stem}'"
+    assert ast.unparse(calls["start_stage"]).startswith((f"{start})", f"{start}, job="))
     assert "finish" in calls, "stage.finish(metrics) is never called"
+
+
+def list_scopes(source: str) -> list[symtable.SymbolTable]:
+    """A cell's own scope, then those of its comprehensions and lambdas."""
+    waiting, found = [symtable.symtable(source, "cell", "exec")], []
+    while waiting:
+        found.append(waiting.pop(0))
+        waiting += found[-1].get_children()
+    return found
+
+
+def list_bound(cell) -> set[str]:
+    """The notebook's variables that a cell binds."""
+    own = list_scopes(cell["source"])[0].get_symbols()
+    return {s.get_name() for s in own if s.is_assigned() or s.is_imported()}
+
+
+def list_read(cell) -> set[str]:
+    """The notebook's variables that a cell reads and does not bind itself."""
+    own, *inner = list_scopes(cell["source"])
+    found = {s.get_name() for s in own.get_symbols() if s.is_referenced()}
+    found |= {s.get_name() for scope in inner for s in scope.get_symbols() if s.is_global()}
+    return found - list_bound(cell)
+
+
+def test_cells_that_only_look_change_nothing_that_counts(path, notebook):
+    """The runner leaves cells with the tag `view` out of a stage's fingerprint."""
+    cells = select(notebook, "code")
+    views = [c for c in cells if "view" in c["metadata"].get("tags", [])]
+    assert views, "a plot of it would repeat the stage"
+    bound = set().union(*map(list_bound, views))
+    for cell in cells:
+        if cell not in views:
+            wrong = list_read(cell) & bound
+            assert not wrong, f"{wrong} of a view cell: {cell['source'][:60]!r}"
+    assert not bound & set(read_parameters(path))
+    calls = [n for c in views for n in ast.walk(ast.parse(c["source"])) if isinstance(n, ast.Call)]
+    names = {getattr(call.func, "attr", getattr(call.func, "id", "")) for call in calls}
+    assert not names & {"launch_job", "start_stage", "finish", "write_json", "to_csv"}
 
 
 def test_ruff_is_content():
@@ -138,6 +179,17 @@ def test_ruff_is_content():
         text=True,
     )
     assert check.returncode == 0, check.stdout + check.stderr
+
+
+@pytest.mark.parametrize("name", MIRRORS)
+def test_no_variable_is_taken_for_an_option(name):
+    """A config is filled from the notebook's globals: whatever has an option's name sets it."""
+    path = ROOT / "notebooks" / f"{name}.ipynb"
+    module, kind = MIRRORS[name]
+    config = getattr(importlib.import_module(f"rorem_lib.{module}"), kind)
+    options = {field.name for field in dataclasses.fields(config)} - set(read_parameters(path))
+    cells = select(json.loads(path.read_text(encoding="utf-8")), "code")
+    assert not options & set().union(*map(list_bound, cells))
 
 
 @pytest.mark.parametrize("name", MIRRORS)

@@ -1,4 +1,4 @@
-"""The runner: what it refuses, what it runs again, what a kill or a failure leaves behind."""
+"""The runner: what it refuses, what it runs again, what it asks before, what a kill leaves."""
 
 import errno
 import fcntl
@@ -13,18 +13,28 @@ from rorem_lib.files import clean_metrics
 from rorem_lib.parameters import coerce_value, read_parameters
 from rorem_lib.runner import cli, fingerprints, recipes, run_folder
 from rorem_lib.runner.fingerprints import (
-    describe_change,
-    hash_modules,
-    list_used_modules,
+    hash_content,
+    measure_content,
+    read_inputs,
+    read_version,
     stamp_path,
 )
+from rorem_lib.runner.notebook_code import describe_code
 from rorem_lib.runner.recipes import RecipeError, read_recipe
 from rorem_lib.runner.stage import start_stage
+
+DAY = 86400.0
 
 
 @pytest.fixture
 def kit(tmp_path):
     return Kit(tmp_path)
+
+
+@pytest.fixture
+def real_kit(tmp_path):
+    """One whose notebooks are executed in kernels."""
+    return Kit(tmp_path, kernels=True)
 
 
 @pytest.fixture(scope="module")
@@ -167,43 +177,163 @@ def test_unknown_recipe_and_options_exit_with_2(capsys, tmp_path):
 
 # ---- fingerprints
 
+CODE = """
+import numpy as np
+from scipy import stats
+from rorem_lib.data.masks import widen
 
-def test_modules_are_followed_through_imports_and_jobs(tmp_path):
-    package = tmp_path / "kit"
-    (package / "sources").mkdir(parents=True)
-    for name, source in {
-        "__init__": "",
-        "a": "from . import b",
-        "b": "import json\n",
-        "c": "x = 1",
-        "job": "def f():\n    from kit.c import x",
-        "sources/__init__": "from .one import y",
-        "sources/one": "y = 1",
-        "sources/two": "from ..b import z",
-    }.items():
-        (package / f"{name}.py").write_text(source)
+paths = [p if p else str(p) for p in meta_path]
+if not paths:
+    raise ValueError("give a set")
+for name, part in {"a": 1}.items():
+    paths.append(widen(part, by=steps))
+rows = stats.describe(np.array(paths))
+paths = rows
+job = lambda done, path=paths: launch(done, path)
+stage.finish({"steps": steps, "rows": rows}, job)
+"""
 
-    def follow(source):
-        return set(hash_modules(list_used_modules(source, package=package), package=package))
 
-    assert follow("%matplotlib inline\nfrom kit.a import q") == {"kit", "a", "b"}
-    assert follow('launch_job("job", config)') == {"kit", "job", "c"}
-    assert follow('launch.launch_job(module="job", config=1)') == {"kit", "job", "c"}
-    assert follow("from kit import sources") == {"kit", "sources", "sources.one"}
-    assert follow("from kit.sources import two") == {
-        "kit",
-        "sources",
-        "sources.one",
-        "sources.two",
-        "b",
-    }
-    assert "sources.two" in follow('import_module(f"kit.sources.{name}")')
-    assert follow("import torch, kitten") == set()
-    before = hash_modules({"a"}, package=package)
-    (package / "b.py").write_text("import json\nz = 2\n")
-    after = hash_modules({"a"}, package=package)
-    assert before["a"] == after["a"] and before["b"] != after["b"]
-    assert describe_change({"modules": before}, {"modules": after}) == "module b"
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("import numpy as np", "# a comment\n\nimport numpy as np"),
+        ("import numpy as np", "import numpy as np, json\nimport matplotlib.pyplot as plt"),
+        ("import numpy as np", "%matplotlib inline\nimport numpy as np"),
+        ("rorem_lib.data.masks", "rorem_lib.models.masks"),
+        ("give a set", "give at least one set"),
+        ("for name, part", 'print("now", len(paths))\nfor name, part'),
+        ("paths.append(", 'if name:\n        print(f"{name}")\n    paths.append('),
+        ("stage.finish(", 'stage.save_figure(plots.plot_losses(rows), "loss");\nstage.finish('),
+        ("rows = ", "pd.DataFrame(paths).describe().round(2)\nrows = "),
+        ("rows = ", '"a docstring"\nrows = '),
+        ("[p if p else str(p) for p in", "[q if q else str(q) for q in"),
+        ("name, part in", "_, part in"),
+        ("np.array", "numpy.array"),
+        ("done, path=paths: launch(done, path)", "d, p=paths: launch(d, p)"),
+    ],
+)
+def test_notebook_code_is_the_same(old, new):
+    changed = CODE.replace(old, new)
+    if new == "numpy.array":
+        changed = changed.replace("numpy as np", "numpy")
+    assert changed != CODE
+    names = ["steps", "meta_path"]
+    assert describe_code([changed], parameters=names) == describe_code([CODE], parameters=names)
+
+
+def test_notebook_code_is_the_same_with_other_names_in_cells_of_any_size():
+    changed = CODE
+    for old, new in (("rows", "table"), ("paths", "folders"), ("part", "x"), ("job", "y")):
+        changed = changed.replace(f'"{old}"', "KEPT").replace(old, new).replace("KEPT", f'"{old}"')
+    names = ["steps", "meta_path"]
+    once = describe_code([CODE], parameters=names)
+    assert describe_code([changed], parameters=names) == once
+    halves = changed.partition("for name")
+    assert describe_code([halves[0], "for name" + halves[2]], parameters=names) == once
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("by=steps", "by=steps + 1"),
+        ("by=steps", "to=steps"),
+        ("by=steps", "by=part"),
+        ("str(p) for p in meta_path", "str(p) for p in other"),
+        ("stats.describe", "stats.zscore"),
+        ("from scipy import stats", "from numpy import stats"),
+        ("import widen", "import narrow as widen"),
+        ("ValueError", "TypeError"),
+        ("not paths", "paths"),
+        ("paths = rows", "paths = part"),
+        ('"rows": rows', '"rows": paths'),
+        ("paths = rows", "paths += rows"),
+        ("path=paths: launch(done, path)", "path=rows: launch(done, path)"),
+        ("launch(done, path)", "launch(path, done)"),
+        ("paths.append(", "print(paths.append("),
+    ],
+)
+def test_notebook_code_is_another(old, new):
+    changed = CODE.replace(old, new)
+    if new.startswith("print("):
+        changed = changed.replace("by=steps))", "by=steps)))")
+    names = ["steps", "meta_path"]
+    assert describe_code([changed], parameters=names) != describe_code([CODE], parameters=names)
+
+
+def test_names_that_functions_read_later_are_one_variable():
+    """Python looks them up when the function is called."""
+    first = ["a = 1\nf = lambda: a\na = 2\nf()"]
+    assert describe_code(first) != describe_code(["a = 1\nf = lambda: a\nb = 2\nf()"])
+
+
+def test_versions_are_read_and_not_imported(tmp_path, monkeypatch):
+    monkeypatch.setattr(fingerprints, "PACKAGE", tmp_path)
+    (tmp_path / "jobs").mkdir()
+    job = tmp_path / "jobs" / "train.py"
+    for text, words in (
+        (None, 'no module for the job "jobs.train"'),
+        ("VERSION: int", "VERSION = 1"),
+        ("VERSION = ", "no Python"),
+    ):
+        if text:
+            job.write_text(text)
+            os.utime(job, ns=(hash(text) % 10**18,) * 2)
+        with pytest.raises(RecipeError, match=words):
+            read_version("jobs.train")
+    job.write_text("raise SystemExit\nVERSION = 12  # of what is made here\n")
+    assert read_version("jobs.train") == 12
+
+
+def read_one(row, run_dir, get_content=lambda stage, path: "abc"):
+    return read_inputs(row, folder=run_dir / row.name, get_content=get_content)
+
+
+def test_jobs_are_found_in_the_code(folder, tmp_path):
+    cells = [
+        'output_dir: str = "x"\nmode: str = "a"',
+        'start_stage(job=["data.assembly", "removal"] if mode == "a" else "acceptance")',
+        'rorem_lib.runner.launch.launch_job(module="remover", config=1)',
+    ]
+    write_notebook(tmp_path / "jobs.ipynb", cells)
+    a, b = folder("a: {notebook: jobs}\nb: {notebook: jobs, parameters: {mode: b}}").stages
+    assert set(read_one(a, tmp_path)["versions"]) == {"data.assembly", "removal", "remover"}
+    assert set(read_one(b, tmp_path)["versions"]) == {"acceptance", "remover"}
+    write_notebook(tmp_path / "jobs.ipynb", [cells[0], "name = 1\nlaunch_job(name, config)"])
+    with pytest.raises(RecipeError, match="name of a job"):
+        read_one(folder("a: {notebook: jobs}").stages[0], tmp_path)
+    write_notebook(tmp_path / "jobs.ipynb", [cells[0], "x = 1", "y = ("])
+    with pytest.raises(RecipeError, match="code cell 2 is no Python"):
+        read_one(folder("a: {notebook: jobs}").stages[0], tmp_path)
+
+
+def test_content_is_files_and_no_records(tmp_path):
+    def write(name, text="x"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+
+    for name in ("meta.json", "source/a.png", "discriminator/config.json"):
+        write(name)
+    first, seen = hash_content(tmp_path, top=True), measure_content(tmp_path, top=True)
+    assert seen["files"] == 3 and seen["bytes"] == 3
+    for name in ("stage.json", "train.log", "figures/loss.png", "checkpoint-5/unet.bin", "DONE"):
+        write(name)
+    for name in (".hidden", "source/.b.partial", "meta.jsonl.partial", "settings.json"):
+        write(name)
+    assert hash_content(tmp_path, top=True) == first
+    assert measure_content(tmp_path, top=True) == seen
+    for change in (
+        lambda: write("source/b.png"),
+        lambda: write("source/b.png", "y"),
+        lambda: (tmp_path / "source/b.png").rename(tmp_path / "source/c.png"),
+        lambda: write("discriminator/figures/x.png"),  # records lie at the top alone
+        lambda: (tmp_path / "source/a.png").unlink(),
+    ):
+        before = hash_content(tmp_path, top=True)
+        change()
+        assert hash_content(tmp_path, top=True) != before
+    write("other.json")
+    assert hash_content(tmp_path / "meta.json") == hash_content(tmp_path / "other.json")
 
 
 def test_input_files_are_stamped(tmp_path):
@@ -229,44 +359,329 @@ def test_what_re_runs(finished):
     kit = finished
     assert set(kit.states().values()) == {"done"}
 
-    def stale():
-        return {name for name, state in kit.states().items() if state != "done"}
-
     def changing(path, old, new):
-        text = path.read_text()
-        assert old in text
-        path.write_text(text.replace(old, new))
-        result = stale()
-        path.write_text(text)
+        text = kit.edit(path, old, new)
+        result = {name for name, state in kit.states().items() if state != "done"}
+        (kit.root / path).write_text(text)
         return result
 
-    recipe, notebooks = kit.root / "notebooks/recipes/small.yaml", kit.root / "notebooks"
-    assert changing(recipe, "flavour: odd", "flavour: new") == {"other", "judge"}
-    assert changing(recipe, "seed: 7", "seed: 8") == {"make", "other", "train", "judge"}
-    assert changing(recipe, "row: base", "row: else") == set()
-    assert changing(notebooks / "01_make.ipynb", "# Title", "# Another") == set()
-    assert changing(notebooks / "03_judge.ipynb", "nothing to", "not a thing to") == {"judge"}
-    assert changing(notebooks / "02_train.ipynb", "pause: float = 0.0", "pause: float = 0.01") == {
-        "train",
-        "judge",
+    recipe = "notebooks/recipes/small.yaml"
+    assert changing(recipe, "flavour: odd", "flavour: new") == {"other"}
+    assert changing(recipe, "seed: 7", "seed: 8") == {"make", "other"}
+    assert changing("notebooks/03_judge.ipynb", "len(made)", "len(made) + 1") == {"judge"}
+    assert changing("notebooks/02_train.ipynb", "pause: float = 0.0", "pause: float = 0.01") == {
+        "train"
     }
-    assert changing(kit.library / "trainer.py", "is odd", "is even") == {"train", "judge"}
-    assert changing(kit.library / "colours.py", "count", "count_sides") == {"judge"}
-    assert changing(kit.library / "shapes.py", "3", "4") == {"make", "other", "train", "judge"}
-    assert changing(kit.library / "evaluation" / "report.py", "old", "older") == set()
-    assert changing(kit.library / "runner" / "launch.py", "40 lines", "41 lines") == set()
+    assert changing("rorem_lib/trainer.py", "VERSION = 1", "VERSION = 2") == {"train"}
+    assert changing("rorem_lib/shapes.py", "VERSION = 1", "VERSION = 2") == {"make", "other"}
+    # all that changes no result, at once
+    kit.edit(recipe, "row: base", "row: else")
+    kit.edit("notebooks/01_make.ipynb", "# Title", "# Another")
+    kit.edit("notebooks/01_make.ipynb", '\\"making\\"', '\\"made\\"')
+    kit.edit("notebooks/03_judge.ipynb", "nothing to", "not a thing to")
+    for path in kit.library.rglob("*.py"):
+        path.write_text("# a comment\n" + path.read_text())
+    kit.edit("rorem_lib/trainer.py", "the loss is odd", "the loss is strange")
+    assert set(kit.states().values()) == {"done"}
 
     # and the change is carried out on what is stale alone, upstream results kept
     times = {p.parent.name: p.stat().st_mtime_ns for p in kit.run_dir.glob("*/notebook.ipynb")}
     output = kit.call("run", "small", "--set", "judge.trouble=calm")
     assert output.count("done before, unchanged") == 3
-    assert "parameter trouble: none -> calm" in output
+    assert "parameter trouble none -> calm" in output
     new = {p.parent.name: p.stat().st_mtime_ns for p in kit.run_dir.glob("*/notebook.ipynb")}
     assert {name for name in times if times[name] != new[name]} == {"judge"}
-    assert (kit.run_dir / ".superseded" / "judge" / "DONE").exists()
+    assert len(list((kit.run_dir / ".superseded").glob("judge-*/DONE"))) == 1
+
+
+def list_ran(output: str) -> list[str]:
+    """The stages that a run started."""
+    return [line.split()[1] for line in output.splitlines() if " starts " in line]
+
+
+def test_an_unchanged_result_ends_the_chain(finished):
+    kit = finished
+    kit.edit("rorem_lib/shapes.py", "VERSION = 1", "VERSION = 2")
+    output = kit.call("run", "small")
+    assert list_ran(output) == ["make", "other"] and "version of shapes 1 -> 2" in output
+    kit.edit("rorem_lib/shapes.py", "VERSION = 2\nSIDES = 3", "VERSION = 3\nSIDES = 4")
+    output = kit.call("run", "small")  # train reads made.txt, but its model does not change
+    assert list_ran(output) == ["make", "other", "train", "judge"]
+    assert "content of make/made.txt" in output and "content of train" not in output
+    made = kit.run_dir / "other" / "made.txt"
+    text = made.read_text()
+    os.utime(made, (1, 1))
+    assert kit.states()["judge"] == "done"  # hashed again, and the same
+    made.write_text("by hand")
+    assert kit.states() == {"make": "done", "other": "done", "train": "done", "judge": "changed"}
+    made.write_text(text)
+    assert kit.states()["judge"] == "done"
+
+
+def test_results_are_hashed_once(finished, monkeypatch):
+    hashed = []
+    real = run_folder.hash_content
+    monkeypatch.setattr(
+        run_folder, "hash_content", lambda *a, **k: hashed.append(a) or real(*a, **k)
+    )
+    outputs = run_folder.Outputs(finished.run_dir)
+    assert outputs.get("make", "made.txt") and outputs.get("train", "model") and not hashed
+    assert outputs.get("train", "gone") == "nothing"
+    os.utime(finished.run_dir / "make" / "made.txt", (5, 5))
+    for keep, count in ((False, 1), (False, 2), (True, 3), (True, 3)):
+        run_folder.Outputs(finished.run_dir, keep=keep).get("make", "made.txt")
+        assert len(hashed) == count
+    (finished.run_dir / "make" / "DONE").unlink()
+    assert run_folder.Outputs(finished.run_dir).get("make", "made.txt") is None
+
+
+def test_what_a_stage_fills_is_none_of_its_inputs(folder, tmp_path):
+    write_notebook(tmp_path / "n.ipynb", ['latent_cache_dir: str = ""\nmeta_path: str = ""'])
+    cache, data = tmp_path / "cache", tmp_path / "data"
+    cache.mkdir()
+    data.mkdir()
+    row = folder(
+        f"a: {{notebook: n, parameters: {{latent_cache_dir: {cache}, meta_path: {data}}}}}"
+    ).stages[0]
+    first = read_one(row, tmp_path)
+    (cache / "shard").write_text("x")
+    assert read_one(row, tmp_path) == first
+    (data / "x").write_text("x")
+    assert read_one(row, tmp_path) != first
+
+
+# ---- what is asked
+
+
+@pytest.fixture
+def trained(finished):
+    """A kit whose training took a day, and whose job's version was raised since."""
+    finished.pretend("train", seconds=DAY)
+    finished.edit("rorem_lib/trainer.py", "VERSION = 1", "VERSION = 2")
+    return finished
+
+
+def test_long_work_is_not_made_anew_without_a_word(trained):
+    kit, before = trained, trained.hash_all()
+    output = kit.call("run", "small", code=2)
+    assert "train  took 1.0 days, finished 20" in output
+    assert "version of trainer 1 -> 2" in output and "follows if its inputs change" in output
+    commands = [line.strip() for line in output.splitlines() if line.startswith("  rorem ")]
+    assert [c.partition("   ")[0] for c in commands] == [
+        "rorem run small --yes",
+        "rorem run small --keep",
+        "rorem accept small train",
+    ]
+    assert list_ran(output) == [] and kit.hash_all() == before
+
+    output = kit.call("run", "small", "--keep")
+    assert "kept as it is (version of trainer 1 -> 2)" in output and list_ran(output) == []
+    assert kit.states()["train"] == "changed"  # asked again the next time
+    output = kit.call("run", "small", "--yes")
+    assert "train  took 1.0 days" in output and list_ran(output) == ["train"]
+    assert set(kit.states().values()) == {"done"} and kit.read("train")["seconds"] < DAY
+
+
+def test_a_stage_is_accepted(trained):
+    kit = trained
+    assert "version of trainer 1 -> 2" in kit.call("accept", "small", "train", "make")
+    assert set(kit.states().values()) == {"done"}
+    record = kit.read("train")
+    assert record["accepted"][0]["changes"] == "version of trainer 1 -> 2"
+    assert record["inputs"]["versions"] == {"trainer": 2} and record["seconds"] == DAY
+    assert list_ran(kit.call("run", "small")) == []
+    assert "did you mean" in kit.call("accept", "small", "trian", code=2)
+    (kit.run_dir / "other" / "DONE").unlink()
+    (kit.run_dir / "other" / "stage.started.json").unlink()
+    assert "nothing of the stage" in kit.call("accept", "small", "other", code=2)
+
+
+@pytest.mark.parametrize(("answer", "code"), [("yes", 0), ("no", 2), ("", 2), ("y", 2)])
+def test_somebody_in_a_terminal_is_asked(trained, answer, code):
+    before = trained.hash_all()
+    output = trained.talk("run", "small", answer=answer, code=code)
+    assert output.count("Type yes to go on") == 1
+    assert list_ran(output) == (["train"] if code == 0 else [])
+    if code:
+        assert trained.hash_all() == before and "rorem run small --keep" in output
+
+
+def test_one_yes_covers_what_follows(trained):
+    kit = trained
+    kit.pretend("judge", seconds=2 * DAY)
+    kit.edit("rorem_lib/trainer.py", '"{step} steps"', '"{step} other steps"')
+    output = kit.talk("run", "small", answer="yes")
+    assert output.count("Type yes to go on") == 1 and list_ran(output) == ["train", "judge"]
+
+
+def test_what_becomes_stale_on_the_way_is_asked_for(finished):
+    kit = finished
+    kit.pretend("judge", seconds=2 * DAY)
+    kit.edit("rorem_lib/shapes.py", "VERSION = 1\nSIDES = 3", "VERSION = 2\nSIDES = 4")
+    output = kit.call("run", "small", code=2)
+    assert list_ran(output) == ["make", "other", "train"]  # seconds each: nobody is asked
+    assert "judge  took 2.0 days" in output and "content of make, content of other" in output
+    assert kit.states()["judge"] == "changed" and (kit.run_dir / "judge" / "DONE").exists()
+    assert list_ran(kit.call("run", "small", "--yes")) == ["judge"]
+
+
+def test_from_a_stage_is_asked_for_too(finished):
+    kit = finished
+    kit.pretend("judge", seconds=2 * DAY)
+    before = kit.hash_all()
+    output = kit.call("run", "small", "--from", "train", code=2)
+    assert "judge  took 2.0 days" in output and "rorem run small --from train --yes" in output
+    assert "rorem accept" not in output and kit.hash_all() == before
+    assert list_ran(kit.call("run", "small", "--from", "other", "--yes")) == ["other", "judge"]
+    assert kit.call("run", "small", "--from", "train", "--keep", code=2)
+
+
+def leave_half_done(kit, worked: float) -> None:
+    """As a kill would leave the training."""
+    for name in ("DONE", "metrics.json", "stage.json", "train_metrics.json"):
+        (kit.run_dir / "train" / name).unlink()
+    kit.pretend("train", "stage.started.json", worked=worked)
+    (kit.run_dir / "train" / "checkpoint.txt").write_text("2")
+
+
+def test_half_done_work_is_kept(finished):
+    kit = finished
+    leave_half_done(kit, DAY)
+    assert kit.states() == {"make": "done", "other": "done", "train": "half-way", "judge": "done"}
+    kit.edit("rorem_lib/trainer.py", "VERSION = 1", "VERSION = 2")
+    output = kit.call("run", "small", code=2)
+    assert "half done, 1.0 days of work; version of trainer 1 -> 2" in output
+    output = kit.call("run", "small", "--keep")
+    assert list_ran(output) == ["train"] and "begins at step 2" in output
+    assert kit.states()["train"] == "done" and kit.read("train")["seconds"] >= DAY
+
+    leave_half_done(kit, DAY)
+    kit.edit("rorem_lib/trainer.py", "VERSION = 2", "VERSION = 3")
+    kit.call("accept", "small", "train")
+    assert kit.states()["train"] == "half-way"
+    assert "begins at step 2" in kit.call("run", "small")
+    assert kit.read("train")["accepted"]
+
+    leave_half_done(kit, 5)
+    kit.edit("rorem_lib/trainer.py", "VERSION = 3", "VERSION = 4")
+    assert "begins at step 0" in kit.call("run", "small")  # seconds are not worth a question
+    assert list((kit.run_dir / ".superseded").glob("train-*/checkpoint.txt"))
+
+
+def test_runs_of_an_earlier_version_are_opened(finished):
+    kit = finished
+    for stage in ("make", "other", "train", "judge"):
+        for name in ("stage.json", "stage.started.json"):
+            inputs = {"parameters": {}, "notebook": "1", "modules": {"a": "2"}, "stages": {}}
+            kit.pretend(stage, name, inputs=inputs, base="3", outputs={}, seconds=DAY)
+    output = kit.call("status", "small")
+    assert output.count("made by an earlier version") == 4
+    assert "rorem accept small make other train judge" in output and "--keep" in output
+    output = kit.call("run", "small", code=2)
+    assert output.count("made by an earlier version") == 4
+    assert list_ran(kit.call("run", "small", "--keep")) == []
+    kit.call("accept", "small", "make", "other", "train", "judge")
+    assert set(kit.states().values()) == {"done"}
+    assert list_ran(kit.call("run", "small")) == []
+
+
+def test_a_run_deletes_nothing(finished):
+    """Whatever it is told, what a stage made is still there, under a name that says when."""
+    kit, made = finished, {}
+
+    def run(*words):
+        made.update((h, n) for h, n in kit.hash_all().items() if "/" in n)
+        assert len(list_ran(kit.call("run", "small", "--yes", *words))) > 1
+        lost = {name for digest, name in made.items() if digest not in kit.hash_all()}
+        assert not lost, lost
+
+    run("--seed", "8")
+    run("--from", "make")
+    kit.edit("rorem_lib/shapes.py", "VERSION = 1\nSIDES = 3", "VERSION = 2\nSIDES = 4")
+    run("--seed", "9", "--set", "train.max_train_steps=6")
+    run()
+    shelf = sorted(path.name for path in (kit.run_dir / ".superseded").iterdir())
+    assert sum(name.startswith("train-20") for name in shelf) >= 3
+    assert len({name[:17] for name in shelf}) < len(shelf)  # of one minute, and none is lost
+
+
+def test_a_folder_set_aside_can_be_brought_back(finished):
+    kit = finished
+    weights = kit.run_dir / "train" / "model" / "weights.txt"
+    kit.edit("rorem_lib/trainer.py", '"{step} steps"', '"{step} other steps"')
+    kit.edit("rorem_lib/trainer.py", "VERSION = 1", "VERSION = 2")
+    kit.call("run", "small")
+    assert weights.read_text() == "4 other steps"
+    (kit.run_dir / "train").rename(kit.root / "away")
+    next(kit.run_dir.glob(".superseded/train-*")).rename(kit.run_dir / "train")
+    assert weights.read_text() == "4 steps" and kit.states()["train"] == "changed"
+    assert "version of trainer 1 -> 2" in kit.call("accept", "small", "train")
+    assert list_ran(kit.call("run", "small")) == ["judge"]  # it reads this model again
+
+
+def test_folders_set_aside_are_listed_and_deleted(finished):
+    kit = finished
+    assert "0 folders" in kit.call("clean", "small")
+    kit.call("run", "small", "--from", "train")
+    shelf = kit.run_dir / ".superseded"
+    first, second = sorted(path.name for path in shelf.iterdir())
+    before = kit.hash_all()
+    output = kit.call("clean", "small")
+    assert f"{second}  train, made 20" in output and " UTC, " in output
+    assert "0.0 MB: checkpoint.txt, model" in output and f"{first}  judge" in output
+    assert "did you mean" in kit.call("clean", "small", first[:-1], code=2)
+    assert f"rorem clean small {first} --yes" in kit.call("clean", "small", first, code=2)
+    assert "Nothing was deleted" in kit.talk("clean", "small", first, answer="no", code=2)
+    assert kit.hash_all() == before
+    assert f"deleted {first}" in kit.talk("clean", "small", first, answer="yes")
+    assert [path.name for path in shelf.iterdir()] == [second]
+    (shelf / "judge").mkdir()  # as an earlier version named them
+    assert "deleted judge" in kit.call("clean", "small", "--all", "--yes")
+    assert list(shelf.iterdir()) == [] and set(kit.states().values()) == {"done"}
+
+
+def test_what_people_said_is_not_deleted(finished):
+    kit = finished
+    line = '{"id": "1", "label": "accept", "simulated": false}\n'
+    for stage, text in (("make", line), ("other", '{"simulated": true}\n')):
+        (kit.run_dir / stage / "labels").mkdir()
+        (kit.run_dir / stage / "labels" / "labels-anna.jsonl").write_text(text)
+    kit.call("run", "small", "--seed", "8")
+    live = kit.run_dir / "make" / "labels" / "labels-anna.jsonl"
+    assert live.read_text() == line
+    live.write_text(line * 2)  # she goes on
+    kit.call("run", "small", "--seed", "9")
+    shelf = kit.run_dir / ".superseded"
+    assert len(list(shelf.glob("make-*/labels/*"))) == 2
+    output = kit.call("clean", "small", "--all", "--yes")
+    assert "labels-anna.jsonl" in output and "kept" not in output
+    assert list(shelf.iterdir()) == []  # the log that went on has all of it
+    kit.call("run", "small", "--from", "make")
+    live.write_text('{"id": "2", "label": "accept", "simulated": false}\n')
+    (live.parent / "trials.json").write_text("{}")
+    output = kit.call("clean", "small", "--all", "--yes")
+    kept = [path for path in shelf.rglob("*") if path.is_file()]
+    assert [path.name for path in kept] == ["labels-anna.jsonl"] and kept[0].read_text() == line * 2
+    assert f"stands nowhere else: {os.path.relpath(kept[0], kit.root)}" in output
+    kit.call("clean", "small", "--all", "--yes")
+    assert kept[0].exists()
 
 
 # ---- runs
+
+
+def test_notebooks_are_executed_in_kernels(real_kit):
+    kit = real_kit
+    kit.write_recipe(
+        "stages:\n  make: {notebook: 01_make, parameters: {size: 5}}\n"
+        "  train: {notebook: 02_train, parameters: {data: '${make}/made.txt'}}\n"
+    )
+    output = kit.call("run", "small")
+    assert "train | step 4" in output and "make | making 5 plain" in output
+    assert kit.read("make")["versions"]["papermill"]
+    executed = kit.read("make", "notebook.ipynb")["cells"]
+    assert any("injected-parameters" in c["metadata"].get("tags", []) for c in executed)
+    assert kit.states() == {"make": "done", "train": "done"}
 
 
 def test_a_run_its_records_and_its_report(first_run, finished):
@@ -292,8 +707,6 @@ def test_a_run_its_records_and_its_report(first_run, finished):
     record = json.loads((kit.run_dir / "run.json").read_text())
     assert set(record["stages"]) == {"make", "other", "train", "judge"}
     assert record["wall_seconds"] >= sum(record["stages"].values())
-    executed = json.loads((kit.run_dir / "make" / "notebook.ipynb").read_text())
-    assert any("injected-parameters" in c["metadata"].get("tags", []) for c in executed["cells"])
     report = kit.run_dir / "report.html"
     assert report.read_text() == "small "
 
@@ -334,7 +747,8 @@ def test_only_one_stage(kit):
         ("kill", ["the kernel died"]),
     ],
 )
-def test_failure_in_a_notebook(kit, trouble, words):
+def test_failure_in_a_notebook(real_kit, trouble, words):
+    kit = real_kit
     kit.write_recipe("stages:\n  judge: {notebook: 03_judge}\n")
     output = kit.call("run", "small", "--set", f"judge.trouble={trouble}", code=1)
     for word in [
@@ -371,7 +785,7 @@ def test_missing_labels_wait_and_survive_a_change(kit):
     assert kit.states() == {"judge": "done", "after": "to run"}
     labels.write_text(labels.read_text() * 2)  # somebody labels on
     assert kit.states()["judge"] == "changed"
-    (kit.library / "colours.py").write_text("def count():\n    return 4\n")
+    kit.edit("rorem_lib/colours.py", "VERSION = 1", "VERSION = 2")
     kit.call("run", "small", "--only", "judge")
     assert labels.read_text().count("\n") == 2
     kept = list((kit.run_dir / ".superseded").glob("judge-*/labels-anna.jsonl"))
@@ -393,14 +807,15 @@ def test_what_people_said_is_carried_wherever_they_are_asked(kit, asked):
     answers.write_text('{"id": "1", "label": "accept", "simulated": false}\n')
     (answers.parent / "trials.json").write_text("{}")
     assert kit.states()["judge"] == ("changed" if "user_study" in asked else "done")
-    (kit.library / "colours.py").write_text("def count():\n    return 4\n")
+    kit.edit("rorem_lib/colours.py", "VERSION = 1", "VERSION = 2")
     kit.call("run", "small")
     assert answers.read_text() and (answers.parent / "trials.json").exists()
     assert kit.states() == {"judge": "done"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_killed_runner_leaves_nothing_and_loses_nothing(kit, number):
+def test_killed_runner_leaves_nothing_and_loses_nothing(real_kit, number):
+    kit = real_kit
     kit.write_recipe(
         "stages:\n  train: {notebook: 02_train, parameters: {max_train_steps: 40, pause: 0.05}}\n"
     )
@@ -414,6 +829,7 @@ def test_killed_runner_leaves_nothing_and_loses_nothing(kit, number):
     step = int(checkpoint.read_text())
     assert step < 40
     if number == signal.SIGKILL:
+        kit.use_no_kernels()
         output = kit.call("run", "small")
         assert f"begins at step {step}" in output and "goes on where it was stopped" in output
     else:
@@ -451,7 +867,8 @@ def test_full_disk_is_told(folder, tmp_path, monkeypatch, capsys):
     assert "the disk is full" in told and "go on with" in told
 
 
-def test_skipping_imports_nothing_heavy(kit):
+def test_skipping_imports_nothing_heavy(real_kit):
+    kit = real_kit
     code = (
         "import sys, rorem_lib.runner.cli as cli\nassert cli.main(['status', 'small']) == 0\n"
         "print([m for m in ('torch', 'numpy', 'papermill', 'nbformat') if m in sys.modules])"
@@ -480,29 +897,21 @@ def test_stage_alone_writes_its_own_records(tmp_path, monkeypatch):
     assert clean_metrics({1: (tmp_path,)}) == {"1": [str(tmp_path)]}
 
 
-def test_recipes_in_the_repository_are_valid():
-    """Every recipe that is there; the notebooks they name are checked with them."""
+def test_recipes_in_the_repository_are_valid(tmp_path):
+    """Every recipe that is there, with the notebooks that it names and their jobs."""
     for path in sorted((recipes.ROOT / "notebooks" / "recipes").glob("*.yaml")):
-        recipe = read_recipe(path)
-        assert recipe.stages and fingerprints.compute_fingerprints(recipe, run_dir=path.parent)
+        for row in read_recipe(path).stages:
+            assert read_one(row, tmp_path)["versions"], row.name
 
 
-def test_built_in_sets_count_only_where_they_are_used(folder, tmp_path, monkeypatch):
-    """In the real library: reading a set on disk doesn't depend on the code that renders scenes."""
-    write_notebook(
-        tmp_path / "plain.ipynb",
-        [
-            'output_dir: str = "x"\ndata: str = ""',
-            "from rorem_lib.data.triplets import read_triplets",
-        ],
-    )
-
-    def find_modules(data):
-        recipe = folder(f"a: {{notebook: plain, parameters: {{data: '{data}'}}}}")
-        inputs = fingerprints.compute_fingerprints(recipe, run_dir=tmp_path)["a"].inputs
-        return set(inputs["modules"]), "builtin" in inputs
-
-    modules, weights = find_modules("some/set")
-    assert "data.triplets" in modules and "builtin.scenes" not in modules and not weights
-    modules, weights = find_modules("builtin:pool")
-    assert "builtin.scenes" in modules and weights
+def test_built_in_sets_count_only_where_they_are_used(folder, tmp_path):
+    """Reading a set on disk doesn't depend on the code that renders scenes."""
+    inputs = {
+        data: read_one(
+            folder(f"a: {{notebook: plain, parameters: {{data: '{data}'}}}}").stages[0], tmp_path
+        )
+        for data in ("some/set", "builtin", "builtin:test")
+    }
+    assert [i["versions"] for i in inputs.values()] == [{}, {}, {"builtin.sets": 1}]
+    assert "builtin" not in inputs["some/set"]
+    assert inputs["builtin"]["builtin"] == inputs["builtin:test"]["builtin"]

@@ -24,6 +24,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+VERSION = 1  # raise it when a removal is judged otherwise
+
 
 @dataclass(frozen=True)
 class Limits:

@@ -16,7 +16,6 @@ two sets.
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import re
@@ -31,12 +30,12 @@ from rorem_lib.builtin import scenes
 from rorem_lib.data.pictures import TripletError, load_image, save_image
 from rorem_lib.data.triplets import HIDDEN_MARK
 from rorem_lib.data.writer import TripletWriter
-from rorem_lib.files import hash_file, read_json, remove_folder, write_json, write_text
+from rorem_lib.files import read_json, remove_folder, write_json, write_text
 from rorem_lib.workers import map_processes
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1  # raise it when what is written changes
+VERSION = 1  # raise it when the same settings render other scenes: old sets are then made anew
 ROLES = {
     "labelled": ("rord", "mulan"),
     "pool": ("pool",),
@@ -80,7 +79,7 @@ def write_scene_sets(
 ) -> dict[str, int]:
     """Write the four sets; killed and started again it goes on, and the files are the same.
 
-    A set that was written with another seed, size or renderer is written anew.
+    A set that was written with another seed, size or `VERSION` is written anew.
 
     Args:
         folder: where the sets' folders go.
@@ -119,9 +118,9 @@ def write_scene_sets(
 
 
 def _open_set(folder: Path, name: str, count: int, seed: int) -> None:
-    """Clear what another seed, size or renderer left; note what is written now."""
+    """Clear what another seed, size or `VERSION` left; note what is written now."""
     marker = folder / name / "scenes.json"
-    wanted = {"seed": seed, "count": count, "renderer": _hash_renderer()}
+    wanted = {"seed": seed, "count": count, "version": VERSION}
     found = read_json(marker) if marker.is_file() else None
     if found == wanted:
         return
@@ -218,8 +217,8 @@ def read_truth(hidden_dir: str | Path, scene_id: str) -> Truth:
 def builtin_set(role: str) -> Path:
     """The `meta.json` that `builtin:<role>` means, made at its first use and kept in the cache.
 
-    Sets are rendered below `$ROREM_CACHE` (default `~/.cache/rorem`) in a folder named after the
-    renderer's version, so an old cache is never mistaken for a new one.
+    Sets are rendered below `$ROREM_CACHE` (default `~/.cache/rorem`) in a folder named after
+    `VERSION`, so an old cache is never mistaken for a new one.
 
     Raises:
         TripletError: an unknown role.
@@ -231,10 +230,9 @@ def builtin_set(role: str) -> Path:
             + ", ".join(f"builtin:{name}" for name in ROLES)
         )
     cache = Path(os.environ.get("ROREM_CACHE") or "~/.cache/rorem").expanduser().absolute()
-    key = f"v{VERSION}-{_hash_renderer()[:12]}"
     return (
         _make_once(
-            cache / f"scenes-{key}", lambda folder: write_scene_sets(folder, **DEFAULT_SIZES)
+            cache / f"scenes-v{VERSION}", lambda folder: write_scene_sets(folder, **DEFAULT_SIZES)
         )
         / role
         / "meta.json"
@@ -260,8 +258,3 @@ def _make_once(folder: Path, make) -> Path:
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return folder
-
-
-@functools.cache
-def _hash_renderer() -> str:
-    return hash_file(scenes.__file__)

@@ -27,6 +27,7 @@ from rorem_lib.intervals import wilson_interval
 
 logger = logging.getLogger(__name__)
 
+VERSION = 1  # raise it when the same methods get other figures
 MEASURES = ("psnr_hole", "psnr_shadow", "psnr_background", "ssim_hole", "lpips_hole")
 
 

@@ -23,6 +23,7 @@ from rorem_lib.labels.log import (
 )
 from rorem_lib.labels.queue import QueueItem
 
+VERSION = 1  # raise it when the same labels give other sets
 POLICIES = ("majority", "unanimous", "single")
 ADJUDICATION = "adjudication"  # a label's order, where it settles a conflict
 

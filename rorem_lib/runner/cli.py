@@ -1,7 +1,7 @@
 """The `rorem` command: run a recipe, show how far it is, or work on triplet sets.
 
-Exit codes: 0 done; 1 a stage failed, or a set is faulty; 2 a recipe or an option is wrong; 3 labels
-by people are missing; 130 interrupted.
+Exit codes: 0 done; 1 a stage failed, or a set is faulty; 2 a recipe or an option is wrong, or
+nobody agreed to make long work anew or to delete; 3 labels by people are missing; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -22,9 +22,24 @@ import yaml
 
 from rorem_lib.files import ROOT
 from rorem_lib.runner import data_commands
-from rorem_lib.runner.pipeline import Progress, ReportFailed, StageFailed, run_recipe
-from rorem_lib.runner.recipes import Recipe, RecipeError, read_recipe
-from rorem_lib.runner.run_folder import RunLocked, is_running, read_states
+from rorem_lib.runner.pipeline import (
+    NotAgreed,
+    Progress,
+    ReportFailed,
+    StageFailed,
+    accept_stages,
+    run_recipe,
+)
+from rorem_lib.runner.recipes import Recipe, RecipeError, read_recipe, suggest
+from rorem_lib.runner.run_folder import (
+    SUPERSEDED,
+    RunLocked,
+    StageState,
+    is_running,
+    list_superseded,
+    read_states,
+    remove_superseded,
+)
 
 DONE, FAILED, WRONG, WAITING, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -49,8 +64,9 @@ class Console(Progress):
         self.began = time.monotonic()
         self.write(f"{self._head(number, total, row)} starts {row.notebook.stem} ({why})")
 
-    def skip(self, number, total, row) -> None:
-        self.write(f"{self._head(number, total, row)} done before, unchanged")
+    def skip(self, number, total, row, note="") -> None:
+        why = f"kept as it is ({note})" if note else "unchanged"
+        self.write(f"{self._head(number, total, row)} done before, {why}")
 
     def line(self, row, text) -> None:
         if not self.live:
@@ -84,12 +100,32 @@ def build_parser() -> argparse.ArgumentParser:
         prog="rorem", description="Run the notebooks of a recipe, or work on triplet sets."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    run = commands.add_parser("run", help="run every stage that is not done or that changed")
+    run = commands.add_parser(
+        "run",
+        help="run every stage that is not done or that changed",
+        description="Run every stage that is not done or that changed. What took longer than a "
+        "minute is made anew only with a typed yes or --yes, and what was there is set aside in "
+        "runs/RECIPE/.superseded: nothing is deleted.",
+    )
     status = commands.add_parser("status", help="show the stages and how far each is")
+    accept = commands.add_parser(
+        "accept", help="mark stages as current, though what they depend on changed"
+    )
+    clean = commands.add_parser(
+        "clean",
+        help="list the folders that were set aside, or delete some",
+        description="List the folders that newer ones took the place of; delete those named, "
+        "with a typed yes or --yes. Labels by people that stand nowhere else are kept.",
+    )
     data = commands.add_parser("data", help="check, merge or publish triplet sets")
     data_commands.add_commands(data)
-    for command in (run, status):
+    for command in (run, status, accept, clean):
         command.add_argument("recipe", help="a name in notebooks/recipes, or a YAML file")
+        command.add_argument(
+            "--runs-dir", metavar="FOLDER", help="where the recipe's folder goes (default: runs)"
+        )
+        command.set_defaults(set=[], seed=None, only=None)
+    for command in (run, status, accept):
         command.add_argument(
             "--set",
             action="append",
@@ -98,16 +134,24 @@ def build_parser() -> argparse.ArgumentParser:
             help="replace a parameter; the value is read as YAML; repeatable",
         )
         command.add_argument("--seed", type=int, help="replace the recipe's seed")
-        command.add_argument(
-            "--runs-dir", metavar="FOLDER", help="where the recipe's folder goes (default: runs)"
-        )
-    run.add_argument(
+    accept.add_argument("stages", nargs="+", metavar="STAGE", help="its result is taken as it is")
+    which = run.add_mutually_exclusive_group()
+    which.add_argument(
         "--from",
         dest="from_stage",
         metavar="STAGE",
         help="run this stage again, and all that depend on it, done or not",
     )
+    which.add_argument(
+        "--keep",
+        action="store_true",
+        help="take finished stages as they are, whatever changed; finish what is not done",
+    )
     run.add_argument("--only", metavar="STAGE", help="run no stage but this one")
+    clean.add_argument("folders", nargs="*", metavar="FOLDER", help="delete these of the list")
+    clean.add_argument("--all", action="store_true", help="delete all of the list")
+    for command in (run, clean):
+        command.add_argument("--yes", action="store_true", help="don't ask")
     return parser
 
 
@@ -142,7 +186,11 @@ def main(arguments: list[str] | None = None) -> int:
             options.recipe, overrides=parse_overrides(options.set), seed=options.seed
         )
         if options.command == "status":
-            return show_status(recipe, runs_dir)
+            return show_status(recipe, runs_dir, options)
+        if options.command == "accept":
+            return _accept(recipe, runs_dir, options)
+        if options.command == "clean":
+            return _clean(recipe, runs_dir, options)
         return _run(recipe, runs_dir, options)
     except (RecipeError, RunLocked) as error:
         print(f"rorem: {error}", file=sys.stderr)
@@ -155,21 +203,40 @@ def main(arguments: list[str] | None = None) -> int:
         return FAILED
 
 
-def describe_command(options) -> str:
-    """The command that goes on after a stop: the same one, without starting anything afresh."""
-    words = ["rorem", "run", options.recipe]
+def describe_command(options, command: str = "run", *more: str) -> str:
+    """A command on the same recipe with the same settings; by default the one that goes on after
+    a stop, without starting anything afresh."""
+    words = ["rorem", command, options.recipe, *more]
     for text in options.set:
         words += ["--set", text]
     for name, value in (
         ("--seed", options.seed),
         ("--runs-dir", options.runs_dir),
-        ("--only", options.only),
+        ("--only", options.only if command == "run" else None),
     ):
         words += [name, str(value)] if value is not None else []
     program = Path(sys.argv[0])
     if program.name == "rorem" and shutil.which("rorem") != str(program.absolute()):
         words[0] = os.path.relpath(program)  # called by its path: it is not on PATH
     return shlex.join(words)
+
+
+def format_seconds(seconds: float) -> str:
+    """How long something took, as people say it: "40 s", "12 min", "3.5 h", "2.1 days"."""
+    for unit, length, digits in (("days", 86400, 1), ("h", 3600, 1), ("min", 60, 0)):
+        if seconds >= length:
+            return f"{seconds / length:.{digits}f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _ask(question: str) -> bool | None:
+    """Whether somebody types yes; None where nobody can be asked."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return None
+    try:
+        return input(f"{question} Type yes to go on: ").strip() == "yes"
+    except EOFError:
+        return False
 
 
 def _interrupt(number, frame):
@@ -189,8 +256,13 @@ def _run(recipe: Recipe, runs_dir: Path, options) -> int:
             runs_dir=runs_dir,
             from_stage=options.from_stage,
             only=options.only,
+            keep=options.keep,
+            agree=lambda states: _agree(states, recipe, runs_dir, options, console),
             progress=console,
         )
+    except NotAgreed as refused:
+        _tell_choices(refused.states, options, console)
+        return WRONG
     except StageFailed as failure:
         console.write("")
         tell_failure(failure, runs_dir / recipe.name, describe_command(options), console)
@@ -214,6 +286,72 @@ def _run(recipe: Recipe, runs_dir: Path, options) -> int:
         f"{recipe.name}: {len(result['ran'])} run, {len(result['skipped'])} unchanged, "
         f"{time.monotonic() - began:.0f} s{told}"
     )
+    return DONE
+
+
+def _agree(states: list[StageState], recipe, runs_dir, options, console: Console) -> bool:
+    """Name what would be made anew, why, and how long it took; then ask."""
+    console.write("This is there already and would be made anew:")
+    width = max(len(state.row.name) for state in states)
+    for state in states:
+        done = f"took {format_seconds(state.seconds)}, finished {state.finished}"
+        half = f"half done, {format_seconds(state.seconds)} of work"
+        console.write(
+            f"  {state.row.name:<{width}}  {done if state.finished else half}; {state.note}"
+        )
+    console.write(
+        "What depends on it follows if its inputs change. What is there is set aside in "
+        f"{os.path.relpath(runs_dir / recipe.name / SUPERSEDED)}."
+    )
+    return options.yes or bool(_ask("Make it anew?"))
+
+
+def _tell_choices(states: list[StageState], options, console: Console) -> None:
+    """The commands to choose from, where nobody agreed."""
+    again = ["--from", options.from_stage] if options.from_stage else []
+    names = [state.row.name for state in states]
+    console.write("Stopped, nothing of it was touched. Go on with one of:")
+    console.write(f"  {describe_command(options, 'run', *again, '--yes')}   (make it anew)")
+    if not again:
+        console.write(f"  {describe_command(options, 'run', '--keep')}   (take it as it is)")
+        console.write(f"  {describe_command(options, 'accept', *names)}   (and mark it as current)")
+
+
+def _accept(recipe: Recipe, runs_dir: Path, options) -> int:
+    for name, changes in accept_stages(recipe, options.stages, runs_dir=runs_dir).items():
+        print(f"{name}: " + (f"accepted ({changes})" if changes else "was current"))
+    return DONE
+
+
+def _clean(recipe: Recipe, runs_dir: Path, options) -> int:
+    entries = list_superseded(runs_dir / recipe.name)
+    known = [entry.path.name for entry in entries]
+    for name in options.folders:
+        if name not in known:
+            raise RecipeError(recipe.path, [f'"{name}" was not set aside{suggest(name, known)}'])
+    shown = os.path.relpath(runs_dir / recipe.name / SUPERSEDED)
+    print(f"{shown}: {len(entries)} folders that newer ones took the place of")
+    width = max(map(len, known), default=0)
+    for entry in entries:
+        print(
+            f"  {entry.path.name:<{width}}  {entry.stage}, made {entry.made:%Y-%m-%d %H:%M} UTC, "
+            f"{entry.size / 1e6:,.1f} MB: {', '.join(entry.holds) or 'records alone'}"
+        )
+    chosen = [e for e in entries if options.all or e.path.name in options.folders]
+    if not chosen:
+        return DONE
+    agreed = options.yes or _ask(f"Delete {len(chosen)} of them?")
+    if not agreed:
+        words = ["--all"] if options.all else options.folders
+        print(
+            f"Nothing was deleted. Go on with: {describe_command(options, 'clean', *words)} --yes"
+        )
+        return WRONG
+    for entry in chosen:
+        kept = remove_superseded(entry)
+        print(f"deleted {entry.path.name}" + " but for what people said" * bool(kept))
+        for path in kept:
+            print(f"  kept, it stands nowhere else: {os.path.relpath(path)}")
     return DONE
 
 
@@ -241,7 +379,7 @@ def tell_failure(failure: StageFailed, run_dir: Path, command: str, console: Con
     console.write(f"Go on with: {command}")
 
 
-def show_status(recipe: Recipe, runs_dir: Path) -> int:
+def show_status(recipe: Recipe, runs_dir: Path, options) -> int:
     """Print the table of stages with their states."""
     run_dir = runs_dir / recipe.name
     pid = is_running(run_dir)
@@ -261,6 +399,10 @@ def show_status(recipe: Recipe, runs_dir: Path) -> int:
             f"  {row.name:<{width}}  {row.row:<16}  {row.notebook.stem:<{stems}}  {word:<8}  "
             f"{seconds}  {state.finished or '':<25}  {note}".rstrip()
         )
+    if changed := [s.row.name for s in states if s.state == "changed"]:
+        print(f"{describe_command(options)} makes anew what changed. To take it as it is:")
+        print(f"  {describe_command(options, 'accept', *changed)}")
+        print(f"  {describe_command(options, 'run', '--keep')}")
     report = run_dir / "report.html"
     if report.exists():
         print(f"report: {os.path.relpath(report)}")

@@ -1,19 +1,21 @@
-"""Fingerprints: what a stage's result depends on, so that the same work is never done twice.
+"""What a stage's result depends on, so that the same work is never done twice nor thrown away.
 
-A stage's fingerprint is a SHA-256 over
+A stage's *inputs* are
 
-- its parameters, the notebook's defaults included (`${stage}` as written, not as a path);
-- its notebook's code cells (not its text, not its outputs);
-- the sources of the `rorem_lib` modules its code imports or launches as jobs, and of all that
-  those import in turn; the modules that only run notebooks (`RUNNER`) don't count, and what is
-  imported for a `builtin:` set counts where a parameter names one;
-- the fingerprints of the stages it refers to;
-- the files its parameters name: a `meta.json`, or a folder that holds one, by the content of
-  `meta.json` (the pictures under it are not looked at); a folder that another run made by its
-  DONE marker; every other file by size and modification time; other folders by the size and
-  modification time of all files in them;
-- the built-in model's files, when a parameter is `builtin` or begins with `builtin:`;
-- where people label (`mode: interactive`), the label files in the stage's own folder.
+- `parameters`: its notebook's, the defaults included (`${stage}` as written, not as a path);
+- `notebook`: what its code cells do. Text, comments, messages, the names of variables, imports,
+  what only prints or draws, and cells with the tag `view` don't count (see `describe_code`);
+- `versions`: `VERSION` in the module of each job that it launches (`launch_job("remover", ...)`) or
+  that `start_stage(..., job="acceptance")` names. Whoever changes what a job computes, in its own
+  module or in one that it uses, raises its number. No source is hashed: an edit re-runs nothing;
+- `content`: SHA-256 of what its parameters name in earlier stages (`${human_1}/remover`), so that
+  an unchanged result ends the chain;
+- `files`: what its parameters name elsewhere: a `meta.json`, or a folder that holds one, by the
+  content of `meta.json`; a folder that another run made by its DONE marker; every other file by
+  size and modification time; other folders by the size and modification time of all files in them;
+- `builtin`: the built-in model's files, where a parameter is `builtin` or begins with `builtin:`
+  (then the version of the built-in sets counts too);
+- `labels`: the label files in its own folder, where people answer (`mode: interactive`).
 """
 
 from __future__ import annotations
@@ -22,171 +24,184 @@ import ast
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import cache
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from rorem_lib.files import ROOT, hash_file, resolve_path
-from rorem_lib.parameters import read_cells
-from rorem_lib.runner.recipes import Recipe, RecipeError, StageRow, list_strings
+from rorem_lib.parameters import read_cells, read_parameters
+from rorem_lib.runner.notebook_code import describe_code, name_call, parse_cells
+from rorem_lib.runner.recipes import REFERENCE, RecipeError, StageRow, list_strings
 
 PACKAGE = ROOT / "rorem_lib"
-RUNNER = ("runner", "parameters", "evaluation.report")  # with what lies in them
-# Imports that happen for a set `builtin:<role>` alone. Followed for every stage, they would make
-# each depend on the code that renders scenes and on the code that makes candidates of them.
 BUILTIN_SETS = "builtin.sets"
-ONLY_FOR_BUILTIN_SETS = frozenset(
-    {("data.triplets", BUILTIN_SETS), (BUILTIN_SETS, "removal"), (BUILTIN_SETS, "models.sdxl")}
+WRITTEN = ("latent_cache_dir",)  # parameters that name what a stage fills, not what it reads
+VIEW = "view"  # the tag of cells that only look
+
+# What a run writes about itself at the top of a stage's folder; no later stage reads it.
+RECORDS = frozenset(
+    "notebook.ipynb stage.json stage.started.json DONE metrics.json train_metrics.json config.yaml "
+    "metrics.jsonl figures labels logs validation_images".split()
 )
-_AWAIT = ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+NOTES = frozenset({"settings.json", "scenes.json"})  # how a set was made, beside its meta.json
+_PARTS = {  # of a stage's inputs, as people say it
+    "parameters": "parameter",
+    "versions": "version of",
+    "content": "content of",
+    "files": "file",
+    "builtin": "built-in model",
+}
 
 
-@dataclass(frozen=True)
-class Fingerprint:
-    """Attributes:
-    digest: what DONE holds when the stage is finished.
-    base: the same without the labels people added; decides whether a half-done folder is kept.
-    inputs: the parts, as written to `stage.json`.
-    """
-
-    digest: str
-    base: str
-    inputs: dict
-
-
-def _digest(value) -> str:
+def digest(value) -> str:
+    """SHA-256 of a JSON value; of a stage's inputs it is what its DONE marker holds."""
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def list_used_modules(source: str, *, module: str = "", package: Path = PACKAGE) -> set[str]:
-    """Modules of the package that a Python source imports or launches, as dotted names.
+# ---------------------------------------------------------------------------- notebooks and jobs
+
+
+@cache
+def _read_notebook(notebook: Path, modified: int) -> tuple[str, tuple]:
+    """A notebook's code hash, and the expressions that name its jobs, compiled."""
+    cells = [c["source"] for c in read_cells(notebook) if not {"parameters", VIEW} & set(c["tags"])]
+    try:
+        code = describe_code(cells, parameters=read_parameters(notebook))
+        trees = parse_cells(cells)
+    except SyntaxError as error:
+        raise RecipeError(notebook, [f"{error.filename} is no Python: {error}"]) from error
+    jobs = []
+    for call in (n for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Call)):
+        key = {"launch_job": "module", "start_stage": "job"}.get(name_call(call))
+        named = [k.value for k in call.keywords if k.arg == key]
+        if key == "module":
+            named = [*call.args[:1], *named]
+        jobs += [compile(ast.Expression(node), "<job>", "eval") for node in named if key]
+    return digest(code), tuple(jobs)
+
+
+def _list_jobs(row: StageRow) -> list[str]:
+    """The jobs of a stage, whose names are constants or depend on its parameters alone."""
+    found = []
+    for job in _read_notebook(row.notebook, row.notebook.stat().st_mtime_ns)[1]:
+        try:
+            names = eval(job, {"__builtins__": {}}, dict(row.parameters))
+        except Exception as error:
+            raise RecipeError(
+                row.notebook,
+                [f"the name of a job must be a constant, or one chosen by a parameter: {error}"],
+            ) from error
+        found += [names] if isinstance(names, str) else names
+    return sorted({name for name in found if name})
+
+
+def read_version(module: str) -> int:
+    """The number `VERSION` in a job's module, which is read, not imported.
 
     Args:
-        source: Python, or a notebook cell (lines that begin with `%` or `!` are left out).
-        module: the dotted name of the module the source is, below the package; for relative
-            imports. A package's own name ends in `.__init__`.
-        package: the package's folder.
+        module: its dotted name below the package.
 
     Raises:
-        SyntaxError: the source is no Python.
+        RecipeError: there is no such module, or it has no such line.
     """
-    lines = ["pass" if line.startswith(("%", "!")) else line for line in source.splitlines()]
-    tree = compile("\n".join(lines), module or "<cell>", "exec", _AWAIT, dont_inherit=True)
-    root, found = package.name, set()
+    file = PACKAGE.joinpath(*module.split(".")).with_suffix(".py")
+    if not file.is_file():
+        raise RecipeError(file, [f'there is no module for the job "{module}"'])
+    return _parse_version(file, file.stat().st_mtime_ns)
 
-    def add(name: str) -> None:
-        """Add `name` and the packages above it, where they are modules of this package."""
-        if name != root and not name.startswith(f"{root}."):
-            return
-        parts = name.split(".")[1:]
-        for depth in range(len(parts) + 1):
-            if _find_module(".".join(parts[:depth]), package):
-                found.add(".".join(parts[:depth]))
 
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                add(alias.name)
-        elif isinstance(node, ast.ImportFrom):
-            origin = node.module or ""
-            if node.level:
-                above = [root, *module.split(".")][: -node.level]
-                origin = ".".join([*above, *([origin] if origin else [])])
-            add(origin)
-            for alias in node.names:
-                add(f"{origin}.{alias.name}")
-        elif isinstance(node, ast.Call):
-            called = getattr(node.func, "id", getattr(node.func, "attr", ""))
-            named = [k.value for k in node.keywords if k.arg == "module"]
-            target = (node.args[:1] + named)[0] if node.args or named else None
-            if called == "launch_job" and isinstance(target, ast.Constant):
-                add(f"{root}.{target.value}")
-            elif called == "import_module" and isinstance(target, ast.Constant):
-                add(str(target.value))
-            elif called == "import_module" and isinstance(target, ast.JoinedStr):
-                # f"rorem_lib.sources.{name}": whichever it is, so all of them
-                stem = getattr(target.values[0], "value", "")
-                folder = package.joinpath(*str(stem).strip(".").split(".")[1:])
-                if str(stem).startswith(f"{root}.") and folder.is_dir():
-                    for file in folder.glob("*.py"):
-                        add(f"{str(stem).strip('.')}.{file.stem}")
+@cache
+def _parse_version(file: Path, modified: int) -> int:
+    try:
+        body = ast.parse(file.read_text(encoding="utf-8")).body
+    except SyntaxError as error:
+        raise RecipeError(file, [f"is no Python: {error}"]) from error
+    for node in body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "VERSION":
+            return ast.literal_eval(node.value)
+    raise RecipeError(file, ["is a job's module and needs a line `VERSION = 1`"])
+
+
+# ------------------------------------------------------------------------------------ contents
+
+
+def list_references(row: StageRow) -> list[tuple[str, str]]:
+    """What a stage's parameters name in earlier stages: (stage, path below its folder)."""
+    found = []
+    for text in (text for value in row.given.values() for text in list_strings(value)):
+        for match in REFERENCE.finditer(text):
+            rest = text[match.end() :]
+            below = match.start() == 0 and rest.startswith("/") and not REFERENCE.search(rest)
+            found.append((match[1], os.path.normpath(rest.strip("/") or ".") if below else "."))
+    return sorted(set(found))
+
+
+def list_files(path: Path, *, top: bool = False) -> Iterator[tuple[str, int, int]]:
+    """The files that are a folder's content, or a file itself: (name below it, bytes, mtime in ns).
+
+    Hidden files and unfinished ones (`.partial`) are none, nor are `NOTES`.
+
+    Args:
+        path: a folder or a file.
+        top: the folder is a stage's own: `RECORDS`, logs and checkpoints are left out.
+    """
+    if not path.is_dir():
+        status = path.stat()
+        yield "", status.st_size, status.st_mtime_ns
+        return
+    waiting = [("", path)]
+    while waiting:
+        above, folder = waiting.pop()
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                name = entry.name
+                if name.startswith(".") or name.endswith(".partial") or name in NOTES:
+                    continue
+                if top and not above and is_record(name):
+                    continue
+                if entry.is_dir():
+                    waiting.append((f"{above}{name}/", Path(entry.path)))
+                elif entry.is_file():
+                    status = entry.stat()
+                    yield above + name, status.st_size, status.st_mtime_ns
+
+
+def is_record(name: str) -> bool:
+    """Whether a file or folder at the top of a stage's folder is a run's record of itself."""
+    return name in RECORDS or name.startswith("checkpoint-") or name.endswith(".log")
+
+
+def measure_content(path: Path, *, top: bool = False) -> dict:
+    """Number, bytes and newest modification time (ns) of `list_files`: 600,000 take seconds."""
+    found = {"files": 0, "bytes": 0, "newest": 0}
+    for _, size, modified in list_files(path, top=top):
+        found["files"] += 1
+        found["bytes"] += size
+        found["newest"] = max(found["newest"], modified)
     return found
 
 
-def _find_module(name: str, package: Path) -> Path | None:
-    """The file of a dotted name below the package ("" is the package itself)."""
-    place = package.joinpath(*name.split(".")) if name else package
-    for file in (place / "__init__.py", place.with_suffix(".py")):
-        if file.is_file() and (name or file.parent == package):
-            return file
-    return None
+def hash_content(path: Path, *, top: bool = False) -> str:
+    """SHA-256 over the names and the SHA-256 of the files that `list_files` lists."""
+    return _hash_files(path, [name for name, _, _ in list_files(path, top=top)])
 
 
-def _read_module(name: str, package: Path) -> tuple[str, frozenset[str]]:
-    """A module's content hash and the modules it uses itself."""
-    file = _find_module(name, package)
-    return _parse_module(file, name, package, file.stat().st_mtime_ns)
-
-
-@cache
-def _parse_module(file: Path, name: str, package: Path, modified: int):
-    source = file.read_text(encoding="utf-8")
-    module = f"{name}.__init__".strip(".") if file.name == "__init__.py" else name
-    try:
-        used = frozenset(list_used_modules(source, module=module, package=package))
-    except SyntaxError as error:
-        raise RecipeError(file, [f"is no Python: {error}"]) from error
-    return hashlib.sha256(source.encode()).hexdigest()[:16], used
-
-
-def _runs_alone(name: str) -> bool:
-    return any(name == other or name.startswith(f"{other}.") for other in RUNNER)
-
-
-def hash_modules(names, *, package: Path = PACKAGE, without=frozenset()) -> dict[str, str]:
-    """Hashes of these modules and of all that they import, in turn; the runner's left out.
-
-    Args:
-        names: dotted names below the package.
-        package: the package's folder.
-        without: imports that are not followed, as (importing module, imported module).
-    """
-    hashes, waiting = {}, list(names)
-    while waiting:
-        name = waiting.pop()
-        if name not in hashes and not _runs_alone(name):
-            hashes[name], used = _read_module(name, package)
-            waiting += [other for other in used if (name, other) not in without]
-    return {name or package.name: hashes[name] for name in sorted(hashes)}
-
-
-def _read_notebook(notebook: Path, package: Path) -> tuple[str, frozenset[str]]:
-    """A notebook's code hash and the modules its cells use."""
-    return _parse_notebook(notebook, package, notebook.stat().st_mtime_ns)
+def _hash_files(path: Path, names: list[str]) -> str:
+    names, total = sorted(names), hashlib.sha256()
+    with ThreadPool(min(8, os.cpu_count() or 1)) as pool:
+        hashes = pool.imap(lambda name: hash_file(path / name), names, chunksize=64)
+        for name, text in zip(names, hashes):
+            total.update(f"{name}\0{text}\n".encode())
+    return total.hexdigest()
 
 
 @cache
-def _parse_notebook(notebook: Path, package: Path, modified: int):
-    sources = [cell["source"] for cell in read_cells(notebook)]
-    used = set()
-    for number, source in enumerate(sources, 1):
-        try:
-            used |= list_used_modules(source, package=package)
-        except SyntaxError as error:
-            raise RecipeError(notebook, [f"code cell {number} is no Python: {error}"]) from error
-    return _digest(sources)[:16], frozenset(used)
-
-
-@cache
-def _hash_builtin(package: Path) -> str:
+def _hash_builtin() -> str:
     """The built-in model's files; its card and other text don't count."""
-    files = sorted(
-        p
-        for p in (package / "builtin" / "model").rglob("*")
-        if p.is_file() and p.suffix != ".md" and "__pycache__" not in p.parts
-    )
-    return _digest([(str(p.relative_to(package)), hash_file(p)) for p in files])[:16]
+    model = PACKAGE / "builtin" / "model"
+    return _hash_files(model, [name for name, _, _ in list_files(model) if name[-3:] != ".md"])
 
 
 def stamp_path(path: Path) -> str | None:
@@ -207,7 +222,7 @@ def stamp_path(path: Path) -> str | None:
             if file.exists():
                 status = file.stat()
                 files.append((str(file.relative_to(path)), status.st_size, status.st_mtime_ns))
-    return f"{len(files)} files, {_digest(sorted(files))[:16]}"
+    return f"{len(files)} files, {digest(sorted(files))[:16]}"
 
 
 def _stamp_parameter(text: str) -> str | None:
@@ -233,71 +248,74 @@ def asks_people(row: StageRow) -> bool:
     return row.parameters.get("mode") == "interactive" or bool(row.parameters.get("user_study"))
 
 
-def compute_fingerprints(
-    recipe: Recipe, *, run_dir: Path, settled: dict | None = None, package: Path = PACKAGE
-) -> dict[str, Fingerprint]:
-    """Every stage's fingerprint, by name, in the recipe's order.
+# -------------------------------------------------------------------------------------- inputs
+
+
+def read_inputs(row: StageRow, *, folder: Path, get_content: Callable) -> dict:
+    """What a stage's result depends on, as it is now; plain JSON, as `stage.json` holds it.
 
     Args:
-        recipe: the checked recipe.
-        run_dir: `runs/<recipe>`.
-        settled: fingerprints, by stage, to be taken as they are: a run's stages so far.
-        package: the library's folder.
+        row: the stage.
+        folder: its folder.
+        get_content: (stage, path) -> the hash of what an earlier stage made; None where that
+            stage is not finished, so that nobody knows.
 
     Raises:
-        RecipeError: a notebook's code cell or a module is no Python.
+        RecipeError: a cell is no Python, or a job has no module or no version.
     """
-    found: dict[str, Fingerprint] = {}
-    for row in recipe.stages:
-        if settled and row.name in settled:
-            found[row.name] = settled[row.name]
-            continue
-        notebook, used = _read_notebook(row.notebook, package)
-        texts = [text for value in row.parameters.values() for text in list_strings(value)]
-        inputs = {
-            "parameters": row.parameters,
-            "notebook": notebook,
-            "modules": {},
-            "stages": {name: found[name].digest for name in row.upstream},
-            "files": {t: stamp for t in texts if (stamp := _stamp_parameter(t))},
-        }
-        renders = any(text.startswith("builtin:") for text in texts)
-        if renders and _find_module(BUILTIN_SETS, package):
-            used = used | {BUILTIN_SETS}
-        if any(text.split(":")[0] == "builtin" for text in texts):
-            inputs["builtin"] = _hash_builtin(package)
-        inputs["modules"] = hash_modules(
-            used, package=package, without=frozenset() if renders else ONLY_FOR_BUILTIN_SETS
-        )
-        base = digest = _digest(inputs)
-        if asks_people(row):
-            folder = run_dir / row.name
-            inputs["labels"] = {
-                str(p.relative_to(folder)): hash_file(p)[:16] for p in list_labels(folder)
-            }
-            digest = _digest(inputs)
-        found[row.name] = Fingerprint(digest, base, inputs)
-    return found
+    read = {key: value for key, value in row.parameters.items() if key not in WRITTEN}
+    texts = [text for value in read.values() for text in list_strings(value)]
+    jobs = _list_jobs(row)
+    if any(text.startswith("builtin:") for text in texts):
+        jobs.append(BUILTIN_SETS)
+    inputs = {
+        "parameters": row.parameters,
+        "notebook": _read_notebook(row.notebook, row.notebook.stat().st_mtime_ns)[0],
+        "versions": {job: read_version(job) for job in jobs},
+        "content": {
+            os.path.normpath(f"{stage}/{path}"): get_content(stage, path)
+            for stage, path in list_references(row)
+        },
+        "files": {text: stamp for text in texts if (stamp := _stamp_parameter(text))},
+    }
+    if any(text.partition(":")[0] == "builtin" for text in texts):
+        inputs["builtin"] = _hash_builtin()
+    if asks_people(row):
+        inputs["labels"] = {str(p.relative_to(folder)): hash_file(p) for p in list_labels(folder)}
+    return json.loads(json.dumps(inputs, default=str))
 
 
-def describe_change(before: dict, now: dict) -> str:
-    """What differs between two `inputs`, in a few words: "parameter seed: 4 -> 5, module masks"."""
+def is_earlier(inputs: dict) -> bool:
+    """Whether inputs were written by a version of the kit that hashed the library's sources."""
+    return bool(inputs) and "content" not in inputs
+
+
+def describe_change(before: dict, now: dict, *, labels: bool = True) -> str:
+    """What differs between two `inputs`, in a few words ("parameter seed 4 -> 5"); "" for nothing.
+
+    Args:
+        before: as recorded.
+        now: as read; content that nobody knows yet (None) differs from nothing.
+        labels: whether labels count, which make a stage run again in the folder it has.
+    """
+    if is_earlier(before):
+        return "made by an earlier version of the kit"
     words = []
-    for part, label in (
-        ("parameters", "parameter"),
-        ("modules", "module"),
-        ("stages", "stage"),
-        ("files", "file"),
-        ("labels", "labels"),
-    ):
-        old, new = before.get(part) or {}, json.loads(json.dumps(now.get(part) or {}, default=str))
-        for name in sorted(set(old) | set(new)):
-            if old.get(name) != new.get(name):
-                change = f": {old.get(name)} -> {new.get(name)}" if part == "parameters" else ""
-                words.append(f"{label} {name}{change}")
-    words += [
-        label
-        for part, label in (("notebook", "the notebook"), ("builtin", "built-in model"))
-        if before.get(part) != now.get(part)
-    ]
+    for part in sorted({*before, *now} - ({"labels"} if not labels else set())):
+        label, (old, new) = _PARTS.get(part, part), (before.get(part), now.get(part))
+        if not isinstance(old, dict) or not isinstance(new, dict):
+            words += [label] if old != new else []
+            continue
+        for name in sorted({*old, *new}):
+            if part == "content" and name in new and new[name] is None:
+                continue
+            if (name in old) != (name in new) or old.get(name) != new.get(name):
+                shown = (_shorten(old.get(name)), _shorten(new.get(name)))
+                change = " -> ".join(shown) if part in ("parameters", "versions") else ""
+                words.append(f"{label} {name} {change}".rstrip())
     return ", ".join(words[:4]) + (f" and {len(words) - 4} more" if len(words) > 4 else "")
+
+
+def _shorten(value) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 40 else text[:39] + "…"

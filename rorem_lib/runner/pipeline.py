@@ -2,22 +2,29 @@
 
 A stage counts as done through its DONE marker alone, which is written here, last: the notebook's
 own metadata can't be trusted, since a killed kernel leaves a notebook that papermill calls
-completed.
+completed. What took longer than a minute is not made anew before somebody has agreed to it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-from rorem_lib.files import ROOT, format_time, write_json, write_text
-from rorem_lib.runner.fingerprints import Fingerprint, compute_fingerprints
+from rorem_lib.files import ROOT, format_time, write_json
+from rorem_lib.runner.fingerprints import list_references, read_inputs
 from rorem_lib.runner.recipes import Recipe, RecipeError, StageRow, substitute, suggest
 from rorem_lib.runner.run_folder import (
+    Outputs,
+    StageState,
+    accept_stage,
+    close_folder,
     lock_run,
     open_folder,
+    read_finished,
     read_record,
     read_state,
     supersede_folder,
@@ -30,6 +37,14 @@ _WHY = {
     "failed": "tried again",
     "waiting": "looks for labels again",
 }
+
+
+class NotAgreed(RuntimeError):
+    """Stages that took long would be made anew, and nobody agreed; `states` are they."""
+
+    def __init__(self, states: list[StageState]):
+        self.states = states
+        super().__init__("would be made anew: " + ", ".join(s.row.name for s in states))
 
 
 class ReportFailed(RuntimeError):
@@ -60,8 +75,8 @@ class Progress:
     def begin(self, number: int, total: int, row: StageRow, why: str) -> None:
         """A stage starts; `why` says what made it necessary."""
 
-    def skip(self, number: int, total: int, row: StageRow) -> None:
-        """A stage is finished and unchanged."""
+    def skip(self, number: int, total: int, row: StageRow, note: str = "") -> None:
+        """A stage is finished and stays; `note` says what changed nevertheless."""
 
     def line(self, row: StageRow, text: str) -> None:
         """A line that the stage's notebook or job wrote."""
@@ -76,6 +91,8 @@ def run_recipe(
     runs_dir: Path,
     from_stage: str | None = None,
     only: str | None = None,
+    keep: bool = False,
+    agree: Callable[[list[StageState]], bool] = lambda states: False,
     progress: Progress | None = None,
 ) -> dict:
     """Run what is not done, in order; then write the report.
@@ -85,6 +102,9 @@ def run_recipe(
         runs_dir: the recipe's folder is made in it.
         from_stage: run this stage again, and every later one that depends on it, done or not.
         only: run no stage but this one; those it refers to must be done.
+        keep: take finished stages as they are and go on with half-done ones, whatever changed.
+        agree: asked once, before folders with more than a minute's work are set aside, with the
+            states of their stages; what the answer True allows holds for later stages too.
         progress: told what happens.
 
     Returns:
@@ -92,16 +112,14 @@ def run_recipe(
 
     Raises:
         RecipeError: `from_stage` or `only` names no stage, or `only` lacks what it refers to.
+        NotAgreed: `agree` answered False; the folders are where they were.
         RunLocked: another runner is at work in the folder.
         StageFailed: the first stage that failed, or that waits for labels.
         ReportFailed: the stages are done, the report is not.
         OSError: the folder can't be written, the disk is full.
     """
-    names = [row.name for row in recipe.stages]
-    for name in filter(None, (from_stage, only)):
-        if name not in names:
-            raise RecipeError(recipe.path, [f'there is no stage "{name}"{suggest(name, names)}'])
-    run_dir, progress = runs_dir / recipe.name, progress or Progress()
+    _check_names(recipe, filter(None, (from_stage, only)))
+    run_dir = runs_dir / recipe.name
     if "{" in str(run_dir) or "}" in str(run_dir):
         raise RecipeError(
             recipe.path,
@@ -110,134 +128,195 @@ def run_recipe(
                 "a template: choose another --runs-dir"
             ],
         )
+    with _open_run(run_dir):
+        return _Run(recipe, run_dir, only, keep, agree, progress or Progress()).run(from_stage)
+
+
+def accept_stages(recipe: Recipe, names: list[str], *, runs_dir: Path) -> dict[str, str]:
+    """Mark stages as current, in the recipe's order; returns what had changed in each.
+
+    Raises:
+        RecipeError: an unknown stage, or one of which nothing is there.
+        RunLocked: a runner is at work in the folder.
+        OSError: the folder can't be written.
+    """
+    _check_names(recipe, names)
+    run_dir = runs_dir / recipe.name
+    rows = [row for row in recipe.stages if row.name in names]
+    with _open_run(run_dir):
+        outputs = Outputs(run_dir, keep=True)
+        return {row.name: accept_stage(row, run_dir, outputs) for row in rows}
+
+
+def _check_names(recipe: Recipe, names) -> None:
+    known = [row.name for row in recipe.stages]
+    for name in names:
+        if name not in known:
+            raise RecipeError(recipe.path, [f'there is no stage "{name}"{suggest(name, known)}'])
+
+
+def _open_run(run_dir: Path):
+    """Make the run's folder and hold its lock."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock = lock_run(run_dir)
+        return lock_run(run_dir)
     except OSError as error:
         raise OSError(
             error.errno, f"{run_dir} can't be written: {error.strerror}; choose another --runs-dir"
         ) from error
-    with lock:
+
+
+class _Run:
+    """One `rorem run`, its lock held."""
+
+    def __init__(self, recipe, run_dir, only, keep, agree, progress):
+        self.recipe, self.run_dir, self.only, self.keep = recipe, run_dir, only, keep
+        self.agree, self.agreed, self.progress = agree, keep, progress
+        self.outputs = Outputs(run_dir, keep=True)
+        self.began, self.ran, self.skipped, self.earlier = time.time(), [], [], []
+
+    def run(self, from_stage: str | None) -> dict:
+        rows, total, needed = self.recipe.stages, len(self.recipe.stages), ()
         if from_stage:
-            _withdraw_stages(recipe, run_dir, from_stage)
-        return _run_stages(recipe, run_dir, only, progress)
+            self._withdraw(from_stage)
+        else:
+            self._ask_about(map(self._read, rows))
+        if any((self.run_dir / row.name / "DONE").exists() for row in rows):
+            self.earlier = read_record(self.run_dir / "run.json").get("runs", [])
+        if self.only:
+            needed = next(row for row in rows if row.name == self.only).upstream
+        for number, row in enumerate(rows, 1):
+            state = self._read(row)
+            if state.state == "done" or (self.keep and state.finished):
+                self.skipped.append(row.name)
+                self.progress.skip(number, total, row, state.note)
+            elif self.only in (None, row.name):
+                if state.long:
+                    self._ask_about(map(self._read, rows[number - 1 :]))
+                why = _WHY.get(state.state) or f"changed: {state.note}"
+                self.progress.begin(number, total, row, why)
+                seconds, metrics = self._run_stage(row)
+                self.ran.append(row.name)
+                self.record()
+                self.progress.end(number, total, row, seconds, metrics)
+            elif row.name in needed:
+                raise RecipeError(
+                    self.recipe.path,
+                    [
+                        f'"{self.only}" needs the stage "{row.name}", which is '
+                        f"not up to date ({state.note or state.state})"
+                    ],
+                )
+        report = None if self.only else self._write_report()
+        return {"ran": self.ran, "skipped": self.skipped, "report": report}
 
+    def _read(self, row: StageRow) -> StageState:
+        """Read anew at each turn: code edited while a stage runs counts for those after it."""
+        return read_state(row, self.run_dir, self.outputs)
 
-def _withdraw_stages(recipe: Recipe, run_dir: Path, first: str) -> None:
-    """Set aside the folders of a stage and of all that depend on it: they start afresh."""
-    stale = {first}
-    for row in recipe.stages:
-        if stale & {row.name, *row.upstream}:
-            stale.add(row.name)
-            supersede_folder(run_dir / row.name)
+    def _ask_about(self, states) -> None:
+        """Ask before long work is set aside, unless somebody agreed before."""
+        if self.agreed:
+            return
+        found = [s for s in states if s.long and self.only in (None, s.row.name)]
+        self.agreed = bool(found) and self.agree(found)
+        if found and not self.agreed:
+            raise NotAgreed(found)
 
-
-def _run_stages(recipe: Recipe, run_dir: Path, only: str | None, progress: Progress) -> dict:
-    began, total = time.time(), len(recipe.stages)
-    fresh = not any((run_dir / row.name / "DONE").exists() for row in recipe.stages)
-    earlier = [] if fresh else read_record(run_dir / "run.json").get("runs", [])
-    ran, skipped = [], []
-
-    def record(**more) -> None:
-        """Bring `run.json` up to date; a killed run keeps the seconds of its finished stages."""
-        runs = [
-            *earlier,
-            {"started": format_time(began), "ran": ran, "seconds": round(time.time() - began, 2)},
+    def _withdraw(self, first: str) -> None:
+        """Set aside the folders of a stage and of all that depend on it: they start anew."""
+        rows, stale = [], {first}
+        for row in self.recipe.stages:
+            if stale & {row.name, *row.upstream}:
+                stale.add(row.name)
+                rows += [row] * (self.only in (None, row.name))
+        states = [
+            dataclasses.replace(self._read(row), note="--from", replaced=True) for row in rows
         ]
-        seconds = {
-            row.name: read_record(run_dir / row.name / "stage.json").get("seconds")
-            for row in recipe.stages
+        self._ask_about(states)
+        for row in rows:
+            supersede_folder(self.run_dir / row.name)
+            self.outputs.forget(row.name)
+
+    def _run_stage(self, row: StageRow) -> tuple[float, dict]:
+        inputs = read_inputs(row, folder=self.run_dir / row.name, get_content=self.outputs.get)
+        found = run_stage(
+            row,
+            inputs,
+            run_dir=self.run_dir,
+            keep=self.keep,
+            say=lambda text: self.progress.line(row, text),
+        )
+        self.outputs.forget(row.name)
+        for stage, path in {ref for later in self.recipe.stages for ref in list_references(later)}:
+            if stage == row.name:  # hashed now, while the files are in memory
+                self.outputs.get(stage, path, say=lambda text: self.progress.line(row, text))
+        return found
+
+    def record(self, **more) -> None:
+        """Bring `run.json` up to date; a killed run keeps the seconds of its finished stages."""
+        path, seconds = self.run_dir / "run.json", round(time.time() - self.began, 2)
+        run = {"started": format_time(self.began), "ran": self.ran, "seconds": seconds}
+        runs = [*self.earlier, run]
+        taken = {
+            row.name: read_record(self.run_dir / row.name / "stage.json").get("seconds")
+            for row in self.recipe.stages
         }
         write_json(
-            run_dir / "run.json",
-            read_record(run_dir / "run.json")
+            path,
+            read_record(path)
             | {
-                "recipe": recipe.name,
-                "seed": recipe.seed,
+                "recipe": self.recipe.name,
+                "seed": self.recipe.seed,
                 "runs": runs,
-                "stages": {k: v for k, v in seconds.items() if v is not None},
+                "stages": {k: v for k, v in taken.items() if v is not None},
                 "wall_seconds": round(sum(r["seconds"] for r in runs), 2),
                 **more,
             },
         )
 
-    settled = {}
-    prints = compute_fingerprints(recipe, run_dir=run_dir)
-    for number, row in enumerate(recipe.stages, 1):
-        state = read_state(row, prints[row.name], run_dir / row.name)
-        settled[row.name] = prints[row.name]
-        why = _WHY.get(state.state) or f"changed: {state.note}"
-        if state.state == "done":
-            skipped.append(row.name)
-            progress.skip(number, total, row)
-        elif only in (None, row.name):
-            progress.begin(number, total, row, why)
-            seconds, metrics = run_stage(
-                row,
-                prints[row.name],
-                run_dir=run_dir,
-                say=lambda text, row=row: progress.line(row, text),
-            )
-            ran.append(row.name)
-            record()
-            progress.end(number, total, row, seconds, metrics)
-            # Computed anew: code edited while the stage ran counts for the stages that follow.
-            prints = compute_fingerprints(recipe, run_dir=run_dir, settled=settled)
-        elif row.name in next(r for r in recipe.stages if r.name == only).upstream:
-            raise RecipeError(
-                recipe.path,
-                [
-                    f'"{only}" needs the stage "{row.name}", which is '
-                    f"not up to date ({state.note or state.state})"
-                ],
-            )
-    report = None if only else _write_report(recipe, run_dir, settled, record)
-    return {"ran": ran, "skipped": skipped, "report": report}
+    def _write_report(self) -> Path | None:
+        """The report, unless it stands there already and was made from these very stages."""
+        records = {r.name: read_finished(self.run_dir / r.name) for r in self.recipe.stages}
+        made_from = {n: [r["fingerprint"], r["finished"]] for n, r in records.items() if r}
+        path = self.run_dir / "report.html"
+        if path.exists() and read_record(self.run_dir / "run.json").get("report") == made_from:
+            return path
+        if find_spec("rorem_lib.evaluation.report") is None:
+            return None
+        from rorem_lib.evaluation.report import write_report
 
-
-def _write_report(recipe: Recipe, run_dir: Path, prints: dict, record) -> Path | None:
-    """The report, unless it stands there already and was made from these very stages."""
-    made_from = {
-        name: [fingerprint.digest, read_record(run_dir / name / "stage.json").get("finished")]
-        for name, fingerprint in prints.items()
-    }
-    path = run_dir / "report.html"
-    if path.exists() and read_record(run_dir / "run.json").get("report") == made_from:
+        self.record()
+        try:
+            path = write_report(self.run_dir, self.recipe)
+        except Exception as error:
+            raise ReportFailed(
+                f"all stages are finished, but the report failed: {type(error).__name__}: {error}"
+            ) from error
+        self.record(report=made_from)
         return path
-    if find_spec("rorem_lib.evaluation.report") is None:
-        return None
-    from rorem_lib.evaluation.report import write_report
-
-    record()
-    try:
-        path = write_report(run_dir, recipe)
-    except Exception as error:
-        raise ReportFailed(
-            f"all stages are finished, but the report failed: {type(error).__name__}: {error}"
-        ) from error
-    record(report=made_from)
-    return path
 
 
 def run_stage(
-    row: StageRow, fingerprint: Fingerprint, *, run_dir: Path, say=lambda text: None
+    row: StageRow, inputs: dict, *, run_dir: Path, keep: bool = False, say=lambda text: None
 ) -> tuple[float, dict]:
     """Execute a stage's notebook and mark the stage as done.
 
     Args:
         row: the stage.
-        fingerprint: its fingerprint.
+        inputs: what it depends on, from `read_inputs`.
         run_dir: `runs/<recipe>`.
+        keep: go on with what is half done in its folder, whatever it was made of.
         say: called with each line that the notebook and its jobs write.
 
     Returns:
-        Seconds and the stage's metrics.
+        Seconds, those before a kill included, and the stage's metrics.
 
     Raises:
         StageFailed: the notebook failed, its kernel died, or it ended without its metrics.
     """
     folder, began = run_dir / row.name, time.time()
-    started = open_folder(row, fingerprint, folder)
+    started = open_folder(row, inputs, folder, keep=keep)
     shown = os.path.relpath(run_dir, ROOT) if run_dir.is_relative_to(ROOT) else str(run_dir)
     folders = {name: f"{shown}/{name}" for name in row.upstream}
     parameters = {"output_dir": f"{shown}/{row.name}"} | substitute(row.given, folders)
@@ -264,27 +343,28 @@ def run_stage(
         if (folder / "train.log").is_file() and not failure.error.startswith("JobError"):
             text = (folder / "train.log").read_text(encoding="utf-8", errors="replace")
             failure.log = text.splitlines()[-20:]
-        state = "waiting" if failure.waiting else "failed"
-        write_json(
-            folder / STARTED,
-            started | {"state": state, "error": failure.error.partition("\n")[0][:300]},
-        )
+        ended = {
+            "state": "waiting" if failure.waiting else "failed",
+            "error": failure.error.partition("\n")[0][:300],
+            "worked": started["worked"] + time.time() - began,
+        }
+        write_json(folder / STARTED, started | ended)
         raise
     ended = time.time()
-    write_json(
-        folder / "stage.json",
+    seconds = started["worked"] + ended - began
+    close_folder(
+        folder,
+        inputs,
         {
             "stage": row.name,
             "row": row.row,
             "notebook": row.notebook.name,
             "parameters": row.parameters | parameters,
-            "inputs": fingerprint.inputs,
-            "fingerprint": fingerprint.digest,
             **describe_environment(),
-            "seconds": round(ended - began, 2),
+            "seconds": round(seconds, 2),
             "started": format_time(began),
             "finished": format_time(ended),
+            "accepted": started["accepted"],
         },
     )
-    write_text(folder / "DONE", fingerprint.digest + "\n")
-    return ended - began, read_record(folder / "metrics.json")
+    return seconds, read_record(folder / "metrics.json")

@@ -1,30 +1,40 @@
 """A run's folder `runs/<recipe>/`: its lock, the state of each stage in it, folders set aside.
 
-It holds a folder a stage, `run.json` (seconds), `.lock`, and `.superseded/` with the latest copy
-of the folders that a change made stale. A stage is done when its DONE marker holds its fingerprint.
-Until then `stage.started.json` says for which fingerprint work began, so that a killed training
-goes on from its checkpoints and a changed one starts afresh.
+It holds a folder a stage, `run.json` (seconds), `.lock`, and `.superseded/` with the folders that
+newer ones took the place of. Nothing in it is ever deleted but by `remove_superseded`, which
+`rorem clean` calls. A stage is finished when its DONE marker, written last, holds the fingerprint
+of its `stage.json`, and current while the inputs in there are what they would be now. Until it is
+finished `stage.started.json` says for which inputs work began, so that a killed training goes on
+from its checkpoints and a changed one starts afresh.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import os
 import shutil
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from rorem_lib.files import format_time, read_json, write_json
+from rorem_lib.files import format_time, read_json, write_json, write_text
 from rorem_lib.runner.fingerprints import (
-    Fingerprint,
-    compute_fingerprints,
     describe_change,
+    digest,
+    hash_content,
+    is_earlier,
+    is_record,
     list_labels,
+    measure_content,
+    read_inputs,
 )
-from rorem_lib.runner.recipes import Recipe, StageRow
+from rorem_lib.runner.recipes import Recipe, RecipeError, StageRow
 from rorem_lib.runner.stage import STARTED
+
+SUPERSEDED = ".superseded"
+LONG = 60  # seconds of work that are not thrown away without asking
 
 
 class RunLocked(RuntimeError):
@@ -35,62 +45,173 @@ class RunLocked(RuntimeError):
 class StageState:
     """Where a stage stands.
 
-    `state` is "done", "changed" (done once, stale now), "half-way" (killed), "failed", "waiting"
-    (for labels) or "to run"; `note` says what changed or failed; `seconds`, `finished` and
-    `metrics` are those of the last finished run.
+    `state` is "done", "changed" (what is there was made of other inputs), "half-way" (killed),
+    "failed", "waiting" (for labels) or "to run"; `note` says what changed or failed. `seconds` is
+    the work in its folder, `finished` when it was finished (None: half-done), `metrics` its
+    results. `replaced` is whether running it sets its folder aside.
     """
 
     row: StageRow
-    fingerprint: Fingerprint
     state: str
     note: str = ""
     seconds: float | None = None
     finished: str | None = None
     metrics: dict = field(default_factory=dict)
+    replaced: bool = False
+
+    @property
+    def long(self) -> bool:
+        """Whether running the stage takes the place of more than a minute's work."""
+        return self.replaced and (self.seconds or 0) > LONG
 
 
 def read_record(path: Path) -> dict:
     """A JSON record; empty where it is missing or torn."""
     try:
-        return read_json(path)
+        record = read_json(path)
     except (OSError, ValueError):
         return {}
+    return record if isinstance(record, dict) else {}
+
+
+def read_finished(folder: Path) -> dict:
+    """The `stage.json` of a finished stage; empty where it is not finished."""
+    record = read_record(folder / "stage.json")
+    try:
+        done = (folder / "DONE").read_text(encoding="utf-8").strip()
+    except OSError:
+        return {}
+    finished = done == record.get("fingerprint") and (folder / "metrics.json").is_file()
+    return record if finished else {}
+
+
+# ------------------------------------------------------------------------------------- results
+
+
+class Outputs:
+    """What the stages of a run have made, as hashes; see `get`.
+
+    Args:
+        run_dir: `runs/<recipe>`.
+        keep: write new hashes to `stage.json`; only for who holds the run's lock.
+    """
+
+    def __init__(self, run_dir: Path, *, keep: bool = False):
+        self.run_dir, self.keep = run_dir, keep
+        self._known: dict[tuple[str, str], str | None] = {}
+
+    def get(self, stage: str, path: str, say=lambda text: None) -> str | None:
+        """SHA-256 of what lies at `path` in a finished stage's folder; None if it is not finished.
+
+        Files are read once: `outputs` in `stage.json` holds the hash with number, bytes and newest
+        time of the files, and while these stay the hash does. `say` is called before many are read.
+        """
+        if (stage, path) not in self._known:
+            self._known[stage, path] = self._read(self.run_dir / stage, path, say)
+        return self._known[stage, path]
+
+    def forget(self, stage: str) -> None:
+        """Look anew at a stage that has run."""
+        self._known = {key: value for key, value in self._known.items() if key[0] != stage}
+
+    def _read(self, folder: Path, path: str, say) -> str | None:
+        record, place, top = read_finished(folder), folder / path, path == "."
+        if not record:
+            return None
+        if not place.exists():
+            return "nothing"
+        seen, known = measure_content(place, top=top), record.get("outputs", {}).get(path, {})
+        if {**known, **seen} == known:
+            return known["sha256"]
+        if seen["bytes"] > 1e9:
+            say(f"reads {path} for its hash: {seen['files']:,} files, {seen['bytes'] / 1e9:.0f} GB")
+        seen["sha256"] = hash_content(place, top=top)
+        if self.keep:
+            record["outputs"] = {**record.get("outputs", {}), path: seen}
+            write_json(folder / "stage.json", record)
+        return seen["sha256"]
+
+
+# -------------------------------------------------------------------------------------- states
 
 
 def read_states(recipe: Recipe, *, runs_dir: Path) -> list[StageState]:
     """Every stage's state, in the recipe's order; changes nothing."""
     run_dir = runs_dir / recipe.name
-    prints = compute_fingerprints(recipe, run_dir=run_dir)
-    return [read_state(row, prints[row.name], run_dir / row.name) for row in recipe.stages]
+    outputs = Outputs(run_dir)
+    return [read_state(row, run_dir, outputs) for row in recipe.stages]
 
 
-def read_state(row: StageRow, fingerprint: Fingerprint, folder: Path) -> StageState:
-    """One stage's state, from the records in its folder."""
-    started, record = read_record(folder / STARTED), read_record(folder / "stage.json")
-    try:
-        done = (folder / "DONE").read_text(encoding="utf-8").strip()
-    except OSError:
-        done = None
-    if done == fingerprint.digest and (folder / "metrics.json").is_file():
-        return StageState(
-            row,
-            fingerprint,
-            "done",
-            "",
-            record.get("seconds"),
-            record.get("finished"),
-            read_record(folder / "metrics.json"),
-        )
-    if done or (started and started.get("base") != fingerprint.base):
-        note = describe_change((record if done else started).get("inputs", {}), fingerprint.inputs)
-        return StageState(
-            row, fingerprint, "changed", note, record.get("seconds"), record.get("finished")
-        )
-    if started:
-        return StageState(
-            row, fingerprint, started.get("state", "half-way"), started.get("error", "")
-        )
-    return StageState(row, fingerprint, "to run")
+def read_state(row: StageRow, run_dir: Path, outputs: Outputs) -> StageState:
+    """One stage's state, from the records in its folder.
+
+    Raises:
+        RecipeError: its notebook or the module of its job can't be read.
+    """
+    folder = run_dir / row.name
+    record, started = read_finished(folder), read_record(folder / STARTED)
+    if not (record or started):
+        return StageState(row, "to run")
+    before = (record or started).get("inputs", {})
+    known = (lambda stage, path: None) if is_earlier(before) else outputs.get  # no need to hash
+    now = read_inputs(row, folder=folder, get_content=known)
+    note = describe_change(before, now)
+    replaced = bool(describe_change(before, now, labels=False))
+    if record:
+        metrics = read_record(folder / "metrics.json")
+        seconds, finished = record.get("seconds"), record.get("finished")
+        state = "changed" if note else "done"
+        return StageState(row, state, note, seconds, finished, metrics, replaced)
+    state = "changed" if replaced else started.get("state", "half-way")
+    note = note if replaced else started.get("error", "")
+    return StageState(row, state, note, count_work(folder), replaced=replaced)
+
+
+def count_work(folder: Path) -> float:
+    """Seconds of work in a half-done stage's folder, over all times that it was started.
+
+    What failed left them; of what was killed the newest file at the top of the folder, and of the
+    folders in it, tells when the work ended.
+    """
+    started = read_record(folder / STARTED)
+    if "state" in started or "started" not in started:
+        return started.get("worked", 0.0)
+    paths = [*folder.iterdir(), *folder.glob("*/*")]
+    newest = max((path.lstat().st_mtime for path in paths), default=0.0)
+    began = datetime.fromisoformat(started["started"]).timestamp()
+    return started.get("worked", 0.0) + max(0.0, newest - began)
+
+
+def accept_stage(row: StageRow, run_dir: Path, outputs: Outputs) -> str:
+    """Mark what is there of a stage, finished or half-done, as made of the inputs of now.
+
+    Call it with the run's lock held.
+
+    Returns:
+        What had changed, "" where the stage was current. `stage.json` keeps it in `accepted`.
+
+    Raises:
+        RecipeError: nothing is there.
+    """
+    folder = run_dir / row.name
+    state = read_state(row, run_dir, outputs)
+    if state.state == "to run":
+        raise RecipeError(folder, [f'there is nothing of the stage "{row.name}" yet'])
+    if state.state != "changed":
+        return ""
+    name = "stage.json" if state.finished else STARTED
+    record = read_record(folder / name)
+    now = read_inputs(row, folder=folder, get_content=outputs.get)
+    for key, value in now["content"].items():
+        if value is None:  # of a stage that is not finished: as it was
+            now["content"][key] = record.get("inputs", {}).get("content", {}).get(key)
+    accepted = {"time": format_time(), "changes": state.note}
+    record |= {"inputs": now, "accepted": [*record.get("accepted", []), accepted]}
+    write_json(folder / name, record)
+    return state.note
+
+
+# ---------------------------------------------------------------------------------------- lock
 
 
 def lock_run(run_dir: Path):
@@ -127,55 +248,151 @@ def is_running(run_dir: Path) -> str | None:
     return None
 
 
-def supersede_folder(folder: Path) -> None:
-    """Move a stage's folder aside to `.superseded/`, where the latest copy of each stage stays.
+# ------------------------------------------------------------------------- a stage's own folder
 
-    What people labelled is never deleted: a copy that holds it gets a name of its own, and the
-    label files (with a user study's trials) are in the stage's new folder at once. They name the
-    candidates' content hashes, so labels of pictures that changed count for nothing.
+
+def open_folder(row: StageRow, inputs: dict, folder: Path, *, keep: bool = False) -> dict:
+    """Get a stage's folder ready, the half-done work of the same inputs kept in it.
+
+    Args:
+        row: the stage.
+        inputs: what it is made of now.
+        folder: its folder.
+        keep: go on with what is half done there, whatever it was made of.
+
+    Returns:
+        The record that says so.
     """
-    if not folder.exists():
-        return
-    shelf, fresh = folder.parent / ".superseded", folder.parent / f".{folder.name}.fresh"
-    shelf.mkdir(exist_ok=True)
-    place = shelf / folder.name
-    labels = [
-        p
-        for p in list_labels(folder)
-        if '"simulated": false' in p.read_text(encoding="utf-8", errors="replace")
-    ]
-    if labels:
-        place = shelf / f"{folder.name}-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
-    shutil.rmtree(fresh, ignore_errors=True)
-    trials = {path.with_name("trials.json") for path in labels}
-    for path in [*labels, *(path for path in trials if path.exists())]:
-        target = fresh / path.relative_to(folder)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(path, target)
-    if place.exists():
-        shutil.rmtree(place)
-    os.rename(folder, place)
-    if fresh.exists():
-        os.rename(fresh, folder)
-
-
-def open_folder(row: StageRow, fingerprint: Fingerprint, folder: Path) -> dict:
-    """Get a stage's folder ready, the half-done work of the same fingerprint kept in it."""
-    fresh = folder.parent / f".{folder.name}.fresh"
+    fresh = _name_fresh(folder)
+    record, started = read_finished(folder), read_record(folder / STARTED)
+    before = (record or started).get("inputs", {})
     if fresh.exists() and not folder.exists():  # killed between the two renames
         os.rename(fresh, folder)
-    elif read_record(folder / STARTED).get("base") != fingerprint.base:
+    elif describe_change(before, inputs, labels=False) and not (keep and before):
         supersede_folder(folder)
+        started = {}
     folder.mkdir(exist_ok=True)
+    before = {} if record else started  # what is finished is made anew, the rest goes on
     started = {
         "stage": row.name,
-        "fingerprint": fingerprint.digest,
-        "base": fingerprint.base,
-        "inputs": fingerprint.inputs,
+        "inputs": inputs,
         "pid": os.getpid(),
         "started": format_time(),
+        "worked": count_work(folder) if before else 0.0,
+        "accepted": before.get("accepted", []),
     }
     write_json(folder / STARTED, started)
     for name in ("DONE", "metrics.json", "stage.json"):
         (folder / name).unlink(missing_ok=True)
     return started
+
+
+def close_folder(folder: Path, inputs: dict, record: dict) -> None:
+    """Mark a stage as finished: `stage.json`, then DONE; a kill in between leaves it half-done."""
+    fingerprint = digest(inputs)
+    write_json(folder / "stage.json", record | {"inputs": inputs, "fingerprint": fingerprint})
+    write_text(folder / "DONE", fingerprint + "\n")
+
+
+def _name_fresh(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.fresh")
+
+
+def _read_made(folder: Path) -> datetime:
+    """When what lies in a stage's folder was made: finished, else started."""
+    record = read_record(folder / "stage.json") or read_record(folder / STARTED)
+    try:
+        return datetime.fromisoformat(record.get("finished") or record["started"])
+    except (KeyError, ValueError):
+        return datetime.fromtimestamp(folder.stat().st_mtime, UTC)
+
+
+def supersede_folder(folder: Path) -> None:
+    """Move a stage's folder aside to `.superseded/<stage>-<when it was made>`; nothing is deleted.
+
+    What people labelled (with a user study's trials) is in the stage's new folder at once. Labels
+    name the candidates' content hashes, so those of pictures that changed count for nothing.
+    """
+    if not folder.exists():
+        return
+    shelf, fresh = folder.parent / SUPERSEDED, _name_fresh(folder)
+    shelf.mkdir(exist_ok=True)
+    stem = f"{folder.name}-{_read_made(folder):%Y%m%d-%H%M%S}"
+    names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+    place = next(shelf / name for name in names if not (shelf / name).exists())
+    shutil.rmtree(fresh, ignore_errors=True)  # copies, of a kill before the first rename
+    for path in _list_answers(folder):
+        target = fresh / path.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, target)
+    os.rename(folder, place)
+    if fresh.exists():
+        os.rename(fresh, folder)
+
+
+def _list_answers(folder: Path) -> list[Path]:
+    """Label files with labels by people, and the trials of the user studies beside them."""
+    labels = [
+        path
+        for path in list_labels(folder)
+        if '"simulated": false' in path.read_text(encoding="utf-8", errors="replace")
+    ]
+    trials = {path.with_name("trials.json") for path in labels}
+    return [*labels, *sorted(path for path in trials if path.exists())]
+
+
+# --------------------------------------------------------------------------- folders set aside
+
+
+@dataclass(frozen=True)
+class Superseded:
+    """A folder that was set aside: its stage, when it was made (UTC), bytes, and what it holds."""
+
+    path: Path
+    stage: str
+    made: datetime
+    size: int
+    holds: list[str]
+
+
+def list_superseded(run_dir: Path) -> list[Superseded]:
+    """The folders that were set aside, the oldest first."""
+    found = []
+    shelf = run_dir / SUPERSEDED
+    for path in shelf.iterdir() if shelf.is_dir() else ():
+        if path.is_dir():
+            record = read_record(path / "stage.json") or read_record(path / STARTED)
+            size = sum(p.lstat().st_size for p in path.rglob("*") if not p.is_dir())
+            holds = sorted(p.name for p in path.iterdir() if not is_record(p.name))
+            holds += [p.name for p in _list_answers(path) if p.suffix == ".jsonl"]
+            stage = record.get("stage") or path.name
+            found.append(Superseded(path, stage, _read_made(path), size, holds))
+    return sorted(found, key=lambda entry: (entry.made, entry.path.name))
+
+
+def _stands_here_alone(answers: Path) -> bool:
+    """Whether a label file in a folder set aside has lines that no other file of its name has."""
+    shelf = next(p for p in answers.parents if p.parent.name == SUPERSEDED)
+    others = [p for p in shelf.parents[1].rglob(answers.name) if shelf not in p.parents]
+    lines = {line for other in others for line in other.read_bytes().splitlines()}
+    return answers.suffix == ".jsonl" and bool(set(answers.read_bytes().splitlines()) - lines)
+
+
+def remove_superseded(entry: Superseded) -> list[Path]:
+    """Delete a folder that was set aside, but for what people said that stands nowhere else.
+
+    Returns:
+        The label files (and trials) that were kept.
+    """
+    answers = _list_answers(entry.path)
+    kept = answers if any(map(_stands_here_alone, answers)) else []
+    if not kept:
+        shutil.rmtree(entry.path)
+        return []
+    for path in sorted(entry.path.rglob("*"), reverse=True):  # what is inside of a folder first
+        if path.is_dir() and not path.is_symlink():
+            if not any(path in other.parents for other in kept):
+                path.rmdir()
+        elif path not in kept:
+            path.unlink()
+    return kept

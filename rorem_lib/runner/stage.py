@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -19,7 +19,6 @@ from rorem_lib.files import (
     ROOT,
     clean_metrics,
     format_time,
-    read_json,
     resolve_path,
     write_json,
     write_text,
@@ -89,9 +88,9 @@ class Stage:
         """Write a matplotlib figure to `figures/<name>.png` and show it under the cell."""
         path = self.folder / "figures" / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(".partial.png")
-        figure.savefig(beside, dpi=110, bbox_inches="tight")
-        os.replace(beside, path)
+        tmp_path = path.with_suffix(".partial.png")
+        figure.savefig(tmp_path, dpi=110, bbox_inches="tight")
+        os.replace(tmp_path, path)
         if "matplotlib.pyplot" in sys.modules:
             sys.modules["matplotlib.pyplot"].close(figure)  # or the inline backend shows it again
         if "IPython" in sys.modules:
@@ -151,12 +150,14 @@ class Stage:
             write_json(self.folder / "metrics.json", clean_metrics(metrics))
 
 
-def start_stage(output_dir, *, notebook: str) -> Stage:
+def start_stage(output_dir, *, notebook: str, job: str | Sequence[str] = ()) -> Stage:
     """Open a stage's folder and take back what an earlier run of it said about being finished.
 
     Args:
         output_dir: the folder, relative to the repository root or absolute; made if missing.
         notebook: the notebook's name without ending, such as "02_train_remover".
+        job: modules below `rorem_lib` that do the stage's work in the notebook itself; the runner
+            finds them in the notebook's text, see `runner.fingerprints`.
 
     Raises:
         OSError: the folder can't be made or written.
@@ -193,11 +194,3 @@ def _collect_parameters(notebook: str, frame) -> dict:
         return {}
     values = frame.f_back.f_globals
     return {name: values[name] for name in names if name in values}
-
-
-def read_json_or(path: Path, default):
-    """A JSON file's content; `default` where it is missing or torn."""
-    try:
-        return read_json(path)
-    except (OSError, ValueError):
-        return default
