@@ -210,7 +210,7 @@ stage.finish({"steps": steps, "rows": rows}, job)
         ("[p if p else str(p) for p in", "[q if q else str(q) for q in"),
         ("name, part in", "_, part in"),
         ("np.array", "numpy.array"),
-        ("done, path=paths: launch(done, path)", "d, p=paths: launch(d, p)"),
+        ("done, path=paths: launch(done, path)", "d, q=paths: launch(d, q)"),
     ],
 )
 def test_notebook_code_is_the_same(old, new):

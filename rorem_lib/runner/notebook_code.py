@@ -7,6 +7,7 @@ not repeat a training that took weeks.
 from __future__ import annotations
 
 import ast
+import itertools
 
 PACKAGE = "rorem_lib"
 # Functions and methods whose call as a statement shows something and changes nothing.
@@ -18,26 +19,8 @@ LOOKS = frozenset(
     "tail set_index reset_index sort_values rename rename_axis value_counts fillna hide astype "
     "tolist nunique mean median std numel parameters".split()
 )
+_IMPORTS = (ast.Import, ast.ImportFrom)
 _AWAIT = ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
-_LAZY = (ast.GeneratorExp, ast.Lambda, ast.FunctionDef, ast.AsyncFunctionDef)
-_SCOPES = (ast.ListComp, ast.SetComp, ast.DictComp, *_LAZY)
-_ORDER = {  # fields in the order in which Python evaluates them
-    ast.Assign: ("value", "targets"),
-    ast.AnnAssign: ("value", "target"),
-    ast.AugAssign: ("value", "target", "op"),
-    ast.NamedExpr: ("value", "target"),
-    ast.For: ("iter", "target", "body", "orelse"),
-    ast.ListComp: ("generators", "elt"),
-    ast.SetComp: ("generators", "elt"),
-    ast.GeneratorExp: ("generators", "elt"),
-    ast.DictComp: ("generators", "key", "value"),
-    ast.comprehension: ("iter", "target", "ifs", "is_async"),
-    ast.arguments: (
-        *("defaults", "kw_defaults"),
-        *("posonlyargs", "args", "vararg", "kwonlyargs", "kwarg"),
-    ),
-    ast.Assert: ("test",),  # not its message
-}
 
 
 def describe_code(sources: list[str], *, parameters=()) -> list:
@@ -58,7 +41,8 @@ def describe_code(sources: list[str], *, parameters=()) -> list:
         SyntaxError: a cell is no Python; its `filename` says which.
     """
     body = [statement for tree in parse_cells(sources) for statement in tree.body]
-    return _CodeWriter(parameters, body).write(_drop_looks(body))
+    body = _drop_looks(body)
+    return _write(body, _collect_names(body, frozenset(parameters)))
 
 
 def parse_cells(sources: list[str]) -> list[ast.Module]:
@@ -106,68 +90,44 @@ def _drop_looks(body: list[ast.stmt]) -> list[ast.stmt]:
     return kept
 
 
-class _CodeWriter:
-    """Writes syntax trees as nested lists, see `describe_code`.
-
-    `ast.dump` and `ast.unparse` would do but for the names, and for what they write, which changes
-    with Python's version.
+def _collect_names(body: list[ast.stmt], kept: frozenset[str]) -> dict[str, str]:
+    """Each name that the code binds -> what is written for it: a variable's number, in the order
+    of first binding, or what an import brought. `kept` and unbound names (builtins) are not in it.
     """
-
-    def __init__(self, parameters, body: list[ast.stmt]):
-        self.parameters, self.depth, self.count = frozenset(parameters), 0, 0
-        self.scopes: list[dict[str, str]] = [{}]  # name -> what is written for it, innermost last
-        lazy = [n for tree in body for n in ast.walk(tree) if isinstance(n, _LAZY)]
-        self.late = {n.id for tree in lazy for n in ast.walk(tree) if isinstance(n, ast.Name)}
-
-    def write(self, node):
-        if isinstance(node, list):
-            return [text for item in node if (text := self.write(item)) is not None]
-        if not isinstance(node, ast.AST):
-            return repr(node)
+    found: dict[str, str] = {}
+    numbers = itertools.count()
+    for node in (part for statement in body for part in ast.walk(statement)):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
-            return self._note_import(node)
-        if isinstance(node, (ast.Name, ast.arg)):
-            bound = isinstance(getattr(node, "ctx", ast.Store()), ast.Store)
-            return self._rename(getattr(node, "id", None) or node.arg, bound)
-        if isinstance(node, ast.Raise):  # the class counts, what it says does not
-            return ["Raise", self.write(getattr(node.exc, "func", node.exc))]
-        self.scopes += [{}] * isinstance(node, _SCOPES)
-        written = [type(node).__name__]
-        for name in _ORDER.get(type(node), node._fields):
-            value = getattr(node, name, None)
-            if name == "ctx" or value == [] or (value is None and name != "value"):
-                continue  # as in the Pythons that lack this field
-            inner = isinstance(value, list) and name in ("body", "orelse", "handlers", "finalbody")
-            inner = inner or isinstance(node, ast.AugAssign)  # its target is an old variable
-            self.depth += inner
-            written.append([name, self.write(value)])
-            self.depth -= inner
-        if isinstance(node, _SCOPES):
-            self.scopes.pop()
-        return written
+            for alias in node.names:
+                bound = alias.asname or alias.name.partition(".")[0]
+                module = getattr(node, "module", None)
+                full = f"{module}.{alias.name}" if module else alias.name if alias.asname else bound
+                if full.partition(".")[0] == PACKAGE:  # its modules may move
+                    full = full.rpartition(".")[2]
+                found[bound] = f"import {full}"
+            continue
+        name = getattr(node, "arg", None) if isinstance(node, ast.arg) else None
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            name = node.id
+        if name and name not in kept and name not in found:
+            found[name] = f"${next(numbers)}"
+    return found
 
-    def _note_import(self, node) -> None:
-        """An import counts where its name is used; of the kit's modules, which may move, only the
-        name does."""
-        for alias in node.names:
-            bound = alias.asname or alias.name.partition(".")[0]
-            module = getattr(node, "module", None)
-            full = f"{module}.{alias.name}" if module else alias.name if alias.asname else bound
-            if full.partition(".")[0] == PACKAGE:
-                full = full.rpartition(".")[2]
-            self.scopes[-1][bound] = f"import {full}"
 
-    def _rename(self, name: str, bound: bool) -> str:
-        inner = len(self.scopes) > 1
-        known = next((scope[name] for scope in reversed(self.scopes) if name in scope), None)
-        if name in self.parameters and known is None and not (bound and inner):
-            return name
-        if not bound:
-            return known or name
-        # Bound outside of all blocks, a name begins anew: variables that happen to share it need
-        # not be renamed together. Not where a function reads it later.
-        anew = name not in self.scopes[-1] if inner else not self.depth and name not in self.late
-        if anew or known is None or known.startswith("import "):
-            self.count += 1
-            self.scopes[-1][name] = known = f"${self.count}"
-        return known
+def _write(node, names: dict[str, str]):
+    """A syntax tree as nested lists. `ast.dump` writes it otherwise in each version of Python."""
+    if isinstance(node, list):
+        return [_write(item, names) for item in node if not isinstance(item, _IMPORTS)]
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    if isinstance(node, ast.Name):
+        return names.get(node.id, node.id)
+    if isinstance(node, ast.Raise):  # the class counts, what it says does not
+        return ["Raise", _write(getattr(node.exc, "func", node.exc), names)]
+    fields = {name: value for name, value in ast.iter_fields(node) if value not in (None, [])}
+    if isinstance(node, ast.arg):
+        fields["arg"] = names.get(node.arg, node.arg)
+    if isinstance(node, ast.Assert):
+        fields.pop("msg", None)
+    fields.pop("ctx", None)
+    return [type(node).__name__, *([name, _write(value, names)] for name, value in fields.items())]
