@@ -165,8 +165,8 @@ def upload_dataset(
         The commit's address, which ends in its hash.
 
     Raises:
-        SourceError: the folder is not finished, or the Hub refuses or cannot be reached; says
-            what to do.
+        SourceError: the folder is not finished.
+        OSError: the Hub's errors, see `data.remote.talk_to_hub`.
     """
     from huggingface_hub import HfApi
 
