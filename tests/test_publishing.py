@@ -192,6 +192,7 @@ def test_the_card_says_what_is_in_it(published):
         "| 48x48 | 23 | 5 |",
         'load_dataset("me/removals", split="train"',
         "li2025rorem",
+        "{{RORem}: Training a Robust Object Remover with Human-in-the-Loop}",
     ):
         assert line in text, line
     shares = [16 * (8 + n % 9) / SIZE**2 for n in range(23)]
