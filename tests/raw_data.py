@@ -569,8 +569,8 @@ def _parquet(folder):
     publish_sets(
         {place.name: place for place in sorted(sets.iterdir())}, folder, repo_id="somebody/removals"
     )
-    for path in (sets, folder / ".publishing"):
-        shutil.rmtree(path)
+    shutil.rmtree(sets)
+    (folder / ".publishing.json").unlink()
     file = folder / "data/labelled-00000-of-00001.parquet"
     table = pq.read_table(file)
     rows = table.to_pylist()

@@ -337,24 +337,39 @@ def test_a_zip_with_a_password_is_to_be_unpacked_by_hand(tmp_path):
     [
         (b"Rar!\x1a\x07\x00", "rar archive.*unrar x x.bin"),
         (b"\x28\xb5\x2f\xfd", "zstd.*tar --zstd -xf x.bin"),
-        (b"7z\xbc\xaf\x27\x1c", "pip install py7zr.*7z x x.bin"),
+        (b"7z\xbc\xaf\x27\x1c", "7z archive.*7z x x.bin"),
     ],
 )
-def test_other_kinds_are_named_with_what_to_do(tmp_path, monkeypatch, head, words):
-    monkeypatch.setitem(sys.modules, "py7zr", None)
+def test_other_kinds_are_named_with_what_to_do(tmp_path, head, words):
     (tmp_path / "x.bin").write_bytes(head + bytes(100))
     with pytest.raises(ArchiveError, match=words):
         extract_archive(tmp_path / "x.bin", tmp_path / "out")
     _assert_nothing_left(tmp_path, "x.bin")
 
 
-def test_a_full_disk_names_the_archive_and_leaves_nothing(tmp_path, monkeypatch):
-    def fail(self, size):
+def test_a_name_of_a_megabyte_is_refused_before_it_is_read(tmp_path):
+    member = tarfile.TarInfo("x" * 2_000_000)
+    path = _make_tar(tmp_path / "x.tar.gz", extra=[member])
+    with pytest.raises(ArchiveError, match=r"x\.tar\.gz.*a name of more than 1 MB"):
+        extract_archive(path, tmp_path / "out")
+    _assert_nothing_left(tmp_path, "x.tar.gz")
+
+
+def test_names_in_a_tar_that_are_no_utf_8_are_kept_readable(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.GNU_FORMAT, encoding="cp437") as tar:
+        tar.addfile(tarfile.TarInfo("é.txt"))
+    assert _read_tree(extract_archive(tmp_path / "x.tar", tmp_path / "out")) == {"\ufffd.txt": b""}
+
+
+@pytest.mark.parametrize("make", [_make_tar, _make_zip])
+def test_a_full_disk_names_the_archive_and_leaves_nothing(tmp_path, monkeypatch, make):
+    def fail(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    path = _make_tar(tmp_path / "x.tar.gz")
-    monkeypatch.setattr(archives._Output, "count", fail)
-    with pytest.raises(OSError, match=r"cannot unpack .*x\.tar\.gz into .*out: No space") as caught:
+    path = make(tmp_path / "x")
+    monkeypatch.setattr(tarfile.TarFile, "makefile", fail)
+    monkeypatch.setattr(zipfile.ZipFile, "extract", fail)
+    with pytest.raises(OSError, match=r"cannot unpack .*x into .*out: No space") as caught:
         extract_archive(path, tmp_path / "out")
     assert caught.value.errno == errno.ENOSPC
-    _assert_nothing_left(tmp_path, "x.tar.gz")
+    _assert_nothing_left(tmp_path, "x")

@@ -557,8 +557,9 @@ def test_exported_dataset_has_pictures_and_all_that_was_said(candidates, tmp_pat
     for name, part in (("source", "source"), ("mask", "mask"), ("removal", "gt")):
         assert np.array_equal(np.asarray(rows[0][name]), pictures[part])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "candidates", "labels.parquet"]
-    with pytest.raises(LabelError, match="none.parquet is not written: there are no labels"):
-        export_dataset([], {}, tmp_path / "none.parquet", triplets=triplets)
+    for none in ([], [vote("elsewhere", "accept")]):
+        with pytest.raises(LabelError, match="none.parquet is not written: there are no labels"):
+            export_dataset(none, {}, tmp_path / "none.parquet", triplets=triplets)
 
 
 def test_import_of_foreign_files(candidates, tmp_path):

@@ -17,8 +17,8 @@ from hub_server import HubServer
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 
+from rorem_lib.data.remote import talk_to_hub
 from rorem_lib.models import sdxl
-from rorem_lib.models.hub import explain_hub
 from rorem_lib.pretrain import UNET
 
 
@@ -297,7 +297,7 @@ def hub(tiny_model, tmp_path_factory):
 # Each call's model as the sum of its first weights, and what was warned of; or the error.
 OPEN = """
     import logging
-    from rorem_lib import sdxl
+    from rorem_lib.models import sdxl
     said = []
     class Note(logging.Handler):
         def emit(self, record):
@@ -348,14 +348,10 @@ def test_models_open_from_the_hub_and_then_without_it(hub, tiny_model, pipe, tmp
     assert hub.select("GET", "o/base") and hub.select("GET", "/vae/diffusion_pytorch_model")
     assert not [r for r in hub.select("GET", "/unet/diffusion_pytorch_model") if "o/base" in r.path]
 
-    missing = (
-        "FileNotFoundError: there is no model {}, neither a folder nor on the Hub, or it is "
-        "private: check the name; for a private one run `hf auth login` or set HF_TOKEN"
-    )
-    assert [none, unet, name] == [missing.format(i) for i in ("o/none", "o/none", "a/b/c")]
-    assert revision == (
-        "FileNotFoundError: o/whole has no revision 'gone': take a branch, a tag or a commit of it"
-    )
+    for text, id_ in ((none, "o/none"), (unet, "o/none"), (name, "a/b/c")):
+        assert text.startswith(f"FileNotFoundError: there is no model {id_}, neither a folder nor")
+        assert "hf auth login" in text and "HF_TOKEN" in text
+    assert revision.startswith("FileNotFoundError: o/whole has no revision 'gone'")
     assert gated.startswith("PermissionError: o/gated is gated: accept its conditions")
     assert vae == "ValueError: o/root is no VAE, it is a UNet2DConditionModel"
 
@@ -371,24 +367,23 @@ def test_models_open_from_the_hub_and_then_without_it(hub, tiny_model, pipe, tmp
     for text, id_ in zip(
         offline[len(calls) :], ["o/base", "o/never", "o/never", "o/never"], strict=True
     ):
-        assert text == (
-            f"FileNotFoundError: {id_} is no folder and not, or not all, in the cache "
-            f"{tmp_path}/hub, and HF_HUB_OFFLINE is set: unset it and run once with a "
-            "network"
+        assert text.startswith(
+            f"FileNotFoundError: {id_}@main is no folder and not, or not all, in"
         )
+        assert f"{tmp_path}/hub" in text and "HF_HUB_OFFLINE is set" in text
 
 
 @pytest.mark.parametrize(
     "status, kind, text",
     [
         (401, PermissionError, r"the Hub refuses o/x@v1 \(401: .*hf auth login"),
-        (403, PermissionError, r"the Hub refuses o/x@v1 \(403: .*a token that may read it"),
+        (403, PermissionError, r"the Hub refuses o/x@v1 \(403: .*hf auth login"),
         (502, ConnectionError, r"the transfer of o/x@v1 broke \(bad luck.*run again"),
     ],
 )
 def test_what_the_hub_answers_is_told_with_the_mend(status, kind, text):
     answer = httpx.Response(status, request=httpx.Request("GET", "http://127.0.0.1/o/x"))
-    with pytest.raises(kind, match=text), explain_hub("o/x", "v1"):
+    with pytest.raises(kind, match=text), talk_to_hub("o/x", "v1", kind="model"):
         raise HfHubHTTPError("bad luck", response=answer)
 
 
@@ -396,8 +391,7 @@ def test_local_files_only_asks_nobody(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with pytest.raises(
         FileNotFoundError,
-        match="o/never is no folder and not, or not all, in the "
-        "cache .* the Hub cannot be reached or was not",
+        match="o/never@main is no folder .*cache .*the Hub cannot be reached or was not",
     ):
         sdxl.load_pipeline("o/never", local_files_only=True)
 
@@ -412,6 +406,6 @@ def test_a_broken_transfer_is_no_missing_variant(tiny_model, tmp_path):
         hub.break_connection("GET", "fp16.safetensors", 100_000, times=20)
         code = OPEN.format([("builtin", {"unet": "o/both", "variant": "fp16"})])
         (text,) = hub.run_client(tmp_path, code)
-        assert text.startswith("ConnectionError: the transfer of o/both broke")
+        assert text.startswith("ConnectionError: the transfer of o/both@main broke")
         assert text.endswith("run again, finished files are kept")
         assert not hub.select("GET", "/diffusion_pytorch_model.safetensors")

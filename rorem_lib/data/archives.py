@@ -1,27 +1,31 @@
 """Archives: unpack what datasets come in, safely, and all of it or nothing.
 
-An archive comes from the network. So no member may leave the folder or be anything but a file or a
-folder, what is written is counted as it is written (headers lie), and modes are ignored. Split
-archives (`x.tar.gz.part01`, `x.zip.001`, `x.tar.aa`) are read as one stream, without a joined copy.
+`tarfile` (with its data filter) and `zipfile` extract. What they lack is here: an archive comes
+from the network, so names that leave the folder, links and devices are refused and not mended,
+members and bytes are limited, and a tar that ends too early or has a damaged header is an error.
+Split archives (`x.tar.gz.part01`, `x.zip.001`, `x.tar.aa`) are read as one stream, without a joined
+copy; a folder is unpacked whole or not at all, and once.
 """
 
 from __future__ import annotations
 
-import importlib
+import bisect
+import contextlib
+import functools
 import io
+import itertools
 import lzma
-import os
 import re
 import shutil
 import stat
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rorem_lib.data.pictures import AGAIN
-from rorem_lib.files import read_json, write_json
+from rorem_lib.files import read_json, replace_folder, write_json
 
 MARKER = ".extracted.json"  # in the folder: which archive it was unpacked from
 _NAME = re.compile(
@@ -30,10 +34,12 @@ _NAME = re.compile(
     re.IGNORECASE,
 )
 _BY_HAND = {
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive: unpack it by hand, `7z x {0}` (p7zip)",
     b"Rar!\x1a\x07": "a rar archive: unpack it by hand, `unrar x {0}` or `7z x {0}`",
     b"\x28\xb5\x2f\xfd": "compressed with zstd: unpack it by hand, `tar --zstd -xf {0}`",
 }
 _CHUNK = 1 << 20
+_FILTER = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # Debian 12 has 3.11.2
 
 
 class ArchiveError(ValueError):
@@ -103,7 +109,7 @@ def extract_archive(
     is left as it is; one of another state of the archive is replaced.
 
     Args:
-        path: tar (plain, gz, bz2, xz), zip or 7z (needs py7zr); any part of a split one.
+        path: tar (plain, gz, bz2, xz) or zip; any part of a split one.
         folder: made here.
         max_bytes: most bytes that may be written.
         max_members: most files and folders.
@@ -134,11 +140,9 @@ def extract_archive(
     try:
         partial.mkdir(parents=True)
         with io.BufferedReader(_Parts(parts), _CHUNK) as stream:
-            _unpack(path, stream, _Output(partial, path, stream, max_bytes, max_members, progress))
+            _unpack(path, stream, partial, max_bytes, max_members, progress)
         write_json(partial / MARKER, state)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.rename(partial, folder)
+        replace_folder(partial, folder)
     except ArchiveError:
         raise
     except OSError as error:
@@ -165,8 +169,8 @@ class _Parts(io.RawIOBase):
     """Several files as one, to read and to seek in."""
 
     def __init__(self, paths: list[Path]):
-        self._paths, self._sizes = paths, [path.stat().st_size for path in paths]
-        self._at, self._open = 0, (None, None)
+        self._paths, self._place = paths, 0
+        self._ends = list(itertools.accumulate(path.stat().st_size for path in paths))
 
     def readable(self):
         return True
@@ -174,101 +178,62 @@ class _Parts(io.RawIOBase):
     seekable = readable
 
     def seek(self, offset, whence=io.SEEK_SET):
-        start = (0, self._at, sum(self._sizes))[whence]
-        self._at = max(0, start + offset)
-        return self._at
+        self._place = max(0, offset + (0, self._place, self._ends[-1])[whence])
+        return self._place
 
     def readinto(self, buffer):
-        number, offset = 0, self._at
-        while number < len(self._sizes) and offset >= self._sizes[number]:
-            offset -= self._sizes[number]
-            number += 1
-        if number == len(self._sizes):
+        number = bisect.bisect_right(self._ends, self._place)
+        if number == len(self._ends):
             return 0
-        if self._open[0] != number:
-            self._close_part()
-            self._open = number, open(self._paths[number], "rb")
-        self._open[1].seek(offset)
-        count = self._open[1].readinto(memoryview(buffer)[: self._sizes[number] - offset])
-        self._at += count
+        left = self._ends[number] - self._place
+        with open(self._paths[number], "rb") as file:
+            file.seek(-left, io.SEEK_END)
+            count = file.readinto(memoryview(buffer)[:left])
+        self._place += count
         return count
 
-    def _close_part(self):
-        if self._open[1]:
-            self._open[1].close()
 
-    def close(self):
-        self._close_part()
-        super().close()
-
-
-class _Output:
-    """Where members go: refuses names that leave the folder, counts members and bytes."""
-
-    def __init__(self, folder, archive, stream, max_bytes, max_members, progress):
-        self.folder, self.archive, self.stream = folder, archive, stream
-        self.bytes_left, self.members_left = max_bytes, max_members
-        self.total = stream.seek(0, io.SEEK_END)
-        self.progress = progress or (lambda done, total: None)
-        stream.seek(0)
-
-    def refuse(self, name: str, why: str) -> ArchiveError:
-        return ArchiveError(f"{self.archive} is refused: its member {name!r} {why}")
-
-    def check_name(self, name: str) -> list[str]:
-        parts = name.split("/")
-        if name.startswith("/") or ".." in parts or re.search(r"[\\\0]|^[A-Za-z]:", name):
-            raise self.refuse(name, "leaves the folder, or would on another system")
-        return [part for part in parts if part not in ("", ".")]
-
-    def _place(self, name: str) -> Path:
-        self.members_left -= 1
-        if self.members_left < 0:
-            raise ArchiveError(
-                f"{self.archive} is refused: more members than max_members allows; "
-                "raise it if this is expected"
-            )
-        return self.folder.joinpath(*self.check_name(name))
-
-    def make_folder(self, name: str) -> None:
-        self._place(name).mkdir(parents=True, exist_ok=True)
-
-    def place_file(self, name: str) -> Path:
-        place = self._place(name)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        return place
-
-    def count(self, size: int) -> None:
-        self.bytes_left -= size
-        if self.bytes_left < 0:
-            raise ArchiveError(
-                f"{self.archive} is refused: it unpacks to more than max_bytes "
-                "allows; raise it if this is expected"
-            )
-        self.progress(min(self.stream.tell(), self.total), self.total)
-
-    def write(self, name: str, content) -> None:
-        with open(self.place_file(name), "wb") as target:
-            while data := content.read(_CHUNK):
-                self.count(len(data))
-                target.write(data)
-
-
-def _unpack(path: Path, stream, output: _Output) -> None:
+def _unpack(path: Path, stream, folder: Path, max_bytes: int, max_members: int, progress) -> None:
     head = stream.peek(8)[:8]
     for magic, advice in _BY_HAND.items():
         if head.startswith(magic):
             raise ArchiveError(f"{path} is {advice.format(path.name)}, then give the folder")
-    if head.startswith(b"7z\xbc\xaf\x27\x1c"):
-        _unpack_7z(stream, output)
-    elif head.startswith(b"PK"):
-        _unpack_zip(stream, output)
-    else:
-        _unpack_tar(stream, output)
+    total = stream.seek(0, io.SEEK_END)
+    stream.seek(0)
+    members = _read_zip if head.startswith(b"PK") else _read_tar
+    for name, is_plain, size, extract in members(stream, folder):
+        refused = f"{path} is refused: its member {name!r}"
+        if re.search(r"^/|(^|/)\.\.(/|$)|[\\\0]|^[A-Za-z]:", name):
+            raise ArchiveError(f"{refused} leaves the folder, or would on another system")
+        if not is_plain:
+            raise ArchiveError(
+                f"{refused} is a link or a device; pack a tar again with "
+                "`tar --dereference --hard-dereference`"
+            )
+        # Neither library writes more of a member than the size that its header names.
+        max_members, max_bytes = max_members - 1, max_bytes - size
+        if min(max_members, max_bytes) < 0:
+            limit = "max_members" if max_members < 0 else "max_bytes"
+            raise ArchiveError(
+                f"{path} is refused: more than {limit} allows; raise it if this is expected"
+            )
+        try:
+            extract()
+        except (NotImplementedError, RuntimeError) as error:  # a password, an unknown method
+            raise ArchiveError(f"{refused} cannot be read ({error}): unpack it by hand") from None
+        if progress:
+            progress(min(stream.tell(), total), total)
 
 
 class _Member(tarfile.TarInfo):
     """A tar member that does not take a damaged header for the archive's end."""
+
+    @classmethod
+    def frombuf(cls, buf, encoding, errors):
+        member = super().frombuf(buf, encoding, errors)
+        if member.type in (b"L", b"K", b"x", b"g", b"X") and member.size > _CHUNK:
+            raise tarfile.ReadError("a name of more than 1 MB")  # it would be read at once
+        return member
 
     @classmethod
     def fromtarfile(cls, archive):
@@ -279,85 +244,32 @@ class _Member(tarfile.TarInfo):
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(str(error)) from None
 
-    def _proc_member(self, archive):
-        if self.type in (b"L", b"K", b"x", b"g", b"X") and self.size > _CHUNK:
-            raise tarfile.ReadError("a name of more than 1 MB")  # it would be read at once
-        return super()._proc_member(archive)
 
-
-def _unpack_tar(stream, output: _Output) -> None:
+def _read_tar(stream, folder: Path) -> Iterator[tuple[str, bool, int, Callable]]:
+    """Each member's name, whether it is a file or a folder, its bytes, and what extracts it."""
     with tarfile.open(
         fileobj=stream, mode="r:*", tarinfo=_Member, encoding="utf-8", errors="replace"
     ) as archive:
         while (member := archive.next()) is not None:
             archive.members.clear()  # or the memory would hold them all
-            if member.isdir():
-                output.make_folder(member.name)
-            elif member.isreg():
-                output.write(member.name, archive.extractfile(member))
-            else:
-                raise output.refuse(
-                    member.name,
-                    "is a link or a device; pack it again with "
-                    "`tar --dereference --hard-dereference`",
-                )
+            extract = functools.partial(archive.extract, member, folder, set_attrs=False, **_FILTER)
+            yield member.name, member.isreg() or member.isdir(), member.size, extract
         while archive.fileobj.read(_CHUNK):  # checksums stand at the end
             pass
 
 
-def _unpack_zip(stream, output: _Output) -> None:
+def _read_zip(stream, folder: Path) -> Iterator[tuple[str, bool, int, Callable]]:
+    """As `_read_tar`."""
     with zipfile.ZipFile(stream) as archive:
         for member in archive.infolist():
-            name = member.orig_filename
+            member.filename = member.orig_filename
             if not member.flag_bits & 0x800:  # no word on the encoding: UTF-8 if it is some
-                try:
-                    name = name.encode("cp437").decode()
-                except UnicodeError:
-                    pass
+                with contextlib.suppress(UnicodeError):
+                    member.filename = member.filename.encode("cp437").decode()
             kind = stat.S_IFMT(member.external_attr >> 16)
-            if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-                raise output.refuse(name, "is a link or a device")
-            if name.endswith("/"):
-                output.make_folder(name)
-                continue
-            try:
-                with archive.open(member) as content:
-                    output.write(name, content)
-            except (NotImplementedError, RuntimeError) as error:
-                raise output.refuse(name, f"cannot be read ({error}): unpack it by hand") from None
-
-
-def _unpack_7z(stream, output: _Output) -> None:
-    try:
-        py7zr = importlib.import_module("py7zr")
-    except ImportError:
-        raise ArchiveError(
-            f"{output.archive} is a 7z archive: `pip install py7zr`, or unpack it "
-            f"by hand, `7z x {output.archive.name}`, and give the folder"
-        ) from None
-
-    class File(io.FileIO):
-        def write(self, data):
-            output.count(len(data))
-            return super().write(data)
-
-        def size(self):
-            return self.tell()
-
-    class Files(py7zr.WriterFactory):
-        def create(self, filename):
-            return File(output.place_file(filename), "wb")
-
-    try:
-        with py7zr.SevenZipFile(stream) as archive:
-            for member in archive.files:
-                output.check_name(member.filename)  # the library mends bad names silently
-                if member.is_symlink or member.is_socket or member.is_junction:
-                    raise output.refuse(member.filename, "is a link or a device")
-                if member.is_directory:
-                    output.make_folder(member.filename)
-            archive.extractall(factory=Files())
-    except (ArchiveError, OSError):
-        raise
-    except Exception as error:  # the library has many kinds
-        raise _damaged(output.archive, error) from error
+            yield (
+                member.filename,
+                kind in (0, stat.S_IFREG, stat.S_IFDIR),
+                member.file_size,
+                functools.partial(archive.extract, member, folder),
+            )

@@ -1,59 +1,50 @@
-"""Publish triplet sets: Parquet shards with their pictures embedded, a dataset card, the upload.
+"""Publish triplet sets: Parquet shards with their images embedded, a dataset card, the upload.
 
-The layout is that of datasets on the Hugging Face Hub, so `datasets.load_dataset` opens the folder
-and the repository, streaming or not; `rorem_lib.sources.parquet` reads them back.
+`datasets` writes the shards and `huggingface_hub` uploads them; the layout is that of datasets on
+the Hub, so `datasets.load_dataset` opens the folder and the repository, streaming or not;
+`rorem_lib.sources.parquet` reads them back. What `Dataset.push_to_hub` lacks is here: every image
+is opened before anything is sent, the folder can be looked at first, and stopped, it goes on.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
 import logging
 import os
 import re
-from collections import Counter, deque
-from collections.abc import Callable, Mapping
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from rorem_lib.data.card import make_card
 from rorem_lib.data.items import SourceError
 from rorem_lib.data.pictures import TripletError
 from rorem_lib.data.remote import talk_to_hub
-from rorem_lib.data.summary import CLASS_KEYS
-from rorem_lib.data.triplets import (
-    Triplet,
-    describe_size,
-    iter_triplets,
-    load_images,
-    resolve_meta,
-)
+from rorem_lib.data.triplets import Triplet, iter_triplets, load_images, resolve_meta
 from rorem_lib.files import read_json, write_json, write_text
+from rorem_lib.workers import group_chunks
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1  # raise it when what a shard holds changes
-NOTES = ".publishing"  # what is known of each finished shard; not published
-GROUP_ROWS, GROUP_BYTES = 100, 64_000_000  # of a row group, the least that a reader has to load
-PICTURES = ("source", "mask", "GT")
-TEXTS = ("origin", "license", "accepted_by", "remover")
-
-
-@dataclass
-class _Shard:
-    """A part of a split, planned: so many of its records, in the set's order."""
-
-    split: str
-    rows: int = 0
-    size: int = 0
-    digest: object = field(default_factory=hashlib.sha256)
-    name: str = ""
+VERSION = 2  # raise it when what a shard holds changes
+NOTE = ".publishing.json"  # {shard: hash of what it holds}; not published
+IMAGES = ("source", "mask", "GT")
+TYPES = {  # of the records' keys that are columns; the others are in `extra`
+    "origin": str,
+    "license": str,
+    "accepted_by": str,
+    "remover": str,
+    "score": float,
+    "round": int,
+}
+AHEAD = 32  # rows in memory
 
 
 def publish_sets(
@@ -70,9 +61,10 @@ def publish_sets(
 ) -> Path:
     """Write sets as `data/<split>-00000-of-00001.parquet` ... and a dataset card, `README.md`.
 
-    Picture files are embedded as they are. Every picture is opened once, to be sure and for the
-    card's statistics. Killed and started again it goes on: finished shards whose records and files
-    are still the same are kept. The same sets give the same bytes.
+    Image files are embedded as they are. Every image is opened once, to be sure and to measure it
+    (columns `width`, `height` in px, `mask_area` 0 to 1). Killed and started again it goes on:
+    finished shards whose records and files are still the same are kept. The same sets give the same
+    bytes.
 
     Args:
         sets: {split: what `resolve_meta` takes}; a split's name is letters, digits and `_`.
@@ -101,43 +93,81 @@ def publish_sets(
             "a split's name has letters, digits and _ only: rename " + ", ".join(wrong)
         )
     metas = {split: resolve_meta(meta) for split, meta in sets.items()}
-    shards = [
-        shard
-        for split, meta in metas.items()
-        for shard in _plan(split, meta, license, max_shard_bytes)
-    ]
+    plans = {split: _plan(meta, license, max_shard_bytes) for split, meta in metas.items()}
+    shards, digests = {}, {}
+    for split, plan in plans.items():
+        for number, (_, digest) in enumerate(plan):
+            name = f"{split}-{number:05d}-of-{len(plan):05d}.parquet"
+            shards.setdefault(split, []).append(folder / "data" / name)
+            digests[name] = digest
+        if not plan:
+            logger.warning("%s has no records: %s becomes no split", metas[split], split)
     if not shards:
         raise TripletError(
             f"there is nothing to publish: {', '.join(map(str, metas.values()))} have no records"
         )
-    (folder / "data").mkdir(parents=True, exist_ok=True)
-    (folder / NOTES).mkdir(exist_ok=True)
-    _drop_others(folder, {shard.name for shard in shards})
-    total, done = sum(shard.rows for shard in shards), 0
-    for split, meta in metas.items():
-        triplets = iter_triplets(meta, require_gt=False, look=False)
-        for shard in (s for s in shards if s.split == split):
-            rows = itertools.islice(triplets, shard.rows)
-            if _is_done(folder, shard):
+    _clear(folder, digests)
+    total, done = sum(count for plan in plans.values() for count, _ in plan), 0
+    for split, paths in shards.items():
+        triplets = iter_triplets(metas[split], require_gt=False, look=False)
+        for path, (count, _) in zip(paths, plans[split]):
+            rows = itertools.islice(triplets, count)
+            if path.is_file():
                 deque(rows, maxlen=0)  # passed over
             else:
-                (folder / "README.md").unlink(missing_ok=True)  # with it a folder is complete
-                _write_shard(folder, shard, rows, license)
-            done += shard.rows
+                write_parquet(path, _get_features(), _read_rows(rows, license))
+            done += count
             if progress:
                 progress(done, total)
-    write_text(
-        folder / "README.md",
-        make_card(
-            _merge_facts(folder, shards),
-            _features(),
-            repo_id=repo_id,
-            acceptance=acceptance,
-            title=title or repo_id.split("/")[-1],
-            filters=filters,
-        ),
-    )
+    title = title or repo_id.split("/")[-1]
+    card = make_card(shards, title=title, repo_id=repo_id, acceptance=acceptance, filters=filters)
+    write_text(folder / "README.md", card)
     return folder
+
+
+def write_parquet(path: str | Path, features, rows: Iterable[dict]) -> Path:
+    """Write rows as one Parquet file, atomically, for `datasets.load_dataset`.
+
+    They are on the disk beside it on their way there: memory does not grow with them.
+
+    Args:
+        path: in a folder that is made if missing.
+        features: the rows' `datasets.Features`; an image is {"bytes": ..., "path": its name}.
+        rows: at least one; read once.
+
+    Raises:
+        OSError: the disk is full or refuses; no half of the file is left.
+        Exception: what `rows` raises.
+    """
+    import datasets
+    from datasets.exceptions import DatasetGenerationError
+
+    path = Path(path)
+    partial = path.with_name(f".{path.stem}.partial")
+    bars = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()  # there would be two a file
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # what a kill has left
+        partial.mkdir(parents=True)
+        table = datasets.Dataset.from_generator(
+            lambda: rows,
+            features=features,
+            cache_dir=str(partial),
+            fingerprint="rows",
+            writer_batch_size=AHEAD,
+        )
+        table.to_parquet(partial / path.name)
+        os.replace(partial / path.name, path)
+    except (OSError, DatasetGenerationError) as error:
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+        if isinstance(cause, OSError):
+            raise OSError(cause.errno, f"cannot write {path}: {cause}") from error
+        raise cause from None
+    finally:
+        if bars:
+            datasets.enable_progress_bars()
+        shutil.rmtree(partial, ignore_errors=True)
+    return path
 
 
 def upload_dataset(
@@ -165,8 +195,8 @@ def upload_dataset(
         The commit's address, which ends in its hash.
 
     Raises:
-        SourceError: the folder is not finished, or the Hub refuses or cannot be reached; says
-            what to do.
+        SourceError: the folder is not finished.
+        OSError: the Hub's errors, see `data.remote.talk_to_hub`.
     """
     from huggingface_hub import HfApi
 
@@ -194,12 +224,16 @@ def upload_dataset(
 # ---------------------------------------------------------------------------------------- shards
 
 
-def _plan(split: str, meta: Path, license: str, max_bytes: int) -> list[_Shard]:
-    """Cut a set into shards, without opening a picture; refuse what can be seen so far."""
-    shards, missing, unlicensed, without = [], [], [], []
+def _plan(meta: Path, license: str, max_bytes: int) -> list[tuple[int, str]]:
+    """Cut a set into shards, without opening an image; refuse what can be seen so far.
+
+    Returns:
+        How many records each shard has, in the set's order, and a hash of what it will hold.
+    """
+    shards, size, missing, unlicensed, without = [], 0, [], [], []
     for triplet in iter_triplets(meta, require_gt=False, look=False):
         stats = []
-        for path in _files(triplet):
+        for path in filter(None, (triplet.source, triplet.mask, triplet.gt)):
             try:
                 stats.append(path.stat())
             except OSError:
@@ -208,202 +242,91 @@ def _plan(split: str, meta: Path, license: str, max_bytes: int) -> list[_Shard]:
             unlicensed.append(triplet.id)
         if triplet.gt is None:
             without.append(triplet.id)
-        size = sum(stat.st_size for stat in stats)
-        if not shards or shards[-1].size + size > max_bytes:
-            shards.append(_Shard(split))
-        shard = shards[-1]
-        shard.rows, shard.size = shard.rows + 1, shard.size + size
-        shard.digest.update(
-            json.dumps(
-                [
-                    VERSION,
-                    pa.__version__,
-                    license,
-                    triplet.id,
-                    triplet.group,
-                    triplet.extra,
-                    [[stat.st_size, stat.st_mtime_ns] for stat in stats],
-                ]
-            ).encode()
-        )
-    count = sum(shard.rows for shard in shards)
-    if not count:
-        logger.warning("%s has no records: %s becomes no split", meta, split)
-    if missing:
-        raise TripletError(
-            f"{meta}: {len(missing)} files are missing, restore them or remove "
-            f"their records: {_list_some(missing)}",
-            file=Path(missing[0]),
-        )
-    if unlicensed:
-        raise TripletError(
-            f"{meta}: {len(unlicensed)} records name no license: add it to them, or "
-            f"pass the license of the rest: {_list_some(unlicensed)}",
-            file=meta,
-        )
-    if 0 < len(without) < count:
-        raise TripletError(
-            f"{meta}: {len(without)} of {count} records have no GT: publish them as "
-            f"a split of their own: {_list_some(without)}",
-            file=meta,
-        )
-    for number, shard in enumerate(shards):
-        shard.name = f"{split}-{number:05d}-of-{len(shards):05d}"
-    return shards
-
-
-def _files(triplet: Triplet) -> list[Path]:
-    return [path for path in (triplet.source, triplet.mask, triplet.gt) if path]
+        size += sum(stat.st_size for stat in stats)
+        if not shards or size > max_bytes:
+            shards.append([0, hashlib.sha256()])
+            size = sum(stat.st_size for stat in stats)
+        shards[-1][0] += 1
+        state = [[stat.st_size, stat.st_mtime_ns] for stat in stats]
+        record = [VERSION, license, triplet.id, triplet.group, triplet.extra, state]
+        shards[-1][1].update(json.dumps(record).encode())
+    total = sum(count for count, _ in shards)
+    if len(without) == total:  # a pool
+        without = []
+    for names, fault in (
+        (missing, "files are missing, restore them or remove their records"),
+        (unlicensed, "records name no license: add it to them, or pass the license of the rest"),
+        (without, f"of {total} records have no GT: publish them as a split of their own"),
+    ):
+        if names:
+            raise TripletError(
+                f"{meta}: {len(names)} {fault}: {_list_some(names)}",
+                file=Path(names[0]) if names is missing else meta,
+            )
+    return [(count, digest.hexdigest()) for count, digest in shards]
 
 
 def _list_some(names: list[str]) -> str:
     return ", ".join(names[:5]) + " ..." * (len(names) > 5)
 
 
-def _note(folder: Path, name: str) -> Path:
-    return folder / NOTES / f"{name}.json"
-
-
-def _is_done(folder: Path, shard: _Shard) -> bool:
-    note = _note(folder, shard.name)
-    return (
-        (folder / "data" / f"{shard.name}.parquet").is_file()
-        and note.is_file()
-        and read_json(note)["digest"] == shard.digest.hexdigest()
-    )
-
-
-def _drop_others(folder: Path, names: set[str]) -> None:
-    """Delete the shards of an earlier plan; refuse to share the folder with other files."""
+def _clear(folder: Path, digests: dict[str, str]) -> None:
+    """Delete shards of other records; refuse to share the folder with somebody else's files."""
+    old = read_json(folder / NOTE) if (folder / NOTE).is_file() else {}
     found = sorted((folder / "data").glob("*.parquet"))
-    foreign = [str(path) for path in found if not _note(folder, path.stem).is_file()]
+    foreign = [str(path) for path in found if path.name not in old]
     if foreign:
         raise TripletError(
             f"{folder} holds Parquet files of something else: choose another "
             f"folder, or move them away: {_list_some(foreign)}"
         )
+    (folder / "README.md").unlink(missing_ok=True)  # with it a folder is complete
     for path in found:
-        if path.stem not in names:
+        if old[path.name] != digests.get(path.name):
             path.unlink()
-            _note(folder, path.stem).unlink()
+    write_json(folder / NOTE, digests)  # before the first shard: one that it lacks is foreign
 
 
-def _features():
+def _get_features():
     from datasets import Features, Image, Value
 
-    return Features(
-        {"id": Value("string"), "group": Value("string")}
-        | {key: Image() for key in PICTURES}
-        | {key: Value("string") for key in TEXTS}
-        | {"score": Value("float64"), "round": Value("int64"), "extra": Value("string")}
-    )
+    names = {str: "string", float: "float64", int: "int64"}
+    columns = {"id": str, "group": str, **dict.fromkeys(IMAGES), **TYPES}
+    columns |= {"width": int, "height": int, "mask_area": float, "extra": str}
+    return Features({key: Value(names[kind]) if kind else Image() for key, kind in columns.items()})
 
 
-def _write_shard(folder: Path, shard: _Shard, triplets, license: str) -> None:
-    schema = _features().arrow_schema
-    facts = {
-        "rows": 0,
-        "bytes": 0,
-        "areas": [],
-        "sizes": Counter(),
-        "classes": Counter(),
-        "kinds": Counter(),
-    }
-    problems, rows, size = [], [], 0
-    path = folder / "data" / f"{shard.name}.parquet"
-    beside = path.with_name(f".{path.name}.partial")
-    path.unlink(missing_ok=True)
+def _read_rows(triplets: Iterable[Triplet], license: str) -> Iterator[dict]:
+    """A shard's rows; where images are unsound it fails at the end, with all of them named."""
+    problems = []
+    with ThreadPoolExecutor() as pool:
+        for chunk in group_chunks(triplets, AHEAD):
+            for row in pool.map(functools.partial(_read_row, license=license), chunk):
+                if isinstance(row, TripletError):
+                    problems.append(row)
+                else:
+                    yield row
+    if problems:
+        raise TripletError(
+            f"{len(problems)} records are unsound; mend or remove them: "
+            + "; ".join(map(str, problems[:5])),
+            file=problems[0].file,
+        )
+
+
+def _read_row(triplet: Triplet, license: str) -> dict | TripletError:
     try:
-        with (
-            ThreadPoolExecutor(os.cpu_count()) as pool,
-            pq.ParquetWriter(
-                beside,
-                schema,
-                use_dictionary=list(TEXTS),
-                write_statistics=["id"],
-                use_content_defined_chunking=True,
-            ) as writer,
-        ):  # so that the Hub finds old chunks
-
-            def write_group():
-                found = list(pool.map(lambda triplet: _read_row(triplet, license), rows))
-                problems.extend(row for row in found if isinstance(row, TripletError))
-                if not problems:
-                    table = pa.Table.from_pylist([row for row, _ in found], schema)
-                    writer.write_table(table, row_group_size=len(found))
-                    facts["bytes"] += table.nbytes
-                    for row, fact in found:
-                        _count(facts, row, fact)
-
-            for triplet in triplets:
-                new = sum(file.stat().st_size for file in _files(triplet))
-                if rows and (len(rows) == GROUP_ROWS or size + new > GROUP_BYTES):
-                    write_group()
-                    rows, size = [], 0
-                rows.append(triplet)
-                size += new
-            write_group()
-        if problems:
-            raise TripletError(
-                f"{len(problems)} records are unsound; mend or remove them: "
-                + "; ".join(map(str, problems[:5])),
-                file=problems[0].file,
-            )
-        # The note first: a shard without one is somebody else's.
-        write_json(_note(folder, shard.name), {"digest": shard.digest.hexdigest(), "facts": facts})
-        os.replace(beside, path)
-    except OSError as error:
-        raise OSError(error.errno, f"cannot write {path}: {error}") from error
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def _read_row(triplet: Triplet, license: str):
-    """(a row, the class, size and mask's share), or the error that forbids it."""
-    try:
-        images = load_images(triplet)
+        mask = load_images(triplet)["mask"]
     except TripletError as error:
         return error
     row = {"id": triplet.id, "group": triplet.group}
-    for key, path in zip(PICTURES, (triplet.source, triplet.mask, triplet.gt)):
+    for key, path in zip(IMAGES, (triplet.source, triplet.mask, triplet.gt)):
         row[key] = path and {"bytes": path.read_bytes(), "path": path.name}
     extra = dict(triplet.extra)
     extra["license"] = extra.get("license") or license
-    kinds = {**dict.fromkeys(TEXTS, str), "score": float, "round": int}
-    for key, kind in kinds.items():
+    for key, kind in TYPES.items():
         row[key] = extra.pop(key) if type(extra.get(key)) is kind else None
+    row["height"], row["width"] = mask.shape
+    row["mask_area"] = float(np.mean(mask >= 128))
     row["extra"] = json.dumps(extra, ensure_ascii=False, sort_keys=True)
-    return row, (
-        _name_class(extra),
-        describe_size(images["mask"]),
-        round(float(np.mean(images["mask"] >= 128)), 5),
-    )
-
-
-def _name_class(extra: dict) -> str:
-    found = next((extra[key] for key in CLASS_KEYS if extra.get(key)), "")
-    return ", ".join(map(str, found)) if isinstance(found, list) else str(found)
-
-
-def _count(facts: dict, row: dict, fact: tuple[str, str, float]) -> None:
-    facts["rows"] += 1
-    facts["classes"][fact[0]] += 1
-    facts["sizes"][fact[1]] += 1
-    facts["areas"].append(fact[2])
-    facts["kinds"][json.dumps([row[key] for key in (*TEXTS, "round")], ensure_ascii=False)] += 1
-
-
-def _merge_facts(folder: Path, shards: list[_Shard]) -> dict[str, dict]:
-    """What the notes of a split's shards say together."""
-    splits: dict[str, dict] = {}
-    for shard in shards:
-        facts = read_json(_note(folder, shard.name))["facts"]
-        facts |= {
-            "shards": 1,
-            "file_bytes": (folder / "data" / f"{shard.name}.parquet").stat().st_size,
-        }
-        merged = splits.setdefault(shard.split, {})
-        for key, value in facts.items():
-            value = Counter(value) if isinstance(value, dict) else value
-            merged[key] = merged[key] + value if key in merged else value
-    return splits
+    return row

@@ -20,18 +20,11 @@ from pathlib import Path
 
 from rorem_lib.data.archives import MARKER, archive_stem, extract_archive, find_archives
 from rorem_lib.data.items import SourceError
+from rorem_lib.files import is_full
 
 logger = logging.getLogger(__name__)
 
 _SPEC = re.compile(r"hub:(?P<repo>[^@:]+)(?:@(?P<revision>[^:]+))?(?::(?P<patterns>.+))?")
-
-
-@dataclass(frozen=True)
-class RemoteFile:
-    """A file of a repository: its path there, and its size in bytes."""
-
-    path: str
-    size: int
 
 
 @dataclass(frozen=True)
@@ -54,97 +47,107 @@ class Fetched:
 
 
 @contextlib.contextmanager
-def talk_to_hub(repo_id: str, revision: str | None = None, cache_dir: str | Path | None = None):
+def talk_to_hub(
+    repo_id: str,
+    revision: str | None = None,
+    *,
+    kind: str = "dataset",
+    cache_dir: str | Path | None = None,
+):
     """A block that calls the Hub: its errors say what to do; no progress bars in a batch run.
 
-    Raises:
-        SourceError: instead of any error of the client.
-    """
-    from huggingface_hub import constants, errors, utils
+    Args:
+        repo_id, revision, cache_dir: what the block asks for, and where it is kept.
+        kind: "dataset" or "model".
 
-    page, name = f"{constants.ENDPOINT}/datasets/{repo_id}", f"{repo_id}@{revision or 'main'}"
-    login, cache = "run `hf auth login` or set HF_TOKEN", cache_dir or constants.HF_HUB_CACHE
+    Raises:
+        PermissionError: the repository is gated, or the token is refused.
+        FileNotFoundError: there is no such repository or revision, or it is not in the cache and
+            the Hub cannot be asked.
+        ConnectionError: the Hub refuses, or a transfer broke.
+        OSError: the disk is full.
+    """
+    from huggingface_hub import constants, utils
+
     quiet = os.environ.get("ROREM_BATCH") == "1" and not utils.are_progress_bars_disabled()
     if quiet:
         utils.disable_progress_bars()
     try:
         yield
-    except errors.GatedRepoError as error:
-        raise SourceError(
-            f"{repo_id} is gated: accept its conditions on {page}, then {login} as the same user"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise SourceError(
-            f"there is no dataset {repo_id} on the Hub, or it is private: check the "
-            f"name ({page}); for a private one {login}"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise SourceError(
-            f"{repo_id} has no revision {revision!r}: take a branch, a tag or a "
-            f"commit of {page}/commits/main"
-        ) from error
-    except (
-        errors.LocalEntryNotFoundError,
-        errors.OfflineModeIsEnabled,
-        errors.RevisionResolutionError,
-    ) as error:
-        why = (
-            "HF_HUB_OFFLINE is set: unset it and run once with a network"
-            if constants.is_offline_mode()
-            else "the Hub cannot be reached: check the network (HF_ENDPOINT names a mirror) and "
-            "run again, finished files are kept"
-        )
-        raise SourceError(f"{name} is not, or not all, in the cache {cache}, and {why}") from error
-    except errors.HfHubHTTPError as error:
-        status = error.response.status_code
-        advice = {
-            401: f"; the token is wrong or has expired, {login}",
-            403: f"; the token may not do this, {login} with one that may",
-        }.get(status, "")
-        raise SourceError(
-            f"the Hub refuses {name} ({status}: {error.server_message or error}){advice}"
-        ) from error
-    except (errors.HTTPError, ConnectionError, TimeoutError, RuntimeError) as error:
-        why = f": {error.__cause__}" if error.__cause__ else ""  # hf_xet and LFS: RuntimeError
-        raise SourceError(
-            f"the transfer of {name} broke ({error}{why}): run again, finished files are kept"
-        ) from error
-    except errors.HFValidationError as error:
-        raise SourceError(f"{repo_id!r} names no dataset of the Hub: {error}") from error
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise SourceError(
-            f"no space is left for {name} in {cache}: make room, or set HF_HOME to "
-            "a larger disk and run again"
-        ) from error
+    except Exception as error:
+        cache = cache_dir or constants.HF_HUB_CACHE
+        if explained := _explain(error, repo_id, revision or "main", kind, cache):
+            raise explained from error
+        raise
     finally:
         if quiet:
             utils.enable_progress_bars()
 
 
-def list_files(
-    repo_id: str, revision: str | None = None, *, cache_dir: str | Path | None = None
-) -> list[RemoteFile]:
-    """The files of a dataset and their sizes, before anything is downloaded.
+def _explain(error: Exception, repo_id: str, revision: str, kind: str, cache) -> OSError | None:
+    """What to raise for an error of the client; None for one that is not the Hub's."""
+    from huggingface_hub import constants, errors
 
-    Offline it is what the last download of this revision noted.
-
-    Raises:
-        SourceError: as `download_dataset`.
-    """
-    from huggingface_hub import HfApi, RepoFile, constants, errors, get_cached_repo_tree
-
-    with talk_to_hub(repo_id, revision, cache_dir):
-        where = {"repo_type": "dataset", "revision": revision}
-        if not constants.is_offline_mode():
-            found = HfApi().list_repo_tree(repo_id, recursive=True, **where)
-            return [RemoteFile(f.path, f.size) for f in found if isinstance(f, RepoFile)]
-        try:
-            found = get_cached_repo_tree(repo_id, cache_dir=cache_dir, **where)
-        except errors.CachedRepoTreeNotFoundError as error:
-            raise errors.OfflineModeIsEnabled from error
-        return [RemoteFile(f.path, f.size) for f in found]
+    page = f"{constants.ENDPOINT}/{'datasets/' * (kind == 'dataset')}{repo_id}"
+    name, login = f"{repo_id}@{revision}", "run `hf auth login` or set HF_TOKEN"
+    if is_full(error):
+        return OSError(
+            errno.ENOSPC,
+            f"no space is left for {name} in {cache}: make room, or set HF_HOME to a larger disk "
+            "and run again",
+        )
+    of_hub = (OSError, errors.HTTPError, errors.RevisionResolutionError, errors.HFValidationError)
+    # A broken upload is a RuntimeError; around a model that may be anything.
+    if not isinstance(error, (*of_hub, RuntimeError) if kind == "dataset" else of_hub):
+        return None
+    cause: BaseException | None = error  # diffusers puts errors of its own around the Hub's
+    while cause:
+        match cause:
+            case errors.GatedRepoError():
+                return PermissionError(
+                    f"{repo_id} is gated: accept its conditions on {page}, then {login} as the "
+                    "same user"
+                )
+            case errors.RepositoryNotFoundError() | errors.HFValidationError():
+                return FileNotFoundError(
+                    f"there is no {kind} {repo_id}, neither a folder nor on the Hub, or it is "
+                    f"private: check the name ({page}); for a private one {login}"
+                )
+            case errors.RevisionNotFoundError():
+                return FileNotFoundError(
+                    f"{repo_id} has no revision {revision!r}: take a branch, a tag or a commit of "
+                    f"{page}/commits/main"
+                )
+            case (
+                errors.LocalEntryNotFoundError()
+                | errors.OfflineModeIsEnabled()
+                | errors.RevisionResolutionError()
+            ):
+                why = (
+                    "HF_HUB_OFFLINE is set: unset it and run once with a network"
+                    if constants.is_offline_mode()
+                    else "the Hub cannot be reached or was not to be asked: check the network "
+                    "(HF_ENDPOINT names a mirror) and run again, finished files are kept"
+                )
+                return FileNotFoundError(
+                    f"{name} is {'no folder and ' * (kind == 'model')}not, or not all, in the "
+                    f"cache {cache}, and {why}"
+                )
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(error, errors.HfHubHTTPError) and error.response.status_code < 500:
+        status = error.response.status_code
+        advice = {
+            401: f"; the token is wrong or has expired, {login}",
+            403: f"; the token may not do this, {login} with one that may",
+        }.get(status, "")
+        said = f"the Hub refuses {name} ({status}: {error.server_message or error}){advice}"
+        return PermissionError(said) if advice else ConnectionError(said)
+    if isinstance(error, (errors.HTTPError, ConnectionError, TimeoutError, RuntimeError)):
+        why = f": {error.__cause__}" if error.__cause__ else ""
+        return ConnectionError(
+            f"the transfer of {name} broke ({error}{why}): run again, finished files are kept"
+        )
+    return None
 
 
 def download_dataset(
@@ -170,25 +173,20 @@ def download_dataset(
         The snapshot's folder, shared by all downloads of the commit, and the commit.
 
     Raises:
-        SourceError: gated, private, not there, offline and not in the cache, no file matches.
+        SourceError: no file matches the patterns.
+        OSError: the Hub's errors, see `talk_to_hub`.
     """
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import errors, get_cached_repo_tree, snapshot_download
 
-    with talk_to_hub(repo_id, revision, cache_dir):
+    where = {"repo_type": "dataset", "cache_dir": cache_dir}
+    with talk_to_hub(repo_id, revision, cache_dir=cache_dir):
         _drop_torn(repo_id, cache_dir)
-        resolved = HfApi().resolve_revision(
-            repo_id, repo_type="dataset", revision=revision, cache_dir=cache_dir
-        )
         folder = Path(
             snapshot_download(
-                repo_id,
-                repo_type="dataset",
-                revision=resolved,
-                cache_dir=cache_dir,
-                allow_patterns=list(patterns) or None,
+                repo_id, revision=revision, allow_patterns=list(patterns) or None, **where
             )
         )
-    commit = resolved.resolved
+    commit = folder.name
     if commit != revision:
         logger.info(
             "%s: %s is commit %s now; name that to read the same again",
@@ -197,7 +195,9 @@ def download_dataset(
             commit,
         )
     if not _match(folder, patterns):
-        there = [file.path for file in list_files(repo_id, commit, cache_dir=cache_dir)]
+        there = []
+        with contextlib.suppress(errors.CachedRepoTreeNotFoundError):  # an older client's cache
+            there = [f.path for f in get_cached_repo_tree(repo_id, revision=commit, **where)]
         raise SourceError(
             f"no file of {repo_id}@{commit} matches {', '.join(patterns) or '*'}; it "
             f"has {', '.join(there[:8]) or 'none'}" + " ..." * (len(there) > 8)
@@ -208,9 +208,10 @@ def download_dataset(
 def _drop_torn(repo_id: str, cache_dir: str | Path | None) -> None:
     """Delete what killed downloads left: the client never takes it up again."""
     from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
 
-    blobs = Path(cache_dir or constants.HF_HUB_CACHE) / f"datasets--{repo_id}".replace("/", "--")
-    for path in blobs.glob("blobs/*.incomplete"):
+    repo = repo_folder_name(repo_id=repo_id, repo_type="dataset")
+    for path in (Path(cache_dir or constants.HF_HUB_CACHE) / repo).glob("blobs/*.incomplete"):
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > 3600:  # else another process may be at it
                 path.unlink()
@@ -291,8 +292,9 @@ def open_remote(
         progress: as in `extract_archive`.
 
     Raises:
-        SourceError: it cannot be had; says what to do.
-        ArchiveError, OSError: it cannot be unpacked.
+        SourceError: it names nothing, or cannot be had; says what to do.
+        ArchiveError: it cannot be unpacked.
+        OSError: the Hub's errors, see `talk_to_hub`, or the disk is full.
     """
     work_dir = Path(work_dir)
     if spec.startswith("drive:"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, fields, replace
@@ -15,7 +14,7 @@ import numpy as np
 
 from rorem_lib.data.triplets import read_triplets, resolve_meta
 from rorem_lib.data.writer import TripletWriter
-from rorem_lib.files import read_json, replace_folder, write_json, write_text
+from rorem_lib.files import read_json, write_json, write_text
 from rorem_lib.labels.log import (
     Label,
     LabelError,
@@ -237,15 +236,18 @@ def export_dataset(
         triplets: the candidates.
 
     Raises:
-        LabelError: there are no labels.
+        LabelError: there are no labels of these candidates.
         OSError: a picture cannot be read, or the disk is full.
     """
-    from datasets import Dataset, Features, Image, Value
+    from datasets import Features, Image, Value
+
+    from rorem_lib.data.publishing import write_parquet
 
     given: dict[str, list[dict]] = defaultdict(list)
     for label in labels:
         given[label.id].append({x: v for x, v in asdict(label).items() if x != "id"})
-    if not given:
+    judged = [triplet for triplet in triplets if triplet.id in given]
+    if not judged:
         raise LabelError(f"{path} is not written: there are no labels to export")
     kinds = {"ms": "int64", "simulated": "bool", "repeat": "bool"}
     features = Features(
@@ -265,26 +267,13 @@ def export_dataset(
         }
     )
 
-    def make_rows():
-        for triplet in triplets:
-            if triplet.id in given:
-                pictures = {"source": triplet.source, "mask": triplet.mask, "removal": triplet.gt}
-                yield {
-                    "id": triplet.id,
-                    "decision": decisions.get(triplet.id),
-                    "labels": given[triplet.id],
-                    **{
-                        name: {"bytes": file.read_bytes(), "path": file.name}
-                        for name, file in pictures.items()
-                    },
-                }
+    def make_row(triplet):
+        files = {"source": triplet.source, "mask": triplet.mask, "removal": triplet.gt}
+        images = {k: {"bytes": file.read_bytes(), "path": file.name} for k, file in files.items()}
+        said = {"decision": decisions.get(triplet.id), "labels": given[triplet.id]}
+        return {"id": triplet.id, **images, **said}
 
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.partial")
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        rows = Dataset.from_generator(make_rows, features=features, cache_dir=folder)
-        rows.to_parquet(beside, batch_size=100)
-    return replace_folder(beside, path)
+    return write_parquet(path, features, map(make_row, judged))
 
 
 def write_scored_set(

@@ -1,12 +1,10 @@
-"""Model files on the Hub: whether one is there, and errors that say what to do."""
+"""Model files on the Hub: whether one is there."""
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 
 from huggingface_hub import (
-    _CACHED_NO_EXIST,
     ModelCardData,
     constants,
     errors,
@@ -16,75 +14,6 @@ from huggingface_hub import (
 
 from rorem_lib.files import write_text
 
-_KNOWN = (
-    errors.RepositoryNotFoundError,
-    errors.RevisionNotFoundError,
-    errors.HFValidationError,
-    errors.LocalEntryNotFoundError,
-    errors.OfflineModeIsEnabled,
-    errors.RevisionResolutionError,
-)
-
-
-@contextlib.contextmanager
-def explain_hub(model_id: str, revision: str | None = None):
-    """A block that may ask the Hub for a model: its errors name the id and what to do.
-
-    Raises:
-        PermissionError: the repository is gated, or the token is refused.
-        FileNotFoundError: there is no such repository or revision, or it is not in the cache and
-            the Hub cannot be asked.
-        ConnectionError: a transfer broke.
-    """
-    name = f"{model_id}@{revision}" if revision else model_id
-    try:
-        yield
-    except (
-        OSError,
-        errors.HTTPError,
-        errors.RevisionResolutionError,
-        errors.HFValidationError,
-    ) as error:
-        cause = error  # diffusers puts errors of its own around the Hub's
-        while cause and not isinstance(cause, _KNOWN):
-            cause = cause.__cause__ or cause.__context__
-        if isinstance(cause, errors.GatedRepoError):
-            raise PermissionError(
-                f"{model_id} is gated: accept its conditions on its page of the "
-                "Hub, then run `hf auth login` as the same user"
-            ) from error
-        if isinstance(cause, (errors.RepositoryNotFoundError, errors.HFValidationError)):
-            raise FileNotFoundError(
-                f"there is no model {model_id}, neither a folder nor on the Hub, or it is private: "
-                "check the name; for a private one run `hf auth login` or set HF_TOKEN"
-            ) from error
-        if isinstance(cause, errors.RevisionNotFoundError):
-            raise FileNotFoundError(
-                f"{model_id} has no revision {revision!r}: take a branch, a tag or a commit of it"
-            ) from error
-        if cause is not None:
-            why = (
-                "HF_HUB_OFFLINE is set: unset it and run once with a network"
-                if constants.is_offline_mode()
-                else "the Hub cannot be reached or was not to "
-                "be asked: check the network (HF_ENDPOINT names a mirror)"
-            )
-            raise FileNotFoundError(
-                f"{name} is no folder and not, or not all, in the cache "
-                f"{constants.HF_HUB_CACHE}, and {why}"
-            ) from error
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if status in (401, 403):
-            raise PermissionError(
-                f"the Hub refuses {name} ({status}: {error}): run `hf auth "
-                "login` or set HF_TOKEN, with a token that may read it"
-            ) from error
-        if isinstance(error, errors.HTTPError):
-            raise ConnectionError(
-                f"the transfer of {name} broke ({error}): run again, finished files are kept"
-            ) from error
-        raise
-
 
 def has_file(
     model_id: str, name: str, *, revision: str | None = None, local_files_only: bool = False
@@ -92,8 +21,8 @@ def has_file(
     """Whether a folder, or a repository on the Hub, holds a file; it is downloaded, so a small one.
 
     Raises:
-        OSError: the Hub's errors, see `explain_hub`; without a network also where the cache does
-            not know.
+        OSError: the client's; without a network also where the cache does not know. A block of
+            `data.remote.talk_to_hub` makes them say what to do.
     """
     if Path(model_id).is_dir():
         return (Path(model_id) / name).is_file()
@@ -102,9 +31,10 @@ def has_file(
     except errors.RemoteEntryNotFoundError:
         return False
     except errors.LocalEntryNotFoundError:
-        # Without a network; the cache remembers what was not there when it was looked for.
+        # Without a network. The cache answers a path, None where it does not know, and something
+        # else where the file was looked for and was not there.
         known = try_to_load_from_cache(model_id, name, revision=revision)
-        if known is not _CACHED_NO_EXIST:
+        if known is None or isinstance(known, str):
             raise
         return False
     return True

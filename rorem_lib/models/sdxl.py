@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from rorem_lib.models.hub import explain_hub, has_file, lacks_file
+from rorem_lib.data.remote import talk_to_hub
+from rorem_lib.models.hub import has_file, lacks_file
 
 logger = logging.getLogger(__name__)
 BUILTIN_FOLDER = Path(__file__).parents[1] / "builtin" / "model"
@@ -111,7 +112,7 @@ def _open_part(model_id: str, part: str, *, revision: str | None = None, **optio
     }[part]
     folder = resolve_model(model_id)
     where = {"revision": revision, "local_files_only": options["local_files_only"]}
-    with explain_hub(folder, revision):
+    with talk_to_hub(folder, revision, kind="model"):
         for inner in (part, ""):
             if has_file(folder, f"{inner}/config.json".strip("/"), **where):
                 break
@@ -168,7 +169,7 @@ def load_pipeline(
     options = {"variant": variant or None, "dtype": dtype, "local_files_only": local_files_only}
     parts = {}
     with silence_libraries():
-        with explain_hub(folder, revision):
+        with talk_to_hub(folder, revision, kind="model"):
             whole = has_file(
                 folder, "model_index.json", revision=revision, local_files_only=local_files_only
             )
@@ -184,7 +185,7 @@ def load_pipeline(
             parts["unet"] = _open_part(unet, "unet", **options)
         if vae:
             parts["vae"] = _open_part(vae, "vae", **options)
-        with explain_hub(folder, revision):
+        with talk_to_hub(folder, revision, kind="model"):
             pipe = _open(AutoPipelineForInpainting, folder, revision=revision, **parts, **options)
     if pipe.unet.config.in_channels != 9:
         raise ValueError(
