@@ -17,7 +17,6 @@ The order of precedence is: notebook, recipe's seed, `defaults`, the row, `--set
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from typing import Any
 import yaml
 
 from rorem_lib.files import ROOT
-from rorem_lib.parameters import coerce_value, read_parameters
+from rorem_lib.parameters import coerce_value, read_parameters, suggest
 
 REFERENCE = re.compile(r"\$\{([^}]*)\}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\Z")
@@ -85,12 +84,6 @@ class _Loader(yaml.SafeLoader):
                     None, None, f'"{key}" stands here twice', node.start_mark
                 )
         return super().construct_mapping(node, deep)
-
-
-def suggest(name: str, names) -> str:
-    """` (did you mean "…"?)`, or nothing where no name is near."""
-    near = difflib.get_close_matches(str(name), [str(n) for n in names], n=1, cutoff=0.5)
-    return f' (did you mean "{near[0]}"?)' if near else ""
 
 
 def find_recipe(name_or_path) -> Path:
