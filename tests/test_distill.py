@@ -30,6 +30,7 @@ def config(tiny_model, tiny_set, tmp_path):
         learning_rate=1e-2,
         logging_steps=1,
         checkpointing_steps=2,
+        validation_steps=0,
         mixed_precision="no",
     )
 

@@ -266,7 +266,14 @@ def _write_candidates(folder: Path) -> None:
 
     pool = builtin_set("pool")
     generate_candidates(
-        GenerateConfig(output_dir=str(folder), meta_path=[str(pool)], count=CANDIDATES)
+        GenerateConfig(
+            output_dir=str(folder),
+            meta_path=[str(pool)],
+            count=CANDIDATES,
+            pretrained_model_name_or_path="builtin",
+            num_inference_steps=20,
+            batch_size=32,
+        )
     )
     for triplet in read_triplets(folder / "candidates"):
         for part in PARTS:

@@ -62,12 +62,12 @@ def remove_objects(
     images: list[np.ndarray],
     object_masks: list[np.ndarray],
     *,
-    num_inference_steps: int = 20,
+    num_inference_steps: int = 50,
     guidance_scale: float = 1.0,
     strength: float = 1.0,
     seed: int = 0,
     numbers: list[int] | None = None,
-    batch_size: int = 32,
+    batch_size: int = 8,
     dilate: int = 0,
     paste_back: bool = False,
     mixed_precision: str = "auto",
@@ -84,7 +84,7 @@ def remove_objects(
         strength: share of the noise schedule that is run; 1 starts from pure noise.
         seed: fixes all noise.
         numbers: what each picture's noise is numbered; by default its place in the list.
-        batch_size: pictures a forward pass.
+        batch_size: images a forward pass; the default is for 512 px.
         dilate: widens the masks by so many pixels.
         paste_back: keep the source's own pixels outside the (dilated) mask; shadows then stay.
         mixed_precision: see `sdxl.choose_precision`.
