@@ -11,7 +11,7 @@ import pytest
 from fake_kit import Kit, wait_until, write_notebook
 
 from rorem_lib.files import clean_metrics
-from rorem_lib.parameters import coerce_value, fill_config, read_parameters
+from rorem_lib.parameters import coerce_value, fill_config, read_defaults, read_parameters
 from rorem_lib.runner import cli, fingerprints, recipes, run_folder
 from rorem_lib.runner.fingerprints import (
     describe_change,
@@ -192,6 +192,32 @@ def test_a_config_is_filled_from_parameters_and_more_options():
     ):
         with pytest.raises(ValueError, match=words):
             fill_config(Settings, cell, more)
+
+
+def test_a_full_size_recipe_starts_from_the_librarys_defaults(tmp_path):
+    def read(top):
+        path = tmp_path / "r.yaml"
+        path.write_text(
+            f"{top}\nseed: 5\ndefaults: {{02_train_remover: {{train_batch_size: 12}}}}\n"
+            "stages: {a: {notebook: 02_train_remover, parameters: {meta_path: [x]}},"
+            " b: {notebook: 08_evaluate}}"
+        )
+        return read_recipe(path).stages
+
+    small, _ = read("")
+    assert small.given == {"seed": 5, "train_batch_size": 12, "meta_path": ["x"]}
+    large, other = read("full_size: true")
+    names = ("resolution", "max_train_steps", "random_flip", "pretrained_model_name_or_path")
+    cell = read_parameters(small.notebook)
+    defaults = read_defaults("remover.RemoverConfig")
+    assert {n: small.parameters[n] for n in names} == {n: cell[n].default for n in names}
+    assert {n: large.given[n] for n in names} == {n: defaults[n] for n in names}
+    assert all(defaults[n] != cell[n].default for n in names)
+    assert large.given | small.given == large.given  # what is stated wins
+    assert set(large.given) <= set(cell) - {"output_dir"}
+    assert other.given == {"seed": 5}
+    with pytest.raises(RecipeError, match="full_size"):
+        read("full_size: 3")
 
 
 def test_precedence_of_parameters(folder):
