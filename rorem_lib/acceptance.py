@@ -250,10 +250,9 @@ def choose_threshold(
     k, m = int(right[place]), int(taken[place])
     if not reached:
         logger.warning(
-            "no threshold reaches a precision of %.2f while accepting %.0f %%, the best reaches "
-            "%.2f: %s",
+            "no threshold reaches a precision of %.2f%s; the best reaches %.2f: %s",
             target_precision,
-            100 * min_share,
+            f" while accepting {min_share:.0%}" if min_share else "",
             k / m,
             "it is taken" if min_share else "nothing is accepted (min_share would accept some)",
         )
