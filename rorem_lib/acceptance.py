@@ -3,6 +3,7 @@
 RORem accepts what its discriminator scores above 0.9 (RORem, sec. 3.2). A raw score of 0.9 promises
 nothing, so here scores are first calibrated on labels - by cross-validation, or the precision would
 be measured on what it was fitted on - and the threshold is chosen for the precision it reaches.
+Where no threshold reaches it, nothing is accepted.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from rorem_lib.files import read_json, write_json
 from rorem_lib.intervals import wilson_interval
+from rorem_lib.parameters import option
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +32,29 @@ VERSION = 1  # raise it when the same scores are calibrated or accepted otherwis
 CALIBRATION_FILE = "calibration.json"
 METHODS = ("platt", "isotonic")
 LEAST_LABELS = 10  # of each answer; below that a calibration is a guess
+ACCEPT_NOTHING = 1.01  # a threshold above every probability
 _EDGE = 1e-6  # scores this near 0 and 1 are moved there before the logit
+
+
+@dataclass(frozen=True)
+class AcceptanceConfig:
+    """How a discriminator's scores become decisions; the defaults of all functions here."""
+
+    test_share: float = option(0.25, "fraction of the labels, 0 to 1, held out for calibration")
+    calibration_method: str = option(
+        "platt", "platt (right for a few hundred labels) or isotonic (thousands)"
+    )
+    target_precision: float = option(0.9, "wanted fraction of right acceptances, 0 to 1")
+    min_share: float = option(
+        0.0,
+        "least fraction of the removals to accept, 0 to 1, whatever their precision; 0 accepts "
+        "nothing where the target is out of reach",
+    )
+    bound: str = option(
+        "point",
+        "what has to reach the target: point, the precision itself, or lower, the lower end of its "
+        "95 per cent Wilson interval",
+    )
 
 
 @dataclass(frozen=True)
@@ -64,19 +88,19 @@ class Threshold:
     """An acceptance threshold and what it was worth on the labels it was chosen on.
 
     Attributes:
-        value: probabilities at or above it are accepted.
-        precision: share of the accepted that the annotators accepted too.
+        value: probabilities at or above it are accepted; `ACCEPT_NOTHING` is above them all.
+        precision: share of the accepted that the annotators accepted too; None where none is.
         precision_interval: its 95 % Wilson interval.
         share: share of all removals that is accepted.
         reached: False if no threshold reaches the wanted precision at the wanted share; `value`
-            is then the one with the best precision at that share.
+            is then the one with the best precision at that share, or `ACCEPT_NOTHING`.
         wanted_precision, wanted_share: what was asked for.
         n: number of labels.
     """
 
     value: float
-    precision: float
-    precision_interval: tuple[float, float]
+    precision: float | None
+    precision_interval: tuple[float, float] | None
     share: float
     reached: bool
     wanted_precision: float
@@ -130,14 +154,20 @@ _ISOTONIC = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip")
 
 
 def calibrate_scores(
-    scores, labels, *, method: str = "platt", groups=None, folds: int = 5, seed: int = 0
+    scores,
+    labels,
+    *,
+    method: str = AcceptanceConfig.calibration_method,
+    groups=None,
+    folds: int = 5,
+    seed: int = 0,
 ) -> tuple[Calibration, np.ndarray]:
     """Fit a calibration, and say what it gives on labels it has not seen.
 
     Args:
         scores: [N] raw discriminator scores, 0..1.
         labels: [N] bool, True where the annotators accepted.
-        method: "platt" (right for a few hundred labels) or "isotonic" (thousands).
+        method: see `AcceptanceConfig.calibration_method`.
         groups: [N] source image of each removal; removals of one stay in one fold.
         folds: cross-validation folds.
         seed: of the folds.
@@ -181,23 +211,20 @@ def choose_threshold(
     probabilities,
     labels,
     *,
-    target_precision: float = 0.9,
-    min_share: float = 0.2,
-    bound: str = "point",
+    target_precision: float = AcceptanceConfig.target_precision,
+    min_share: float = AcceptanceConfig.min_share,
+    bound: str = AcceptanceConfig.bound,
 ) -> Threshold:
     """The lowest threshold that reaches a precision while accepting enough.
 
     Args:
         probabilities: [N] calibrated, cross-validated, 0..1.
         labels: [N] bool, the annotators' answers.
-        target_precision: 0..1, wanted share of right acceptances.
-        min_share: 0..1, least share of all removals to accept.
-        bound: what has to reach the target: "point", the precision itself, or "lower", the lower
-            end of its 95 % Wilson interval.
+        target_precision, min_share, bound: see `AcceptanceConfig`.
 
     Returns:
-        A `Threshold`; where none reaches the target, the one with the best precision among those
-        that accept at least `min_share`, with `reached=False`.
+        A `Threshold`; where none reaches the target, one with `reached=False` that accepts nothing
+        or, with a `min_share`, the one with the best precision among those that accept as much.
     """
     if bound not in ("point", "lower"):
         raise ValueError(f'bound is "point" or "lower", not {bound!r}')
@@ -225,21 +252,16 @@ def choose_threshold(
     k, m = int(right[place]), int(taken[place])
     if not reached:
         logger.warning(
-            "no threshold reaches a precision of %.2f while accepting %.0f %%: the best is %.2f",
+            "no threshold reaches a precision of %.2f%s; the best reaches %.2f: %s",
             target_precision,
-            100 * min_share,
+            f" while accepting {min_share:.0%}" if min_share else "",
             k / m,
+            "it is taken" if min_share else "nothing is accepted (min_share would accept some)",
         )
-    return Threshold(
-        float(ranked[m - 1]),
-        k / m,
-        wilson_interval(k, m),
-        m / n,
-        reached,
-        target_precision,
-        min_share,
-        n,
-    )
+    wanted = (target_precision, min_share, n)
+    if not reached and not min_share:
+        return Threshold(ACCEPT_NOTHING, None, None, 0.0, False, *wanted)
+    return Threshold(float(ranked[m - 1]), k / m, wilson_interval(k, m), m / n, reached, *wanted)
 
 
 def rate_threshold(probabilities, labels) -> float:
@@ -347,7 +369,7 @@ def describe_roc(scores, labels) -> dict:
 
 
 def split_labels(
-    answers, groups, fair, *, test_share: float = 0.25, seed: int = 0
+    answers, groups, fair, *, test_share: float = AcceptanceConfig.test_share, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Split labelled removals into training and test, by picture, with alike shares accepted.
 

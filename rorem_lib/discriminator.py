@@ -1,6 +1,15 @@
 """The discriminator: learns from people's labels whether a removal succeeded (RORem, sec. 3.2).
 
-    python -m rorem_lib.discriminator --meta_path scored/meta.json --output_dir runs/mine
+    # one GPU: the same 256 images a step, in eight parts
+    python -m rorem_lib.discriminator --meta_path scored/meta.json --output_dir runs/mine \
+        --gradient_accumulation_steps 8
+    # eight GPUs
+    accelerate launch --multi_gpu --num_processes 8 -m rorem_lib.discriminator \
+        --meta_path scored/meta.json --output_dir runs/mine
+
+Reads scored sets, triplets whose GT is a removal and whose `score` is people's answer, and a model.
+Writes in `output_dir` the folder `discriminator/`, `metrics.jsonl`, `train_metrics.json` and
+`checkpoint-<step>/`. Started again, it goes on from the latest checkpoint.
 
 The frozen down and mid blocks of an SDXL-inpainting UNet, with LoRA, read [removal's latents |
 mask | source's latents] at timestep 0; a small convolutional head turns their features into one
@@ -13,7 +22,7 @@ the picture and over the hole, so that any picture size has one score.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +37,10 @@ from rorem_lib.data.triplets import Triplet, load_images, read_triplets
 from rorem_lib.files import read_json, write_json
 from rorem_lib.models import sdxl
 from rorem_lib.models.lora import LORA_FILE
+from rorem_lib.parameters import option
 from rorem_lib.sets import resolve_all
 from rorem_lib.training import distributed, latent_cache, loop
-from rorem_lib.training.config import LoopConfig, parse_config, run_job
+from rorem_lib.training.config import LoopConfig, parse_config, require_sets, run_job
 from rorem_lib.training.latents import CacheSpec
 from rorem_lib.training.sampler import Order
 
@@ -40,40 +50,43 @@ HEAD_FILE = "head.safetensors"
 
 @dataclass
 class DiscriminatorConfig(LoopConfig):
-    """Train the discriminator on labelled removals.
+    """Train the discriminator on labelled removals; the defaults are upstream's."""
 
-    Attributes:
-        meta_path: scored sets (`score` 1 accepted, 0 rejected).
-        pretrained_model_name_or_path: whose UNet's down and mid blocks are used.
-        revision: the Hub revision.
-        resolution: side of the pictures, px.
-        random_flip: mirror each sample with probability one half.
-        random_shift: shift each sample, round the edges, by a random distance: a few thousand
-            labels are otherwise learnt by heart.
-        rank: LoRA rank.
-        lora_targets: names of the layers that get LoRA.
-        head_channels: width of the convolutional head.
-        untouched_share: share of the samples in which the source itself is shown as a failed
-            removal, so that an untouched object is always known.
-        balance_classes: weigh accepted and rejected equally whatever their counts.
-        latent_cache_dir: where latents are cached; empty is `$ROREM_CACHE/latents`.
-    """
-
-    output_dir: str = "runs/alone/05_train_discriminator"
-    meta_path: list[str] = field(default_factory=lambda: ["runs/alone/04_annotate/scored"])
-    pretrained_model_name_or_path: str = "builtin"
-    revision: str = ""
-    resolution: int = 64
-    random_flip: bool = True
-    random_shift: bool = True
-    rank: int = 4
-    lora_targets: list[str] = field(default_factory=lambda: ["to_k", "to_q", "to_v", "to_out.0"])
-    head_channels: int = 128
-    untouched_share: float = 0.05
-    balance_classes: bool = False
-    latent_cache_dir: str = ""
-    max_train_steps: int = 300
-    learning_rate: float = 5e-4
+    output_dir: str = option(
+        "runs/alone/05_train_discriminator", "folder for the model, checkpoints and metrics.jsonl"
+    )
+    meta_path: list[str] = option([], "scored sets (score 1 accepted, 0 rejected), required")
+    pretrained_model_name_or_path: str = option(
+        "diffusers/stable-diffusion-xl-1.0-inpainting-0.1",
+        "whose UNet's down and mid blocks are used: builtin, a folder or a Hub id",
+    )
+    revision: str = option("", "the model's Hub revision")
+    resolution: int = option(512, "side of the images, px")
+    random_flip: bool = option(False, "mirror each sample with probability one half")
+    random_shift: bool = option(
+        False,
+        "shift each sample, round the edges, by a random distance: a few thousand labels are "
+        "otherwise learnt by heart",
+    )
+    rank: int = option(4, "LoRA rank (and alpha)")
+    lora_targets: list[str] = option(
+        ["to_k", "to_q", "to_v", "to_out.0"], "names of the layers that get LoRA"
+    )
+    head_channels: int = option(128, "width of the convolutional head")
+    untouched_share: float = option(
+        0.0,
+        "fraction of the samples in which the source itself is shown as a failed removal, so that "
+        "an untouched object is always known",
+    )
+    balance_classes: bool = option(
+        False, "weigh accepted and rejected equally whatever their counts"
+    )
+    latent_cache_dir: str = option("", "where latents are cached; empty is $ROREM_CACHE/latents")
+    max_train_steps: int = option(15_000, "optimizer steps in all; 0 takes num_train_epochs")
+    train_batch_size: int = option(32, "samples a process and micro-batch")
+    learning_rate: float = option(1e-5, "AdamW's peak rate")
+    checkpointing_steps: int = option(1000, "steps between checkpoints; 0 writes none")
+    seed: int = option(20240421, "fixes initialisation, order, noise and flips")
 
 
 class _Head(nn.Module):
@@ -318,11 +331,16 @@ class DiscriminatorObjective(loop.Objective):
 
 @torch.no_grad()
 def score_triplets(
-    discriminator: Discriminator, triplets: list[Triplet], *, batch_size: int = 64
+    discriminator: Discriminator, triplets: list[Triplet], *, batch_size: int = 0
 ) -> np.ndarray:
-    """Uncalibrated probability 0..1 that each removal (a triplet's GT) succeeded, [N] float32."""
+    """Uncalibrated probability 0..1 that each removal (a triplet's GT) succeeded, [N] float32.
+
+    Args:
+        batch_size: removals a forward pass; 0 takes the pixels of 8 at 512 px, at most 64 removals.
+    """
     device = discriminator.embeds.device
     size = discriminator.settings["resolution"]
+    batch_size = batch_size or max(1, min(64, 8 * 512**2 // size**2))
     scores = []
     for begin in range(0, len(triplets), batch_size):
         pictures = [load_images(t, size=size) for t in triplets[begin : begin + batch_size]]
@@ -342,8 +360,9 @@ def train_discriminator(config: DiscriminatorConfig) -> dict:
     """Train and write `<output_dir>/discriminator`; returns `loop.train`'s metrics.
 
     Raises:
-        ValueError: the labels are all of one kind.
+        ValueError: there is no `meta_path`, or the labels are all of one kind.
     """
+    require_sets(config)
     return loop.train(DiscriminatorObjective(config), config)
 
 

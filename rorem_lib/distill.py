@@ -1,6 +1,16 @@
 """LCM-LoRA: the remover in 4 steps (RORem, sec. 3.4; latent consistency models, arXiv 2310.04378).
 
-    python -m rorem_lib.distill --pretrained_model_name_or_path runs/…/remover --meta_path …
+    # one GPU: the same 128 images a step, in eight parts
+    python -m rorem_lib.distill --pretrained_model_name_or_path runs/mine/remover \
+        --meta_path A/meta.json --output_dir runs/lora --gradient_accumulation_steps 8
+    # eight GPUs
+    accelerate launch --multi_gpu --num_processes 8 -m rorem_lib.distill \
+        --pretrained_model_name_or_path runs/mine/remover --meta_path A/meta.json \
+        --output_dir runs/lora
+
+Reads a remover and the sets it was trained on. Writes in `output_dir` the LoRA
+`lora/pytorch_lora_weights.safetensors`, `metrics.jsonl`, `train_metrics.json`,
+`checkpoint-<step>/` and `validation_images/`. Started again, it goes on from the latest checkpoint.
 
 The student is the remover with LoRA, the teacher the same weights with LoRA off. One DDIM step of
 the teacher leads from t to an earlier time; the student must predict the same clean latents from
@@ -18,9 +28,10 @@ from diffusers import LCMScheduler
 
 from rorem_lib.models import lora, sdxl
 from rorem_lib.models.hub import write_card
+from rorem_lib.parameters import option
 from rorem_lib.remover import RemoverConfig, RemoverObjective
 from rorem_lib.training import loop
-from rorem_lib.training.config import parse_config, run_job
+from rorem_lib.training.config import parse_config, require_sets, run_job
 from rorem_lib.training.validation import Validation
 
 VERSION = 1  # raise it when the same settings train other weights
@@ -28,25 +39,31 @@ VERSION = 1  # raise it when the same settings train other weights
 
 @dataclass
 class DistillConfig(RemoverConfig):
-    """Distil a remover into a 4-step LCM-LoRA.
+    """Distil a remover into a 4-step LCM-LoRA; the defaults are upstream's.
 
     The options of the remover's own loss (`mask_weight`, `snr_gamma`, `removal_min_timestep`) have
     no effect here: the target is the teacher's, not the GT. `lora_rank` and `trainable_modules`
     are refused: the LoRA of `rank` is what is trained.
-
-    Attributes:
-        rank: LoRA rank (and alpha).
-        num_ddim_timesteps: the teacher's DDIM grid; one step of it is one consistency step.
-        timestep_scaling: of the boundary condition (LCM, appendix); larger is closer to a pure
-            x0 prediction away from t = 0.
-        huber_c: 0 is the squared error; above it the pseudo-Huber loss' constant.
     """
 
-    output_dir: str = "runs/alone/07_distill_lora"
-    rank: int = 64
-    num_ddim_timesteps: int = 50
-    timestep_scaling: float = 10.0
-    huber_c: float = 0.0
+    output_dir: str = option(
+        "runs/alone/07_distill_lora", "folder for the LoRA, checkpoints and metrics.jsonl"
+    )
+    max_train_steps: int = option(20_000, "optimizer steps in all; 0 takes num_train_epochs")
+    checkpoints_total_limit: int = option(10, "how many checkpoints are kept; 0 keeps all")
+    dataloader_num_workers: int = option(
+        0, "processes that read samples; 0 reads in the training process"
+    )
+    rank: int = option(64, "LoRA rank (and alpha)")
+    num_ddim_timesteps: int = option(
+        50, "steps of the teacher's DDIM grid; one of them is one consistency step"
+    )
+    timestep_scaling: float = option(
+        10.0,
+        "of the boundary condition (LCM, appendix); larger is closer to a pure x0 prediction away "
+        "from t = 0",
+    )
+    huber_c: float = option(0.0, "0 is the squared error; else the pseudo-Huber loss' constant")
 
     def __post_init__(self):
         super().__post_init__()
@@ -151,7 +168,12 @@ class DistillObjective(RemoverObjective):
 
 
 def train_lora(config: DistillConfig) -> dict:
-    """Distil and write `<output_dir>/lora`; returns `loop.train`'s metrics."""
+    """Distil and write `<output_dir>/lora`; returns `loop.train`'s metrics.
+
+    Raises:
+        ValueError: there is no `meta_path`, or nothing in it to train on.
+    """
+    require_sets(config)
     return loop.train(DistillObjective(config), config)
 
 

@@ -1,4 +1,4 @@
-"""Parameters of notebooks: read the typed parameters cell, fit values to its annotations.
+"""Settings: fields with their meaning, a notebook's parameters cell, values fitted to types.
 
 Papermill warns about an unknown parameter and goes on with the default, and hands `1e-4`, which
 YAML reads as a string, to the notebook as a string. Here both are settled before anything runs.
@@ -7,17 +7,77 @@ YAML reads as a string, to the notebook as a string. Here both are settled befor
 from __future__ import annotations
 
 import ast
+import copy
 import dataclasses
+import difflib
+import inspect
 import json
-import math
 import re
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rorem_lib.files import read_json
+from pydantic import TypeAdapter, ValidationError
 
+from rorem_lib.files import ROOT, read_json
+
+# The config dataclasses whose fields a notebook's parameters are, below `rorem_lib`.
+CONFIGS = {
+    "01_assemble_dataset": ("data.filters.FilterConfig",),
+    "02_train_remover": ("remover.RemoverConfig",),
+    "03_generate_removals": ("removal.GenerateConfig",),
+    "05_train_discriminator": ("discriminator.DiscriminatorConfig", "acceptance.AcceptanceConfig"),
+    "07_distill_lora": ("distill.DistillConfig",),
+}
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\Z")
+_TYPES = {kind.__name__: kind for kind in (bool, int, float, str, list, dict, object)} | {
+    name: getattr(typing, name) for name in ("Any", "Dict", "List", "Literal", "Optional", "Union")
+}
+
+
+def option(default, help: str):
+    """A config dataclass's field: its default and, in `help`, what it means, which `--help` shows.
+
+    The default is a literal wherever `read_defaults` is to read it.
+    """
+    if isinstance(default, (list, dict)):
+        given = {"default_factory": lambda: copy.deepcopy(default)}
+    else:
+        given = {"default": default}
+    return dataclasses.field(**given, metadata={"help": help})
+
+
+def read_defaults(config: str) -> dict[str, Any]:
+    """The defaults of a config dataclass, without the seconds that importing its module takes.
+
+    Args:
+        config: its name below `rorem_lib`, such as "remover.RemoverConfig"; every field is an
+            `option`.
+    """
+    module, _, name = config.rpartition(".")
+    path = ROOT / "rorem_lib" / f"{module.replace('.', '/')}.py"
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    imported = {
+        alias.name: node.module.removeprefix("rorem_lib.")
+        for node in body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    found = {}
+    (wanted,) = (node for node in body if isinstance(node, ast.ClassDef) and node.name == name)
+    for base in wanted.bases:
+        found |= read_defaults(f"{imported.get(base.id, module)}.{base.id}")
+    for node in wanted.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call):
+            found[node.target.id] = ast.literal_eval(node.value.args[0])
+    return found
+
+
+def suggest(name: str, names) -> str:
+    """` (did you mean "…"?)`, or nothing where no name is near."""
+    near = difflib.get_close_matches(str(name), [str(n) for n in names], n=1, cutoff=0.5)
+    return f' (did you mean "{near[0]}"?)' if near else ""
 
 
 @dataclass(frozen=True)
@@ -70,75 +130,47 @@ def read_parameters(notebook: Path) -> dict[str, Parameter]:
     return found
 
 
-def coerce_value(value, kind: str):
-    """`value` as the annotation `kind` wants it.
+def coerce_value(value, kind):
+    """`value` as its type wants it; pydantic checks it, strictly.
 
     YAML reads `1e-4` as a string and `3` as an int: both become floats where a float is wanted.
     Everything else must have the type already; words such as "true" are no bools.
+
+    Args:
+        kind: a type, or an annotation as written; "" takes everything.
 
     Raises:
         TypeError: the value doesn't fit.
     """
     if not kind:
         return value
-    node = ast.parse(kind, mode="eval").body
-    for lenient in (False, True):
-        fits, fitted = _fit(value, node, lenient)
-        if fits:
-            return fitted
-    shown = json.dumps(value, default=str)
-    raise TypeError(f"expected {kind}, got {type(value).__name__} {shown}")
+    wanted = kind
+    try:
+        while isinstance(wanted, str):  # an annotation may be quoted
+            wanted = eval(wanted, {"__builtins__": {}}, _TYPES)
+    except (NameError, SyntaxError, TypeError) as error:
+        raise TypeError(f"a parameter can't have the type {kind}: {error}") from None
+    adapter = TypeAdapter(wanted)
+    for candidate in (value, _read_numbers(value)):
+        try:
+            return adapter.validate_python(candidate, strict=True)
+        except ValidationError:
+            continue
+    shown = kind if isinstance(kind, str) else inspect.formatannotation(kind)
+    raise TypeError(
+        f"expected {shown}, got {type(value).__name__} {json.dumps(value, default=str)}"
+    )
 
 
-def _fit(value, node, lenient: bool) -> tuple[bool, Any]:
-    """Whether `value` has the type that the annotation `node` names, and the value to hand on."""
-    if isinstance(node, ast.BinOp):  # X | Y
-        first = _fit(value, node.left, lenient)
-        return first if first[0] else _fit(value, node.right, lenient)
-    if isinstance(node, ast.Constant):  # None, or a quoted annotation
-        if node.value is None:
-            return value is None, None
-        return _fit(value, ast.parse(node.value, mode="eval").body, lenient)
-    if isinstance(node, ast.Subscript):
-        return _fit_subscript(value, node, lenient)
-    name = node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "Any")
-    if name in ("Any", "object"):
-        return True, value
-    if name == "bool":
-        return isinstance(value, bool), value
-    if name in ("str", "list", "dict"):
-        return isinstance(value, {"str": str, "list": list, "dict": dict}[name]), value
-    if isinstance(value, bool) or name not in ("int", "float"):
-        return False, None
-    if lenient and isinstance(value, str) and _NUMBER.match(value):
+def _read_numbers(value):
+    """`value` with numbers in the place of strings that are some, and integers of whole floats."""
+    if isinstance(value, list):
+        return [_read_numbers(x) for x in value]
+    if isinstance(value, dict):
+        return {key: _read_numbers(x) for key, x in value.items()}
+    if isinstance(value, str) and _NUMBER.match(value):
         value = float(value)
-    if name == "float":
-        return isinstance(value, (int, float)) and (lenient or isinstance(value, float)), (
-            float(value) if isinstance(value, (int, float)) else None
-        )
-    if lenient and isinstance(value, float) and math.isfinite(value) and value == int(value):
-        value = int(value)
-    return isinstance(value, int), value
-
-
-def _fit_subscript(value, node, lenient: bool) -> tuple[bool, Any]:
-    name = node.value.attr if isinstance(node.value, ast.Attribute) else node.value.id
-    inner = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
-    if name == "Optional":
-        return (True, None) if value is None else _fit(value, inner[0], lenient)
-    if name == "Union":
-        return next((r for r in (_fit(value, n, lenient) for n in inner) if r[0]), (False, None))
-    if name == "Literal":
-        return value in [ast.literal_eval(n) for n in inner], value
-    if name in ("list", "List") and isinstance(value, list):
-        results = [_fit(v, inner[0], lenient) for v in value]
-        return all(fits for fits, _ in results), [v for _, v in results]
-    if name in ("dict", "Dict") and isinstance(value, dict):
-        results = [
-            (_fit(k, inner[0], lenient), _fit(v, inner[-1], lenient)) for k, v in value.items()
-        ]
-        return (all(k[0] and v[0] for k, v in results), {k[1]: v[1] for k, v in results})
-    return False, None
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def fill_config(cls, parameters: dict, more: dict):
@@ -153,9 +185,13 @@ def fill_config(cls, parameters: dict, more: dict):
         ValueError: a name in `more` is no field of `cls`, has a parameter of its own, or its value
             is of another type.
     """
-    kinds = {field.name: field.type for field in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    kinds = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
     if unknown := sorted(set(more) - set(kinds)):
-        raise ValueError(f"more_options: {cls.__name__} has no option {', '.join(unknown)}")
+        raise ValueError(
+            f"more_options: {cls.__name__} has no option {', '.join(unknown)}"
+            f"{suggest(unknown[0], kinds)}"
+        )
     if twice := sorted(set(more) & set(parameters)):
         raise ValueError(f"more_options: {', '.join(twice)} has a parameter of its own")
     given = {}

@@ -1,9 +1,16 @@
 """Make the built-in model again: an SDXL-inpainting stack in miniature, trained on the scenes.
 
+    # one GPU, or a CPU
     python -m rorem_lib.pretrain all --output_dir training/builtin
+    # eight GPUs, stage by stage: autoencoder, widen, base, anneal; then export on one process
+    accelerate launch --multi_gpu --num_processes 8 -m rorem_lib.pretrain base \
+        --output_dir training/builtin --train_batch_size 8
 
-trains the autoencoder (twice: on the scenes the base sees, then on the wide ones), then the base
-UNet the way SDXL-inpainting was trained (random masks, the picture itself as target, objects
+Reads nothing: scenes are rendered as they are needed. Writes in `output_dir` a folder for each
+stage and the pipeline `model/`.
+
+`all` trains the autoencoder (twice: on the scenes the base sees, then on the wide ones), then the
+base UNet the way SDXL-inpainting was trained (random masks, the picture itself as target, objects
 included), and writes the pipeline. The base so learns to paint plausible things into holes,
 objects among them: what RORem starts from (RORem, Table 1, "Base"). Every training resumes when
 it is started again.
@@ -33,6 +40,7 @@ from rorem_lib.builtin import scenes
 from rorem_lib.files import write_json
 from rorem_lib.models import sdxl
 from rorem_lib.models.attention import prepare_training
+from rorem_lib.parameters import option
 from rorem_lib.training import loop
 from rorem_lib.training.config import LoopConfig, parse_config
 
@@ -74,34 +82,31 @@ SCHEDULER = {
 
 @dataclass
 class PretrainConfig(LoopConfig):
-    """Pre-training of the built-in model's autoencoder or base UNet.
+    """Pre-training of the built-in model's autoencoder or base UNet."""
 
-    Attributes:
-        vae: the trained autoencoder's folder (base only).
-        init_from: a model folder to start from; empty starts from random weights.
-        role: which scenes are seen, see `sources.scenes`.
-        object_share: share of the masks that follow an object.
-        moved_share: share of the masks that have an object's outline, but lie elsewhere; all
-            others know nothing of objects (`draw_free_mask`).
-        size: side of the scenes, px.
-        first_scene: index of the first scene; every later scene is new.
-    """
-
-    output_dir: str = "training/builtin"
-    train_batch_size: int = 32
-    learning_rate: float = 1e-3
-    lr_warmup_steps: int = 200
-    ema_decay: float = 0.999
-    checkpointing_steps: int = 250
-    mixed_precision: str = "bf16"
-    dataloader_num_workers: int = 1
-    vae: str = ""
-    init_from: str = ""
-    role: str = "pretrain"
-    object_share: float = 0.45
-    moved_share: float = 0.12
-    size: int = scenes.SIZE
-    first_scene: int = 0
+    output_dir: str = option("training/builtin", "each stage has a folder of its own in it")
+    max_train_steps: int = option(1000, "optimizer steps in all")
+    train_batch_size: int = option(32, "samples a process and micro-batch")
+    learning_rate: float = option(1e-3, "AdamW's peak rate")
+    lr_warmup_steps: int = option(200, "steps of linear warm-up, in schedules that have one")
+    ema_decay: float = option(0.999, "decay of the weights' moving average, which is saved")
+    checkpointing_steps: int = option(250, "steps between checkpoints; 0 writes none")
+    checkpoints_total_limit: int = option(2, "how many checkpoints are kept; 0 keeps all")
+    mixed_precision: str = option("bf16", "no, bf16, fp16, or auto: bf16 where the hardware has it")
+    dataloader_num_workers: int = option(
+        1, "processes that render scenes; 0 renders in the training process"
+    )
+    vae: str = option("", "the trained autoencoder's folder (base only)")
+    init_from: str = option("", "a model folder to start from; empty starts from random weights")
+    role: str = option("pretrain", "which scenes are seen, see builtin.scenes")
+    object_share: float = option(0.45, "fraction of the masks that follow an object")
+    moved_share: float = option(
+        0.12,
+        "fraction of the masks that have an object's outline, but lie elsewhere; all others know "
+        "nothing of objects (draw_free_mask)",
+    )
+    size: int = option(scenes.SIZE, "side of the scenes, px")
+    first_scene: int = option(0, "index of the first scene; every later scene is new")
 
 
 def draw_free_mask(rng: np.random.Generator, size: int) -> np.ndarray:

@@ -1,4 +1,15 @@
-"""Inference: remove objects from pictures of any size, in batches, one or many processes.
+"""Candidates: remove objects from images of any size, in batches, one or many processes.
+
+    # one GPU
+    python -m rorem_lib.removal --pretrained_model_name_or_path runs/mine/remover \
+        --meta_path pool/meta.json --count 10000 --output_dir runs/round_1
+    # eight GPUs, the same removals
+    accelerate launch --multi_gpu --num_processes 8 -m rorem_lib.removal \
+        --pretrained_model_name_or_path runs/mine/remover --meta_path pool/meta.json \
+        --count 10000 --output_dir runs/round_1
+
+Reads a remover and the sources and masks of triplet sets. Writes in `output_dir` the triplet set
+`candidates/`, whose GT is the removal, and `train_metrics.json`. Started again, it goes on.
 
 The stock `StableDiffusionXLInpaintPipeline` does the work. Every picture has a generator of its
 own, so a removal does not depend on the batch it was in, nor on how many processes shared the work.
@@ -10,7 +21,7 @@ import dataclasses
 import logging
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from rorem_lib.data import masks
@@ -19,9 +30,10 @@ from rorem_lib.data.writer import TripletWriter
 from rorem_lib.files import hash_file, read_json, set_aside, write_json
 from rorem_lib.models import sdxl
 from rorem_lib.models.inpainting import CLASSICAL, inpaint_classical, remove_objects
+from rorem_lib.parameters import option
 from rorem_lib.sets import resolve_all
 from rorem_lib.training import distributed
-from rorem_lib.training.config import parse_config, run_job
+from rorem_lib.training.config import parse_config, require_sets, run_job
 
 logger = logging.getLogger(__name__)
 
@@ -30,47 +42,40 @@ VERSION = 1  # raise it when the same settings give other removals
 
 @dataclass
 class GenerateConfig:
-    """Generate removal candidates for a set of sources and masks (RORem, sec. 3.1).
+    """Generate removal candidates for a set of sources and masks (RORem, sec. 3.1)."""
 
-    Attributes:
-        output_dir: the candidate set is written to `<output_dir>/candidates`.
-        meta_path: sets of sources and masks (GT is not read).
-        pretrained_model_name_or_path: the remover: `builtin`, a folder or a Hub id.
-        revision: the Hub revision.
-        also: further methods that take turns with the remover, picture by picture: models, or
-            `telea` and `ns` for OpenCV's. A discriminator that shall judge several methods has to
-            see how each of them fails.
-        start: first picture of the set that is used.
-        count: how many pictures are used; 0 takes all from `start` on.
-        resolution: short side at which the remover works, px; 0 takes what it was trained at.
-        seeds_per_image: removals made of each picture, with different noise.
-        num_inference_steps: denoising steps.
-        guidance_scale: classifier-free guidance; 1 is off.
-        strength: 1 starts from pure noise; below it the object can shine through.
-        dilate: pixels by which the mask is widened for the removal; several values take turns with
-            the removals of a picture. The candidate keeps the mask as it was: where the wider one
-            hid a shadow, what is accepted teaches the remover to take the shadow away unasked.
-        batch_size: removals a forward pass.
-        mixed_precision: "no", "bf16", "fp16", or "auto": bf16 where the hardware has it.
-        seed: fixes all noise.
-    """
-
-    output_dir: str = "runs/alone/03_generate_removals"
-    meta_path: list[str] = field(default_factory=lambda: ["builtin:pool"])
-    pretrained_model_name_or_path: str = "builtin"
-    revision: str = ""
-    also: list[str] = field(default_factory=list)
-    start: int = 0
-    count: int = 0
-    resolution: int = 0
-    seeds_per_image: int = 1
-    num_inference_steps: int = 20
-    guidance_scale: float = 1.0
-    strength: float = 1.0
-    dilate: list[int] = field(default_factory=lambda: [0])
-    batch_size: int = 32
-    mixed_precision: str = "auto"
-    seed: int = 4
+    output_dir: str = option(
+        "runs/alone/03_generate_removals", "the candidates go to its folder candidates"
+    )
+    meta_path: list[str] = option([], "sets of sources and masks, required; GT is not read")
+    pretrained_model_name_or_path: str = option(
+        "diffusers/stable-diffusion-xl-1.0-inpainting-0.1",
+        "the remover: builtin, a folder or a Hub id",
+    )
+    revision: str = option("", "the model's Hub revision")
+    also: list[str] = option(
+        [],
+        "further methods that take turns with the remover, image by image: models, or telea and ns "
+        "for OpenCV's. A discriminator that shall judge several methods has to see how each fails",
+    )
+    start: int = option(0, "first image of the set that is used")
+    count: int = option(0, "how many images are used; 0 takes all from start on")
+    resolution: int = option(
+        0, "short side at which the remover works, px; 0 takes what it was trained at"
+    )
+    seeds_per_image: int = option(1, "removals made of each image, with different noise")
+    num_inference_steps: int = option(50, "denoising steps")
+    guidance_scale: float = option(1.0, "classifier-free guidance; 1 is off")
+    strength: float = option(1.0, "1 starts from pure noise; below it the object can shine through")
+    dilate: list[int] = option(
+        [0],
+        "px by which the mask is widened for the removal; several values take turns with the "
+        "removals of an image. The candidate keeps the mask as it was: where the wider one hid a "
+        "shadow, what is accepted teaches the remover to take the shadow away unasked",
+    )
+    batch_size: int = option(8, "removals a forward pass; the default is for 512 px")
+    mixed_precision: str = option("auto", "no, bf16, fp16, or auto: bf16 where the hardware has it")
+    seed: int = option(4, "fixes all noise")
 
 
 def generate_candidates(config: GenerateConfig) -> dict:
@@ -83,10 +88,11 @@ def generate_candidates(config: GenerateConfig) -> dict:
         `{"n_images", "n_removals", "seconds", "removals_per_second", "num_processes"}`.
 
     Raises:
-        ValueError: there are no pictures, or two of the sets share ids.
+        ValueError: there is no `meta_path`, there are no images, or two of the sets share ids.
     """
     from accelerate import PartialState
 
+    require_sets(config)
     # Unlike `Accelerator`, it does not ask the environment whether it shall stay on the CPU, and
     # would take each of several CPU processes for the only one.
     state = PartialState(cpu=distributed.find_device() == "cpu")

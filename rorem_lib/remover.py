@@ -1,7 +1,15 @@
 """The remover: SDXL-inpainting fine-tuned on triplets (RORem, sec. 3.2).
 
-    python -m rorem_lib.remover --meta_path A/meta.json B/meta.json --output_dir runs/mine
-    accelerate launch --multi_gpu --num_processes 8 -m rorem_lib.remover …
+    # one GPU: the same 128 images a step, in eight parts
+    python -m rorem_lib.remover --meta_path A/meta.json B/meta.json --output_dir runs/mine \
+        --random_flip --gradient_accumulation_steps 8
+    # eight GPUs
+    accelerate launch --multi_gpu --num_processes 8 -m rorem_lib.remover \
+        --meta_path A/meta.json B/meta.json --output_dir runs/mine --random_flip
+
+Reads the sets' meta.json with the images they name, and a model. Writes in `output_dir` the
+pipeline `remover/`, `metrics.jsonl`, `train_metrics.json`, `checkpoint-<step>/` and
+`validation_images/`. Started again, it goes on from the latest checkpoint.
 
 The UNet sees [noisy GT latents | mask | latents of the source with its hole blanked] and learns
 to predict the noise (or velocity, as the model's scheduler says) of GT: the picture without the
@@ -10,7 +18,7 @@ object, its shadow gone. The prompt is always empty.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -22,9 +30,10 @@ from rorem_lib.data.triplets import read_triplets
 from rorem_lib.models import lora, sdxl
 from rorem_lib.models.attention import compile_unet, prepare_training
 from rorem_lib.models.hub import write_card
+from rorem_lib.parameters import option
 from rorem_lib.sets import resolve
 from rorem_lib.training import distributed, loop, tracking
-from rorem_lib.training.config import LoopConfig, parse_config, run_job
+from rorem_lib.training.config import LoopConfig, parse_config, require_sets, run_job
 from rorem_lib.training.dataset import PictureReader, Share, TripletSamples, weigh_buckets
 from rorem_lib.training.latent_cache import open_store
 from rorem_lib.training.latents import CacheSpec, encode_pictures
@@ -37,99 +46,112 @@ VERSION = 1  # raise it when the same settings train other weights
 
 @dataclass
 class RemoverConfig(LoopConfig):
-    """Train the remover on triplet sets.
-
-    Attributes:
-        meta_path: the triplet sets' `meta.json` files; `score` below 0.5 is left out.
-        max_train_samples: take the first so many triplets of `meta_path`; 0 takes all.
-        pretrained_model_name_or_path: what is fine-tuned: `builtin`, a folder or a Hub id.
-        pretrained_unet: a UNet to put in its place (a folder or Hub id with or without `unet/`).
-        pretrained_vae_model_name_or_path: a VAE in the place of the model's own.
-        revision, variant: the Hub revision, and the variant of the weight files (`fp16`).
-        resolution: side of the square training pictures, px.
-        resize_mode: "crop" keeps the aspect and cuts where the mask is, "squash" resizes straight
-            to the training size, as upstream does.
-        center_crop: cut in the middle of the picture instead.
-        crops_coords_top_left_h, crops_coords_top_left_w: SDXL's crop conditioning, px.
-        aspect_buckets: train wide and tall pictures in shapes of about the same area instead of
-            cutting all to squares.
-        bucket_step: what the buckets' sides are multiples of, px; 0 takes an eighth of the side.
-        high_resolution_meta_path: sets that are trained at `high_resolution` (RORem-mixed).
-        high_resolution: side for `high_resolution_meta_path`, px.
-        high_resolution_share: share of the optimizer steps that are of high resolution.
-        random_flip: mirror each sample with probability one half.
-        mask_variants: perturbed copies of each mask (widened, or drawn loosely).
-        mask_variant_share: how often one of them is taken instead of the exact mask.
-        mask_dilate_max: the widest a variant is dilated, of the picture's short side.
-        mask_loosen: strength of the loose strokes, see `masks.loosen_mask`.
-        mask_weight: how much more an error in the hole counts; 0 is upstream's plain MSE.
-        removal_min_timestep: below this timestep the holes of triplets whose GT is a removal
-            (`accepted_by` says so) do not count. What is painted is decided above it; how sharp it
-            gets is then learnt from true GT alone, or each round is blurrier than the last.
-        snr_gamma: min-SNR loss weighting (arXiv 2303.09556); 0 is off.
-        cache_latents: encode everything once before training; False encodes each batch anew.
-        latent_cache_dir: where latents are cached; empty is `$ROREM_CACHE/latents`. On several
-            nodes it must be a folder that all of them see.
-        latent_dtype: "fp16" or "bf16".
-        vae_precision: "fp32", "bf16" or "fp16". SDXL's own VAE overflows in fp16: such batches
-            are encoded again in float32.
-        lora_rank: train a LoRA of this rank in the place of all weights; 0 trains all.
-        trainable_modules: train only modules whose names end so; empty trains all.
-        gradient_checkpointing: recompute activations in the backward pass; null does so only
-            where the memory would not do without.
-        enable_xformers_memory_efficient_attention: xformers' attention in the place of PyTorch's.
-        torch_compile: compile the UNet's repeated blocks.
-        channels_last: the weights' memory layout; null takes it on GPUs. FSDP2 takes none.
-        validation_steps: steps between removals of fixed scenes to look at; 0 makes none.
-        num_validation_images: how many scenes.
-        validation_meta_path: the set they come from; empty takes the test set beside the first
-            training set, or the training set itself.
-        comments: a note that is kept with the run.
-    """
+    """Train the remover on triplet sets; the defaults are upstream's."""
 
     upstream_options: ClassVar[bool] = True  # see `training.config.parse_config`
 
-    output_dir: str = "runs/alone/02_train_remover"
-    meta_path: list[str] = field(default_factory=lambda: ["builtin:labelled"])
-    max_train_samples: int = 0
-    pretrained_model_name_or_path: str = "builtin"
-    pretrained_unet: str = ""
-    pretrained_vae_model_name_or_path: str = ""
-    revision: str = ""
-    variant: str = ""
-    resolution: int = 64
-    resize_mode: str = "crop"
-    center_crop: bool = False
-    crops_coords_top_left_h: int = 0
-    crops_coords_top_left_w: int = 0
-    aspect_buckets: bool = False
-    bucket_step: int = 0
-    high_resolution_meta_path: list[str] = field(default_factory=list)
-    high_resolution: int = 96
-    high_resolution_share: float = 0.3
-    random_flip: bool = True
-    mask_variants: int = 0
-    mask_variant_share: float = 0.5
-    mask_dilate_max: float = 0.04
-    mask_loosen: float = 1.0
-    mask_weight: float = 0.0
-    removal_min_timestep: int = 0
-    snr_gamma: float = 0.0
-    cache_latents: bool = True
-    latent_cache_dir: str = ""
-    latent_dtype: str = "fp16"
-    vae_precision: str = "fp32"
-    lora_rank: int = 0
-    trainable_modules: list[str] = field(default_factory=list)
-    gradient_checkpointing: bool | None = None
-    enable_xformers_memory_efficient_attention: bool = False
-    torch_compile: bool = False
-    channels_last: bool | None = None
-    validation_steps: int = 0
-    num_validation_images: int = 4
-    validation_meta_path: str = ""
-    comments: str = ""
-    max_train_steps: int = 200
+    output_dir: str = option(
+        "runs/alone/02_train_remover", "folder for the model, checkpoints and metrics.jsonl"
+    )
+    meta_path: list[str] = option(
+        [], "the triplet sets' meta.json files, required; score below 0.5 is left out"
+    )
+    max_train_samples: int = option(0, "take the first so many triplets of meta_path; 0 takes all")
+    pretrained_model_name_or_path: str = option(
+        "diffusers/stable-diffusion-xl-1.0-inpainting-0.1",
+        "what is fine-tuned: builtin, a folder or a Hub id",
+    )
+    pretrained_unet: str = option(
+        "", "a UNet to put in its place (a folder or Hub id with or without unet/)"
+    )
+    pretrained_vae_model_name_or_path: str = option("", "a VAE in the place of the model's own")
+    revision: str = option("", "the model's Hub revision")
+    variant: str = option("", "the variant of its weight files, such as fp16")
+    resolution: int = option(512, "side of the square training images, px")
+    resize_mode: str = option(
+        "squash",
+        "squash resizes straight to the square, as upstream does; crop keeps the aspect and cuts "
+        "where the mask is",
+    )
+    center_crop: bool = option(False, "crop in the middle of the image instead")
+    crops_coords_top_left_h: int = option(0, "SDXL's crop conditioning, px from the top")
+    crops_coords_top_left_w: int = option(0, "SDXL's crop conditioning, px from the left")
+    aspect_buckets: bool = option(
+        False,
+        "train wide and tall images in shapes of about the same area instead of making all square",
+    )
+    bucket_step: int = option(
+        0, "what the buckets' sides are multiples of, px; 0 takes an eighth of the side"
+    )
+    high_resolution_meta_path: list[str] = option(
+        [], "sets that are trained at high_resolution (RORem-mixed)"
+    )
+    high_resolution: int = option(1024, "side for high_resolution_meta_path, px")
+    high_resolution_share: float = option(
+        0.3, "fraction of the optimizer steps that are of high resolution"
+    )
+    random_flip: bool = option(False, "mirror each sample with probability one half")
+    mask_variants: int = option(0, "perturbed copies of each mask (widened, or drawn loosely)")
+    mask_variant_share: float = option(
+        0.5, "how often one of them is taken instead of the exact mask"
+    )
+    mask_dilate_max: float = option(
+        0.04, "the widest a variant is dilated, as a fraction of the image's short side"
+    )
+    mask_loosen: float = option(1.0, "strength of the loose strokes, see masks.loosen_mask")
+    mask_weight: float = option(
+        0.0, "how much more an error in the hole counts; 0 is upstream's plain MSE"
+    )
+    removal_min_timestep: int = option(
+        0,
+        "below this timestep the holes of triplets whose GT is a removal (accepted_by says so) do "
+        "not count: what is painted is decided above it, how sharp it gets is then learnt from "
+        "true GT alone, or each round is blurrier than the last",
+    )
+    snr_gamma: float = option(0.0, "min-SNR loss weighting (arXiv 2303.09556); 0 is off")
+    cache_latents: bool = option(
+        True, "encode everything once before training, else each batch anew"
+    )
+    latent_cache_dir: str = option(
+        "",
+        "where latents are cached; empty is $ROREM_CACHE/latents. On several nodes it must be a "
+        "folder that all of them see",
+    )
+    latent_dtype: str = option("fp16", "fp16 or bf16")
+    vae_precision: str = option(
+        "fp32",
+        "fp32, bf16 or fp16; SDXL's own VAE overflows in fp16: such batches are encoded again in "
+        "float32",
+    )
+    lora_rank: int = option(0, "train a LoRA of this rank in the place of all weights; 0 for all")
+    trainable_modules: list[str] = option(
+        [], "train only modules whose names end so; empty trains all"
+    )
+    gradient_checkpointing: bool | None = option(
+        None,
+        "recompute activations in the backward pass; None does so only where the memory would not "
+        "do without",
+    )
+    enable_xformers_memory_efficient_attention: bool = option(
+        False, "xformers' attention in the place of PyTorch's"
+    )
+    torch_compile: bool = option(False, "compile the UNet's repeated blocks")
+    channels_last: bool | None = option(
+        None, "the weights' memory layout; None takes it on GPUs, FSDP2 takes none"
+    )
+    validation_steps: int = option(
+        2000, "steps between removals of fixed scenes to look at; 0 makes none"
+    )
+    num_validation_images: int = option(4, "how many scenes")
+    validation_meta_path: str = option(
+        "",
+        "the set they come from; empty takes the test set beside the first training set, or the "
+        "training set itself",
+    )
+    dataloader_num_workers: int = option(
+        8, "processes that read samples; 0 reads in the training process"
+    )
+    comments: str = option("", "a note that is kept with the run")
 
     def make_spec(self) -> CacheSpec:
         """How pictures become latents."""
@@ -451,7 +473,11 @@ def train_remover(config: RemoverConfig) -> dict:
 
     Returns:
         `loop.train`'s metrics and `train_size`, the number of triplets.
+
+    Raises:
+        ValueError: there is no `meta_path`, or nothing in it to train on.
     """
+    require_sets(config)
     return loop.train(RemoverObjective(config), config)
 
 

@@ -1,5 +1,6 @@
 """Acceptance: calibration is honest, thresholds mean what they say, one removal an image."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -97,6 +98,43 @@ def test_threshold_falls_back_to_the_best_precision_and_says_so(caplog):
     found = acceptance.choose_threshold(probabilities, labels, target_precision=0.95, min_share=0.5)
     assert not found.reached and found.value == 0.7 and found.precision == pytest.approx(2 / 3)
     assert "no threshold reaches" in caplog.text
+
+
+def test_where_no_threshold_reaches_the_precision_nothing_is_accepted(caplog, tmp_path):
+    probabilities = np.array([1.0, 0.8, 0.7, 0.6])
+    labels = np.array([0, 1, 1, 0], bool)
+    found = acceptance.choose_threshold(probabilities, labels, target_precision=0.95)
+    assert not found.reached and found.share == 0
+    assert found.precision is None and found.precision_interval is None
+    scores = dict(enumerate(probabilities))
+    assert acceptance.accept_candidates(scores, found.value) == []
+    assert "0.67" in caplog.text and "nothing is accepted" in caplog.text
+    acceptance.write_calibration(
+        tmp_path,
+        acceptance.Calibration(),
+        accept=found,
+        rate_threshold=0.5,
+        curve={},
+        rates=(0.8, 0.3),
+    )
+    _, content = acceptance.read_calibration(tmp_path)
+    assert acceptance.accept_candidates(scores, content["accept_threshold"]) == []
+
+
+def test_the_defaults_of_the_functions_are_the_settings():
+    settings = acceptance.AcceptanceConfig()
+    scores, labels = make_scores(400)
+    calibration, probabilities = acceptance.calibrate_scores(scores, labels)
+    assert calibration.method == settings.calibration_method
+    chosen = acceptance.choose_threshold(probabilities, labels)
+    assert (chosen.wanted_precision, chosen.wanted_share) == (0.9, 0.0)
+    given = dataclasses.asdict(settings)
+    same = {name: given[name] for name in ("target_precision", "min_share", "bound")}
+    assert acceptance.choose_threshold(probabilities, labels, **same) == chosen
+    answers, groups, fair = labels, np.arange(400), np.ones(400, bool)
+    one = split_labels(answers, groups, fair, test_share=settings.test_share)
+    other = split_labels(answers, groups, fair)
+    assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def test_threshold_keeps_to_the_least_share():

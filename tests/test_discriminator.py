@@ -54,6 +54,9 @@ def config(tiny_model, scored, tmp_path):
         learning_rate=3e-3,
         mixed_precision="no",
         checkpointing_steps=2,
+        random_flip=True,
+        random_shift=True,
+        untouched_share=0.05,
         head_channels=32,
     )
 

@@ -71,7 +71,9 @@ def make_config(folder, **changes):
         "learning_rate": 1e-2,
         "ema_decay": 0.9,
         "lr_scheduler": "cosine",
+        "lr_warmup_steps": 0,
         "checkpointing_steps": 3,
+        "checkpoints_total_limit": 2,
         "logging_steps": 1,
         "mixed_precision": "no",
         "output_dir": str(folder),
@@ -196,6 +198,8 @@ def test_every_batch_is_whole_and_every_sample_is_seen_as_often(
             pretrained_model_name_or_path=str(tiny_model),
             train_batch_size=4,
             max_train_steps=steps,
+            validation_steps=0,
+            dataloader_num_workers=0,
             mixed_precision="no",
         )
     )

@@ -1,28 +1,23 @@
-"""The notebooks as they are committed: stripped, short, and true to the library's defaults."""
+"""The notebooks as they are committed: stripped, short, their parameters those of the library."""
 
 import ast
 import dataclasses
 import importlib
+import inspect
 import json
 import subprocess
 import symtable
 import sys
 import tokenize
+import typing
 from io import StringIO
 
 import pytest
 
 from rorem_lib.files import ROOT
-from rorem_lib.parameters import coerce_value, read_parameters
+from rorem_lib.parameters import CONFIGS, coerce_value, read_parameters
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-MIRRORS = {
-    "01_assemble_dataset": ("data.filters", "FilterConfig"),
-    "02_train_remover": ("remover", "RemoverConfig"),
-    "03_generate_removals": ("removal", "GenerateConfig"),
-    "05_train_discriminator": ("discriminator", "DiscriminatorConfig"),
-    "07_distill_lora": ("distill", "DistillConfig"),
-}
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
@@ -181,39 +176,44 @@ def test_ruff_is_content():
     assert check.returncode == 0, check.stdout + check.stderr
 
 
-@pytest.mark.parametrize("name", MIRRORS)
-def test_no_variable_is_taken_for_an_option(name):
+@pytest.mark.parametrize(
+    "name, config", [(name, config) for name, configs in CONFIGS.items() for config in configs]
+)
+def test_no_variable_is_taken_for_an_option(name, config):
     """A config is filled from the notebook's globals: whatever has an option's name sets it."""
     path = ROOT / "notebooks" / f"{name}.ipynb"
-    module, kind = MIRRORS[name]
-    config = getattr(importlib.import_module(f"rorem_lib.{module}"), kind)
-    options = {field.name for field in dataclasses.fields(config)} - set(read_parameters(path))
+    module, _, kind = config.rpartition(".")
+    cls = getattr(importlib.import_module(f"rorem_lib.{module}"), kind)
+    options = {field.name for field in dataclasses.fields(cls)} - set(read_parameters(path))
     cells = select(json.loads(path.read_text(encoding="utf-8")), "code")
     assert not options & set().union(*map(list_bound, cells))
 
 
-@pytest.mark.parametrize("name", MIRRORS)
-def test_parameters_mirror_the_config(name):
-    path = ROOT / "notebooks" / f"{name}.ipynb"
-    if not path.exists():
-        pytest.skip(f"{path.name} is not there yet")
-    module, kind = MIRRORS[name]
-    config = getattr(importlib.import_module(f"rorem_lib.{module}"), kind)
-    parameters = read_parameters(path)
-    for field in dataclasses.fields(config):
+@pytest.mark.parametrize(
+    "name, config", [(name, config) for name, configs in CONFIGS.items() for config in configs]
+)
+def test_parameters_mirror_the_config(name, config):
+    """Names and types: the values are the miniature's here, and full size in the config."""
+    parameters = read_parameters(ROOT / "notebooks" / f"{name}.ipynb")
+    module, _, kind = config.rpartition(".")
+    cls = getattr(importlib.import_module(f"rorem_lib.{module}"), kind)
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
         if field.name not in parameters and "more_options" in parameters:
             continue  # a rarer one, set through `more_options`
         assert field.name in parameters, f"{kind}.{field.name} has no parameter"
-        default = (
-            field.default if field.default is not dataclasses.MISSING else field.default_factory()
-        )
-        mirrored = parameters[field.name]
-        assert mirrored.default == default and type(mirrored.default) is type(default), (
-            f"{field.name}: {mirrored.default!r} in the notebook, {default!r} in {kind}"
-        )
-        wanted = (
-            field.type
-            if isinstance(field.type, str)
-            else getattr(field.type, "__name__", str(field.type))
-        )
-        assert mirrored.kind == wanted, f"{field.name}: {mirrored.kind}, in {kind} {wanted}"
+        wanted = inspect.formatannotation(hints[field.name])
+        assert parameters[field.name].kind == wanted, f"{kind}.{field.name} is {wanted}"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_notebook_runs_alone_on_built_in_data_or_what_the_one_before_wrote(name):
+    parameters = read_parameters(ROOT / "notebooks" / f"{name}.ipynb")
+    if name == "01_assemble_dataset":
+        assert parameters["source"].default == "scenes"
+        return
+    (meta,) = parameters["meta_path"].default
+    before = "runs/alone/04_annotate/scored" if name[:2] == "05" else "builtin:"
+    assert meta.startswith(before)
+    assert parameters["pretrained_model_name_or_path"].default == "builtin"
+    assert parameters["hardware"].default == "cpu"

@@ -5,12 +5,13 @@ import fcntl
 import json
 import os
 import signal
+from dataclasses import dataclass, field
 
 import pytest
 from fake_kit import Kit, wait_until, write_notebook
 
 from rorem_lib.files import clean_metrics
-from rorem_lib.parameters import coerce_value, read_parameters
+from rorem_lib.parameters import coerce_value, fill_config, read_defaults, read_parameters
 from rorem_lib.runner import cli, fingerprints, recipes, run_folder
 from rorem_lib.runner.fingerprints import (
     hash_content,
@@ -135,6 +136,98 @@ def test_values_are_coerced_by_annotation(folder):
     assert coerce_value("x", "Literal['x', 'y']") == "x"
     with pytest.raises(TypeError):
         coerce_value("z", "Optional[Literal['x', 'y']]")
+
+
+@pytest.mark.parametrize(
+    "value, kind, expected",
+    [
+        ("2.0e+3", "int", 2000),
+        (3.0, "int | None", 3),
+        (None, "int | None", None),
+        ([[1, "2"]], "list[list[int]]", [[1, 2]]),
+        ({"a": "1e-3"}, "dict[str, float]", {"a": 1e-3}),
+        ("7", "str", "7"),
+        ({"x": [1, "2"]}, "dict", {"x": [1, "2"]}),
+        ("3", "Any", "3"),
+        ("3", "", "3"),
+        ("4", int, 4),
+        (["a"], list[str], ["a"]),
+        ("3", "'int'", 3),
+    ],
+)
+def test_a_value_is_fitted_to_its_type(value, kind, expected):
+    found = coerce_value(value, kind)
+    assert found == expected and type(found) is type(expected)
+
+
+@pytest.mark.parametrize(
+    "value, kind",
+    [
+        ("true", "bool"),
+        (1, "bool"),
+        (0, "bool | None"),
+        (True, "int"),
+        (False, "float"),
+        (3.5, "int"),
+        ("3.5", "int"),
+        ("many", "int"),
+        (7, "str"),
+        (("a",), "list[str]"),
+        ([1, True], "list[int]"),
+        ({1: "a"}, "dict[str, str]"),
+        (3, "list[str] | None"),
+        (3, "ndarray"),
+        (3, "open('/dev/null')"),
+    ],
+)
+def test_what_has_another_type_is_refused(value, kind):
+    with pytest.raises(TypeError):
+        coerce_value(value, kind)
+
+
+@dataclass
+class Settings:
+    rate: float = 1e-3
+    limit: int | None = None
+    names: list[str] = field(default_factory=list)
+
+
+def test_a_config_is_filled_from_parameters_and_more_options():
+    cell = {"rate": 0.5, "names": ["a"], "other": 1}
+    assert fill_config(Settings, cell, {"limit": "7"}) == Settings(0.5, 7, ["a"])
+    for more, words in (
+        ({"lmit": 3}, "lmit.*limit"),
+        ({"rate": 0.1}, "rate"),
+        ({"limit": "many"}, "limit"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            fill_config(Settings, cell, more)
+
+
+def test_a_full_size_recipe_starts_from_the_librarys_defaults(tmp_path):
+    def read(top):
+        path = tmp_path / "r.yaml"
+        path.write_text(
+            f"{top}\nseed: 5\ndefaults: {{02_train_remover: {{train_batch_size: 12}}}}\n"
+            "stages: {a: {notebook: 02_train_remover, parameters: {meta_path: [x]}},"
+            " b: {notebook: 08_evaluate}}"
+        )
+        return read_recipe(path).stages
+
+    small, _ = read("")
+    assert small.given == {"seed": 5, "train_batch_size": 12, "meta_path": ["x"]}
+    large, other = read("full_size: true")
+    names = ("resolution", "max_train_steps", "random_flip", "pretrained_model_name_or_path")
+    cell = read_parameters(small.notebook)
+    defaults = read_defaults("remover.RemoverConfig")
+    assert {n: small.parameters[n] for n in names} == {n: cell[n].default for n in names}
+    assert {n: large.given[n] for n in names} == {n: defaults[n] for n in names}
+    assert all(defaults[n] != cell[n].default for n in names)
+    assert large.given | small.given == large.given  # what is stated wins
+    assert set(large.given) <= set(cell) - {"output_dir"}
+    assert other.given == {"seed": 5}
+    with pytest.raises(RecipeError, match="full_size"):
+        read("full_size: 3")
 
 
 def test_precedence_of_parameters(folder):

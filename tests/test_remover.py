@@ -36,6 +36,9 @@ def config(tiny_model, tiny_set, tmp_path):
         train_batch_size=4,
         learning_rate=1e-3,
         logging_steps=1,
+        random_flip=True,
+        validation_steps=0,
+        dataloader_num_workers=0,
         mixed_precision="no",
         latent_cache_dir=str(tmp_path / "cache"),
     )
@@ -280,6 +283,20 @@ def test_a_perfect_prediction_has_no_loss(config, kind):
 
     assert compute(0.0) == pytest.approx(0, abs=1e-6)
     assert compute(0.5) == pytest.approx(0.25, abs=1e-5)
+
+
+def test_the_loss_is_upstreams_plain_mean_unless_an_option_changes_it(config, tiny_set, tmp_path):
+    """RORem's noise prediction: the mean over all latents, accepted removals as all others."""
+    with TripletWriter(tmp_path / "accepted") as writer:
+        for triplet in read_triplets(tiny_set):
+            writer.add_triplet(triplet, score=1.0, accepted_by="human")
+    config.meta_path = [str(tmp_path / "accepted")]
+    objective = make_objective(config)
+    objective.noise_schedule.register_to_config(prediction_type="epsilon")
+    batch = take_batch(objective, range(4))
+    sample = torch.randn(batch["noise"].shape, generator=torch.Generator().manual_seed(3))
+    loss, _ = objective.compute_loss(lambda *a, **k: type("Output", (), {"sample": sample}), batch)
+    torch.testing.assert_close(loss, torch.nn.functional.mse_loss(sample, batch["noise"]))
 
 
 def test_mask_weight_makes_the_hole_count_more(config):

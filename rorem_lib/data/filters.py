@@ -31,6 +31,7 @@ from rorem_lib.data.journal import Journal, JournalIndex
 from rorem_lib.data.pictures import load_image
 from rorem_lib.data.triplets import describe_size, iter_triplets
 from rorem_lib.data.writer import TripletWriter
+from rorem_lib.parameters import option
 
 _SMALL = 256  # px: side of the pictures on which a shift is measured
 _EDGE = 40.0  # strength of an edge (Sobel, grey levels) that noise and JPEG seldom reach
@@ -40,25 +41,25 @@ _LOOKS = 8  # pictures of one hash that a candidate is compared with
 
 @dataclass(frozen=True)
 class FilterConfig:
-    """The limits; a picture at a limit passes.
+    """The limits; an image at a limit passes."""
 
-    Attributes:
-        min_side: shortest side, px.
-        min_mask_area, max_mask_area: share of the picture that is masked, 0 to 1.
-        min_change: mean difference of source and GT inside the mask, grey levels 0 to 255.
-        max_change_outside: median difference outside of the mask, grey levels.
-        max_shift: shift between source and GT, as a share of the longer side.
-        duplicate_distance: bits in which the perceptual hashes (64 bits) of two near-duplicates
-            differ at most; -1 looks for none.
-    """
-
-    min_side: int = 0
-    min_mask_area: float = 0.0005
-    max_mask_area: float = 0.9
-    min_change: float = 2.0
-    max_change_outside: float = 12.0
-    max_shift: float = 0.004
-    duplicate_distance: int = 4
+    min_side: int = option(0, "shortest side, px")
+    min_mask_area: float = option(0.0005, "least fraction of the image that is masked, 0 to 1")
+    max_mask_area: float = option(0.9, "largest fraction of the image that is masked, 0 to 1")
+    min_change: float = option(
+        2.0, "mean difference of source and GT inside the mask, grey levels 0 to 255"
+    )
+    max_change_outside: float = option(
+        12.0, "median difference outside of the mask, grey levels 0 to 255"
+    )
+    max_shift: float = option(
+        0.004, "shift between source and GT, as a fraction of the longer side"
+    )
+    duplicate_distance: int = option(
+        4,
+        "bits in which the perceptual hashes (64 bits) of two near-duplicates differ at most; -1 "
+        "looks for none",
+    )
 
     def __post_init__(self):
         if not 0 <= self.min_mask_area < self.max_mask_area <= 1:

@@ -59,7 +59,7 @@ def evaluate(
     success_threshold: float | None = None,
     accept_rates: Sequence[float] = (1.0, 0.0),
     limit: int | None = None,
-    batch_size: int = 16,
+    batch_size: int = 8,
     lpips: str = "",
 ) -> Evaluation:
     """Run and measure all methods; write `results.csv` and `methods.json` to `output_dir`.
@@ -77,6 +77,7 @@ def evaluate(
             `accept_rates`), from which `acceptance.estimate_rate` makes
             `success_rate_discriminator`; without them it is the plain share.
         limit: evaluate the first so many pictures only; None or 0 for all.
+        batch_size: images a batch of every method; the default is for 512 px.
         lpips: the LPIPS network ("alex", "squeeze", "vgg"), "" for none.
 
     Raises:

@@ -31,10 +31,10 @@ logger = logging.getLogger(__name__)
 
 KINDS = ("telea", "ns", "remover")
 SCHEDULERS = ("default", "lcm")
-BASELINES = (  # what a remover is compared with, and the model it starts from
+BASELINES = (  # in miniature: what a remover is compared with, and the model it starts from
     {"name": "Telea", "kind": "telea"},
     {"name": "Navier-Stokes", "kind": "ns"},
-    {"name": "base", "model": "builtin", "row": "base"},
+    {"name": "base", "model": "builtin", "num_inference_steps": 20, "row": "base"},
 )
 SOURCE = "source"  # no method may be called so: it is the untouched picture in every table
 
@@ -66,7 +66,7 @@ class Method:
     lora: str = ""
     scheduler: str = "default"
     resolution: int = 0
-    num_inference_steps: int = 20
+    num_inference_steps: int = 50
     guidance_scale: float = 1.0
     strength: float = 1.0
     seed: int = 0
@@ -143,7 +143,7 @@ def run_method(
     triplets: Sequence[Triplet],
     folder: str | Path,
     *,
-    batch_size: int = 16,
+    batch_size: int = 8,
     device: str = "",
 ) -> MethodRun:
     """Make a method's removals, those that are not there yet.
@@ -154,7 +154,7 @@ def run_method(
 
     Args:
         folder: removals are written to `<folder>/<slug>/<id>.png`, times to `timing.json` there.
-        batch_size: pictures a batch; take the same for every method.
+        batch_size: images a batch, by default for 512 px; take the same for every method.
         device: where removers run; "" takes a GPU if there is one.
     """
     folder = Path(folder) / method.slug

@@ -87,7 +87,7 @@ def remove_objects(
         strength: share of the noise schedule that is run; 1 starts from pure noise.
         seed: fixes all noise.
         numbers: what each picture's noise is numbered; by default its place in the list.
-        batch_size: pictures a forward pass.
+        batch_size: images a forward pass; the default is for 512 px.
         dilate: widens the masks by so many pixels.
         paste_back: keep the source's own pixels outside the (dilated) mask; shadows then stay.
         mixed_precision: see `sdxl.choose_precision`.

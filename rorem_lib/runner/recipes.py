@@ -5,6 +5,7 @@ notebook's own, and refers to an earlier stage's folder as `${stage}`:
 
     name: demo
     seed: 4                        # to every notebook that has a `seed`, unless the row sets it
+    full_size: true                # optional: the library's defaults, not the cells' miniature
     defaults:                      # optional: parameters for every row of a notebook
       02_train_remover: {train_batch_size: 16}
     stages:
@@ -12,12 +13,12 @@ notebook's own, and refers to an earlier stage's folder as `${stage}`:
       human_1: {notebook: 03_generate_removals, row: human 1,
                 parameters: {pretrained_model_name_or_path: "${initialization}/remover"}}
 
-The order of precedence is: notebook, recipe's seed, `defaults`, the row, `--set`.
+The order of precedence is: notebook, the library's defaults (`full_size`), recipe's seed,
+`defaults`, the row, `--set`.
 """
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +27,18 @@ from typing import Any
 import yaml
 
 from rorem_lib.files import ROOT
-from rorem_lib.parameters import coerce_value, read_parameters
+from rorem_lib.parameters import (
+    CONFIGS,
+    coerce_value,
+    read_defaults,
+    read_parameters,
+    suggest,
+)
 
 REFERENCE = re.compile(r"\$\{([^}]*)\}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\Z")
 _ROW_KEYS = ("notebook", "row", "parameters")
-_TOP_KEYS = ("name", "description", "seed", "defaults", "stages")
+_TOP_KEYS = ("name", "description", "seed", "full_size", "defaults", "stages")
 
 
 class RecipeError(ValueError):
@@ -85,12 +92,6 @@ class _Loader(yaml.SafeLoader):
                     None, None, f'"{key}" stands here twice', node.start_mark
                 )
         return super().construct_mapping(node, deep)
-
-
-def suggest(name: str, names) -> str:
-    """` (did you mean "…"?)`, or nothing where no name is near."""
-    near = difflib.get_close_matches(str(name), [str(n) for n in names], n=1, cutoff=0.5)
-    return f' (did you mean "{near[0]}"?)' if near else ""
 
 
 def find_recipe(name_or_path) -> Path:
@@ -167,6 +168,8 @@ def read_recipe(
     seed = table.get("seed") if seed is None else seed
     if not (seed is None or type(seed) is int):
         problems.append(f"seed: expected int, got {seed!r}")
+    if not isinstance(table.get("full_size", False), bool):
+        problems.append(f"full_size: expected bool, got {table['full_size']!r}")
     overrides = overrides or {}
     for stage in overrides:
         if stage not in table["stages"]:
@@ -184,7 +187,7 @@ def read_recipe(
             path,
             str(stage),
             row,
-            seed,
+            {"seed": seed, "full_size": table.get("full_size")},
             defaults,
             overrides.get(stage, {}),
             list(table["stages"]),
@@ -196,7 +199,7 @@ def read_recipe(
     return Recipe(str(name), str(table.get("description", "")), seed, tuple(stages), path)
 
 
-def _check_row(path, name, row, seed, defaults, override, order, stages, problems) -> None:
+def _check_row(path, name, row, top, defaults, override, order, stages, problems) -> None:
     """Check one row; append it to `stages`, or what is wrong with it to `problems`."""
     if not _NAME.match(name):
         problems.append(f'stage "{name}": the name is no folder name: letters, digits, - and _')
@@ -221,7 +224,12 @@ def _check_row(path, name, row, seed, defaults, override, order, stages, problem
     except ValueError as error:
         problems.append(f'stage "{name}": {error}')
         return
-    given = {} if seed is None or "seed" not in known else {"seed": seed}
+    given = {}
+    for config in CONFIGS.get(notebook.stem, ()) if top["full_size"] else ():
+        given |= {k: v for k, v in read_defaults(config).items() if k in known}
+    given.pop("output_dir", None)  # the runner's
+    if top["seed"] is not None and "seed" in known:
+        given["seed"] = top["seed"]
     for source in (defaults.get(row["notebook"]), row.get("parameters"), override):
         if not isinstance(source or {}, dict):
             problems.append(f'stage "{name}": parameters are a table, not {source!r}')

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import inspect
 import logging
 import os
-import re
 import sys
-import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
-from rorem_lib.parameters import coerce_value
+from rorem_lib.parameters import coerce_value, option, suggest
 from rorem_lib.training import distributed
 from rorem_lib.training.memory import tune_cpu
 
@@ -44,118 +42,94 @@ _NOT_OURS = {
     "config_file": "belongs to `accelerate launch` and stands before -m; a file of this "
     "job's own options is --config"
 }
-_WORDS = {
-    "true": True,
-    "yes": True,
-    "on": True,
-    "1": True,
-    "false": False,
-    "no": False,
-    "off": False,
-    "0": False,
-    "": False,
-}
+_LEFT_OUT = object()
 
 
 @dataclass
 class LoopConfig:
-    """What every training run has. Names follow upstream's and diffusers' command lines.
+    """What every training run has.
 
-    Attributes:
-        output_dir: folder for the model, checkpoints and `metrics.jsonl`.
-        max_train_steps: optimizer steps in all; 0 takes `num_train_epochs`.
-        num_train_epochs: times every sample is seen, where `max_train_steps` is 0 or, on a command
-            line, not given.
-        train_batch_size: samples a process and micro-batch.
-        gradient_accumulation_steps: micro-batches an optimizer step.
-        learning_rate: AdamW's peak rate.
-        scale_lr: multiply it by the global batch (upstream's option).
-        lr_scheduler: a name that `diffusers.optimization.get_scheduler` knows.
-        lr_warmup_steps: steps of linear warm-up (schedulers that have one).
-        adam_weight_decay: AdamW's decoupled weight decay.
-        adam_beta1, adam_beta2, adam_epsilon: AdamW's other constants.
-        use_8bit_adam: optimizer states in 8 bits (the extra `eightbit`, bitsandbytes).
-        max_grad_norm: gradients are clipped to this norm.
-        mixed_precision: "no", "bf16", "fp16", or "auto": bf16 where the hardware has it.
-        allow_tf32: float32 matrix products on NVIDIA's TF32 units.
-        ema_decay: decay of the weights' moving average, which is then what is validated and saved
-            (a checkpoint's `unet/` has the weights themselves); 0 keeps none.
-        checkpointing_steps: steps between checkpoints; 0 writes none.
-        checkpoints_total_limit: how many checkpoints are kept; 0 keeps all.
-        resume_from_checkpoint: "latest", "none", a checkpoint folder or its name in `output_dir`;
-            one of your own making, since parts of it are pickles.
-        logging_steps: steps between lines of `metrics.jsonl`; 0 writes the last step's alone.
-        dataloader_num_workers: processes that read samples; 0 reads in the training process.
-        report_to: "none", or a tracker accelerate knows ("tensorboard", "wandb", "trackio").
-        logging_dir: the tracker's folder below `output_dir` (trackio has one of its own).
-        seed: fixes initialisation, order, noise and flips.
+    Names follow upstream's and diffusers' command lines; the defaults are those of upstream's run
+    script for the remover, where it sets a value, else those of its code.
     """
 
-    output_dir: str = "runs/alone/training"
-    max_train_steps: int = 1000
-    num_train_epochs: int = 0
-    train_batch_size: int = 16
-    gradient_accumulation_steps: int = 1
-    learning_rate: float = 5e-5
-    scale_lr: bool = False
-    lr_scheduler: str = "constant"
-    lr_warmup_steps: int = 0
-    adam_weight_decay: float = 1e-2
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_epsilon: float = 1e-8
-    use_8bit_adam: bool = False
-    max_grad_norm: float = 1.0
-    mixed_precision: str = "auto"
-    allow_tf32: bool = False
-    ema_decay: float = 0.0
-    checkpointing_steps: int = 500
-    checkpoints_total_limit: int = 2
-    resume_from_checkpoint: str = "latest"
-    logging_steps: int = 25
-    dataloader_num_workers: int = 0
-    report_to: str = "none"
-    logging_dir: str = "logs"
-    seed: int = 4
+    output_dir: str = option(
+        "runs/alone/training", "folder for the model, checkpoints and metrics.jsonl"
+    )
+    max_train_steps: int = option(50_000, "optimizer steps in all; 0 takes num_train_epochs")
+    num_train_epochs: int = option(
+        0,
+        "times every sample is seen, where max_train_steps is 0 or, on a command line, not given",
+    )
+    train_batch_size: int = option(16, "samples a process and micro-batch")
+    gradient_accumulation_steps: int = option(1, "micro-batches an optimizer step")
+    learning_rate: float = option(5e-5, "AdamW's peak rate")
+    scale_lr: bool = option(False, "multiply the rate by the global batch")
+    lr_scheduler: str = option("constant", "a name that diffusers' get_scheduler knows")
+    lr_warmup_steps: int = option(
+        500, "steps of linear warm-up, in schedules that have one; constant has none"
+    )
+    adam_weight_decay: float = option(1e-2, "AdamW's decoupled weight decay")
+    adam_beta1: float = option(0.9, "AdamW's decay of the mean gradient")
+    adam_beta2: float = option(0.999, "AdamW's decay of the mean squared gradient")
+    adam_epsilon: float = option(1e-8, "AdamW's term against division by zero")
+    use_8bit_adam: bool = option(
+        False, "optimizer states in 8 bits (the extra eightbit, bitsandbytes)"
+    )
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
+    mixed_precision: str = option("fp16", "no, bf16, fp16, or auto: bf16 where the hardware has it")
+    allow_tf32: bool = option(False, "float32 matrix products on NVIDIA's TF32 units")
+    ema_decay: float = option(
+        0.0,
+        "decay of the weights' moving average, which is then what is validated and saved "
+        "(a checkpoint's unet/ has the weights themselves); 0 keeps none",
+    )
+    checkpointing_steps: int = option(5000, "steps between checkpoints; 0 writes none")
+    checkpoints_total_limit: int = option(5, "how many checkpoints are kept; 0 keeps all")
+    resume_from_checkpoint: str = option(
+        "latest",
+        "latest, none, a checkpoint folder or its name in output_dir; one of your own making, "
+        "since parts of it are pickles",
+    )
+    logging_steps: int = option(
+        25, "steps between lines of metrics.jsonl; 0 writes the last step's alone"
+    )
+    dataloader_num_workers: int = option(
+        0, "processes that read samples; 0 reads in the training process"
+    )
+    report_to: str = option(
+        "none", "none, or a tracker accelerate knows (tensorboard, wandb, trackio)"
+    )
+    logging_dir: str = option(
+        "logs", "the tracker's folder below output_dir (trackio has one of its own)"
+    )
+    seed: int = option(4, "fixes initialisation, order, noise and flips")
 
 
-class _Switch(argparse.Action):
-    """`--x` and `--no-x`. A word may follow (`--x True`, `--x ""`), as upstream has one option.
+class _Parser(HfArgumentParser):
+    """`HfArgumentParser`, with empty lists, `--no-x` for every switch, and `--x auto` for None."""
 
-    Where the field may be None, `--x auto` is None.
-    """
-
-    def __init__(self, option_strings, dest, *, words=_WORDS, **options):
-        negative = [f"--no-{name.removeprefix('--')}" for name in option_strings]
-        super().__init__([*option_strings, *negative], dest, nargs="?", **options)
-        self.words = words
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        negative = option_string.startswith("--no-")
-        word = "true" if values is None else values.lower()
-        if word not in self.words or negative and values is not None:
-            wanted = (
-                "no word"
-                if negative
-                else " or ".join(
-                    ["True", "False", *("auto" for value in self.words.values() if value is None)]
-                )
-            )
-            raise argparse.ArgumentError(self, f"expected {wanted}, got {values!r}")
-        setattr(namespace, self.dest, not negative and self.words[word])
-
-    def format_usage(self):
-        return " | ".join(self.option_strings)
+    def add_argument(self, *names, **given):
+        if given.get("type") is string_to_bool:
+            automatic = given.get("default") is None
+            given |= {
+                "type": _read_choice if automatic else _read_switch,
+                "nargs": "?",
+                "const": True,
+            }
+        elif given.get("action") == "store_false":
+            names = dict.fromkeys([f"--no-{given['dest']}", *names])
+        elif given.get("nargs") == "+":
+            given["nargs"] = "*"
+        return super().add_argument(*names, **given)
 
 
-class _Refuse(argparse.Action):
-    """An option that ends the job with its reason, `help`; its value is never repeated."""
+def _read_switch(word: str) -> bool:
+    return bool(word) and string_to_bool(word)  # upstream has `--x ""` for no
 
-    def __init__(self, option_strings, dest, **options):
-        super().__init__(option_strings, dest, nargs="*", **options)
 
-    def __call__(self, parser, namespace, values, option_string=None):
-        parser.error(f"{option_string}: {self.help}")
+def _read_choice(word: str) -> bool | None:
+    return None if word == "auto" else _read_switch(word)
 
 
 def parse_config(cls, arguments: list[str] | None = None):
@@ -179,11 +153,18 @@ def parse_config(cls, arguments: list[str] | None = None):
     upstream = getattr(cls, "upstream_options", False)
     refused = _NOT_OURS | (REFUSED if upstream else {})
     ignored = IGNORED if upstream else ()
-    given = vars(_build_parser(cls, ignored, refused).parse_args(arguments))
-    values, path = {}, given.pop("config", None)
-    if path:
-        values = _read_file(path, cls, ignored, refused)
-    values |= given
+    fields = [field.name for field in dataclasses.fields(cls)]
+    parser = _build_parser(cls, ignored, refused)
+    namespace = argparse.Namespace(**dict.fromkeys(fields, _LEFT_OUT))
+    parsed, unknown = parser.parse_known_args(arguments, namespace)
+    given = {name: value for name, value in vars(parsed).items() if value is not _LEFT_OUT}
+    for name in refused.keys() & given.keys():  # its value is never repeated
+        parser.error(f"--{name}: {refused[name]}")
+    if unknown:
+        near = suggest(unknown[0].lstrip("-"), fields)
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
+    path = given.pop("config", None)
+    values = (_read_file(path, cls, ignored, refused) if path else {}) | given
     if unused := sorted(set(values) & set(ignored)):
         for name in unused:
             del values[name]
@@ -196,58 +177,39 @@ def parse_config(cls, arguments: list[str] | None = None):
     return cls(**values)
 
 
-def _build_parser(cls, ignored, refused) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _build_parser(cls, ignored, refused) -> _Parser:
+    parser = _Parser(
+        cls,
         description=(cls.__doc__ or "").splitlines()[0],
         usage="%(prog)s [--config FILE.yaml] [--option value ...]  (--help lists the options)",
+        epilog="--no-NAME turns a switch off; --NAME auto leaves a choice whose default is None.",
         allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("--config", help="YAML file with any of these options")
-    hints, defaults, meanings = typing.get_type_hints(cls), dataclasses.asdict(cls()), {}
-    for base in cls.__mro__[::-1]:
-        meanings |= _read_meanings(base)
     for field in dataclasses.fields(cls):
-        kind, optional = _unwrap(hints[field.name])
-        if kind is bool:
-            words = _WORDS | ({"auto": None} if optional else {})
-            options = {"action": _Switch, "words": words, "metavar": "True|False"}
-        elif typing.get_origin(kind) is list:
-            options = {"nargs": "*", "type": typing.get_args(kind)[0]}
-        else:
-            options = {"type": kind}
-        shown = "automatic" if defaults[field.name] is None else repr(defaults[field.name])
-        about = f"{meanings.get(field.name, '')} Default: {shown}"
-        parser.add_argument(f"--{field.name}", **options, help=about.replace("%", "%%"))
+        if field.type in (bool, bool | None) and field.default is not True:  # else Hf adds it
+            parser.add_argument(
+                f"--no_{field.name}",
+                f"--no-{field.name.replace('_', '-')}",
+                action="store_false",
+                dest=field.name,
+                help=argparse.SUPPRESS,
+            )
+    rest = {"default": argparse.SUPPRESS}
+    parser.add_argument("--config", **rest, help="YAML file with any of these options")
     for name in ignored:
-        parser.add_argument(f"--{name}", nargs="?", help="no effect, as in upstream's trainer")
+        parser.add_argument(
+            f"--{name}", nargs="?", **rest, help="no effect, as in upstream's trainer"
+        )
     for name, reason in refused.items():
-        parser.add_argument(f"--{name}", action=_Refuse, help=reason)
+        parser.add_argument(f"--{name}", nargs="*", **rest, help=reason)
     return parser
 
 
-def _read_meanings(cls) -> dict[str, str]:
-    """What the docstring of a config says of its fields, under `Attributes:`."""
-    _, _, rest = inspect.cleandoc(cls.__doc__ or "").partition("\nAttributes:\n")
-    block = re.match(r"(?:[ ]{4}.*\n?|\n)*", rest)[0]
-    entries = re.findall(r"^    (\w+(?:, \w+)*): (.*(?:\n {8}.*)*)", block, re.MULTILINE)
-    return {
-        name: " ".join(text.replace("`", "").split())
-        for names, text in entries
-        for name in names.split(", ")
-    }
-
-
-def _unwrap(kind) -> tuple[type, bool]:
-    """`X | None` -> (X, True), any other type -> (itself, False)."""
-    if not isinstance(kind, types.UnionType) and typing.get_origin(kind) is not typing.Union:
-        return kind, False
-    (inner,) = (k for k in typing.get_args(kind) if k is not types.NoneType)
-    return inner, True
-
-
 def _read_file(path, cls, ignored, refused) -> dict:
-    """The values of a YAML file of options, as the fields of `cls` want them."""
+    """The values of a YAML file of options, as the fields of `cls` want them.
+
+    `HfArgumentParser.parse_yaml_file` would take any type, `1e-4` as text, and name no neighbour.
+    """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
@@ -260,13 +222,29 @@ def _read_file(path, cls, ignored, refused) -> dict:
     hints = typing.get_type_hints(cls)
     fields = {field.name for field in dataclasses.fields(cls)}
     if unknown := sorted(map(str, values.keys() - fields - set(ignored))):
-        raise ValueError(f"{path}: unknown option {', '.join(unknown)} for {cls.__name__}")
+        raise ValueError(
+            f"{path}: unknown option {', '.join(unknown)} for {cls.__name__}"
+            f"{suggest(unknown[0], fields)}"
+        )
     for name in fields & values.keys():
         try:
-            values[name] = coerce_value(values[name], inspect.formatannotation(hints[name]))
+            values[name] = coerce_value(values[name], hints[name])
         except TypeError as error:
             raise ValueError(f"{path}: {name}: {error}") from None
     return values
+
+
+def require_sets(config) -> None:
+    """Refuse a config without `meta_path`, before minutes go into loading a model.
+
+    Raises:
+        ValueError: says what to give.
+    """
+    if not config.meta_path:
+        raise ValueError(
+            "meta_path is empty: give one or several sets, as in --meta_path A/meta.json "
+            "B/meta.json; builtin:labelled and builtin:pool are the miniature's"
+        )
 
 
 def run_job(function, config) -> None:

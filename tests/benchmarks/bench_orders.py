@@ -40,6 +40,7 @@ from rorem_lib.files import ROOT, write_json
 from rorem_lib.labels.log import read_labels
 from rorem_lib.labels.queue import order_items, stratify_items
 from rorem_lib.labels.votes import merge_votes
+from rorem_lib.parameters import read_defaults, read_parameters
 
 ORDERS = ("random", "uncertainty", "stratified")
 BUDGETS = (75, 150, 300, 600)
@@ -49,23 +50,33 @@ STEPS = 300
 TEST_START, TEST_PICTURES, POOL_PICTURES = 600, 250, 600
 
 
+def read_demo(notebook: str, config: str) -> tuple[int, dict]:
+    """The demo's seed, and what it gives to a notebook's config, its cell's values included."""
+    recipe = yaml.safe_load((ROOT / "notebooks/recipes/demo.yaml").read_text())
+    cell = read_parameters(ROOT / "notebooks" / f"{notebook}.ipynb")
+    values = {name: parameter.default for name, parameter in cell.items()}
+    values |= recipe["defaults"][notebook]
+    return recipe["seed"], {k: v for k, v in values.items() if k in read_defaults(config)}
+
+
 def make_candidates(run: Path, work: Path) -> None:
     """Pool and test candidates as the demo's recipe makes them, and their labels."""
     from rorem_lib.builtin.judge import simulate_labels
     from rorem_lib.removal import GenerateConfig, generate_candidates
 
-    recipe = yaml.safe_load((ROOT / "notebooks/recipes/demo.yaml").read_text())
-    given = recipe["defaults"]["03_generate_removals"]
+    seed, given = read_demo("03_generate_removals", "removal.GenerateConfig")
     for name, start, count in (("pool", 0, POOL_PICTURES), ("test", TEST_START, TEST_PICTURES)):
         generate_candidates(
             GenerateConfig(
-                output_dir=str(work / name),
-                meta_path=[str(run / "assemble/pool")],
-                start=start,
-                pretrained_model_name_or_path=str(run / "initialization/remover"),
-                count=count,
-                seed=recipe["seed"],
-                **given,
+                **given
+                | {
+                    "output_dir": str(work / name),
+                    "meta_path": [str(run / "assemble/pool")],
+                    "start": start,
+                    "pretrained_model_name_or_path": str(run / "initialization/remover"),
+                    "count": count,
+                    "seed": seed,
+                }
             )
         )
         simulate_labels(
@@ -89,12 +100,7 @@ def train(folder: Path, triplets, answers: dict, ids: list[str], seed: int):
     from rorem_lib.data.writer import TripletWriter
     from rorem_lib.discriminator import Discriminator, DiscriminatorConfig, train_discriminator
 
-    recipe = yaml.safe_load((ROOT / "notebooks/recipes/demo.yaml").read_text())
-    given = {
-        k: v
-        for k, v in recipe["defaults"]["05_train_discriminator"].items()
-        if k not in ("min_share",)
-    }
+    _, given = read_demo("05_train_discriminator", "discriminator.DiscriminatorConfig")
     shutil.rmtree(folder, ignore_errors=True)
     with TripletWriter(folder / "labelled") as writer:
         for i in ids:

@@ -163,6 +163,12 @@ def run_ours(setting: Setting, precision: str) -> dict:
             precision,
             "--max_train_steps",
             steps,
+            "--pretrained_model_name_or_path",
+            "builtin",
+            "--dataloader_num_workers",
+            0,
+            "--validation_steps",
+            0,
             "--resize_mode",
             "squash",
             "--ema_decay",
@@ -197,8 +203,10 @@ def time_our_data_path(setting: Setting) -> float:
     """Triplets a second until everything that a training step needs is in memory."""
     config = RemoverConfig(
         meta_path=[str(setting.data / "meta.json")],
+        pretrained_model_name_or_path="builtin",
         resolution=SIZE,
         resize_mode="squash",
+        random_flip=True,
         train_batch_size=BATCH,
         latent_cache_dir=str(setting.make_folder()),
     )

@@ -67,7 +67,7 @@ class Case:
     """A configuration.
 
     Attributes:
-        options: what differs from `RemoverConfig`'s defaults.
+        options: what differs from `make_config`'s and `RemoverConfig`'s defaults.
         upstream: as the authors' trainer does it.
         needs: a package without which it is left out.
         own_prompts: keys and values of the prompt are made for each sample.
@@ -90,6 +90,9 @@ class Case:
         return RemoverConfig(
             **{
                 "output_dir": str(folder),
+                "pretrained_model_name_or_path": "builtin",
+                "random_flip": True,
+                "validation_steps": 0,
                 "resolution": 64 if self.tiny else RESOLUTION,
                 "train_batch_size": self.batch,
                 "max_train_steps": 2 * self.steps,
