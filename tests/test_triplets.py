@@ -19,7 +19,7 @@ from rorem_lib.data.pictures import (
     save_image,
 )
 from rorem_lib.data.triplets import HIDDEN_MARK, load_images, read_triplets, resolve_meta
-from rorem_lib.data.writer import TripletWriter, merge_sets, split_by_group
+from rorem_lib.data.writer import TripletWriter, merge_sets
 
 
 def _picture(seed=0, size=24):
@@ -621,23 +621,3 @@ def test_merged_ids_are_unique_and_groups_stay(tmp_path):
         assert triplets["b~2"].extra["origin"] == "two"
         assert np.array_equal(load_image(triplets["b~2"].source), _picture(10))
     assert check_set(meta) == []
-
-
-def test_splits_never_cut_a_group(tmp_path):
-    with TripletWriter(tmp_path) as writer:
-        for n in range(60):
-            writer.add(
-                id=f"{n:02d}", source=_picture(), mask=_mask(), gt=_picture(), group=f"g{n % 20}"
-            )
-    triplets = read_triplets(tmp_path)
-    first, rest = split_by_group(triplets, 0.3, 1)
-    assert not {t.group for t in first} & {t.group for t in rest}
-    assert sorted(t.id for t in first + rest) == [t.id for t in triplets]
-    assert 15 <= len(first) <= 21
-    assert split_by_group(triplets[::-1], 0.3, 1)[0] == first[::-1]
-    assert split_by_group(triplets, 0.3, 2)[0] != first
-    assert not split_by_group(triplets, 0)[0] and not split_by_group(triplets, 1)[1]
-    for share in (1e-6, 1 - 1e-6):
-        assert all(split_by_group(triplets, share, 1))
-    with pytest.raises(ValueError, match="between 0 and 1"):
-        split_by_group(triplets, 30)

@@ -1,4 +1,4 @@
-"""Write, merge and split triplet sets (RORem, sec. 3.1).
+"""Write and merge triplet sets (RORem, sec. 3.1).
 
 A set is a folder with `source/`, `mask/`, `GT/` and `meta.json`, a JSON list of records whose paths
 are relative to the folder. White in a mask (at least 128) is what is to be removed. The files that
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import os
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
@@ -251,41 +250,3 @@ def merge_sets(metas: Iterable[str | Path], folder: str | Path) -> Path:
                 used.add(name)
                 writer.add_triplet(triplet, id=name)
     return writer.folder / META
-
-
-def split_by_group(
-    triplets: Iterable[Triplet], share: float, seed: int = 0
-) -> tuple[list[Triplet], list[Triplet]]:
-    """Split in two without cutting a group.
-
-    Groups are ordered by a hash of (seed, group), so a set that grows keeps most of its split.
-
-    Args:
-        triplets: what to split; both parts keep its order.
-        share: about which share goes into the first part, 0 to 1; with two groups or more
-            and a share strictly between, neither part is empty.
-        seed: another seed, another split.
-
-    Returns:
-        (the first part, the rest).
-    """
-    if not 0 <= share <= 1:
-        raise ValueError(f"share must lie between 0 and 1, not {share}")
-    triplets = list(triplets)
-    sizes: dict[str, int] = {}
-    for triplet in triplets:
-        sizes[triplet.group] = sizes.get(triplet.group, 0) + 1
-    order = sorted(sizes, key=lambda g: hashlib.sha256(f"{seed}:{g}".encode()).digest())
-    first, taken = set(), 0
-    for group in order:
-        # A group goes in if that brings the count nearer to what was asked for.
-        if taken + sizes[group] / 2 > share * len(triplets):
-            break
-        first.add(group)
-        taken += sizes[group]
-    if 0 < share < 1 and len(order) > 1:
-        first = (first or {order[0]}) - ({order[-1]} if len(first) == len(order) else set())
-    return (
-        [t for t in triplets if t.group in first],
-        [t for t in triplets if t.group not in first],
-    )
