@@ -111,6 +111,15 @@ def test_epochs_are_counted_where_no_steps_are_given(tmp_path):
         run_toy(make_config(tmp_path / "c", max_train_steps=0, num_train_epochs=1))
 
 
+def test_a_second_training_in_one_process_may_have_another_precision(tmp_path):
+    lines = {}
+    for precision in ("no", "bf16"):
+        run_toy(make_config(tmp_path / precision, mixed_precision=precision))
+        lines[precision] = read_lines(tmp_path / precision)
+    assert lines["no"][0]["loss"] == pytest.approx(lines["bf16"][0]["loss"], rel=0.1)
+    assert lines["no"][0]["loss"] != lines["bf16"][0]["loss"]
+
+
 def test_no_checkpoints_and_lines_where_their_steps_are_0(tmp_path):
     run_toy(make_config(tmp_path, checkpointing_steps=0, logging_steps=0))
     assert not list(tmp_path.glob("checkpoint-*"))

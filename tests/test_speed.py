@@ -203,7 +203,7 @@ def test_xformers_that_cannot_run_is_refused_with_the_mend(unet, monkeypatch, in
 
 
 def test_compiled_blocks_train_the_same_at_more_sizes_than_dynamo_allows(unet, monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    monkeypatch.setattr(torch.compiler.config, "recompile_limit", 2)
     compiled = copy.deepcopy(unet)
     compile_unet(compiled, backend="eager")
     assert list(compiled.state_dict()) == list(unet.state_dict())
@@ -425,7 +425,7 @@ error = (torch.nn.functional.linear(a, b) - exact).abs().max() / exact.abs().max
 assert error < 1e-5, error
 # where oneDNN does not round
 memory.F.linear = lambda a, b: (a.double() @ b.double().T).to(a.dtype)
-torch.cpu._is_amx_tile_supported = lambda: False
+torch.cpu.get_capabilities = dict  # no AMX
 memory.tune_cpu()
 assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
 """
@@ -439,7 +439,7 @@ from rorem_lib.training import memory
 plain = memory.F.linear
 memory.F.linear = lambda a, b: (plain(a, b) if a.dtype == torch.float64 else
                                 plain(a.bfloat16(), b.bfloat16()).float())
-torch.cpu._is_amx_tile_supported = lambda: False
+torch.cpu.get_capabilities = dict  # no AMX
 torch.backends.mkldnn.matmul.fp32_precision = "bf16"
 memory.tune_cpu()
 assert torch.backends.mkldnn.matmul.fp32_precision == "none"

@@ -103,7 +103,8 @@ def train(objective: Objective, config: LoopConfig) -> dict:
         ValueError: options that do not go together, or a tracker that is not installed.
     """
     tracking.check_report_to(config.report_to)
-    AcceleratorState._reset_state()  # an earlier training here may have had another precision
+    # An earlier training here may have had another precision; accelerate has no public way.
+    AcceleratorState._reset_state()
     accelerator = Accelerator(
         mixed_precision=sdxl.choose_precision(config.mixed_precision, distributed.find_device()),
         # as a plugin: else a number in the hardware file wins over the option

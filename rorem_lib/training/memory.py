@@ -71,7 +71,7 @@ def tune_cpu() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         for parameter, value in _KEEP_MEMORY:
             mallopt(parameter, value)
-    if torch.cpu._is_amx_tile_supported():
+    if torch.cpu.get_capabilities().get("amx_tile"):
         return
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(256, 512, generator=generator) for _ in range(2))
