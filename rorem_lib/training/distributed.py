@@ -172,18 +172,6 @@ def backward(accelerator, loss: torch.Tensor, *, last: bool = True) -> None:
         accelerator.deepspeed_engine_wrapped.backward(loss, sync_gradients=False)
 
 
-def count_states(accelerator, model, config) -> tuple[int, int]:
-    """Bytes of optimizer states and averages, and of gradients, on one device, ZeRO's and FSDP's
-    shares counted as they are divided."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    states = (2 if config.use_8bit_adam else 8) * trained
-    average = 4 * trained if config.ema_decay else 0
-    parts = accelerator.num_processes if is_divided(accelerator) else 1
-    # ZeRO-2's average is of the whole weights, on each process
-    whole = accelerator.distributed_type == DistributedType.DEEPSPEED
-    return states // parts + (average if whole else average // parts), 4 * trained // parts
-
-
 def list_trained(model) -> list[torch.nn.Parameter]:
     """The parameters that are trained, in the model's order; to be asked after `prepare`."""
     return [p for p in model.parameters() if p.requires_grad]

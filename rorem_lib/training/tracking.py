@@ -275,6 +275,13 @@ def start_trackers(accelerator, config) -> None:
     )
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that a device's memory, or the machine's, did not suffice."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in OOM_SIGNS)
+    )
+
+
 def describe_out_of_memory(
     error: BaseException, config, sizes: Sequence[tuple[int, int]] = ()
 ) -> str | None:
@@ -288,14 +295,11 @@ def describe_out_of_memory(
     Returns:
         A sentence, or None where the error is another one.
     """
-    text = str(error).lower()
-    if not (
-        isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        or isinstance(error, RuntimeError)
-        and any(sign in text for sign in OOM_SIGNS)
-    ):
+    if not is_out_of_memory(error):
         return None
-    on_gpu = isinstance(error, torch.OutOfMemoryError) or text.startswith(("cu", "hip"))
+    on_gpu = isinstance(error, torch.OutOfMemoryError) or str(error).lower().startswith(
+        ("cu", "hip")
+    )
 
     batch, times = config.train_batch_size, config.gradient_accumulation_steps
     ways = []
