@@ -135,7 +135,7 @@ def test_a_full_disk_at_the_end_leaves_the_checkpoints(tmp_path):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     config = make_config(tmp_path)
-    with pytest.raises(OSError, match="no space left for the model in .*checkpoint-9 is intact"):
+    with pytest.raises(OSError, match="no space left for model in .*checkpoint-9 is intact"):
         loop.train(Full(config), config)
     assert not (tmp_path / ".model.partial").exists() and not (tmp_path / "model.pt").exists()
     resumed, objective = run_toy(config)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import errno
 import logging
 import math
 import os
@@ -18,14 +19,18 @@ from collections.abc import Iterator
 from datetime import timedelta
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
     InitProcessGroupKwargs,
+    gather_object,
     recursively_apply,
 )
 from diffusers.training_utils import EMAModel
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from rorem_lib.files import is_full
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +101,30 @@ def describe(accelerator, config) -> str:
         f"global batch {count_global_batch(accelerator, config)}",
     ]
     return ", ".join(words)
+
+
+@contextlib.contextmanager
+def failing_together() -> Iterator[None]:
+    """A block that fails on all processes where it fails on one, so that none waits for another.
+
+    To be entered on all of them. One that is killed ends the launch: the launcher ends the others.
+
+    Raises:
+        Exception: what this process met.
+        OSError: (ENOSPC) another process met a full disk.
+        RuntimeError: another process failed; says which one, and what it met.
+    """
+    error = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    here = [] if error is None else [(PartialState().process_index, is_full(error), str(error))]
+    failed = gather_object(here)
+    if error is not None:
+        raise error
+    for number, full, text in failed:
+        raise OSError(errno.ENOSPC, text) if full else RuntimeError(f"process {number}: {text}")
 
 
 def _is_half_on_cpu(accelerator) -> bool:

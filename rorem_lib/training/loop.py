@@ -191,7 +191,10 @@ class _Training:
             )
             accelerator.register_for_checkpointing(self.ema)
         self.first = self.step = checkpoints.load_checkpoint(
-            accelerator, config, train_size=objective.metrics.get("train_size")
+            accelerator,
+            config,
+            self.optimizer,
+            train_size=objective.metrics.get("train_size"),
         )
         if self.ema is not None:
             self.ema.to(accelerator.device)
@@ -380,29 +383,17 @@ class _Training:
             **{k: v for k, v in line.items() if k.startswith("loss")},
         }
         model = distributed.gather_model(accelerator, self.model, self.structure, self.ema)
-        beside = self.folder / ".model.partial"
-
-        def write():
+        tmp_path = self.folder / ".model.partial"
+        with checkpoints.writing(accelerator, tmp_path):
             if accelerator.is_main_process:
-                shutil.rmtree(beside, ignore_errors=True)
-                beside.mkdir()
-                objective.save_model(model, beside)
-                files.flush_folder(beside)
-
-        checkpoints.attempt(
-            accelerator,
-            write,
-            beside=beside,
-            explain=lambda: (
-                f"no space left for the model in {self.folder}. "
-                f"{checkpoints.describe_last(self.folder)} Make room and start the same command "
-                "again"
-            ),
-        )
+                shutil.rmtree(tmp_path, ignore_errors=True)
+                tmp_path.mkdir()
+                objective.save_model(model, tmp_path)
+                files.flush_folder(tmp_path)
         if accelerator.is_main_process:
-            for part in beside.iterdir():
+            for part in tmp_path.iterdir():
                 replace_folder(part, self.folder / part.name)
-            beside.rmdir()
+            tmp_path.rmdir()
             files.flush(self.folder)
             metrics |= objective.metrics
             if note := getattr(self.config, "comments", ""):
