@@ -276,8 +276,6 @@ class RemoverObjective(loop.Objective):
             sizes=sizes,
             spec=spec,
             root=self.config.latent_cache_dir,
-            rank=self.accelerator.process_index,
-            world=self.accelerator.num_processes,
         )
 
     def tune_model(self, model):

@@ -260,7 +260,7 @@ class Anything:
 
 def test_a_process_that_does_not_see_the_checkpoint_says_so(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        checkpoints, "broadcast_object_list", lambda found: [tmp_path / "checkpoint-4"]
+        checkpoints.distributed, "broadcast_object_list", lambda _: [tmp_path / "checkpoint-4"]
     )
     with pytest.raises(FileNotFoundError, match="process 0 does not see .* processes share"):
         run(make_run(whole))

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import set_seed
 from diffusers import UNet2DConditionModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
@@ -98,6 +98,7 @@ def save_checkpoint(accelerator, config, step: int, *, train_size: int | None = 
     tmp_path = folder / f"checkpoint-{step}.partial"
     if accelerator.is_main_process:
         _clear(folder)
+    accelerator.wait_for_everyone()  # none writes before it is cleared
     with writing(accelerator, tmp_path, together=not distributed.is_divided(accelerator)):
         _save_state(accelerator, tmp_path)
     record = {
@@ -317,9 +318,7 @@ def load_checkpoint(accelerator, config, optimizer, *, train_size: int | None = 
         ValueError: other settings, another global batch, precision or number of samples (a
             warning where it is named), or another kind of sharding.
     """
-    # The main process decides: on a network file system the others may still see an older one.
-    found = [find_checkpoint(config) if accelerator.is_main_process else None]
-    (checkpoint,) = broadcast_object_list(found)
+    checkpoint = distributed.ask_main(partial(find_checkpoint, config))
     if checkpoint is None:
         return 0
     if not (checkpoint / "step.json").is_file():

@@ -15,7 +15,7 @@ import errno
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import torch
@@ -24,6 +24,7 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
     InitProcessGroupKwargs,
+    broadcast_object_list,
     gather_object,
     recursively_apply,
 )
@@ -125,6 +126,19 @@ def failing_together() -> Iterator[None]:
         raise error
     for number, full, text in failed:
         raise OSError(errno.ENOSPC, text) if full else RuntimeError(f"process {number}: {text}")
+
+
+def ask_main(function: Callable[[], object]):
+    """What a function gives on the main process, on all of them; it is called there alone.
+
+    On a network file system the others may still see an older state of a folder.
+
+    Raises:
+        Exception: as `failing_together`.
+    """
+    with failing_together():
+        found = [function() if PartialState().is_main_process else None]
+    return broadcast_object_list(found)[0]
 
 
 def _is_half_on_cpu(accelerator) -> bool:
