@@ -34,9 +34,10 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from safetensors.torch import save
 
+from rorem_lib.data.journal import Journal, read_lines
 from rorem_lib.data.pictures import TripletError, read_size
 from rorem_lib.data.triplets import Triplet
-from rorem_lib.files import hash_file, write_json, write_text
+from rorem_lib.files import hash_file, write_json
 from rorem_lib.training.distributed import ask_main, failing_together
 from rorem_lib.training.latents import (
     DTYPES,
@@ -50,9 +51,9 @@ from rorem_lib.workers import Progress, group_chunks
 logger = logging.getLogger(__name__)
 
 VERSION = 3  # raise it when preprocessing changes
-SAVE_SECONDS = 60.0  # hashes are kept at least so often: a kill loses no more
 PATIENCE = 120.0  # seconds in which a file of one node has to show on all others
 _OPEN_SHARDS = 1024  # of a store at once
+_HASHED_AT_ONCE = 64  # files a process: a kill loses no more
 _open_shard = functools.partial(safetensors.safe_open, framework="pt")
 
 
@@ -252,14 +253,14 @@ def _describe_all(paths: list[str]) -> list[str]:
     return [describe_stat(path) for path in paths]
 
 
-def _hash(path: str) -> tuple[str, list[str]]:
+def _hash(path: str) -> dict:
     before = ""
     while before != (stat := describe_stat(path)):  # again where it changed while it was read
         before, value = stat, hash_file(path)
-    return path, [stat, value]
+    return {"id": ascii(path), "stat": stat, "sha256": value}  # a name may be no UTF-8
 
 
-def hash_files(paths: Sequence[Path], folder: Path, *, threads: int = 8) -> list[list[str]]:
+def hash_files(paths: Sequence[Path], folder: Path, *, threads: int = 8) -> list[dict[str, str]]:
     """SHA-256 of files; each process of accelerate's group, which all call it, reads a part.
 
     What was read once is read again only where `describe_stat` differs. A `sha256` in a set's
@@ -267,12 +268,12 @@ def hash_files(paths: Sequence[Path], folder: Path, *, threads: int = 8) -> list
 
     Args:
         paths: the files.
-        folder: where the hashes are kept, in a JSON file for all below one folder. Of jobs that
-            write it at the same time the last one wins: the others' files are read again.
+        folder: where the hashes are kept, in a journal for all below one folder. Jobs that write it
+            at the same time may tear each other's lines: those files are read again.
         threads: readers of this process.
 
     Returns:
-        [`describe_stat`, hash in hex] of each.
+        `stat` (of `describe_stat`) and `sha256` in hex of each.
 
     Raises:
         TripletError: a file does not exist.
@@ -281,47 +282,34 @@ def hash_files(paths: Sequence[Path], folder: Path, *, threads: int = 8) -> list
     """
     state, names = PartialState(), [os.path.abspath(path) for path in paths]
     place = hashlib.sha256(os.fsencode(os.path.commonpath(names) if names else "")).hexdigest()
-    index, rows, saved = folder / f"{place[:16]}.json", {}, time.monotonic()
-    with failing_together(), ThreadPoolExecutor(threads) as pool:
-        unique = list(dict.fromkeys(names))
-        known = ask_main(lambda: _list_known(index, unique, pool))
-        found = {name: row for name, row in zip(unique, known) if row}
-        missing = [name for name in unique if name not in found]
+    journal, unique = Journal(folder / f"{place[:16]}.jsonl"), list(dict.fromkeys(names))
+    with ThreadPoolExecutor(threads) as pool:
+        known = ask_main(lambda: _list_known(journal.path, unique, pool))
+        found = {row["id"]: row for row in known}
+        missing = [name for name in unique if ascii(name) not in found]
         progress = Progress("files hashed", len(missing), active=state.is_main_process)
-        try:
-            for chunk in group_chunks(missing, 256 * state.num_processes):
-                with failing_together():
-                    if state.is_main_process and time.monotonic() - saved > SAVE_SECONDS:
-                        saved = time.monotonic()
-                        write_text(index, json.dumps(_read_index(index) | rows))
-                    own, read = chunk[state.process_index :: state.num_processes], {}
-                    for name, row in pool.map(_hash, own):
-                        rows[name] = read[name] = row
-                rows |= gather_object(list(read.items()))
-                progress.add(len(chunk))
-        finally:
-            if state.is_main_process and rows:
-                write_text(index, json.dumps(_read_index(index) | rows))
-    return [(found | rows)[name] for name in names]
+        for chunk in group_chunks(missing, _HASHED_AT_ONCE * state.num_processes):
+            with failing_together():
+                own = list(pool.map(_hash, chunk[state.process_index :: state.num_processes]))
+            rows = gather_object(own)
+            with failing_together():
+                if state.is_main_process:
+                    for row in rows:
+                        journal.append(row)
+            found |= {row["id"]: row for row in rows}
+            progress.add(len(chunk))
+    journal.close()
+    return [found[ascii(name)] for name in names]
 
 
-def _list_known(index: Path, names: list[str], pool) -> list[list[str] | None]:
-    """What is known of files as they are now."""
-    known = _read_index(index)
+def _list_known(journal: Path, names: list[str], pool) -> list[dict]:
+    """The rows of files that are as they were."""
+    journal.parent.mkdir(parents=True, exist_ok=True)
+    rows = {row["id"]: row for _, row in read_lines(journal)} if journal.exists() else {}
     chunks = group_chunks(names, 512)  # a future a file would take far longer
     stats = (stat for part in pool.map(_describe_all, chunks) for stat in part)
-    rows = [known.get(name) for name in names]
-    return [row if row and row[0] == stat else None for row, stat in zip(rows, stats)]
-
-
-def _read_index(index: Path) -> dict[str, list[str]]:
-    try:
-        return json.loads(index.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError:
-        logger.warning("%s is damaged: the files it knew are read again", index)
-        return {}
+    now = zip((rows.get(ascii(name)) for name in names), stats)
+    return [row for row, stat in now if row and row.get("stat") == stat]
 
 
 # ------------------------------------------------------------------------------------ shards
@@ -370,12 +358,12 @@ def _plan_shards(triplets, sizes, content, folder, shard_size, spec):
         for chunk in group_chunks(indices, shard_size):
             members = [triplets[i] for i in chunk]
             files = [path for t in members for path in (t.source, t.mask, t.gt)]
-            text = f"{size} {[content[file][1] for file in files]}"
+            text = f"{size} {[content[file]['sha256'] for file in files]}"
             name = hashlib.sha256(text.encode()).hexdigest()[:24]
             path = folder / name[:2] / f"{name}.safetensors"
             if path not in plan:  # equal triplets may come twice
                 plan[path] = _Shard(
-                    len(plan), path, size, members, {file: content[file][0] for file in files}
+                    len(plan), path, size, members, {file: content[file]["stat"] for file in files}
                 )
             shard[chunk], row[chunk] = plan[path].number, range(len(chunk))
     return list(plan.values()), LatentStore(list(plan), shard, row, spec)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import json
 import logging
 import math
-import os
 import resource
 import sys
 import time
@@ -19,6 +17,7 @@ import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import LoggerType
 
+from rorem_lib.data.journal import Journal
 from rorem_lib.files import write_text
 from rorem_lib.training import distributed
 from rorem_lib.training.memory import find_peak_flops
@@ -59,14 +58,12 @@ def check_finite(value, name: str, step: int) -> None:
 
 def _append_line(path: Path, line: dict) -> None:
     """Write it whole or, on a full disk, not at all: it is not worth the training."""
-    with open(path, "ab", buffering=0) as stream:
-        start, data = stream.tell(), (json.dumps(line) + "\n").encode()
-        try:
-            if stream.write(data) < len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            stream.truncate(start)
-            logger.warning("no line of step %d in %s: %s", line["step"], path, error.strerror)
+    journal = Journal(path)
+    try:
+        journal.append(line)
+    except OSError as error:
+        logger.warning("no line of step %d: %s", line["step"], error)
+    journal.close()
 
 
 class Tracker:
