@@ -544,6 +544,9 @@ def test_what_stops_one_process_stops_both(vae, triplets, tmp_path, monkeypatch,
         {"error": "RuntimeError", "text": "process 1: it does not go on"},
         {"error": "ValueError", "text": "it does not go on"},
     ]
+    # the other one has not gone on for nothing
+    shards = list((tmp_path / "cache").glob("*/*/*.safetensors"))
+    assert len(shards) == (0 if spoil == "hash" else 1)
     open_small(triplets, vae, tmp_path / "cache")
 
 

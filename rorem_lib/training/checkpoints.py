@@ -61,6 +61,7 @@ FREE_FIELDS = {
 # What they come to on this hardware is compared in their place.
 _HARDWARE_FIELDS = {"train_batch_size", "gradient_accumulation_steps", "mixed_precision"}
 _UNET = Path("unet", "diffusion_pytorch_model.safetensors")
+_RECORD = set("step config num_processes kind global_batch precision train_size files".split())
 
 
 def list_checkpoints(folder) -> list[Path]:
@@ -397,18 +398,8 @@ def _read_checkpoint(checkpoint: Path) -> dict:
     than none.
     """
     record = read_json(checkpoint / "step.json")
-    for name in (
-        "step",
-        "config",
-        "files",
-        "num_processes",
-        "kind",
-        "global_batch",
-        "precision",
-        "train_size",
-    ):
-        if name not in record:
-            raise ValueError(f"{checkpoint / 'step.json'} has no {name!r}")
+    if missing := sorted(_RECORD - record.keys()):
+        raise ValueError(f"{checkpoint / 'step.json'} has no {', '.join(missing)}")
     for name, size in record["files"].items():
         found = (checkpoint / name).stat().st_size
         if found != size:

@@ -18,6 +18,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import socket
 import time
@@ -214,10 +215,15 @@ def open_store(
 
     missing = [plan[number] for number in ask_main(list_missing)]
     own = missing[state.process_index :: state.num_processes]
-    with failing_together():  # which also waits for all
-        _write_shards(own, vae, spec, batch_size, plan=plan, root=root)
+    with contextlib.closing(_write_shards(own, vae, spec, batch_size, plan, root)) as writer:
+        for _ in range(math.ceil(len(missing) / state.num_processes)):
+            with failing_together():  # after each shard: what stops one stops all at once
+                next(writer, None)
     with failing_together():
         _wait_until_seen(missing)
+    if missing and state.is_main_process:
+        count = sum(len(shard.members) for shard in missing)
+        logger.info("latents of %d triplets cached in %s", count, root)
     return store
 
 
@@ -389,17 +395,14 @@ def _write_shards(
     vae,
     spec: CacheSpec,
     batch_size: int,
-    *,
     plan: list[_Shard],
     root: Path,
-) -> None:
-    if not shards:
-        return
-    verbose = PartialState().is_main_process
+) -> Iterator[None]:
+    """Make and write one shard a step."""
     progress = Progress(
         "latents of triplets (this process's)",
         sum(len(shard.members) for shard in shards),
-        active=verbose,
+        active=PartialState().is_main_process,
     )
     # On a CPU the VAE takes all cores: one after the other is a quarter faster than side by side.
     reader = read_batches(
@@ -424,8 +427,7 @@ def _write_shards(
                     f"{spec.dtype}: check the VAE or take latent_dtype bf16"
                 )
             _save_shard(shard, save(tensors), plan, root)
-    if verbose:
-        logger.info("latents of %d triplets cached in %s", progress.done, root)
+            yield
 
 
 def _encode_variants(vae, batch: dict, spec: CacheSpec) -> dict[str, torch.Tensor]:
