@@ -17,6 +17,7 @@ import pytest
 import torch
 from accelerate import Accelerator, PartialState, debug_launcher
 from accelerate.state import AcceleratorState
+from torch.multiprocessing import ProcessExitedException
 
 from rorem_lib.data.pictures import TripletError, load_image, save_image
 from rorem_lib.data.triplets import load_images, read_triplets
@@ -548,6 +549,29 @@ def test_what_stops_one_process_stops_both(vae, triplets, tmp_path, monkeypatch,
     shards = list((tmp_path / "cache").glob("*/*/*.safetensors"))
     assert len(shards) == (0 if spoil == "hash" else 1)
     open_small(triplets, vae, tmp_path / "cache")
+
+
+def test_a_process_that_is_killed_ends_the_other_and_what_is_made_stays(
+    vae, triplets, tmp_path, monkeypatch
+):
+    save_shard = latent_cache._save_shard
+
+    def die(*given):
+        if PartialState().process_index == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        save_shard(*given)
+
+    monkeypatch.setattr(latent_cache, "_save_shard", die)
+    began = time.monotonic()
+    with pytest.raises(ProcessExitedException, match="process 1 terminated with signal SIGKILL"):
+        open_on_two(vae, triplets, [tmp_path / "cache"] * 2, tmp_path)
+    assert time.monotonic() - began < 60
+    monkeypatch.undo()
+    made = list((tmp_path / "cache").glob("*/*/*.safetensors"))
+    counting = Counting(vae)
+    store = open_small(triplets, counting, tmp_path / "cache")
+    assert len(made) <= 1 and len(counting.batches) == 4 * (5 - 2 * len(made))
+    assert_equal(store, open_small(triplets, vae, tmp_path / "other"))
 
 
 # --------------------------------------------------------------------------- sizes and precision

@@ -282,7 +282,7 @@ class _Training:
                 short = True
             for parameter in self.trained:
                 parameter.grad = None
-            short = accelerator.gather(torch.tensor([short], device=accelerator.device)).any()
+            short = accelerator.gather(torch.tensor([int(short)], device=accelerator.device)).any()
         if not short:
             self.fitting.append(shape)
             return
