@@ -25,7 +25,7 @@ from accelerate.utils import set_seed
 from diffusers import UNet2DConditionModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
-from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint import CheckpointException
 
 from rorem_lib import files
 from rorem_lib.files import read_json, remove_folder, replace_folder, write_json
