@@ -295,15 +295,12 @@ class DiscriminatorObjective(loop.Objective):
         rejected = (1 - labels.mean()) / labels.mean() if config.balance_classes else 1.0
         self.positive_weight = torch.tensor(rejected, dtype=torch.float32, device=self.device)
         self.metrics |= {"train_size": len(labels), "accepted_share": float(labels.mean())}
-        process = self.accelerator
         store = latent_cache.open_store(
             triplets,
             self.vae,
             sizes=[(config.resolution, config.resolution)] * len(triplets),
             spec=CacheSpec(parts=("gt", "source"), resize_mode="squash", twins=config.random_flip),
             root=config.latent_cache_dir,
-            rank=process.process_index,
-            world=process.num_processes,
         )
         return _ScoredLatents(store, labels, config)
 

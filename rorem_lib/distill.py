@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from diffusers import LCMScheduler
 
-from rorem_lib.models import lora, sdxl
+from rorem_lib.models import lora
 from rorem_lib.models.hub import write_card
 from rorem_lib.parameters import option
 from rorem_lib.remover import RemoverConfig, RemoverObjective
@@ -179,11 +179,7 @@ def train_lora(config: DistillConfig) -> dict:
 
 def load_lora(pipe, folder) -> None:
     """Merge a 4-step LoRA into a pipeline of `sdxl.load_pipeline` and give it the LCM scheduler."""
-    # Named, since diffusers refuses to look for the file itself where the network is switched off.
-    with sdxl.silence_libraries():
-        pipe.load_lora_weights(str(folder), weight_name=lora.LORA_FILE)
-        pipe.fuse_lora(components=["unet"])  # merged into the weights, it costs no time
-        pipe.unload_lora_weights()
+    lora.load_lora(pipe, folder)
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
 
 

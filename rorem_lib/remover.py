@@ -37,7 +37,7 @@ from rorem_lib.training.config import LoopConfig, parse_config, require_sets, ru
 from rorem_lib.training.dataset import PictureReader, Share, TripletSamples, weigh_buckets
 from rorem_lib.training.latent_cache import open_store
 from rorem_lib.training.latents import CacheSpec, encode_pictures
-from rorem_lib.training.memory import choose_checkpointing, count_flops
+from rorem_lib.training.memory import count_flops
 from rorem_lib.training.sampler import BucketOrder, split_chunks
 from rorem_lib.training.validation import Validation
 
@@ -129,8 +129,9 @@ class RemoverConfig(LoopConfig):
     )
     gradient_checkpointing: bool | None = option(
         None,
-        "recompute activations in the backward pass; None does so only where the memory would not "
-        "do without",
+        "recompute activations in the backward pass, which takes a third longer. None does so on "
+        "GPUs alone: from the first step for which the memory does not suffice without, or always "
+        "where weights or their states are divided (ZeRO-2, FSDP2)",
     )
     enable_xformers_memory_efficient_attention: bool = option(
         False, "xformers' attention in the place of PyTorch's"
@@ -302,40 +303,19 @@ class RemoverObjective(loop.Objective):
             sizes=sizes,
             spec=spec,
             root=self.config.latent_cache_dir,
-            rank=self.accelerator.process_index,
-            world=self.accelerator.num_processes,
         )
 
     def tune_model(self, model):
-        """Checkpointing and compilation, as the options or the memory say."""
-        config, device = self.config, self.device
-        factor, precision = self.pipe.vae_scale_factor, distributed.find_precision(self.accelerator)
-        sizes = {(height // factor, width // factor) for height, width in self.shapes}
-        wish = config.gradient_checkpointing
-        if wish is None and device.type == "cuda":
-            torch.cuda.empty_cache()  # what encoding left reserved is free
-            states, gradients = distributed.count_states(self.accelerator, model, config)
-            memory = {
-                "bytes_free": torch.cuda.mem_get_info(device)[0],
-                "states_bytes": states,
-                "gradients_bytes": gradients,
-                "gradients_stay": self._keeps_gradients(),
-            }
-            wish = any(
-                choose_checkpointing(  # large pictures go in chunks
-                    model,
-                    [size],
-                    max(1, self._count_at_once() // (size[0] * size[1] * factor**2)),
-                    precision=precision,
-                    **memory,
-                )
-                for size in sizes
-            )
-            # one choice for all processes: the fullest GPU decides
-            votes = torch.tensor(float(wish), device=device)
-            wish = bool(self.accelerator.reduce(votes, "sum") > 0)
-        self.recomputes = bool(wish)
-        if wish:
+        """Gradient checkpointing and compilation, as the options say; see `loop.Objective`."""
+        config, factor = self.config, self.pipe.vae_scale_factor
+        self.recomputes = config.gradient_checkpointing
+        if self.recomputes is None and self.device.type != "cuda":
+            self.recomputes = False
+        elif self.recomputes is None and distributed.is_divided(self.accelerator):
+            # Weights or gradients travel within each pass: a process that ran out in a trial would
+            # leave the others waiting.
+            self.recomputes = True
+        if self.recomputes:
             model.enable_gradient_checkpointing()
         if config.torch_compile:
             compile_unet(model)
@@ -357,16 +337,6 @@ class RemoverObjective(loop.Objective):
         height, width = batch["noise"].shape[-2:]
         factor = self.pipe.vae_scale_factor
         return split_chunks(batch, self._count_at_once(), height * width * factor**2)
-
-    def _keeps_gradients(self) -> bool:
-        """Whether gradients are there in a forward pass: of an earlier chunk, or in DDP's buckets,
-        which stay."""
-        at_once, batch = self._count_at_once(), self.config.train_batch_size
-        return (
-            self.accelerator.num_processes > 1
-            or self.config.gradient_accumulation_steps > 1
-            or any(height * width * batch > at_once for height, width in self.shapes)
-        )
 
     def _count_at_once(self) -> int:
         """Pixels that go through the UNet at once."""

@@ -1,12 +1,10 @@
 """Work in parallel over processes: in order, with little queued, and no process left behind.
 
-Also how far long work is, and how processes that share only a folder wait for each other.
+Also how far long work is.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import itertools
 import logging
 import multiprocessing
@@ -17,16 +15,17 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-PATIENCE = 120.0  # seconds without a sign of life after which a process counts as gone
 _AHEAD = 4  # arguments queued a process: enough to keep it busy, few enough to stay small
 
 
 def map_processes(function: Callable, arguments: Iterable, *, workers: int = 1) -> Iterator:
     """`map` over processes: results in the arguments' order, arguments taken as they are needed.
+
+    joblib's generator takes arguments without bound while its taker is slow, and its processes
+    outlive a parent that is killed.
 
     Args:
         function: a module's function (it is named, not sent).
@@ -85,95 +84,40 @@ def _follow_parent(parent: int) -> None:
 
 
 class Progress:
-    """A log line every ten seconds of a long piece of work: how far, how fast, how long still.
+    """How far counted work is, how fast, how long still: `str` makes a line of it.
 
     Args:
-        what: the line's beginning, for example "latents of triplets".
+        what: what is counted, the line's beginning.
         total: how many there are.
-        active: False never logs.
+        done: how many were there before; they do not count for the rate.
+        active: log the line every ten seconds.
+
+    Attributes:
+        done, total: as given, `done` as it grows.
+        note: what the line says besides.
     """
 
-    def __init__(self, what: str, total: int, *, active: bool = True):
-        self.what, self.total, self.active = what, total, active
-        self.done, self.began = 0, time.monotonic()
+    def __init__(self, what: str, total: int, *, done: int = 0, active: bool = True):
+        self.what, self.total, self.done, self.active, self.note = what, total, done, active, ""
+        self.before, self.began = done, time.monotonic()
         self.logged = self.began
 
     def add(self, count: int) -> None:
         """So many more are done."""
         self.done += count
-        now = time.monotonic()
-        if not self.active or now - self.logged < 10:
-            return
-        self.logged, rate = now, self.done / (now - self.began)
-        logger.info(
-            "%s: %s of %s, %.4g a second, %s left",
-            self.what,
-            f"{self.done:,}",
-            f"{self.total:,}",
-            rate,
-            _format_time((self.total - self.done) / rate),
-        )
+        if self.active and time.monotonic() - self.logged >= 10:
+            self.logged = time.monotonic()
+            logger.info("%s", self)
 
+    @property
+    def rate(self) -> float:
+        """How many a second."""
+        return (self.done - self.before) / max(time.monotonic() - self.began, 1e-9)
 
-def _format_time(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
-
-
-class Heartbeat:
-    """While the block runs, changes a file that other processes watch: this one is alive.
-
-    Args:
-        path: the file; its folder is made, and it is removed at the end.
-        active: False does nothing, where there is no other process.
-    """
-
-    def __init__(self, path: Path, *, active: bool = True):
-        self.path, self.active, self._end = path, active, threading.Event()
-        self._thread = threading.Thread(target=self._beat, daemon=True)
-
-    def __enter__(self):
-        if self.active:
-            self._thread.start()
-        return self
-
-    def _beat(self):
-        while not self._end.is_set():
-            with contextlib.suppress(OSError):  # a full disk is for the work itself to report
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                self.path.write_text(str(time.time_ns()))
-            self._end.wait(min(5, PATIENCE / 10))
-
-    def __exit__(self, *error):
-        self._end.set()
-        if self.active:
-            self._thread.join()
-            self.path.unlink(missing_ok=True)
-
-
-def wait_for(list_waited: Callable[[], Iterable[Path]]) -> None:
-    """Wait until work is done that processes, maybe on other machines, were seen to be at.
-
-    There is no message and no barrier: the work shows in files, and so does who is alive.
-
-    Args:
-        list_waited: the `Heartbeat` files of those whose work is missing; empty ends the wait.
-
-    Raises:
-        TimeoutError: one of them did not change for `PATIENCE` seconds; `filename` names it.
-    """
-    seen: dict[Path, tuple[str, float]] = {}
-    pause = 0.02
-    while waited := set(list_waited()):
-        for path in waited:
-            try:
-                beat = path.read_text()
-            except OSError:
-                beat = seen.get(path, ("",))[0]
-            if path not in seen or beat != seen[path][0]:
-                seen[path] = beat, time.monotonic()
-            elif time.monotonic() - seen[path][1] > PATIENCE:
-                raise TimeoutError(
-                    errno.ETIMEDOUT, f"no sign of life for {PATIENCE:.0f} s", str(path)
-                )
-        time.sleep(pause)
-        pause = min(2, 1.5 * pause)
+    def __str__(self):
+        line = f"{self.what}: {self.done:,} of {self.total:,}{self.note}"
+        if self.done >= self.total:
+            return line
+        left = (self.total - self.done) / max(self.rate, 1e-9)
+        left = f"{left:.0f} s" if left < 90 else f"{left / 60:,.0f} min"
+        return f"{line}, {self.rate:.4g} per second, {left} left"

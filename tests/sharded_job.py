@@ -181,7 +181,7 @@ def run(options: dict) -> dict:
     if config.ema_decay:
         ema = distributed.Average(trained, decay=config.ema_decay)
         accelerator.register_for_checkpointing(ema)
-    step = first = checkpoints.load_checkpoint(accelerator, config, train_size=24)
+    step = first = checkpoints.load_checkpoint(accelerator, config, optimizer, train_size=24)
     states = {"before": copy_state(accelerator, model)}
     result = {
         "kind": kind,

@@ -327,10 +327,13 @@ def test_progress_tells_the_rest_of_the_time(tmp_path):
     _write_raw(tmp_path / "raw", [f"{n:02d}" for n in range(40)])
     (tmp_path / "raw/mask/07.png").unlink()
     seen = []
-    assemble_sets(UpstreamSource(str(tmp_path / "raw")), tmp_path / "out", progress=seen.append)
-    assert [p.done for p in seen] == [16, 32, 40] and {p.total for p in seen} == {40}
-    assert seen[-1].rejected == 1 and "40 of 40 items, 1 rejected" in str(seen[-1])
-    assert seen[0].rate > 0
+    assemble_sets(
+        UpstreamSource(str(tmp_path / "raw")),
+        tmp_path / "out",
+        progress=lambda p: seen.append((p.done, p.total, p.rate, str(p))),
+    )
+    assert [row[:2] for row in seen] == [(16, 40), (32, 40), (40, 40)] and seen[0][2] > 0
+    assert "left" in seen[0][3] and seen[-1][3] == "items: 40 of 40, 1 rejected"
 
 
 # --------------------------------------------------------------------------- kills, full disks

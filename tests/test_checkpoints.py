@@ -242,11 +242,11 @@ def test_a_checkpoint_without_a_scaler_goes_on_in_fp16(whole, tmp_path):
     AcceleratorState._reset_state()
     accelerator = Scaled()
     model = build_model("unet")
-    accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+    _, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
     config = make_config(whole, resume_from_checkpoint=str(whole / "checkpoint-4"), ema_decay=0.9)
     for _ in range(2):  # the scheduler and the averages of `whole`
         accelerator.register_for_checkpointing(Anything())
-    assert checkpoints.load_checkpoint(accelerator, config, train_size=24) == 4
+    assert checkpoints.load_checkpoint(accelerator, config, optimizer, train_size=24) == 4
     assert accelerator.scaler is scaler
 
 
@@ -260,7 +260,7 @@ class Anything:
 
 def test_a_process_that_does_not_see_the_checkpoint_says_so(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        checkpoints, "broadcast_object_list", lambda found: [tmp_path / "checkpoint-4"]
+        checkpoints.distributed, "broadcast_object_list", lambda _: [tmp_path / "checkpoint-4"]
     )
     with pytest.raises(FileNotFoundError, match="process 0 does not see .* processes share"):
         run(make_run(whole))
@@ -384,20 +384,11 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(whole, tmp_path, size):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert caught.value.errno == errno.ENOSPC
     text = str(caught.value)
-    assert f"no space left for checkpoint-4 in {tmp_path}: it needs 0.0 GB" in text
+    assert f"no space left for checkpoint-4 in {tmp_path}" in text
     assert f"{tmp_path / 'checkpoint-2'} is intact" in text and "start the same command" in text
     assert list_names(tmp_path) == ["checkpoint-2"]
     assert run(given)["first"] == 2
     assert_same(tmp_path, whole)
-
-
-def test_a_disk_that_is_too_small_is_not_filled(tmp_path, monkeypatch):
-    usage = checkpoints.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda folder: usage._replace(free=100))
-    monkeypatch.setattr(checkpoints, "_save_state", None)  # would fail if it were called
-    with pytest.raises(OSError, match="no space left for checkpoint-2 .* start the same command"):
-        run(make_run(tmp_path))
-    assert list_names(tmp_path) == []
 
 
 def test_a_process_whose_disk_is_full_stops_both(pair):

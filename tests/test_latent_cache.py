@@ -7,9 +7,6 @@ import pickle
 import resource
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
 import weakref
 from dataclasses import replace
@@ -18,13 +15,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator, PartialState, debug_launcher
+from accelerate.state import AcceleratorState
+from torch.multiprocessing import ProcessExitedException
 
-from rorem_lib import workers
 from rorem_lib.data.pictures import TripletError, load_image, save_image
 from rorem_lib.data.triplets import load_images, read_triplets
 from rorem_lib.data.writer import TripletWriter
 from rorem_lib.models import sdxl
-from rorem_lib.training import file_index, latents
+from rorem_lib.training import latent_cache, latents
 from rorem_lib.training.latent_cache import open_store, read_sizes
 from rorem_lib.training.latents import CacheSpec, encode_pictures, prepare_pictures
 
@@ -278,9 +277,9 @@ def test_an_added_triplet_makes_one_shard_anew(vae, tiny_set, tmp_path):
 def test_touched_files_are_hashed_again_and_changed_ones_encoded(
     vae, triplets, tmp_path, monkeypatch
 ):
-    hashed, hash_file = [], file_index.hash_file
+    hashed, hash_file = [], latent_cache.hash_file
     monkeypatch.setattr(
-        file_index, "hash_file", lambda path: hashed.append(Path(path)) or hash_file(path)
+        latent_cache, "hash_file", lambda path: hashed.append(Path(path)) or hash_file(path)
     )
     open_small(triplets, vae, tmp_path / "cache")
     assert len(hashed) == 15 and not hashed.clear()
@@ -326,41 +325,51 @@ def test_a_file_that_changes_while_it_is_encoded_is_not_cached(vae, triplets, tm
     )
 
 
-def test_a_damaged_index_is_made_again(vae, triplets, tmp_path, caplog):
+def test_a_damaged_index_is_made_again(vae, triplets, tmp_path, caplog, monkeypatch):
     open_small(triplets, vae, tmp_path / "cache")
-    for path in (tmp_path / "cache" / "index").iterdir():
-        path.write_text(path.read_text()[:-9])
+    (index,) = (tmp_path / "cache" / "index").iterdir()
+    lines = index.read_text().splitlines(keepends=True)
+    index.write_text("".join([*lines[:3], "{garbage\n", *lines[4:-1], lines[-1][:-9]]))
     open_small(triplets, Counting(vae, after=0), tmp_path / "cache")
-    assert "is damaged: the files it knew are read again" in caplog.text
-    caplog.clear()
+    assert f"{index}: a torn line was skipped" in caplog.text
+    monkeypatch.setattr(latent_cache, "hash_file", None)  # would fail if it were called
     open_small(triplets, Counting(vae, after=0), tmp_path / "cache")
-    assert not caplog.text
+
+
+def test_a_name_may_be_no_utf_8(tmp_path, monkeypatch):
+    path = Path(os.fsdecode(bytes(tmp_path) + b"/\xff.png"))
+    path.write_bytes(b"abc")
+    (found,) = latent_cache.hash_files([path], tmp_path / "index")
+    monkeypatch.setattr(latent_cache, "hash_file", None)
+    assert latent_cache.hash_files([path], tmp_path / "index") == [found]
 
 
 def test_hashes_of_another_set_in_the_same_folder_are_kept(triplets, tmp_path, monkeypatch):
     first, second = ([t.source for t in triplets[i : i + 2]] for i in (0, 2))
-    file_index.hash_files(first, tmp_path / "index")
-    file_index.hash_files(second, tmp_path / "index")
-    monkeypatch.setattr(file_index, "hash_file", lambda path: pytest.fail(f"{path} is read again"))
-    assert len(set(file_index.hash_files([*first, *second], tmp_path / "index"))) == 4
+    latent_cache.hash_files(first, tmp_path / "index")
+    latent_cache.hash_files(second, tmp_path / "index")
+    monkeypatch.setattr(latent_cache, "hash_file", None)  # would fail if it were called
+    found = latent_cache.hash_files([*first, *second], tmp_path / "index")
+    assert len({row["sha256"] for row in found}) == 4
 
 
 def test_interrupted_hashing_keeps_what_it_has(triplets, tmp_path, monkeypatch):
-    files, hash_file = [t.source for t in triplets], file_index.hash_file
+    files, hash_file = [t.source for t in triplets], latent_cache.hash_file
 
     def stop_at_the_last(path):
         if Path(path) == files[-1]:
             raise KeyboardInterrupt
         return hash_file(path)
 
-    monkeypatch.setattr(file_index, "hash_file", stop_at_the_last)
+    monkeypatch.setattr(latent_cache, "_HASHED_AT_ONCE", 1)
+    monkeypatch.setattr(latent_cache, "hash_file", stop_at_the_last)
     with pytest.raises(KeyboardInterrupt):
-        file_index.hash_files(files, tmp_path / "index", threads=1)
+        latent_cache.hash_files(files, tmp_path / "index")
     hashed = []
     monkeypatch.setattr(
-        file_index, "hash_file", lambda path: hashed.append(Path(path)) or hash_file(path)
+        latent_cache, "hash_file", lambda path: hashed.append(Path(path)) or hash_file(path)
     )
-    file_index.hash_files(files, tmp_path / "index")
+    latent_cache.hash_files(files, tmp_path / "index")
     assert hashed == files[-1:]
 
 
@@ -399,7 +408,7 @@ def test_killed_it_loses_the_shard_in_work_and_leaves_no_half_file(vae, triplets
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
     (left,) = tmp_path.glob("cache/*/*/.*.partial")
-    os.utime(left, (time.time() - 700,) * 2)
+    os.utime(left, (time.time() - 3700,) * 2)
     counting = Counting(vae)
     open_small(triplets, counting, tmp_path / "cache")
     assert len(counting.batches) == 3 * 4
@@ -422,28 +431,13 @@ def test_a_truncated_shard_is_made_again_with_a_warning(vae, triplets, tmp_path,
 
 
 def test_what_dead_processes_left_is_removed(vae, triplets, tmp_path):
-    ended = subprocess.Popen(["true"])
-    ended.wait()
     folder = open_small(triplets, vae, tmp_path).paths[0].parent
-    host, day = socket.gethostname(), 86400
-    dead = folder / f".a.{ended.pid}.{host}.partial"
-    live = folder / f".b.{os.getppid()}.{host}.partial"
-    elsewhere = folder / f".c.{ended.pid}.another.host.partial"
-    old = folder / f".d.{ended.pid}.another.host.partial"
-    young = folder / f".e.{ended.pid}.{host}.partial"  # of a container whose pids are its own
-    for path in (dead, live, elsewhere, old, young):
+    dead, young = folder / ".a.1.host.partial", folder / ".b.2.host.partial"
+    for path, age in ((dead, 3700), (young, 3500)):  # one that is written is younger by far
         path.write_bytes(b"half")
-        os.utime(path, (time.time() - 700,) * 2)
-    os.utime(old, (time.time() - 2 * day,) * 2)
-    os.utime(young)
+        os.utime(path, (time.time() - age,) * 2)
     open_small(triplets, vae, tmp_path)
-    assert [path.exists() for path in (dead, live, elsewhere, old, young)] == [
-        False,
-        True,
-        True,
-        False,
-        True,
-    ]
+    assert not dead.exists() and young.exists()
 
 
 def test_a_full_disk_says_what_is_there_and_what_is_left(vae, triplets, tmp_path):
@@ -476,99 +470,108 @@ def test_a_truncated_picture_is_named(vae, triplets, tmp_path):
 # --------------------------------------------------------------------------- many processes
 
 
-def _open_in_process(rank, vae, triplets, root, queue):
-    hashed, hash_file = [], file_index.hash_file
-    file_index.hash_file = lambda path: hashed.append(path) or hash_file(path)
-    if rank == 0:
-        time.sleep(1)  # the other one waits for the hashes
-    vae = Counting(vae)
-    store = open_small(triplets, vae, root, rank=rank, world=2)
-    queue.put((rank, len(vae.batches), len(hashed), len(read_all(store))))
+def _open_on_two(vae, triplets, roots, folder):
+    """Open a store as one of two processes, and write what it did, or what stopped it."""
+    AcceleratorState._reset_state(True)  # of the process that was forked
+    rank = Accelerator().process_index
+    hashed, hash_file = [], latent_cache.hash_file
+    latent_cache.hash_file = lambda path: hashed.append(path) or hash_file(path)
+    latent_cache.PATIENCE, vae = 0.3, Counting(vae)
+    try:
+        store = open_small(triplets, vae, roots[rank])
+        found = {"encoded": len(vae.batches), "hashed": len(hashed), "read": len(read_all(store))}
+    except (OSError, RuntimeError, ValueError) as error:
+        found = {"error": type(error).__name__, "text": str(error)}
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+
+
+def open_on_two(vae, triplets, roots, folder):
+    debug_launcher(_open_on_two, (vae, triplets, roots, folder), num_processes=2)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
 def test_two_processes_share_the_work(vae, tiny_set, tmp_path):
-    context = multiprocessing.get_context("fork")
-    queue, triplets = context.Queue(), read_triplets(tiny_set)
-    started = [
-        context.Process(
-            target=_open_in_process, args=(rank, vae, triplets, tmp_path / "cache", queue)
-        )
-        for rank in (0, 1)
-    ]
-    for process in started:
-        process.start()
-    results = sorted(queue.get(timeout=100) for _ in started)
-    for process in started:
-        process.join(30)
-        assert process.exitcode == 0
+    triplets, cache = read_triplets(tiny_set), tmp_path / "cache"
     # ten triplets in five shards, four encodings each: three shards and two
-    assert [(rank, encoded, hashed) for rank, encoded, hashed, _ in results] == [
-        (0, 24, 30),
-        (1, 16, 0),
+    assert open_on_two(vae, triplets, [cache, cache], tmp_path) == [
+        {"encoded": 24, "hashed": 15, "read": 60},
+        {"encoded": 16, "hashed": 15, "read": 60},
     ]
-    assert {count for *_, count in results} == {10 * 2 * 3}
     assert_equal(
-        open_small(triplets, Counting(vae, after=0), tmp_path / "cache"),
+        open_small(triplets, Counting(vae, after=0), cache),
         open_small(triplets, vae, tmp_path / "other"),
     )
-    assert not [path for path in (tmp_path / "cache" / "alive").rglob("*") if path.is_file()]
-
-
-@pytest.mark.parametrize("rank, other", [(1, "index"), (0, "1")])
-def test_a_folder_that_is_not_shared_is_a_clear_error(
-    vae, triplets, tmp_path, monkeypatch, rank, other
-):
-    monkeypatch.setattr(workers, "PATIENCE", 0.3)
-    with pytest.raises(
-        TimeoutError,
-        match=f"process {other} made no sign of life in {tmp_path}.*"
-        "latent_cache_dir and the pictures must lie in folders",
-    ):
-        open_small(triplets, vae, tmp_path / "cache", rank=rank, world=2)
-    # what this process made stays
-    made = list(tmp_path.glob("cache/*/*/*.safetensors"))
-    assert len(made) == (0 if rank else 2)
-
-
-def test_a_process_that_lives_is_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(workers, "PATIENCE", 0.3)
-    until = time.monotonic() + 1.2
-    with workers.Heartbeat(tmp_path / "alive" / "0"):
-        workers.wait_for(lambda: [tmp_path / "alive" / "0"] * (time.monotonic() < until))
-    assert time.monotonic() >= until and not (tmp_path / "alive" / "0").exists()
-
-
-def test_a_killed_one_is_not_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(workers, "PATIENCE", 0.4)
-    code = (
-        "import sys, time, pathlib; from rorem_lib import workers\n"
-        "with workers.Heartbeat(pathlib.Path(sys.argv[1])): time.sleep(60)"
+    for path in list(cache.glob("*/*/*.safetensors"))[:2]:
+        path.unlink()
+    assert (
+        open_on_two(vae, triplets, [cache, cache], tmp_path)
+        == [
+            {
+                "encoded": 8,
+                "hashed": 0,
+                "read": 60,
+            }  # what is missing is shared out, wherever it was
+        ]
+        * 2
     )
-    path = tmp_path / "beat"
-    process = subprocess.Popen([sys.executable, "-c", code, str(path)])
-    while not path.is_file():
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
-    with pytest.raises(TimeoutError) as caught:
-        workers.wait_for(lambda: [path])
-    assert caught.value.filename == str(path)
 
 
-def test_long_work_says_how_long_still(caplog, monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(workers.time, "monotonic", lambda: now[0])
-    progress = workers.Progress("latents", 2000)
-    silent = workers.Progress("latents", 2000, active=False)
-    with caplog.at_level("INFO"):
-        for _ in range(4):
-            now[0] += 6
-            progress.add(60)
-            silent.add(60)
-    assert [r.message for r in caplog.records] == [
-        "latents: 120 of 2,000, 10 a second, 3 min left",
-        "latents: 240 of 2,000, 10 a second, 3 min left",
+def test_a_folder_that_is_not_shared_is_a_clear_error(vae, triplets, tmp_path):
+    found = open_on_two(vae, triplets, [tmp_path / "a", tmp_path / "b"], tmp_path)
+    assert [x["error"] for x in found] == ["FileNotFoundError"] * 2
+    for rank in (0, 1):
+        assert f"process {rank} does not see {tmp_path}" in found[rank]["text"]
+        assert "latent_cache_dir has to be a folder" in found[rank]["text"]
+    # what each process made stays
+    assert [len(list(tmp_path.glob(f"{name}/*/*/*.safetensors"))) for name in "ab"] == [2, 1]
+
+
+@pytest.mark.parametrize("spoil", ["hash", "encode"])
+def test_what_stops_one_process_stops_both(vae, triplets, tmp_path, monkeypatch, spoil):
+    def fail(function):
+        def call(*given):
+            if PartialState().process_index == 1:
+                raise ValueError("it does not go on")
+            return function(*given)
+
+        return call
+
+    if spoil == "hash":
+        monkeypatch.setattr(latent_cache, "_hash", fail(latent_cache._hash))
+    else:
+        monkeypatch.setattr(latent_cache, "_save_shard", fail(latent_cache._save_shard))
+    found = open_on_two(vae, triplets, [tmp_path / "cache"] * 2, tmp_path)
+    assert found == [
+        {"error": "RuntimeError", "text": "process 1: it does not go on"},
+        {"error": "ValueError", "text": "it does not go on"},
     ]
+    # the other one has not gone on for nothing
+    shards = list((tmp_path / "cache").glob("*/*/*.safetensors"))
+    assert len(shards) == (0 if spoil == "hash" else 1)
+    open_small(triplets, vae, tmp_path / "cache")
+
+
+def test_a_process_that_is_killed_ends_the_other_and_what_is_made_stays(
+    vae, triplets, tmp_path, monkeypatch
+):
+    save_shard = latent_cache._save_shard
+
+    def die(*given):
+        if PartialState().process_index == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        save_shard(*given)
+
+    monkeypatch.setattr(latent_cache, "_save_shard", die)
+    began = time.monotonic()
+    with pytest.raises(ProcessExitedException, match="process 1 terminated with signal SIGKILL"):
+        open_on_two(vae, triplets, [tmp_path / "cache"] * 2, tmp_path)
+    assert time.monotonic() - began < 60
+    monkeypatch.undo()
+    made = list((tmp_path / "cache").glob("*/*/*.safetensors"))
+    counting = Counting(vae)
+    store = open_small(triplets, counting, tmp_path / "cache")
+    assert len(made) <= 1 and len(counting.batches) == 4 * (5 - 2 * len(made))
+    assert_equal(store, open_small(triplets, vae, tmp_path / "other"))
 
 
 # --------------------------------------------------------------------------- sizes and precision

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import debug_launcher
+from accelerate.state import AcceleratorState
 from resume_job import train
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
@@ -113,6 +115,15 @@ def test_epochs_are_counted_where_no_steps_are_given(tmp_path):
         run_toy(make_config(tmp_path / "c", max_train_steps=0, num_train_epochs=1))
 
 
+def test_a_second_training_in_one_process_may_have_another_precision(tmp_path):
+    lines = {}
+    for precision in ("no", "bf16"):
+        run_toy(make_config(tmp_path / precision, mixed_precision=precision))
+        lines[precision] = read_lines(tmp_path / precision)
+    assert lines["no"][0]["loss"] == pytest.approx(lines["bf16"][0]["loss"], rel=0.1)
+    assert lines["no"][0]["loss"] != lines["bf16"][0]["loss"]
+
+
 def test_no_checkpoints_and_lines_where_their_steps_are_0(tmp_path):
     run_toy(make_config(tmp_path, checkpointing_steps=0, logging_steps=0))
     assert not list(tmp_path.glob("checkpoint-*"))
@@ -126,7 +137,7 @@ def test_a_full_disk_at_the_end_leaves_the_checkpoints(tmp_path):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     config = make_config(tmp_path)
-    with pytest.raises(OSError, match="no space left for the model in .*checkpoint-9 is intact"):
+    with pytest.raises(OSError, match="no space left for model in .*checkpoint-9 is intact"):
         loop.train(Full(config), config)
     assert not (tmp_path / ".model.partial").exists() and not (tmp_path / "model.pt").exists()
     resumed, objective = run_toy(config)
@@ -209,6 +220,116 @@ def test_every_batch_is_whole_and_every_sample_is_seen_as_often(
     assert Counter(seen) == dict.fromkeys(range(size), times)
     assert all(len(set(seen[n : n + size])) == size for n in range(0, len(seen), size))
     assert metrics["train_size"] == size and metrics["images"] == size * times
+
+
+# ---------------------------------------------------------------------------------------- memory
+
+
+class Recomputing(torch.nn.Sequential):
+    recomputes = False
+
+    def enable_gradient_checkpointing(self):
+        self.recomputes = True
+
+
+class Growing(Numbers):
+    """Samples that are larger from the 21st on, which is the first of the sixth step."""
+
+    def __getitem__(self, position):
+        return super().__getitem__(position) | {"picture": np.zeros(1 + (position >= 20))}
+
+
+class Short(Regression):
+    """Memory runs out, half-way through the backward pass, as long as activations are kept."""
+
+    def __init__(self, config, is_short, **options):
+        super().__init__(config, **options)
+        self.recomputes, self.is_short, self.trials = None, is_short, 0
+
+    def build_model(self):
+        model = Recomputing(*super().build_model())
+
+        def run_out(gradient):
+            if not model.recomputes and self.is_short(self):
+                assert model[2].weight.grad is not None and model[0].weight.grad is None
+                self.trials += 1
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        model[1].register_forward_hook(lambda _, __, output: output.register_hook(run_out) and None)
+        return model
+
+    def make_dataset(self):
+        return Growing()
+
+    def compute_loss(self, model, batch):
+        self.size = batch["picture"].shape[1]
+        return super().compute_loss(model, batch)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    "is_short",
+    [
+        lambda self: True,
+        lambda self: self.calls > 2 * self.config.gradient_accumulation_steps,
+        lambda self: self.size == 2,
+    ],
+    ids=["from the first step", "once the optimizer has its states", "at a larger shape"],
+)
+def test_where_memory_runs_out_activations_are_recomputed_with_the_same_numbers(
+    tmp_path, caplog, accumulate, is_short
+):
+    changes = {"train_batch_size": 4 // accumulate, "gradient_accumulation_steps": accumulate}
+    whole, _ = run_toy(make_config(tmp_path / "whole", **changes))
+    config = make_config(tmp_path / "short", **changes)
+    objective = Short(config, is_short)
+    with caplog.at_level(logging.INFO):
+        loop.train(objective, config)
+    assert objective.recomputes is True and objective.trials == 1
+    assert caplog.text.count("gradient_checkpointing is turned on") == 1
+    assert_same(whole, torch.load(tmp_path / "short" / "model.pt", weights_only=True))
+    assert [x["loss"] for x in read_lines(tmp_path / "short")] == [
+        x["loss"] for x in read_lines(tmp_path / "whole")
+    ]
+
+
+def test_where_memory_suffices_each_shape_is_tried_and_nothing_is_recomputed(tmp_path):
+    whole, _ = run_toy(make_config(tmp_path / "whole"))
+    config = make_config(tmp_path / "enough")
+    objective = Short(config, lambda self: False)
+    loop.train(objective, config)
+    assert objective.recomputes is None and objective.calls == 10 + 3  # first, second, larger
+    assert_same(whole, torch.load(tmp_path / "enough" / "model.pt", weights_only=True))
+
+
+def test_an_error_in_a_trial_that_is_none_of_memory_stays_what_it_is(tmp_path):
+    config = make_config(tmp_path)
+    objective = Short(config, lambda self: False, stop_at=0)
+    with pytest.raises(Stop):
+        loop.train(objective, config)
+
+
+def _train_on_two(folder, short):
+    AcceleratorState._reset_state(True)  # of the process that was forked
+    config = make_config(folder, train_batch_size=2, checkpointing_steps=0)
+    objective = Short(config, lambda self: self.accelerator.process_index == short)
+    loop.train(objective, config)
+    result = {"recomputes": objective.recomputes, "trials": objective.trials}
+    Path(folder, f"{objective.accelerator.process_index}.json").write_text(json.dumps(result))
+
+
+def test_one_process_that_is_short_of_memory_decides_for_all(tmp_path):
+    weights = {}
+    for name, short in (("enough", None), ("short", 1)):
+        debug_launcher(_train_on_two, (str(tmp_path / name), short), num_processes=2)
+        weights[name] = torch.load(tmp_path / name / "model.pt", weights_only=True)
+        assert [json.loads((tmp_path / name / f"{n}.json").read_text()) for n in (0, 1)] == [
+            {"recomputes": True if short else None, "trials": int(n == short)} for n in (0, 1)
+        ]
+        assert (
+            json.loads((tmp_path / name / "train_metrics.json").read_text())["num_processes"] == 2
+        )
+    assert_same(weights["enough"], weights["short"])
 
 
 # ---------------------------------------------------------------------------------------- resume

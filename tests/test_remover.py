@@ -2,13 +2,14 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from diffusers import AutoPipelineForInpainting
 from PIL import Image
 from safetensors.torch import load_file
@@ -17,8 +18,9 @@ from torch.utils.data import default_collate
 from rorem_lib.data.triplets import load_images, read_triplets
 from rorem_lib.data.writer import TripletWriter
 from rorem_lib.models import sdxl
+from rorem_lib.models.attention import compile_unet
 from rorem_lib.remover import RemoverConfig, RemoverObjective, train_remover
-from rorem_lib.training import checkpoints
+from rorem_lib.training import checkpoints, loop
 from rorem_lib.training.tracking import split_by_time
 
 UNET_FILE = "remover/unet/diffusion_pytorch_model.safetensors"
@@ -362,17 +364,62 @@ def test_high_resolution_comes_in_whole_steps_at_its_share(config, tiny_set):
 
 
 @pytest.mark.parametrize(
-    "processes, accumulation, large, keeps",
-    [(1, 1, False, False), (2, 1, False, True), (1, 2, False, True), (1, 1, True, True)],
+    ("option", "device", "kind", "wanted"),
+    [
+        (None, "cpu", DistributedType.NO, False),
+        (None, "cuda", DistributedType.NO, None),
+        (None, "cuda", DistributedType.MULTI_GPU, None),
+        (None, "cuda", DistributedType.DEEPSPEED, True),
+        (None, "cuda", DistributedType.FSDP, True),
+        (False, "cuda", DistributedType.FSDP, False),
+        (True, "cpu", DistributedType.NO, True),
+    ],
 )
-def test_gradients_that_are_there_in_a_forward_pass_are_known(
-    config, tiny_set, processes, accumulation, large, keeps
-):
-    config.gradient_accumulation_steps = accumulation
-    config.high_resolution_meta_path = [str(tiny_set)] if large else []
+def test_checkpointing_is_tried_on_gpus_alone(config, option, device, kind, wanted):
+    config.gradient_checkpointing = option
     objective = make_objective(config)
-    objective.accelerator = SimpleNamespace(num_processes=processes)
-    assert objective._keeps_gradients() is keeps
+    objective.accelerator = SimpleNamespace(device=torch.device(device), distributed_type=kind)
+    objective.tune_model(objective.model)
+    assert objective.recomputes is wanted
+    assert objective.model.is_gradient_checkpointing is bool(wanted)
+
+
+class ShortObjective(RemoverObjective):
+    """A GPU's memory that suffices if activations are not kept, or never."""
+
+    enough = True
+
+    def tune_model(self, model):
+        flops = super().tune_model(model)
+        self.recomputes = None
+        return flops
+
+    def compute_loss(self, model, batch):
+        loss = super().compute_loss(model, batch)
+        if not (model.is_gradient_checkpointing and self.enough):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loss
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_checkpointing_that_memory_asks_for_changes_no_weight(
+    config, tmp_path, monkeypatch, compiled
+):
+    monkeypatch.setattr("rorem_lib.remover.compile_unet", partial(compile_unet, backend="eager"))
+    config.torch_compile, config.high_resolution_meta_path = compiled, config.meta_path
+    train_remover(replace(config, output_dir=str(tmp_path / "whole")))
+    objective = ShortObjective(config)
+    loop.train(objective, config)
+    assert objective.recomputes is True
+    one, other = (load_file(tmp_path / name / UNET_FILE) for name in ("whole", "out"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_where_checkpointing_does_not_suffice_it_is_no_advice(config, monkeypatch):
+    monkeypatch.setattr(ShortObjective, "enough", False)
+    with pytest.raises(MemoryError, match="train_batch_size 2") as caught:
+        loop.train(ShortObjective(config), config)
+    assert "gradient_checkpointing" not in str(caught.value)
 
 
 def test_wide_and_tall_pictures_are_trained_in_shapes_of_their_own(config, tmp_path):

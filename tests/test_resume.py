@@ -307,7 +307,7 @@ def test_killed_while_latents_are_cached_it_makes_the_missing_ones(
     die(forks, config, "in cache", 2)
     (first,) = (tmp_path / "c").glob("*/*/*.safetensors")
     (torn,) = (tmp_path / "c").glob("*/*/.*.partial")
-    os.utime(torn, (time.time() - 700,) * 2)  # a younger one may be in work in another container
+    os.utime(torn, (time.time() - 3700,) * 2)  # a younger one may be in work
     before, written, save_shard = first.stat(), [], latent_cache._save_shard
     monkeypatch.setattr(
         latent_cache,

@@ -14,7 +14,7 @@ import pytest
 
 from rorem_lib import workers
 from rorem_lib.files import ROOT
-from rorem_lib.workers import group_chunks, map_processes
+from rorem_lib.workers import Progress, group_chunks, map_processes
 
 
 def _square(number):
@@ -128,6 +128,35 @@ def test_workers_end_with_their_parent(tmp_path):
     parent.kill()
     parent.wait()
     assert children and not psutil.wait_procs(children, timeout=15)[1]
+
+
+def test_long_work_says_how_long_still(caplog, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(workers.time, "monotonic", lambda: now[0])
+    progress = Progress("latents", 2000)
+    silent = Progress("latents", 2000, active=False)
+    with caplog.at_level("INFO"):
+        for _ in range(4):
+            now[0] += 6
+            progress.add(60)
+            silent.add(60)
+    assert [r.message for r in caplog.records] == [
+        "latents: 120 of 2,000, 10 per second, 3 min left",
+        "latents: 240 of 2,000, 10 per second, 3 min left",
+    ]
+
+
+def test_what_was_there_before_does_not_count_for_the_rate(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(workers.time, "monotonic", lambda: now[0])
+    progress = Progress("items", 1000, done=900, active=False)
+    assert "left" in str(progress)
+    now[0] = 10.0
+    progress.add(20)
+    progress.note = ", 3 rejected"
+    assert str(progress) == "items: 920 of 1,000, 3 rejected, 2 per second, 40 s left"
+    progress.add(80)
+    assert str(progress) == "items: 1,000 of 1,000, 3 rejected"
 
 
 def test_chunks_cover_everything_once():

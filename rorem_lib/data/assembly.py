@@ -22,7 +22,6 @@ import json
 import logging
 import pickle
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -36,36 +35,13 @@ from rorem_lib.data.pictures import TripletError
 from rorem_lib.data.triplets import META, read_records
 from rorem_lib.data.writer import TripletWriter
 from rorem_lib.files import read_json, remove_folder, write_json
-from rorem_lib.workers import group_chunks, map_processes
+from rorem_lib.workers import Progress, group_chunks, map_processes
 
 logger = logging.getLogger(__name__)
 
 VERSION = 1  # raise it when the same settings give other files
 _CHUNK = 16  # items a process takes at a time
 _SETS = ("labelled", "pool", "test")
-
-
-@dataclass
-class Progress:
-    """How far an assembly is.
-
-    Attributes:
-        done, total: items.
-        rejected: items among `done` that became no triplet.
-        rate: items a second of this run; what was there before does not count.
-    """
-
-    done: int
-    total: int
-    rejected: int
-    rate: float
-
-    def __str__(self):
-        told = f"{self.done:,} of {self.total:,} items, {self.rejected:,} rejected"
-        if self.done >= self.total:
-            return told
-        left = (self.total - self.done) / max(self.rate, 1e-9)
-        return f"{told}, {self.rate:.1f} a second, {left / 60:.0f} min left"
 
 
 @dataclass
@@ -222,7 +198,7 @@ def _work_off(
         chunks = (
             (job, [(item, choose(item)) for item in chunk]) for chunk in group_chunks(todo, _CHUNK)
         )
-        began, before, count = time.monotonic(), len(done), len(done)
+        state = Progress("items", total, done=len(done), active=False)
         for outcome in map_processes(convert_chunk, chunks, workers=workers):
             for name, record in outcome.records:
                 if name not in writers:
@@ -230,11 +206,11 @@ def _work_off(
                 wait_for_space(functools.partial(writers[name].add_record, record), job.patience)
             for record in outcome.rejected:
                 wait_for_space(functools.partial(rejections.append, record), job.patience)
-            count += len(outcome.records) + len(outcome.rejected)
+            state.add(len(outcome.records) + len(outcome.rejected))
             bad += len(outcome.rejected)
+            state.note = f", {bad:,} rejected"
             if progress:
-                rate = (count - before) / max(1e-9, time.monotonic() - began)
-                progress(Progress(count, total, bad, rate))
+                progress(state)
 
 
 # ------------------------------------------------------------------------------------ settings

@@ -25,7 +25,7 @@ from rorem_lib.data.triplets import Triplet, load_images
 from rorem_lib.files import read_json, write_json
 from rorem_lib.models import sdxl
 from rorem_lib.models.inpainting import inpaint_classical, remove_objects
-from rorem_lib.models.lora import LORA_FILE
+from rorem_lib.models.lora import load_lora
 
 logger = logging.getLogger(__name__)
 
@@ -215,10 +215,7 @@ def _open_method(method: Method, device: str) -> tuple[Callable, Callable]:
         return remove, lambda: 0
     pipe = sdxl.load_pipeline(method.model, revision=method.revision or None, device=device)
     if method.lora:
-        with sdxl.silence_libraries():
-            pipe.load_lora_weights(method.lora, weight_name=LORA_FILE)
-            pipe.fuse_lora(components=["unet"])  # merged into the weights, it costs no time
-            pipe.unload_lora_weights()
+        load_lora(pipe, method.lora)
     if method.scheduler == "lcm":
         pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
     calls = [0]

@@ -145,7 +145,7 @@ def compile_unet(unet, *, backend: str = "inductor") -> None:
             "to false"
         )
     # All blocks share one line of code, so the limit counts the graphs of all of them together.
-    dynamo = torch._dynamo.config
+    options = torch.compiler.config
     for limit in ("recompile_limit", "accumulated_recompile_limit"):
-        setattr(dynamo, limit, max(getattr(dynamo, limit), COMPILED_GRAPHS))
+        setattr(options, limit, max(getattr(options, limit), COMPILED_GRAPHS))
     unet.compile_repeated_blocks(backend=backend, fullgraph=True, dynamic=False)

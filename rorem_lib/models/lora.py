@@ -1,4 +1,4 @@
-"""LoRA on the UNet: add it to a model for training, write it, merge it into the weights."""
+"""LoRA on the UNet: add it to a model for training, write it, read it, merge it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 
 from diffusers import StableDiffusionXLInpaintPipeline
 from peft import LoraConfig, get_peft_model_state_dict
+
+from rorem_lib.models import sdxl
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 LORA_TARGETS = [
@@ -47,6 +49,22 @@ def save_lora(unet, folder: Path) -> None:
     StableDiffusionXLInpaintPipeline.save_lora_weights(
         folder, unet_lora_layers=get_peft_model_state_dict(unet)
     )
+
+
+def load_lora(pipe, folder) -> None:
+    """Merge the LoRA of a folder that `save_lora` wrote into a pipeline's UNet: it costs no time.
+
+    Args:
+        pipe: of `sdxl.load_pipeline`.
+
+    Raises:
+        OSError: there is no `LORA_FILE` in the folder.
+    """
+    # Named, since diffusers refuses to look for the file itself where the network is switched off.
+    with sdxl.silence_libraries():
+        pipe.load_lora_weights(str(folder), weight_name=LORA_FILE)
+        pipe.fuse_lora(components=["unet"])
+        pipe.unload_lora_weights()
 
 
 def merge_lora(unet) -> None:

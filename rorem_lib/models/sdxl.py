@@ -214,8 +214,8 @@ def choose_precision(wish: str, device="cpu") -> str:
         return wish
     if torch.device(device).type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return "bf16" if fast else "no"
+    able = torch.cpu.get_capabilities()
+    return "bf16" if able.get("amx_tile") or able.get("avx512_bf16") else "no"
 
 
 def get_resolution(pipe) -> int:

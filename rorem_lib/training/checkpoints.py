@@ -9,24 +9,23 @@ number of processes. ZeRO-2 and FSDP2 keep accelerate's own divided files.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
 import logging
-import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import set_seed
 from diffusers import UNet2DConditionModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint import CheckpointException
 
 from rorem_lib import files
 from rorem_lib.files import read_json, remove_folder, replace_folder, write_json
@@ -62,6 +61,7 @@ FREE_FIELDS = {
 # What they come to on this hardware is compared in their place.
 _HARDWARE_FIELDS = {"train_batch_size", "gradient_accumulation_steps", "mixed_precision"}
 _UNET = Path("unet", "diffusion_pytorch_model.safetensors")
+_RECORD = set("step config num_processes kind global_batch precision train_size files".split())
 
 
 def list_checkpoints(folder) -> list[Path]:
@@ -96,17 +96,12 @@ def save_checkpoint(accelerator, config, step: int, *, train_size: int | None = 
             checkpoint is intact. On all processes, whichever of them could not write.
     """
     folder = Path(config.output_dir)
-    beside = folder / f"checkpoint-{step}.partial"
+    tmp_path = folder / f"checkpoint-{step}.partial"
     if accelerator.is_main_process:
         _clear(folder)
-    do = partial(
-        attempt,
-        accelerator,
-        beside=beside,
-        explain=partial(_describe_full, accelerator, config, beside),
-    )
-    do(partial(_check_space, accelerator, config))
-    do(partial(_save_state, accelerator, beside), together=not distributed.is_divided(accelerator))
+    accelerator.wait_for_everyone()  # none writes before it is cleared
+    with writing(accelerator, tmp_path, together=not distributed.is_divided(accelerator)):
+        _save_state(accelerator, tmp_path)
     record = {
         "step": step,
         "config": dataclasses.asdict(config),
@@ -114,7 +109,41 @@ def save_checkpoint(accelerator, config, step: int, *, train_size: int | None = 
         "kind": distributed.find_kind(accelerator),
         **_describe_training(accelerator, config, train_size),
     }
-    do(partial(_complete, accelerator, folder, beside, record, config))
+    with writing(accelerator, tmp_path):
+        if accelerator.is_main_process:
+            _complete(tmp_path, record, config)
+
+
+@contextlib.contextmanager
+def writing(accelerator, tmp_path: Path, *, together: bool = True) -> Iterator[None]:
+    """A block that writes the folder `tmp_path`: where it fails on any process, it is removed.
+
+    Args:
+        tmp_path: `<name>.partial`, in a training's output folder.
+        together: without it a failing process raises alone, and its end makes the launcher end
+            the others: they may be waiting for it inside DeepSpeed, where nothing reaches them.
+
+    Raises:
+        OSError: (ENOSPC) the disk is full, on all processes, whichever of them met it.
+        Exception: as `distributed.failing_together`.
+    """
+    try:
+        if together:
+            with distributed.failing_together():
+                yield
+        else:
+            yield
+            accelerator.wait_for_everyone()
+    except (Exception, CheckpointException) as error:
+        if accelerator.is_main_process or not together:
+            shutil.rmtree(tmp_path, ignore_errors=True)
+        if not files.is_full(error):
+            raise
+        raise OSError(
+            errno.ENOSPC,
+            f"no space left for {tmp_path.stem.lstrip('.')} in {tmp_path.parent}. "
+            f"{_describe_last(tmp_path.parent)} Make room and start the same command again",
+        ) from error
 
 
 def _describe_training(accelerator, config, train_size: int | None) -> dict:
@@ -126,7 +155,7 @@ def _describe_training(accelerator, config, train_size: int | None) -> dict:
     }
 
 
-def describe_last(folder) -> str:
+def _describe_last(folder) -> str:
     """What is left to go on from when a training stops, in a sentence."""
     done = list_checkpoints(folder)
     return (
@@ -143,42 +172,10 @@ def _clear(folder: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _describe_full(accelerator, config, beside: Path) -> str:
-    folder = beside.parent
-    return (
-        f"no space left for {beside.stem} in {folder}: it needs "
-        f"{_measure_need(accelerator, config) / 1e9:.1f} GB, "
-        f"{shutil.disk_usage(folder).free / 1e9:.1f} GB are free. {describe_last(folder)} "
-        "Make room and start the same command again"
-    )
-
-
-def _measure_need(accelerator, config) -> int:
-    """Bytes of a checkpoint: as many as the last has, or weights, Adam's moments and averages."""
-    for checkpoint in list_checkpoints(config.output_dir)[::-1]:
-        try:
-            return sum(_read_checkpoint(checkpoint)["files"].values())
-        except (OSError, ValueError):
-            continue
-    (model,) = accelerator._models
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    weights = trained if _has_adapters(model) else sum(p.numel() for p in model.parameters())
-    moments = 2 if config.use_8bit_adam else 8
-    return 4 * weights + (moments + (4 if config.ema_decay else 0)) * trained
-
-
-def _check_space(accelerator, config) -> None:
-    """Stop before the disk is filled to the brim, which would harm others too."""
-    usage = shutil.disk_usage(config.output_dir)
-    # some network file systems report nothing at all
-    if accelerator.is_main_process and 0 < usage.free < _measure_need(accelerator, config):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def _save_state(accelerator, beside: Path) -> None:
+def _save_state(accelerator, tmp_path: Path) -> None:
     handle = accelerator.register_save_state_pre_hook(partial(_save_weights, accelerator))
     try:
-        accelerator.save_state(str(beside))
+        accelerator.save_state(str(tmp_path))
     finally:
         handle.remove()
 
@@ -211,18 +208,17 @@ def _select_trained(module) -> dict:
     return {name: value for name, value in module.state_dict().items() if name not in frozen}
 
 
-def _complete(accelerator, folder: Path, beside: Path, record: dict, config) -> None:
-    """On the main process: `step.json`, the files to the disk, the name, the old ones away."""
-    if not accelerator.is_main_process:
-        return
-    files.flush_folder(beside)
-    written = [p for p in sorted(beside.rglob("*")) if p.is_file()]
+def _complete(tmp_path: Path, record: dict, config) -> None:
+    """The files to the disk, `step.json`, the name, the old ones away."""
+    folder = tmp_path.parent
+    files.flush_folder(tmp_path)
+    written = [p for p in sorted(tmp_path.rglob("*")) if p.is_file()]
     write_json(
-        beside / "step.json",
-        record | {"files": {str(p.relative_to(beside)): p.stat().st_size for p in written}},
+        tmp_path / "step.json",
+        record | {"files": {str(p.relative_to(tmp_path)): p.stat().st_size for p in written}},
     )
-    files.flush(beside)
-    replace_folder(beside, beside.with_suffix(""))
+    files.flush(tmp_path)
+    replace_folder(tmp_path, tmp_path.with_suffix(""))
     files.flush(folder)
     for other in _list_folders(folder):
         if _get_step(other) > record["step"]:
@@ -268,11 +264,11 @@ def find_checkpoint(config) -> Path | None:
         FileNotFoundError: the named one does not exist or is not complete.
         ValueError: the named one is torn, or is a UNet without the state of a training.
     """
-    wish, folder = config.resume_from_checkpoint, Path(config.output_dir)
-    if wish in ("none", "", None):
+    requested, folder = config.resume_from_checkpoint, Path(config.output_dir)
+    if requested in ("none", "", None):
         return None
-    if wish != "latest":
-        checkpoint = _find_named(wish, folder)
+    if requested != "latest":
+        checkpoint = _find_named(requested, folder)
         _read_checkpoint(checkpoint)
         return checkpoint
     complete = list_checkpoints(folder)
@@ -290,11 +286,11 @@ def find_checkpoint(config) -> Path | None:
     return None
 
 
-def _find_named(wish: str, folder: Path) -> Path:
+def _find_named(requested: str, folder: Path) -> Path:
     """A path, or upstream's way: a bare name in the output folder."""
-    checkpoint = Path(wish)
-    if len(checkpoint.parts) == 1 and (folder / wish).is_dir():
-        checkpoint = folder / wish
+    checkpoint = Path(requested)
+    if len(checkpoint.parts) == 1 and (folder / requested).is_dir():
+        checkpoint = folder / requested
     if (checkpoint / "step.json").is_file():
         return checkpoint
     if any((checkpoint / name).is_file() for name in ("config.json", "unet/config.json")):
@@ -310,10 +306,11 @@ def _holds_only_unet(checkpoint: Path) -> bool:
     return checkpoint.is_dir() and [p.name for p in checkpoint.iterdir()] == ["unet"]
 
 
-def load_checkpoint(accelerator, config, *, train_size: int | None = None) -> int:
+def load_checkpoint(accelerator, config, optimizer, *, train_size: int | None = None) -> int:
     """Load the newest checkpoint that can be read, or the named one; its step, 0 without one.
 
     Args:
+        optimizer: as `distributed.prepare` returned it.
         train_size: samples of an epoch now, where they have an end.
 
     Raises:
@@ -322,9 +319,7 @@ def load_checkpoint(accelerator, config, *, train_size: int | None = None) -> in
         ValueError: other settings, another global batch, precision or number of samples (a
             warning where it is named), or another kind of sharding.
     """
-    # The main process decides: on a network file system the others may still see an older one.
-    found = [find_checkpoint(config) if accelerator.is_main_process else None]
-    (checkpoint,) = broadcast_object_list(found)
+    checkpoint = distributed.ask_main(partial(find_checkpoint, config))
     if checkpoint is None:
         return 0
     if not (checkpoint / "step.json").is_file():
@@ -348,7 +343,7 @@ def load_checkpoint(accelerator, config, *, train_size: int | None = None) -> in
         handle.remove()
         accelerator.scaler = scaler
     if not distributed.is_divided(accelerator):
-        _lay_out_moments(accelerator, checkpoint)
+        _lay_out_moments(optimizer, checkpoint)
     # counted in micro-batches, of which a step may have another number now
     accelerator.step = record["step"] * config.gradient_accumulation_steps
     if not same:
@@ -379,24 +374,21 @@ def _load_weights(accelerator, models, folder) -> None:
         module.load_state_dict(load_file(Path(folder, _UNET)))
 
 
-def _lay_out_moments(accelerator, checkpoint: Path) -> None:
+def _lay_out_moments(optimizer, checkpoint: Path) -> None:
     """Give the optimizer's states the layout of their weights: they keep the one they were saved
     in (`channels_last` or not), and a fused step walks through both as they lie in memory."""
-    for optimizer in accelerator._optimizers:
-        for parameter, state in optimizer.state.items():
-            for name, value in state.items():
-                if (
-                    not torch.is_tensor(value)
-                    or value.shape != parameter.shape
-                    or (value.stride() == parameter.stride())
-                ):
-                    continue
-                if value.dtype == torch.uint8:  # in blocks of what lies side by side
-                    raise ValueError(
-                        f"{checkpoint} has 8-bit optimizer states of another memory "
-                        "layout: set channels_last as it was"
-                    )
-                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if not torch.is_tensor(value) or value.shape != parameter.shape:
+                continue
+            if value.stride() == parameter.stride():
+                continue
+            if value.dtype == torch.uint8:  # in blocks of what lies side by side
+                raise ValueError(
+                    f"{checkpoint} has 8-bit optimizer states of another memory layout: set "
+                    "channels_last as it was"
+                )
+            state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _read_checkpoint(checkpoint: Path) -> dict:
@@ -406,18 +398,8 @@ def _read_checkpoint(checkpoint: Path) -> dict:
     than none.
     """
     record = read_json(checkpoint / "step.json")
-    for name in (
-        "step",
-        "config",
-        "files",
-        "num_processes",
-        "kind",
-        "global_batch",
-        "precision",
-        "train_size",
-    ):
-        if name not in record:
-            raise ValueError(f"{checkpoint / 'step.json'} has no {name!r}")
+    if missing := sorted(_RECORD - record.keys()):
+        raise ValueError(f"{checkpoint / 'step.json'} has no {', '.join(missing)}")
     for name, size in record["files"].items():
         found = (checkpoint / name).stat().st_size
         if found != size:
@@ -474,42 +456,3 @@ def _compare_kind(checkpoint: Path, record: dict, kind: str, same: bool) -> None
             f"{checkpoint} was made by {record['num_processes']} processes: ZeRO "
             "goes on with that many only"
         )
-
-
-def attempt(
-    accelerator,
-    work: Callable[[], None],
-    *,
-    beside: Path,
-    explain: Callable[[], str],
-    together: bool = True,
-) -> None:
-    """One part of writing the folder `beside`: where it fails on any process, undo it on all.
-
-    Args:
-        work: called on each process.
-        beside: removed where it fails.
-        explain: the words for a full disk.
-        together: without it a failing process raises alone, and its end makes the launcher end
-            the others: they may be waiting for it inside DeepSpeed, where nothing reaches them.
-
-    Raises:
-        OSError: (ENOSPC) the disk is full, on all processes, whichever of them met it.
-        RuntimeError: another process failed; that one raises its own error.
-    """
-    trouble = None
-    try:
-        work()
-    except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
-        trouble = error
-    code = 0 if trouble is None else 2 if files.is_full(trouble) else 1
-    if together or trouble is None:
-        code = int(accelerator.gather(torch.tensor([code], device=accelerator.device)).max())
-    if code == 0:
-        return
-    words = explain() if code == 2 else ""
-    if accelerator.is_main_process or not together:
-        shutil.rmtree(beside, ignore_errors=True)
-    if code == 2:
-        raise OSError(errno.ENOSPC, words) from trouble
-    raise trouble or RuntimeError(f"another process could not write {beside}: its log says why")

@@ -11,21 +11,27 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import errno
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
     InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
     recursively_apply,
 )
 from diffusers.training_utils import EMAModel
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from rorem_lib.files import is_full
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +102,43 @@ def describe(accelerator, config) -> str:
         f"global batch {count_global_batch(accelerator, config)}",
     ]
     return ", ".join(words)
+
+
+@contextlib.contextmanager
+def failing_together() -> Iterator[None]:
+    """A block that fails on all processes where it fails on one, so that none waits for another.
+
+    To be entered on all of them. One that is killed ends the launch: the launcher ends the others.
+
+    Raises:
+        Exception: what this process met.
+        OSError: (ENOSPC) another process met a full disk.
+        RuntimeError: another process failed; says which one, and what it met.
+    """
+    error = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    here = [] if error is None else [(PartialState().process_index, is_full(error), str(error))]
+    failed = gather_object(here)
+    if error is not None:
+        raise error
+    for number, full, text in failed:
+        raise OSError(errno.ENOSPC, text) if full else RuntimeError(f"process {number}: {text}")
+
+
+def ask_main(function: Callable[[], object]):
+    """What a function gives on the main process, on all of them; it is called there alone.
+
+    On a network file system the others may still see an older state of a folder.
+
+    Raises:
+        Exception: as `failing_together`.
+    """
+    with failing_together():
+        found = [function() if PartialState().is_main_process else None]
+    return broadcast_object_list(found)[0]
 
 
 def _is_half_on_cpu(accelerator) -> bool:
@@ -170,18 +213,6 @@ def backward(accelerator, loss: torch.Tensor, *, last: bool = True) -> None:
         accelerator.backward(loss)
     else:
         accelerator.deepspeed_engine_wrapped.backward(loss, sync_gradients=False)
-
-
-def count_states(accelerator, model, config) -> tuple[int, int]:
-    """Bytes of optimizer states and averages, and of gradients, on one device, ZeRO's and FSDP's
-    shares counted as they are divided."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    states = (2 if config.use_8bit_adam else 8) * trained
-    average = 4 * trained if config.ema_decay else 0
-    parts = accelerator.num_processes if is_divided(accelerator) else 1
-    # ZeRO-2's average is of the whole weights, on each process
-    whole = accelerator.distributed_type == DistributedType.DEEPSPEED
-    return states // parts + (average if whole else average // parts), 4 * trained // parts
 
 
 def list_trained(model) -> list[torch.nn.Parameter]:

@@ -3,9 +3,9 @@
 A training step needs the latents of GT and of the masked source; the VAE is frozen, so they never
 change. They lie in shards whose names are hashes of all they depend on: the VAE's weights, the
 preprocessing, the size and the content of every file. A shard is missing or whole, and nothing that
-is stale can be read, since its name differs. Any number of processes make them together.
+is stale can be read, since its name differs. All processes of a job make them together.
 
-    <root>/index/             which file has which content, see `file_index`
+    <root>/index/             which file has which content, see `hash_files`
     <root>/<kind>/kind.json   what the kind of latents is: VAE and preprocessing
     <root>/<kind>/<ab>/<content>.safetensors   up to 256 triplets of one size
 """
@@ -18,6 +18,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import socket
 import time
@@ -28,15 +29,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import psutil
 import safetensors
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from safetensors.torch import save
 
+from rorem_lib.data.journal import Journal, read_lines
 from rorem_lib.data.pictures import TripletError, read_size
 from rorem_lib.data.triplets import Triplet
-from rorem_lib.files import write_json
-from rorem_lib.training.file_index import describe_stat, hash_files
+from rorem_lib.files import hash_file, write_json
+from rorem_lib.training.distributed import ask_main, failing_together
 from rorem_lib.training.latents import (
     DTYPES,
     CacheSpec,
@@ -44,12 +47,14 @@ from rorem_lib.training.latents import (
     prepare_pictures,
     vary_mask,
 )
-from rorem_lib.workers import Heartbeat, Progress, group_chunks, wait_for
+from rorem_lib.workers import Progress, group_chunks
 
 logger = logging.getLogger(__name__)
 
 VERSION = 3  # raise it when preprocessing changes
+PATIENCE = 120.0  # seconds in which a file of one node has to show on all others
 _OPEN_SHARDS = 1024  # of a store at once
+_HASHED_AT_ONCE = 64  # files a process: a kill loses no more
 _open_shard = functools.partial(safetensors.safe_open, framework="pt")
 
 
@@ -132,30 +137,31 @@ class LatentStore:
 
 @dataclass
 class _Shard:
-    """Triplets of one size, to be in one file; process `number % world` makes it."""
+    """Triplets of one size, to be in one file."""
 
     number: int
     path: Path
     size: tuple[int, int]
     members: list[Triplet]
-    stats: dict[Path, str]  # the state in which the members' files were hashed
+    stats: dict[Path, str]  # `describe_stat` of the members' files when they were hashed
 
     def check_files(self) -> None:
         """What was encoded must be what the file's name says."""
         for path, stat in self.stats.items():
             if describe_stat(path) != stat:
                 raise TripletError(
-                    f"{path} was changed while its latents were made: start again", file=path
+                    f"{path} was changed while its latents were made: start again (the pictures "
+                    "have to lie in a folder that all nodes share)",
+                    file=path,
                 )
 
-    def is_whole(self, *, warn: bool = False) -> bool:
+    def is_whole(self) -> bool:
         try:
             _open_shard(self.path)
         except FileNotFoundError:
             return False
         except safetensors.SafetensorError as error:
-            if warn:
-                logger.warning("%s is damaged (%s): it is made again", self.path, error)
+            logger.warning("%s is damaged (%s): it is made again", self.path, error)
             return False
         return True
 
@@ -167,15 +173,14 @@ def open_store(
     sizes: Sequence[tuple[int, int]],
     spec: CacheSpec | None = None,
     root: Path | str = "",
-    rank: int = 0,
-    world: int = 1,
     batch_size: int = 32,
     shard_size: int = 256,
 ) -> LatentStore:
     """Open the latents of `triplets`, computing what is missing first.
 
-    Killed, it loses the shard in work; started again, it goes on. All processes of a job call it
-    with the same arguments, each makes its share, and all return when everything is there.
+    Killed, it loses the shard in work; started again, it goes on. All processes of accelerate's
+    group call it with the same arguments, each makes a part of what is missing, and all return when
+    everything is there.
 
     Args:
         triplets: with GT.
@@ -183,7 +188,6 @@ def open_store(
         sizes: (height, width) in px of each triplet, which its pictures are fitted to.
         spec: what to make; by default `CacheSpec()`.
         root: the folder of all caches, one that all processes see; `cache_root()` by default.
-        rank, world: number of this process, and how many there are.
         batch_size: pictures an encoding at up to 512 x 512 px, fewer of larger ones.
         shard_size: triplets a file.
 
@@ -191,50 +195,130 @@ def open_store(
         TripletError: a file is missing, truncated or of another size than its triplet.
         ValueError: latents are not finite, or the VAE's factor does not divide a size.
         OSError: the disk is full, or cannot be written to; what is there stays.
-        TimeoutError: another process is gone, or `root` is not its folder too.
+        FileNotFoundError: `root` is not the folder of all processes.
+        RuntimeError: another process failed.
     """
     spec = spec or CacheSpec()
     triplets, sizes = list(triplets), [(int(h), int(w)) for h, w in sizes]
     if len(triplets) != len(sizes):
         raise ValueError(f"{len(triplets)} triplets but {len(sizes)} sizes")
-    root = Path(root).expanduser() if root else cache_root()
-    folder = root / _name_kind(root, vae, spec, write=rank == 0)
-    _remove_leftovers(root, folder)
-    # Processes of this job find each other by what they were asked for.
+    root, state = Path(root).expanduser() if root else cache_root(), PartialState()
+    with failing_together():
+        folder = root / _name_kind(root, vae, spec, write=state.is_main_process)
     files = [path for t in triplets for path in (t.source, t.mask, t.gt)]
-    asked = hashlib.sha256(f"{folder.name} {world} {shard_size} {sizes}".encode())
-    asked.update("\n".join(map(str, files)).encode(errors="surrogateescape"))
-    alive = root / "alive" / asked.hexdigest()[:24]
-    with _explain_silence(root), Heartbeat(alive / str(rank), active=world > 1):
-        with Heartbeat(alive / "index", active=world > 1 and rank == 0):
-            known = hash_files(files, root / "index", heartbeat=alive / "index" if rank else None)
-        content = dict(zip(files, known))
-        plan, store = _plan_shards(triplets, sizes, content, folder, shard_size, spec)
-        missing = [x for x in plan if not x.is_whole(warn=x.number % world == rank)]
-        own = [shard for shard in missing if shard.number % world == rank]
-        _write_shards(own, vae, spec, batch_size, plan=plan, root=root, verbose=rank == 0)
+    content = dict(zip(files, hash_files(files, root / "index")))
+    plan, store = _plan_shards(triplets, sizes, content, folder, shard_size, spec)
 
-        def list_waited():
-            missing[:] = [shard for shard in missing if not shard.is_whole()]
-            return {alive / str(shard.number % world) for shard in missing}
+    def list_missing():
+        _remove_leftovers(root, folder)
+        return [shard.number for shard in plan if not shard.is_whole()]
 
-        wait_for(list_waited)
-    with contextlib.suppress(OSError):  # the last one to go
-        alive.rmdir()
+    missing = [plan[number] for number in ask_main(list_missing)]
+    own = missing[state.process_index :: state.num_processes]
+    with contextlib.closing(_write_shards(own, vae, spec, batch_size, plan, root)) as writer:
+        for _ in range(math.ceil(len(missing) / state.num_processes)):
+            with failing_together():  # after each shard: what stops one stops all at once
+                next(writer, None)
+    with failing_together():
+        _wait_until_seen(missing)
+    if missing and state.is_main_process:
+        count = sum(len(shard.members) for shard in missing)
+        logger.info("latents of %d triplets cached in %s", count, root)
     return store
 
 
-@contextlib.contextmanager
-def _explain_silence(root: Path):
+def _wait_until_seen(shards: list[_Shard]) -> None:
+    """A network file system may show what another node wrote a minute later."""
+    until = time.monotonic() + PATIENCE
+    while shards := [shard for shard in shards if not shard.path.is_file()]:
+        if time.monotonic() > until:
+            raise FileNotFoundError(
+                f"process {PartialState().process_index} does not see {shards[0].path}, which "
+                "another one has written: latent_cache_dir has to be a folder that all nodes share"
+            )
+        time.sleep(min(1, PATIENCE))
+
+
+# ------------------------------------------------------------------------------- files' contents
+
+
+def describe_stat(path: str | Path) -> str:
+    """Size and times of a file: what changes when its content does.
+
+    No program can set the time of change back; inodes tell nothing, since FUSE invents them at
+    every mount.
+    """
     try:
-        yield
-    except TimeoutError as error:
-        raise TimeoutError(
-            error.errno,
-            f"process {Path(error.filename).name} made no sign of life in {root}: "
-            "latent_cache_dir and the pictures must lie in folders that all nodes share; or it has "
-            f"ended ({error.strerror})",
-        ) from error
+        state = os.stat(path)
+    except FileNotFoundError:
+        raise TripletError(f"{path} does not exist", file=Path(path)) from None
+    return f"{state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}"
+
+
+def _describe_all(paths: list[str]) -> list[str]:
+    return [describe_stat(path) for path in paths]
+
+
+def _hash(path: str) -> dict:
+    before = ""
+    while before != (stat := describe_stat(path)):  # again where it changed while it was read
+        before, value = stat, hash_file(path)
+    return {"id": ascii(path), "stat": stat, "sha256": value}  # a name may be no UTF-8
+
+
+def hash_files(paths: Sequence[Path], folder: Path, *, threads: int = 8) -> list[dict[str, str]]:
+    """SHA-256 of files; each process of accelerate's group, which all call it, reads a part.
+
+    What was read once is read again only where `describe_stat` differs. A `sha256` in a set's
+    records would not do: it is of the raw file, and would miss a picture that was edited since.
+
+    Args:
+        paths: the files.
+        folder: where the hashes are kept, in a journal for all below one folder. Jobs that write it
+            at the same time may tear each other's lines: those files are read again.
+        threads: readers of this process.
+
+    Returns:
+        `stat` (of `describe_stat`) and `sha256` in hex of each.
+
+    Raises:
+        TripletError: a file does not exist.
+        OSError: the hashes cannot be kept; names the file.
+        RuntimeError: another process failed.
+    """
+    state, names = PartialState(), [os.path.abspath(path) for path in paths]
+    place = hashlib.sha256(os.fsencode(os.path.commonpath(names) if names else "")).hexdigest()
+    journal, unique = Journal(folder / f"{place[:16]}.jsonl"), list(dict.fromkeys(names))
+    with ThreadPoolExecutor(threads) as pool:
+        known = ask_main(lambda: _list_known(journal.path, unique, pool))
+        found = {row["id"]: row for row in known}
+        missing = [name for name in unique if ascii(name) not in found]
+        progress = Progress("files hashed", len(missing), active=state.is_main_process)
+        for chunk in group_chunks(missing, _HASHED_AT_ONCE * state.num_processes):
+            with failing_together():
+                own = list(pool.map(_hash, chunk[state.process_index :: state.num_processes]))
+            rows = gather_object(own)
+            with failing_together():
+                if state.is_main_process:
+                    for row in rows:
+                        journal.append(row)
+            found |= {row["id"]: row for row in rows}
+            progress.add(len(chunk))
+    journal.close()
+    return [found[ascii(name)] for name in names]
+
+
+def _list_known(journal: Path, names: list[str], pool) -> list[dict]:
+    """The rows of files that are as they were."""
+    journal.parent.mkdir(parents=True, exist_ok=True)
+    rows = {row["id"]: row for _, row in read_lines(journal)} if journal.exists() else {}
+    chunks = group_chunks(names, 512)  # a future a file would take far longer
+    stats = (stat for part in pool.map(_describe_all, chunks) for stat in part)
+    now = zip((rows.get(ascii(name)) for name in names), stats)
+    return [row for row, stat in now if row and row.get("stat") == stat]
+
+
+# ------------------------------------------------------------------------------------ shards
 
 
 def _name_kind(root: Path, vae, spec: CacheSpec, *, write: bool) -> str:
@@ -262,14 +346,10 @@ def _name_kind(root: Path, vae, spec: CacheSpec, *, write: bool) -> str:
 
 
 def _remove_leftovers(root: Path, folder: Path) -> None:
-    """Delete what killed processes of this machine, or a day ago any, were writing."""
-    here = f".{socket.gethostname()}.partial"  # .<file>.<pid>.<host>.partial
-    for path in [*folder.glob("*/.*.partial"), *root.glob("*/.*.partial"), *root.glob("alive/*/*")]:
+    """Delete what killed processes were writing an hour ago."""
+    for path in [*folder.glob("*/.*.partial"), *root.glob("*/.*.partial")]:
         with contextlib.suppress(OSError):
-            pid = path.name.removesuffix(here).rpartition(".")[2]  # "partial" of another host's
-            # containers may share a host name and not see each other's processes
-            patience = 600 if pid.isdigit() and not psutil.pid_exists(int(pid)) else 86400
-            if time.time() - path.stat().st_mtime > patience:
+            if time.time() - path.stat().st_mtime > 3600:
                 path.unlink()
 
 
@@ -284,12 +364,12 @@ def _plan_shards(triplets, sizes, content, folder, shard_size, spec):
         for chunk in group_chunks(indices, shard_size):
             members = [triplets[i] for i in chunk]
             files = [path for t in members for path in (t.source, t.mask, t.gt)]
-            text = f"{size} {[content[file][1] for file in files]}"
+            text = f"{size} {[content[file]['sha256'] for file in files]}"
             name = hashlib.sha256(text.encode()).hexdigest()[:24]
             path = folder / name[:2] / f"{name}.safetensors"
             if path not in plan:  # equal triplets may come twice
                 plan[path] = _Shard(
-                    len(plan), path, size, members, {file: content[file][0] for file in files}
+                    len(plan), path, size, members, {file: content[file]["stat"] for file in files}
                 )
             shard[chunk], row[chunk] = plan[path].number, range(len(chunk))
     return list(plan.values()), LatentStore(list(plan), shard, row, spec)
@@ -315,17 +395,14 @@ def _write_shards(
     vae,
     spec: CacheSpec,
     batch_size: int,
-    *,
     plan: list[_Shard],
     root: Path,
-    verbose: bool,
-) -> None:
-    if not shards:
-        return
+) -> Iterator[None]:
+    """Make and write one shard a step."""
     progress = Progress(
         "latents of triplets (this process's)",
         sum(len(shard.members) for shard in shards),
-        active=verbose,
+        active=PartialState().is_main_process,
     )
     # On a CPU the VAE takes all cores: one after the other is a quarter faster than side by side.
     reader = read_batches(
@@ -350,8 +427,7 @@ def _write_shards(
                     f"{spec.dtype}: check the VAE or take latent_dtype bf16"
                 )
             _save_shard(shard, save(tensors), plan, root)
-    if verbose:
-        logger.info("latents of %d triplets cached in %s", progress.done, root)
+            yield
 
 
 def _encode_variants(vae, batch: dict, spec: CacheSpec) -> dict[str, torch.Tensor]:
@@ -385,16 +461,16 @@ def _encode_variants(vae, batch: dict, spec: CacheSpec) -> dict[str, torch.Tenso
 
 def _save_shard(shard: _Shard, data: bytes, plan: list[_Shard], root: Path) -> None:
     path = shard.path
-    beside = path.with_name(f".{path.stem}.{os.getpid()}.{socket.gethostname()}.partial")
+    tmp_path = path.with_name(f".{path.stem}.{os.getpid()}.{socket.gethostname()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(beside, "wb") as stream:
+        with open(tmp_path, "wb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(beside, path)
+        os.replace(tmp_path, path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        tmp_path.unlink(missing_ok=True)
         missing = [other for other in plan if not other.is_whole()]
         area = sum(len(x.members) * x.size[0] * x.size[1] for x in missing)
         left = area * len(data) / (len(shard.members) * shard.size[0] * shard.size[1])

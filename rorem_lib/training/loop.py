@@ -44,7 +44,9 @@ class Objective:
     def __init__(self, config: LoopConfig):
         self.config = config
         self.accelerator: Accelerator
-        self.recomputes = False  # activations, whoever chose it: said when memory runs out
+        # Activations in the backward pass. None: the loop tries without, and where the memory does
+        # not suffice calls the model's `enable_gradient_checkpointing` and makes it True.
+        self.recomputes: bool | None = False
         self.metrics: dict = {}
 
     @property
@@ -67,8 +69,8 @@ class Objective:
         raise NotImplementedError
 
     def tune_model(self, model) -> float | None:
-        """Choose what costs memory or speed, once model and samples are there; returns the
-        floating point operations of training on one image, where they are known."""
+        """Choose what costs memory or speed (`recomputes` too), once model and samples are there;
+        returns the floating point operations of training on one image, where they are known."""
 
     def split_batch(self, batch: dict) -> list[dict]:
         """Chunks of a micro-batch that go through the model one after the other."""
@@ -103,7 +105,8 @@ def train(objective: Objective, config: LoopConfig) -> dict:
         ValueError: options that do not go together, or a tracker that is not installed.
     """
     tracking.check_report_to(config.report_to)
-    AcceleratorState._reset_state()  # an earlier training here may have had another precision
+    # An earlier training here may have had another precision; accelerate has no public way.
+    AcceleratorState._reset_state()
     accelerator = Accelerator(
         mixed_precision=sdxl.choose_precision(config.mixed_precision, distributed.find_device()),
         # as a plugin: else a number in the hardware file wins over the option
@@ -180,6 +183,7 @@ class _Training:
         # after `prepare`: a sharded model has other parameters than the one that was built
         self.trained = distributed.list_trained(self.model)
         self.count = sum(p.numel() for p in self.trained)
+        self.fitting: list = []  # shapes of batches for which the memory suffices
         self.ema = None
         if config.ema_decay:
             self.ema = distributed.Average(
@@ -187,7 +191,10 @@ class _Training:
             )
             accelerator.register_for_checkpointing(self.ema)
         self.first = self.step = checkpoints.load_checkpoint(
-            accelerator, config, train_size=objective.metrics.get("train_size")
+            accelerator,
+            config,
+            self.optimizer,
+            train_size=objective.metrics.get("train_size"),
         )
         if self.ema is not None:
             self.ema.to(accelerator.device)
@@ -207,7 +214,8 @@ class _Training:
             logger.info("%s", distributed.describe(accelerator, config))
 
     def run(self) -> dict:
-        config, accelerator, started = self.config, self.accelerator, time.time()
+        config, accelerator, objective = self.config, self.accelerator, self.objective
+        started = time.time()
         on_gpu = accelerator.device.type == "cuda"
         loader = DataLoader(
             self.dataset,
@@ -224,10 +232,14 @@ class _Training:
                 self._look()
         for batch in loader:
             batch = {k: v.to(accelerator.device, non_blocking=on_gpu) for k, v in batch.items()}
+            if objective.recomputes is None:
+                self._make_room(batch)
             norm = self._learn(batch)
             if not accelerator.sync_gradients:
                 continue
             self.step += 1
+            if self.step == self.first + 1:
+                self.fitting.clear()  # there are the optimizer's states now
             if self._is_due(config.logging_steps) or self.step == config.max_train_steps:
                 line = self.tracker.write(self.step, norm, self.scheduler.get_last_lr()[0])
             elif not config.logging_steps:
@@ -244,22 +256,64 @@ class _Training:
         accelerator.end_training()
         return metrics
 
+    def _make_room(self, batch) -> None:
+        """Before a batch of a shape that was not seen yet: a trial, whose gradients go nowhere.
+
+        Where the memory does not suffice on any process, activations are recomputed on all of them
+        from then on. In a real step the others would wait for the gradients of one that has run
+        out. Random states are afterwards as before: the training's numbers are the same.
+        """
+        accelerator, objective = self.accelerator, self.objective
+        shape = [value.shape for value in batch.values()]
+        if shape in self.fitting:
+            return
+        on_gpu, short = accelerator.device.type == "cuda", False
+        with (
+            self.tracker.excluded(),
+            torch.random.fork_rng(devices=[accelerator.device] if on_gpu else []),
+        ):
+            try:
+                # with accumulation, most forward passes find gradients there
+                for _ in range(min(2, self.config.gradient_accumulation_steps)):
+                    self._compute_gradients(batch, synchronise=False)
+            except (RuntimeError, MemoryError) as error:
+                if not tracking.is_out_of_memory(error):
+                    raise
+                short = True
+            for parameter in self.trained:
+                parameter.grad = None
+            short = accelerator.gather(torch.tensor([int(short)], device=accelerator.device)).any()
+        if not short:
+            self.fitting.append(shape)
+            return
+        logger.info("the memory does not suffice as it is: gradient_checkpointing is turned on")
+        objective.recomputes = True
+        accelerator.unwrap_model(self.model).enable_gradient_checkpointing()
+        if on_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(accelerator.device)
+
+    def _compute_gradients(self, batch, *, synchronise: bool = True) -> dict:
+        """Forward and backward pass of one micro-batch, chunk by chunk; what is to be logged."""
+        accelerator, model, shown = self.accelerator, self.model, []
+        chunks = self.objective.split_batch(batch)
+        sizes = [len(next(iter(chunk.values()))) for chunk in chunks]
+        for number, (chunk, size) in enumerate(zip(chunks, sizes), 1):
+            fraction, last = size / sum(sizes), number == len(chunks)
+            # gradients travel once, with the last chunk
+            travels = last and synchronise
+            with contextlib.nullcontext() if travels else accelerator.no_sync(model):
+                with accelerator.autocast():
+                    loss, extra = self.objective.compute_loss(model, chunk)
+                distributed.backward(accelerator, loss * fraction, last=last)
+            shown.append((fraction, {"loss": loss.detach(), **extra}))
+        return tracking.merge_chunks(shown)
+
     def _learn(self, batch):
         """One micro-batch; returns the gradient's norm before clipping where a step was taken."""
         accelerator, model, norm = self.accelerator, self.model, None
         with accelerator.accumulate(model):
-            chunks, shown = self.objective.split_batch(batch), []
-            sizes = [len(next(iter(chunk.values()))) for chunk in chunks]
-            for number, (chunk, size) in enumerate(zip(chunks, sizes), 1):
-                share = size / sum(sizes)
-                # gradients travel once, with the last chunk
-                last = number == len(chunks)
-                with contextlib.nullcontext() if last else accelerator.no_sync(model):
-                    with accelerator.autocast():
-                        loss, extra = self.objective.compute_loss(model, chunk)
-                    distributed.backward(accelerator, loss * share, last=last)
-                shown.append((share, {"loss": loss.detach(), **extra}))
-            self.tracker.add(tracking.merge_chunks(shown))
+            self.tracker.add(self._compute_gradients(batch))
             if accelerator.sync_gradients:
                 norm = distributed.clip(accelerator, model, self.config.max_grad_norm)
             self.optimizer.step()
@@ -329,29 +383,17 @@ class _Training:
             **{k: v for k, v in line.items() if k.startswith("loss")},
         }
         model = distributed.gather_model(accelerator, self.model, self.structure, self.ema)
-        beside = self.folder / ".model.partial"
-
-        def write():
+        tmp_path = self.folder / ".model.partial"
+        with checkpoints.writing(accelerator, tmp_path):
             if accelerator.is_main_process:
-                shutil.rmtree(beside, ignore_errors=True)
-                beside.mkdir()
-                objective.save_model(model, beside)
-                files.flush_folder(beside)
-
-        checkpoints.attempt(
-            accelerator,
-            write,
-            beside=beside,
-            explain=lambda: (
-                f"no space left for the model in {self.folder}. "
-                f"{checkpoints.describe_last(self.folder)} Make room and start the same command "
-                "again"
-            ),
-        )
+                shutil.rmtree(tmp_path, ignore_errors=True)
+                tmp_path.mkdir()
+                objective.save_model(model, tmp_path)
+                files.flush_folder(tmp_path)
         if accelerator.is_main_process:
-            for part in beside.iterdir():
+            for part in tmp_path.iterdir():
                 replace_folder(part, self.folder / part.name)
-            beside.rmdir()
+            tmp_path.rmdir()
             files.flush(self.folder)
             metrics |= objective.metrics
             if note := getattr(self.config, "comments", ""):

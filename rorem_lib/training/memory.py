@@ -1,8 +1,4 @@
-"""What a training step costs in FLOPs and memory, and two settings that make it fast on a CPU.
-
-Costs are counted on copies without data (the meta device), so that a model can be measured before
-a byte of it is computed, and on any machine.
-"""
+"""What a training step costs in FLOPs, and two settings that make it fast on a CPU."""
 
 from __future__ import annotations
 
@@ -11,13 +7,11 @@ import copy
 import ctypes
 import math
 import os
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 # What a GPU multiplies at most in bf16 without sparsity and with float32 sums, TFLOP a second, by
@@ -50,9 +44,6 @@ PEAK_TFLOPS = (
 )
 # mallopt's M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
 _KEEP_MEMORY = ((-4, 0), (-1, 2**31 - 1), (-2, 2**28))
-# Gradients of activations, work space and fragments, as a factor on what is kept for backward.
-# On an H100 SDXL's UNet took what was counted, without any (512 px, batch 16, bf16: 71.4 GB).
-ACTIVATION_MARGIN = 1.2
 
 
 def tune_cpu() -> None:
@@ -71,7 +62,7 @@ def tune_cpu() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         for parameter, value in _KEEP_MEMORY:
             mallopt(parameter, value)
-    if torch.cpu._is_amx_tile_supported():
+    if torch.cpu.get_capabilities().get("amx_tile"):
         return
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(256, 512, generator=generator) for _ in range(2))
@@ -84,6 +75,7 @@ def tune_cpu() -> None:
 def count_flops(unet, height: int, width: int, *, encoder_tokens: int = 77) -> float:
     """FLOPs of one image through a UNet, forward, 2 a multiply-add, all matrix products.
 
+    They are counted on a copy without data (the meta device), in no time and on any machine.
     Training takes 3 times as many: backward costs two forwards. Work that is saved (keys and
     values of a shared prompt) or done twice (gradient checkpointing) does not change the number,
     as MFU wants it. SDXL-inpainting at 512 px: 1.589e12.
@@ -131,86 +123,6 @@ def find_peak_flops(device) -> float | None:
     )
 
 
-def count_activation_bytes(
-    unet, height: int, width: int, *, precision: str = "no", encoder_tokens: int = 77
-) -> int:
-    """Bytes of activations that one image keeps for the backward pass without checkpointing.
-
-    Every storage counts once; weights do not count. Frozen layers keep less, so LoRA's need is
-    counted as it is. Attention counts as fused, on CPUs as plain (see `set_attention`).
-
-    Args:
-        unet: a `UNet2DConditionModel` of the SDXL kind on the device that trains it; not run.
-        height: of the latents.
-        width: of the latents.
-        precision: "no", "bf16" or "fp16": what autocast keeps in which type is imitated.
-        encoder_tokens: length of the prompt.
-    """
-    on_cpu = unet.device.type == "cpu"
-    model = _copy_to_meta(unet)
-    model.disable_gradient_checkpointing()
-    model.set_attn_processor(AttnProcessor() if on_cpu else AttnProcessor2_0())
-    model.train()
-    if precision != "no":
-        _imitate_autocast(model, norms=not on_cpu)
-    weights = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def note(tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = storage  # held, or its address could be given out again
-        return tensor
-
-    with _FusedAttention(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        _run_once(model, height, width, encoder_tokens)
-    return sum(storage.nbytes() for storage in kept.values())
-
-
-def choose_checkpointing(
-    unet,
-    sizes: Sequence[tuple[int, int]],
-    batch_size: int,
-    *,
-    bytes_free: int,
-    states_bytes: int,
-    gradients_bytes: int,
-    gradients_stay: bool,
-    precision: str,
-) -> bool:
-    """Whether gradient checkpointing is needed for a micro-batch to fit in memory.
-
-    Checkpointing computes the forward pass twice (a third more work), so it is for those who must.
-    It is needed when states, the copies of the weights that autocast keeps (2 bytes a weight) and
-    `ACTIVATION_MARGIN` times the activations of the largest size are more than what is free.
-    Gradients that are made anew at each step come while activations go: when the most of them are
-    there, the half of the activations is left, the down blocks'.
-
-    Args:
-        unet: the model as it will be trained, on its device, before it is wrapped or compiled.
-        sizes: (height, width) of all latents that occur.
-        batch_size: samples of one forward pass.
-        bytes_free: memory that is free now on the device (of the fullest one).
-        states_bytes: what of it optimizer and averages will take on one device, and the weights,
-            where they are not there yet.
-        gradients_bytes: what gradients will take.
-        gradients_stay: they are there in the forward pass too (DDP's buckets, accumulation).
-        precision: "no", "bf16" or "fp16".
-    """
-    need = states_bytes
-    if precision != "no":
-        need += 2 * sum(p.numel() for p in unet.parameters())
-    activations = batch_size * max(
-        count_activation_bytes(unet, height, width, precision=precision)
-        for height, width in set(sizes)
-    )
-    need += max(
-        ACTIVATION_MARGIN * activations + gradients_stay * gradients_bytes,
-        activations / 2 + gradients_bytes,
-    )
-    return need > bytes_free
-
-
 def _copy_to_meta(unet):
     """A copy without data: same layers, LoRA included, same `requires_grad`."""
     memo = {
@@ -219,34 +131,6 @@ def _copy_to_meta(unet):
     }
     memo |= {id(b): torch.empty_like(b, device="meta") for b in unet.buffers()}
     return copy.deepcopy(unet, memo)
-
-
-def _imitate_autocast(model, *, norms: bool) -> None:
-    """Give each layer the types autocast gives it; there is no autocast for the meta device.
-
-    Matrix products take half precision. Norms take float32 on GPUs (`norms`), not on CPUs.
-    """
-
-    def cast(dtype):
-        return lambda module, inputs: (inputs[0].to(dtype), *inputs[1:])
-
-    for module in model.modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            module.to(torch.bfloat16).register_forward_pre_hook(cast(torch.bfloat16))
-        elif isinstance(module, (nn.GroupNorm, nn.LayerNorm)) and norms:
-            module.register_forward_pre_hook(cast(torch.float32))
-
-
-class _FusedAttention(TorchFunctionMode):
-    """Fused attention on the meta device, where PyTorch takes the plain one and keeps N x N scores.
-
-    Flash and memory-efficient kernels keep the same: their inputs, the output, a number a query.
-    """
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.scaled_dot_product_attention:
-            return torch.ops.aten._scaled_dot_product_flash_attention(*args[:3])[0]
-        return func(*args, **(kwargs or {}))
 
 
 def _run_once(model, height: int, width: int, tokens: int) -> None:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import json
 import logging
 import math
-import os
 import resource
 import sys
 import time
@@ -19,6 +17,7 @@ import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import LoggerType
 
+from rorem_lib.data.journal import Journal
 from rorem_lib.files import write_text
 from rorem_lib.training import distributed
 from rorem_lib.training.memory import find_peak_flops
@@ -59,14 +58,12 @@ def check_finite(value, name: str, step: int) -> None:
 
 def _append_line(path: Path, line: dict) -> None:
     """Write it whole or, on a full disk, not at all: it is not worth the training."""
-    with open(path, "ab", buffering=0) as stream:
-        start, data = stream.tell(), (json.dumps(line) + "\n").encode()
-        try:
-            if stream.write(data) < len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            stream.truncate(start)
-            logger.warning("no line of step %d in %s: %s", line["step"], path, error.strerror)
+    journal = Journal(path)
+    try:
+        journal.append(line)
+    except OSError as error:
+        logger.warning("no line of step %d: %s", line["step"], error)
+    journal.close()
 
 
 class Tracker:
@@ -275,6 +272,13 @@ def start_trackers(accelerator, config) -> None:
     )
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that a device's memory, or the machine's, did not suffice."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in OOM_SIGNS)
+    )
+
+
 def describe_out_of_memory(
     error: BaseException, config, sizes: Sequence[tuple[int, int]] = ()
 ) -> str | None:
@@ -288,14 +292,11 @@ def describe_out_of_memory(
     Returns:
         A sentence, or None where the error is another one.
     """
-    text = str(error).lower()
-    if not (
-        isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        or isinstance(error, RuntimeError)
-        and any(sign in text for sign in OOM_SIGNS)
-    ):
+    if not is_out_of_memory(error):
         return None
-    on_gpu = isinstance(error, torch.OutOfMemoryError) or text.startswith(("cu", "hip"))
+    on_gpu = isinstance(error, torch.OutOfMemoryError) or str(error).lower().startswith(
+        ("cu", "hip")
+    )
 
     batch, times = config.train_batch_size, config.gradient_accumulation_steps
     ways = []

@@ -292,7 +292,7 @@ def measure_case(case: Case) -> dict:
         **skipped,
         **{name: lines[-1][name] for name in ("images_per_second", "mfu") if name in lines[-1]},
         "memory_gb": max(line["memory_gb"] for line in lines),
-        "gradient_checkpointing": objective.recomputes,
+        "gradient_checkpointing": bool(objective.recomputes),
     }
 
 
