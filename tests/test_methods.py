@@ -152,10 +152,9 @@ def test_methods_are_checked_before_anything_runs():
             {"name": "final", "model": "runs/x", "lora": "y", "seed": 9},
         ],
         seed=5,
-        resolve=lambda place: f"/root/{place}",
     )
     assert [m.seed for m in found] == [5, 9]
-    assert (found[1].model, found[1].lora, found[0].lora) == ("/root/runs/x", "/root/y", "")
+    assert (found[1].model, found[1].lora, found[0].lora) == ("runs/x", "y", "")
     for rows, message in (
         ([{"name": "x", "stesp": 3}], "stesp"),
         ([{"kind": "telea"}], "no name"),

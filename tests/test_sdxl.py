@@ -409,3 +409,13 @@ def test_a_broken_transfer_is_no_missing_variant(tiny_model, tmp_path):
         assert text.startswith("ConnectionError: the transfer of o/both@main broke")
         assert text.endswith("run again, finished files are kept")
         assert not hub.select("GET", "/diffusion_pytorch_model.safetensors")
+
+
+def test_a_models_folder_counts_from_the_repository_where_there_is_none(tiny_model, monkeypatch):
+    monkeypatch.setattr(sdxl, "resolve_path", lambda path: tiny_model.parent / path)
+    assert sdxl.resolve_model(tiny_model.name) == str(tiny_model)
+    monkeypatch.chdir(tiny_model.parent)
+    assert sdxl.resolve_model(tiny_model.name) == tiny_model.name, "the working folder first"
+    assert sdxl.resolve_model("LetsThink/RORem") == "LetsThink/RORem"
+    with pytest.raises(FileNotFoundError, match="runs/nothing"):
+        sdxl.resolve_model("runs/nothing")

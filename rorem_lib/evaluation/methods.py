@@ -98,14 +98,11 @@ class MethodRun:
     unet_calls: float | None
 
 
-def make_methods(
-    rows: Sequence[Mapping], *, resolve: Callable[[str], str] = str, **defaults
-) -> list[Method]:
+def make_methods(rows: Sequence[Mapping], **defaults) -> list[Method]:
     """Check methods given as dicts, as a notebook's parameter or a recipe has them.
 
     Args:
         rows: dicts with the fields of `Method`; `name` is required.
-        resolve: turns `model` and `lora` into what can be opened.
         defaults: fields of `Method` for rows that do not set them, such as `seed`.
 
     Raises:
@@ -123,14 +120,7 @@ def make_methods(
                     else "it has no name"
                 )
             )
-        method = Method(**defaults | dict(row))
-        methods.append(
-            replace(
-                method,
-                model=resolve(method.model),
-                lora=resolve(method.lora) if method.lora else "",
-            )
-        )
+        methods.append(Method(**defaults | dict(row)))
     slugs = [method.slug for method in methods]
     twice = sorted({m.name for m in methods if slugs.count(m.slug) > 1 or m.slug == SOURCE})
     if twice:

@@ -52,17 +52,18 @@ def save_lora(unet, folder: Path) -> None:
 
 
 def load_lora(pipe, folder) -> None:
-    """Merge the LoRA of a folder that `save_lora` wrote into a pipeline's UNet: it costs no time.
+    """Merge a LoRA that `save_lora` wrote into a pipeline's UNet: it costs no time then.
 
     Args:
         pipe: of `sdxl.load_pipeline`.
+        folder: its folder or Hub id.
 
     Raises:
         OSError: there is no `LORA_FILE` in the folder.
     """
     # Named, since diffusers refuses to look for the file itself where the network is switched off.
     with sdxl.silence_libraries():
-        pipe.load_lora_weights(str(folder), weight_name=LORA_FILE)
+        pipe.load_lora_weights(sdxl.resolve_model(folder), weight_name=LORA_FILE)
         pipe.fuse_lora(components=["unet"])
         pipe.unload_lora_weights()
 

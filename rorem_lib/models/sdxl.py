@@ -16,6 +16,7 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from rorem_lib.data.remote import talk_to_hub
+from rorem_lib.files import resolve_path
 from rorem_lib.models.hub import has_file, lacks_file
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,9 @@ with silence_libraries():  # they remark that torchvision is missing, which is a
 
 
 def resolve_model(model_id: str) -> str:
-    """`builtin` -> the folder that ships in this package; a folder or a Hub id stays itself.
+    """What opens a model: the folder of `builtin`, a folder of the user's, or a Hub id as it is.
+
+    A relative folder counts from the working folder, and where there is none from the repository.
 
     Raises:
         FileNotFoundError: a path was given that holds no model.
@@ -69,15 +72,15 @@ def resolve_model(model_id: str) -> str:
                 "make it again with `python -m rorem_lib.pretrain all`"
             )
         return str(BUILTIN_FOLDER)
-    path = Path(model_id)
-    if path.is_absolute() or str(model_id).startswith((".", "~", "runs/")):
-        path = path.expanduser()
-        if not path.is_dir():
-            raise FileNotFoundError(
-                f"there is no model folder {path}: run the stage that makes "
-                "it, or take `builtin` or a Hub id"
-            )
-        return str(path)
+    path = Path(model_id).expanduser()
+    for folder in (path, resolve_path(path)):
+        if folder.is_dir():
+            return str(folder)
+    if path.is_absolute() or str(model_id).startswith((".", "runs/")):
+        raise FileNotFoundError(
+            f"there is no model folder {path}: run the stage that makes it, or take `builtin` or a "
+            "Hub id"
+        )
     return str(model_id)
 
 

@@ -30,12 +30,6 @@ STARTED = "stage.started.json"
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy", "papermill")
 
 
-def resolve_model(model_id: str) -> str:
-    """A model id for `load_pipeline`: folders become absolute paths, other ids stay as they are."""
-    folder = resolve_path(model_id)
-    return str(folder) if folder.is_dir() and model_id != "builtin" else model_id
-
-
 def describe_environment() -> dict:
     """Versions of what computes, the commit, and whether tracked files differ from it."""
     versions = {"python": sys.version.split()[0]}
