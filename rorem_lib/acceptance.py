@@ -1,4 +1,4 @@
-"""From a discriminator's scores to decisions: calibration, thresholds, one removal an image.
+"""From a discriminator's scores to decisions: calibration, thresholds, one removal per image.
 
 RORem accepts what its discriminator scores above 0.9 (RORem, sec. 3.2). A raw score of 0.9 promises
 nothing, so here scores are first calibrated on labels - by cross-validation, or the precision would
@@ -313,7 +313,7 @@ def accept_candidates(
         scores: candidate id -> calibrated probability.
         threshold: least probability.
         group_of: candidate id -> its source image (a mapping or a function). Of several removals
-            of one image only the best-scored is kept: the same picture twice teaches nothing.
+            of one image only the best-scored is kept: the same image twice teaches nothing.
 
     Returns:
         Accepted ids in the order of `scores`.
@@ -371,19 +371,19 @@ def describe_roc(scores, labels) -> dict:
 def split_labels(
     answers, groups, fair, *, test_share: float = AcceptanceConfig.test_share, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Split labelled removals into training and test, by picture, with alike shares accepted.
+    """Split labelled removals into training and test, by image, with alike shares accepted.
 
     The test is a fair sample: with active learning it is the random audit share alone.
 
     Args:
         answers: [N] bool, accepted.
-        groups: [N] names of the pictures; no picture is on both sides.
+        groups: [N] names of the images; no image is on both sides.
         fair: [N] bool, whether it belongs to a fair sample of the candidates (`labels.find_fair`).
         test_share: 0..1, wanted share of the labels in the test; less where fair ones are few.
         seed: of the lot.
 
     Returns:
-        Indices into `answers`: training, test. What is not fair of a test picture is in neither.
+        Indices into `answers`: training, test. What is not fair of a test image is in neither.
 
     Raises:
         ValueError: no label is fair, or none is left to train on.
@@ -402,7 +402,7 @@ def split_labels(
         outside = outside[next(splitter.split(answers[fair], answers[fair], groups[fair]))[1]]
     inside = np.flatnonzero(~np.isin(groups, groups[outside]))
     if not len(inside):
-        raise ValueError("no label is left to train on: each picture has one in the audit share")
+        raise ValueError("no label is left to train on: each image has one in the audit share")
     return inside, outside
 
 

@@ -16,7 +16,7 @@ mask | source's latents] at timestep 0; a small convolutional head turns their f
 logit. Differences from upstream, each on purpose: the head is trained (upstream freezes it by
 accident), the loss is binary cross-entropy (a sigmoid is a probability, softplus is not), the head
 reads the first block's features beside the mid block's (blur and seams are small) and pools over
-the picture and over the hole, so that any picture size has one score.
+the image and over the hole, so that any image size has one score.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from rorem_lib.sets import resolve_all
 from rorem_lib.training import distributed, latent_cache, loop
 from rorem_lib.training.config import LoopConfig, parse_config, require_sets, run_job
 from rorem_lib.training.latents import CacheSpec
-from rorem_lib.training.sampler import Order
+from rorem_lib.training.sampler import ShuffledOrder
 
 VERSION = 1  # raise it when the same settings train other weights
 HEAD_FILE = "head.safetensors"
@@ -226,7 +226,7 @@ class Discriminator(nn.Module):
         )
         set_peft_model_state_dict(model.unet, load_file(folder / LORA_FILE))
         model.head.load_state_dict(load_file(folder / HEAD_FILE))
-        device = device or distributed.find_device()
+        device = device or distributed.get_device()
         model.pipe[0].vae.to(device)
         return model.to(device).eval()
 
@@ -236,16 +236,18 @@ class _ScoredLatents(Dataset):
 
     def __init__(self, store, labels, config):
         self.store, self.labels, self.config = store, labels, config
-        self.order = Order(len(labels), config.seed)
+        self.order = ShuffledOrder(len(labels), config.seed)
 
     def __len__(self):
         return sys.maxsize
 
     def __getitem__(self, position):
         rng = np.random.default_rng([self.config.seed, 3, position])
-        index = self.order.find_index(position)
-        twin = int(self.config.random_flip and rng.random() < 0.5)
-        sample = {name: x.float().numpy() for name, x in self.store.read(index, twin=twin).items()}
+        index = self.order.get_index(position)
+        flipped = int(self.config.random_flip and rng.random() < 0.5)
+        sample = {
+            name: x.float().numpy() for name, x in self.store.read(index, flipped=flipped).items()
+        }
         if self.config.random_shift:
             shift = rng.integers(0, sample["gt"].shape[1:])
             sample = {name: np.roll(x, shift, axis=(1, 2)) for name, x in sample.items()}
@@ -299,7 +301,9 @@ class DiscriminatorObjective(loop.Objective):
             triplets,
             self.vae,
             sizes=[(config.resolution, config.resolution)] * len(triplets),
-            spec=CacheSpec(parts=("gt", "source"), resize_mode="squash", twins=config.random_flip),
+            spec=CacheSpec(
+                parts=("gt", "source"), resize_mode="squash", flipped=config.random_flip
+            ),
             root=config.latent_cache_dir,
         )
         return _ScoredLatents(store, labels, config)

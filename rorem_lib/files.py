@@ -39,17 +39,17 @@ def write_text(path, text: str | Iterable[str]) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # on shared storage another host may have an equal pid
-    beside = path.with_name(f".{path.name}.{os.getpid()}.{socket.gethostname()}.partial")
+    tmp_path = path.with_name(f".{path.name}.{os.getpid()}.{socket.gethostname()}.partial")
     try:
-        with open(beside, "w", encoding="utf-8") as stream:
+        with open(tmp_path, "w", encoding="utf-8") as stream:
             stream.writelines([text] if isinstance(text, str) else text)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(beside, path)
+        os.replace(tmp_path, path)
     except OSError as error:
         raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
     finally:
-        beside.unlink(missing_ok=True)
+        tmp_path.unlink(missing_ok=True)
     return path
 
 
@@ -58,15 +58,15 @@ def write_json(path, value) -> Path:
     return write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def replace_folder(beside, path) -> Path:
-    """Put a file or folder that was written `beside` in the place of `path`.
+def replace_folder(tmp_path, path) -> Path:
+    """Put a file or folder that was written at `tmp_path` in the place of `path`.
 
     No half of either is ever found there. A folder that is replaced has its hidden name for a
     moment before the new one has its place.
     """
-    beside, path = Path(beside), Path(path)
+    tmp_path, path = Path(tmp_path), Path(path)
     aside = _move_aside(path)
-    os.replace(beside, path)
+    os.replace(tmp_path, path)
     shutil.rmtree(aside, ignore_errors=True)
     return path
 

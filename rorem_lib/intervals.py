@@ -1,7 +1,7 @@
 """Uncertainty of what a test set measures: intervals of shares, paired differences, their tests.
 
-500 test pictures leave about 4 points of chance in a success rate (95 %), so no rate stands without
-its interval, and two methods are compared picture by picture.
+500 test images leave about 4 points of chance in a success rate (95 %), so no rate stands without
+its interval, and two methods are compared image by image.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ _CHUNK = 4_000_000  # numbers held at once while resampling
 
 @dataclass(frozen=True)
 class Comparison:
-    """A paired comparison of two methods on the same pictures.
+    """A paired comparison of two methods on the same images.
 
     Attributes:
         difference: mean of the first minus mean of the second; points (0..100) for yes / no.
         low, high: 95 % interval of the difference from a paired bootstrap, same unit.
         p_value: McNemar's exact two-sided test; None for measures that are not yes / no.
-        only_first, only_second: pictures on which one alone succeeds; None as above.
-        n: number of pictures.
+        only_first, only_second: images on which one alone succeeds; None as above.
+        n: number of images.
     """
 
     difference: float
@@ -62,7 +62,7 @@ def bootstrap_mean(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean of `values` [N].
 
-    Resampling N pictures is drawing how often each distinct value comes (multinomial), which is
+    Resampling N images is drawing how often each distinct value comes (multinomial), which is
     the same distribution and, for yes / no values, much less work.
 
     Raises:
@@ -85,7 +85,7 @@ def bootstrap_mean(
 
 
 def compare_paired(a, b, *, seed: int = 0, resamples: int = RESAMPLES) -> Comparison:
-    """Compare two methods on the same pictures, in the same order.
+    """Compare two methods on the same images, in the same order.
 
     Args:
         a, b: [N] bool (or 0 / 1) successes, or [N] float measures such as PSNR in dB.
@@ -101,7 +101,7 @@ def compare_paired(a, b, *, seed: int = 0, resamples: int = RESAMPLES) -> Compar
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a.shape != b.shape or a.ndim != 1:
         raise ValueError(
-            f"a paired comparison needs the same pictures on both sides, not "
+            f"a paired comparison needs the same images on both sides, not "
             f"{a.shape} and {b.shape} values"
         )
     binary = bool(np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all())

@@ -1,6 +1,6 @@
 """Metrics of one removal against the truth, one a function.
 
-Pictures are uint8 [H, W, 3], masks and effect maps uint8 [H, W]; white (>= 128) in a mask is the
+Images are uint8 [H, W, 3], masks and effect maps uint8 [H, W]; white (>= 128) in a mask is the
 hole. All PSNRs are in dB over 0..255. No metric here says whether a removal is good: PSNR prefers a
 blurred mean, so success is judged apart (see `rorem_lib.evaluation.evaluate`).
 """
@@ -15,7 +15,7 @@ from skimage.metrics import structural_similarity
 
 logger = logging.getLogger(__name__)
 
-PSNR_LIMIT = 100.0  # dB given to identical pictures, so that means stay finite
+PSNR_LIMIT = 100.0  # dB given to identical images, so that means stay finite
 EFFECT_LEVEL = 8  # grey levels by which a shadow or reflection must change a pixel to count
 EFFECT_PIXELS = 20  # with fewer such pixels there is no shadow to measure
 
@@ -24,14 +24,14 @@ def psnr(a: np.ndarray, b: np.ndarray, where: np.ndarray | None = None) -> float
     """Peak signal-to-noise ratio in dB, at most `PSNR_LIMIT`.
 
     Args:
-        a, b: uint8 pictures of the same shape.
+        a, b: uint8 images of the same shape.
         where: bool [H, W]; only these pixels count (all of them without it).
 
     Raises:
         ValueError: the shapes differ, or no pixel counts.
     """
     if a.shape != b.shape:
-        raise ValueError(f"PSNR compares pictures of one shape, not {a.shape} and {b.shape}")
+        raise ValueError(f"PSNR compares images of one shape, not {a.shape} and {b.shape}")
     error = (a.astype(np.float64) - b) ** 2
     if where is not None:
         error = error[where]
@@ -83,13 +83,13 @@ def ssim_hole(result: np.ndarray, truth: np.ndarray, mask: np.ndarray) -> float:
     """Structural similarity (-1..1), its map averaged in the hole (Wang et al. 2004, sigma 1.5).
 
     Raises:
-        ValueError: the mask is empty, the shapes differ, or the picture is under 11 px.
+        ValueError: the mask is empty, the shapes differ, or the image is under 11 px.
     """
     hole = mask >= 128
     if not hole.any():
         raise ValueError("SSIM of no pixels: the mask is empty")
     rows, columns = np.nonzero(hole.any(axis=1))[0], np.nonzero(hole.any(axis=0))[0]
-    # The window reaches 5 px: the rest of the picture has no say, but costs most of the time.
+    # The window reaches 5 px: the rest of the image has no say, but costs most of the time.
     near = np.s_[max(0, rows[0] - 6) : rows[-1] + 7, max(0, columns[0] - 6) : columns[-1] + 7]
     if min(hole[near].shape) < 11:  # a small hole in a corner
         near = np.s_[:, :]

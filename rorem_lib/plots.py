@@ -1,4 +1,4 @@
-"""Figures of arrays and records: pictures side by side, losses, scores, labels.
+"""Figures of arrays and records: images side by side, losses, scores, labels.
 
 `data.figures` draws triplets and sets, `evaluation.figures` compares methods. Colours are
 safe for colour-blind readers (Okabe and Ito).
@@ -49,7 +49,7 @@ def make_axes(width: float, height: float, columns: int = 1, rows: int = 1, **op
     return figure, axes
 
 
-# --------------------------------------------------------------------------------- pictures
+# --------------------------------------------------------------------------------- images
 
 
 def plot_grid(
@@ -62,19 +62,19 @@ def plot_grid(
     cell: int = 128,
     height: int | None = None,
 ) -> Figure:
-    """Rows of pictures side by side.
+    """Rows of images side by side.
 
     Args:
-        pictures: rows of uint8 [H, W, 3] or [H, W]; None leaves a cell empty.
+        images: rows of uint8 [H, W, 3] or [H, W]; None leaves a cell empty.
         column_titles, row_titles: above and left of the grid.
-        captions: a short text under each picture, rows as in `pictures`.
-        frames: around each picture a colour, blue for True (accepted), vermilion for False
+        captions: a short text under each image, rows as in `images`.
+        frames: around each image a colour, blue for True (accepted), vermilion for False
             (rejected), None for none.
-        cell: side of a cell in pixels; small pictures are enlarged without smoothing.
-        height: of a cell in pixels, where pictures are wider than high; `cell` if None.
+        cell: side of a cell in pixels; small images are enlarged without smoothing.
+        height: of a cell in pixels, where images are wider than high; `cell` if None.
     """
     if not pictures or not any(len(row) for row in pictures):
-        raise ValueError("there are no pictures to show")
+        raise ValueError("there are no images to show")
     rows, columns = len(pictures), max(len(row) for row in pictures)
     gap = max(6, cell // 16)
     lines = max((text.count("\n") + 1 for row in captions for text in row), default=0)
@@ -87,7 +87,7 @@ def plot_grid(
             if picture is None:
                 continue
             top, left = r * step_y + gap // 2, c * step_x + gap // 2
-            frame = _find_frame(frames[r][c]) if frames else None
+            frame = _choose_frame(frames[r][c]) if frames else None
             if frame:
                 edge = max(2, gap // 2 - 1)
                 canvas[top - edge : top + tall + edge, left - edge : left + cell + edge] = [
@@ -118,14 +118,14 @@ def plot_grid(
     return figure
 
 
-def _find_frame(mark) -> str | None:
+def _choose_frame(mark) -> str | None:
     if mark is None or mark != mark:  # NaN is how a table says that nobody judged
         return None
     return mark if isinstance(mark, str) else BLUE if mark else VERMILION
 
 
 def _fit_cell(picture: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Any picture as [height, width, 3], its aspect kept on white."""
+    """Any image as [height, width, 3], its aspect kept on white."""
     picture = np.asarray(picture)
     if picture.ndim == 2:
         picture = np.repeat(picture[..., None], 3, axis=2)
@@ -292,16 +292,17 @@ def plot_label_summary(labels: Sequence) -> Figure:
                 for who in people
             ]
         )
-        share = counts / np.maximum(1, [sum(x.annotator == who for x in labels) for who in people])
+        total = np.maximum(1, [sum(x.annotator == who for x in labels) for who in people])
+        fraction = counts / total
         axes[1].barh(
             names,
-            share,
+            fraction,
             left=left,
             color=REASON_COLOURS.get(reason, YELLOW),
             label=reason,
             edgecolor="white",
         )
-        left += share
+        left += fraction
     axes[0].set_xlabel("labels", fontsize=8)
     axes[1].set_xlabel("share of the annotator's labels rejected for", fontsize=8)
     axes[1].xaxis.set_major_formatter(PercentFormatter(1, decimals=0))

@@ -10,7 +10,7 @@ Reads nothing: scenes are rendered as they are needed. Writes in `output_dir` a 
 stage and the pipeline `model/`.
 
 `all` trains the autoencoder (twice: on the scenes the base sees, then on the wide ones), then the
-base UNet the way SDXL-inpainting was trained (random masks, the picture itself as target, objects
+base UNet the way SDXL-inpainting was trained (random masks, the image itself as target, objects
 included), and writes the pipeline. The base so learns to paint plausible things into holes,
 objects among them: what RORem starts from (RORem, Table 1, "Base"). Every training resumes when
 it is started again.
@@ -112,7 +112,7 @@ class PretrainConfig(LoopConfig):
 def draw_free_mask(rng: np.random.Generator, size: int) -> np.ndarray:
     """A random mask that knows nothing of the objects, uint8 [size, size] 0/255.
 
-    Blobs and strokes, a rectangle, half of the picture or all of it, as inpainting models are
+    Blobs and strokes, a rectangle, half of the image or all of it, as inpainting models are
     pre-trained (LaMa and SDXL-inpainting style random masks).
     """
     mask = np.zeros((size, size), np.uint8)
@@ -184,7 +184,7 @@ class AutoencoderObjective(loop.Objective):
 
     def compute_loss(self, model, batch):
         images = sdxl.to_tensor(batch["image"])
-        half = len(images) // 2  # the encoder also sees pictures with a hole
+        half = len(images) // 2  # the encoder also sees images with a hole
         mask = batch["mask"].float()
         mask[half:] = 0
         images = sdxl.mask_source(images, mask)
@@ -366,15 +366,15 @@ def main(arguments: list[str] | None = None) -> None:
             f"usage: python -m rorem_lib.pretrain {'|'.join(STAGES)}|export|all "
             "[--option value ...]"
         )
-    wish = arguments.pop(0)
+    requested = arguments.pop(0)
     for name, settings in STAGES.items():
-        if wish in (name, "all"):
+        if requested in (name, "all"):
             given = parse_config(
                 PretrainConfig,
                 [*(w for k, v in settings.items() for w in (f"--{k}", str(v))), *arguments],
             )
             run_stage(name, given)
-    if wish in ("export", "all"):
+    if requested in ("export", "all"):
         root = Path(parse_config(PretrainConfig, arguments).output_dir)
         folder = export_model(
             str(root / "widen" / "vae"), str(root / "anneal" / "unet"), root / "model"

@@ -11,7 +11,7 @@
 Reads a remover and the sources and masks of triplet sets. Writes in `output_dir` the triplet set
 `candidates/`, whose GT is the removal, and `train_metrics.json`. Started again, it goes on.
 
-The stock `StableDiffusionXLInpaintPipeline` does the work. Every picture has a generator of its
+The stock `StableDiffusionXLInpaintPipeline` does the work. Every image has a generator of its
 own, so a removal does not depend on the batch it was in, nor on how many processes shared the work.
 """
 
@@ -81,8 +81,8 @@ class GenerateConfig:
 def generate_candidates(config: GenerateConfig) -> dict:
     """Write `<output_dir>/candidates`, a triplet set whose GT is the removal; resumable.
 
-    Ids are the pictures' own, with `-s<k>` behind them where several seeds were used. What another
-    remover, other settings or other pictures left there is set aside.
+    Ids are the images' own, with `-s<k>` behind them where several seeds were used. What another
+    remover, other settings or other images left there is set aside.
 
     Returns:
         `{"n_images", "n_removals", "seconds", "removals_per_second", "num_processes"}`.
@@ -95,12 +95,12 @@ def generate_candidates(config: GenerateConfig) -> dict:
     require_sets(config)
     # Unlike `Accelerator`, it does not ask the environment whether it shall stay on the CPU, and
     # would take each of several CPU processes for the only one.
-    state = PartialState(cpu=distributed.find_device() == "cpu")
+    state = PartialState(cpu=distributed.get_device() == "cpu")
     metas = resolve_all(config.meta_path)
     triplets = read_triplets(metas, require_gt=False)[config.start :]
     triplets = triplets[: config.count] if config.count else triplets
     if not triplets:
-        raise ValueError(f"no pictures at {config.meta_path} from number {config.start} on")
+        raise ValueError(f"no images at {config.meta_path} from number {config.start} on")
     wanted = [
         (t, k, config.start + i)
         for i, t in enumerate(triplets)
@@ -129,7 +129,7 @@ def generate_candidates(config: GenerateConfig) -> dict:
                 part = todo[begin : begin + 4 * config.batch_size]
                 pictures = [load_images(t) for t, _, _ in part]
                 wide = [
-                    masks.dilate_mask(masks.binarise_mask(p["mask"]), _find_dilation(k, config))
+                    masks.dilate_mask(masks.binarise_mask(p["mask"]), _get_dilation(k, config))
                     for p, (_, k, _) in zip(pictures, part)
                 ]
                 removed = remove(
@@ -142,7 +142,7 @@ def generate_candidates(config: GenerateConfig) -> dict:
                         **triplet.extra,
                         "remover": method,
                         "seed": k,
-                        "dilate": _find_dilation(k, config),
+                        "dilate": _get_dilation(k, config),
                         "group": triplet.group,
                     }
                     writer.add(
@@ -182,8 +182,8 @@ def _list_methods(config: GenerateConfig) -> list[str]:
     return [config.pretrained_model_name_or_path, *config.also]
 
 
-def _find_dilation(k: int, config: GenerateConfig) -> int:
-    """By how many pixels the mask of a picture's removal number `k` is widened."""
+def _get_dilation(k: int, config: GenerateConfig) -> int:
+    """By how many pixels the mask of an image's removal number `k` is widened."""
     return config.dilate[k % len(config.dilate)]
 
 

@@ -12,7 +12,7 @@ pipeline `remover/`, `metrics.jsonl`, `train_metrics.json`, `checkpoint-<step>/`
 `validation_images/`. Started again, it goes on from the latest checkpoint.
 
 The UNet sees [noisy GT latents | mask | latents of the source with its hole blanked] and learns
-to predict the noise (or velocity, as the model's scheduler says) of GT: the picture without the
+to predict the noise (or velocity, as the model's scheduler says) of GT: the image without the
 object, its shadow gone. The prompt is always empty.
 """
 
@@ -34,11 +34,11 @@ from rorem_lib.parameters import option
 from rorem_lib.sets import resolve
 from rorem_lib.training import distributed, loop, tracking
 from rorem_lib.training.config import LoopConfig, parse_config, require_sets, run_job
-from rorem_lib.training.dataset import PictureReader, Share, TripletSamples, weigh_buckets
+from rorem_lib.training.dataset import PictureReader, TrainingMix, TripletDataset, weigh_buckets
 from rorem_lib.training.latent_cache import open_store
 from rorem_lib.training.latents import CacheSpec, encode_pictures
 from rorem_lib.training.memory import count_flops
-from rorem_lib.training.sampler import BucketOrder, split_chunks
+from rorem_lib.training.sampler import BucketSampler, split_chunks
 from rorem_lib.training.validation import Validation
 
 VERSION = 1  # raise it when the same settings train other weights
@@ -155,12 +155,12 @@ class RemoverConfig(LoopConfig):
     comments: str = option("", "a note that is kept with the run")
 
     def make_spec(self) -> CacheSpec:
-        """How pictures become latents."""
+        """How images become latents."""
         return CacheSpec(
             dtype=self.latent_dtype,
             resize_mode=self.resize_mode,
             center_crop=self.center_crop,
-            twins=self.random_flip,
+            flipped=self.random_flip,
             mask_variants=self.mask_variants,
             mask_dilate_max=self.mask_dilate_max,
             mask_loosen=self.mask_loosen,
@@ -225,7 +225,7 @@ class RemoverObjective(loop.Objective):
         if not any(p.requires_grad for p in unet.parameters()):
             raise ValueError(f"trainable_modules {list(endings)}: no module's name ends so")
 
-    def list_shares(self) -> list[Share]:
+    def list_mixes(self) -> list[TrainingMix]:
         """The triplets of each resolution; those scored below 0.5 and empty sets left out."""
         config = self.config
         given = [(config.meta_path, config.resolution, 1.0)]
@@ -235,8 +235,8 @@ class RemoverObjective(loop.Objective):
                 (config.meta_path, config.resolution, 1 - high),
                 (config.high_resolution_meta_path, config.high_resolution, high),
             ]
-        shares = []
-        for paths, resolution, share in given:
+        mixes = []
+        for paths, resolution, fraction in given:
             sets = [
                 [
                     t
@@ -245,44 +245,44 @@ class RemoverObjective(loop.Objective):
                 ]
                 for path in paths
             ]
-            if config.max_train_samples and not shares:
+            if config.max_train_samples and not mixes:
                 sets = _take(sets, config.max_train_samples)
             if sets := [part for part in sets if part]:
-                shares.append(Share(sets, resolution, share))
-        if not shares:
+                mixes.append(TrainingMix(sets, resolution, fraction))
+        if not mixes:
             raise ValueError(
                 f"there is nothing to train on: the training set is empty "
                 f"({', '.join(config.meta_path)})"
             )
-        return shares
+        return mixes
 
     def make_dataset(self):
         config, spec = self.config, self.config.make_spec()
-        shares, readers, shapes, least = self.list_shares(), [], [], []
-        for share in shares:
-            sizes = share.assign_shapes(
-                unit=sdxl.find_unit(self.pipe),
+        mixes, readers, shapes, min_timestep = self.list_mixes(), [], [], []
+        for mix in mixes:
+            sizes = mix.assign_shapes(
+                unit=sdxl.get_unit(self.pipe),
                 buckets=config.aspect_buckets,
                 step=config.bucket_step,
-                least=max(1, self.global_batch // 4),
+                min_images=max(1, self.global_batch // 4),
             )
-            for part, of_part in zip(share.sets, sizes):
+            for part, of_part in zip(mix.sets, sizes):
                 readers.append(self._read(part, of_part, spec))
-                least += [
+                min_timestep += [
                     config.removal_min_timestep if t.extra.get("accepted_by") else 0 for t in part
                 ]
             shapes.append([size for of_part in sizes for size in of_part])
-        found, members, weights = weigh_buckets(shares, shapes)
+        found, members, weights = weigh_buckets(mixes, shapes)
         self.shapes = dict.fromkeys(found, 0.0)  # (h, w) in px -> share of the steps
         for shape, weight in zip(found, weights):
             self.shapes[shape] += weight / sum(weights)
-        self.metrics["train_size"] = len(least)
-        return TripletSamples(
+        self.metrics["train_size"] = len(min_timestep)
+        return TripletDataset(
             readers,
             members=members,
-            least=np.array(least),
+            min_timestep=np.array(min_timestep),
             seed=config.seed,
-            order=BucketOrder(
+            order=BucketSampler(
                 [len(m) for m in members], weights, seed=config.seed, global_batch=self.global_batch
             ),
             flip=config.random_flip,
@@ -322,8 +322,8 @@ class RemoverObjective(loop.Objective):
         # Backward computes gradients of activations and of weights; frozen weights need none.
         passes = 3 if all(p.requires_grad for p in model.parameters()) else 2
         return passes * sum(
-            share * count_flops(model, height // factor, width // factor)
-            for (height, width), share in self.shapes.items()
+            fraction * count_flops(model, height // factor, width // factor)
+            for (height, width), fraction in self.shapes.items()
         )
 
     def make_validation(self):
@@ -333,7 +333,7 @@ class RemoverObjective(loop.Objective):
 
     def split_batch(self, batch):
         """Chunks of a micro-batch of high resolution that need no more memory than one of normal
-        resolution, or single pictures where even one is larger."""
+        resolution, or single images where even one is larger."""
         height, width = batch["noise"].shape[-2:]
         factor = self.pipe.vae_scale_factor
         return split_chunks(batch, self._count_at_once(), height * width * factor**2)
@@ -344,7 +344,7 @@ class RemoverObjective(loop.Objective):
 
     def encode_batch(self, batch) -> dict:
         """`gt`, `masked` [B, 4, h, w] and `mask` [B, 1, h, w] float32, encoded here where the
-        batch has pictures."""
+        batch has images."""
         if self.config.cache_latents:
             return {name: batch[name].float() for name in ("gt", "masked", "mask")}
         pictures = {name: batch[name] for name in ("gt", "source", "mask")}
@@ -375,8 +375,8 @@ class RemoverObjective(loop.Objective):
 
         Args:
             model: the UNet, as it is or wrapped.
-            batch: `noise` [B, 4, h, w], `timestep` [B] from 0 to 999, `least` [B] (the timestep
-                below which a hole does not count), and latents or images (`encode_batch`).
+            batch: `noise` [B, 4, h, w], `timestep` [B] from 0 to 999, `min_timestep` [B]
+                (below it a hole does not count), and latents or images (`encode_batch`).
 
         Returns:
             The loss, and its parts by quarters of the timesteps.
@@ -401,7 +401,7 @@ class RemoverObjective(loop.Objective):
         error = (predicted - target).square()
         # Weights w [B, 1, h, w]: 1 + mask_weight in the hole; 0 in the hole of a removal below its
         # timestep. sum(w e) / sum(w) an image, so that large holes do not outweigh small ones.
-        counts = (t >= batch["least"])[:, None, None, None]
+        counts = (t >= batch["min_timestep"])[:, None, None, None]
         weight = torch.where(counts, 1 + config.mask_weight * mask, 1 - mask)
         error = (weight * error).mean(dim=(1, 2, 3)) / weight.mean(dim=(1, 2, 3)).clamp(min=1e-3)
         if config.snr_gamma:

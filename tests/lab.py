@@ -131,7 +131,7 @@ class Annotating:
         return [(e["id"], e.get("label", "undo"), e.get("reason")) for e in events]
 
     def change(self, act):
-        """Do something that moves to another picture; the id it was done to."""
+        """Do something that moves to another image; the id it was done to."""
         before = self.shown
         act()
         self.page.wait_for_function(

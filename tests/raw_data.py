@@ -1,6 +1,6 @@
 """Small raw data of every source, laid out as its publisher distributes it, faults included.
 
-The pictures are cut from photographs that scikit-image and scikit-learn bring along; the objects
+The images are cut from photographs that scikit-image and scikit-learn bring along; the objects
 are ellipses of other photographs, with a soft shadow where the source has shadows. Some items are
 broken as downloads are: truncated files, missing masks, labels without polygons.
 
@@ -59,7 +59,7 @@ def write_raw(name: str, folder: str | Path) -> dict:
     return {"groups": found["counts"]} | found
 
 
-# ------------------------------------------------------------------------------------- pictures
+# ------------------------------------------------------------------------------------- images
 
 
 @dataclass
@@ -93,7 +93,7 @@ def make_view(number: int, size: tuple[int, int] = SIZE) -> np.ndarray:
 def place_object(kind: str, size: tuple[int, int], left: float, scale: float = 0.55):
     """An object on a transparent layer [H, W, 4], and its outline [N, 2] in px.
 
-    `left` is the share of the room that is left of it, `scale` its height's of the picture's.
+    `left` is the share of the room that is left of it, `scale` its height's of the image's.
     """
     _, photo, (x0, y0, x1, y1) = KINDS[kind]
     width, height = size
@@ -145,7 +145,7 @@ def make_scene(
 
 
 def lay(under: np.ndarray, *layers: np.ndarray) -> np.ndarray:
-    """RGBA layers over a picture, the last on top."""
+    """RGBA layers over an image, the last on top."""
     under = under.astype(float)
     for layer in layers:
         share = layer[..., 3:] / 255
@@ -190,7 +190,7 @@ def _name_video(number: int) -> str:
 
 
 def _write_label(path: Path, *polygons: tuple[str, np.ndarray], width: int = SIZE[0]) -> None:
-    """Polygons are (Class_ID, [N, 2] px of the picture); the label is drawn on 1920 px."""
+    """Polygons are (Class_ID, [N, 2] px of the image); the label is drawn on 1920 px."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
         json.dumps(
@@ -406,7 +406,7 @@ def _mulan_decomposed(folder):
     }
 
 
-# -------------------------------------------------------------- pictures with masks, without GT
+# -------------------------------------------------------------- images with masks, without GT
 
 
 @layout
@@ -417,7 +417,7 @@ def _open_images(folder):
         split, image = "validation" if number > 8 else "train", f"{number:x}a1b2c3d4e5f6071"
         scene = make_scene(number, (256, 171), shadow=False)
         picture = folder / split / f"{image}.jpg"
-        if number == 7:  # the camera was held upright; the mask is of the picture as it was shot
+        if number == 7:  # the camera was held upright; the mask is of the image as it was shot
             exif = Image.Exif()
             exif[0x0112] = 6
             put(picture, scene.source, exif=exif.tobytes())
@@ -486,7 +486,7 @@ def _high_resolution(folder):
         "options": {"size": 256, "min_side": 256, "margin": 16},
         "counts": {"pool": 4, "test": 1},
         "groups": {"pool": 3, "test": 1},
-        "rejected": {"empty mask": 1, "no mask": 1, "no picture": 1, "small picture": 1},
+        "rejected": {"empty mask": 1, "no mask": 1, "no image": 1, "small image": 1},
     }
 
 

@@ -3,7 +3,7 @@
     accelerate launch --config_file … tests/sharded_job.py RUNS.json
 
 RUNS.json is a list of trainings, done one after the other. Each has a `LoopConfig`'s options and
-`kind` (what has to come of it, as `distributed.find_kind` says), `model` ("unet", "lora" or
+`kind` (what has to come of it, as `distributed.get_kind` says), `model` ("unet", "lora" or
 "plain"), `chunks` (of a micro-batch), `sgd` (plain steps of size 1: how far the weights move is
 then the clipped norm), `fused` (AdamW), `channels_last`, `die` (a place in the second checkpoint
 where it kills itself, see `die_at`), `full` ([rank, bytes]: no file of that process may be larger
@@ -159,7 +159,7 @@ def run(options: dict) -> dict:
         ),
         kwargs_handlers=distributed.make_handlers("cpu"),
     )
-    assert distributed.find_kind(accelerator) == kind, distributed.find_kind(accelerator)
+    assert distributed.get_kind(accelerator) == kind, distributed.get_kind(accelerator)
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     set_seed(config.seed)
@@ -193,7 +193,7 @@ def run(options: dict) -> dict:
         "norms": [],
         "rates": [],
     }
-    for positions in sampler.Positions(config, accelerator, first):
+    for positions in sampler.PositionSampler(config, accelerator, first):
         with accelerator.accumulate(model):
             noise = 1 + 0.01 * torch.randn(()).item()  # of the state a checkpoint restores
             chunks, losses = options.get("chunks", 1), []

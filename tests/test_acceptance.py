@@ -1,4 +1,4 @@
-"""Acceptance: calibration is honest, thresholds mean what they say, one removal an image."""
+"""Acceptance: calibration is honest, thresholds mean what they say, one removal per image."""
 
 import dataclasses
 import json

@@ -368,7 +368,7 @@ def test_progress(tmp_path, triplets):
 
 
 def test_items_are_sent_when_asked_for_and_a_broken_file_stops_nothing(session, triplets):
-    triplets[1].gt.write_bytes(b"no picture")
+    triplets[1].gt.write_bytes(b"no image")
     (good, pictures), (bad, nothing) = session.fetch([0, 1])
     assert good["id"] == "c0" and good["size"] == [32, 32] and len(pictures) == 2
     assert triplets[1].gt.name in bad["error"] and nothing == []

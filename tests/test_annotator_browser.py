@@ -117,7 +117,7 @@ def test_labelling_by_keyboard_in_jupyterlab(page, lab, folder):
     me.focus()
     cells = page.locator(".jp-Cell").count()
 
-    # a decision a key, each in the log when the next picture is on screen
+    # a decision a key, each in the log when the next image is on screen
     expected = []
     for key, label, reason in [
         ("a", "accept", None),
@@ -142,12 +142,12 @@ def test_labelling_by_keyboard_in_jupyterlab(page, lab, folder):
     # a key that is held counts once, however long
     expected.append((me.change(lambda: page.keyboard.down("a")), "accept", None))
     for _ in range(3):
-        page.keyboard.down("a")  # with the next picture on screen: the browser calls it a repeat
+        page.keyboard.down("a")  # with the next image on screen: the browser calls it a repeat
         page.wait_for_timeout(30)
     page.keyboard.up("a")
     assert me.saved == expected
 
-    # keys while a decision is being saved, or before the next picture is on screen, do not count
+    # keys while a decision is being saved, or before the next image is on screen, do not count
     page.evaluate(
         """selector => {
             const root = document.querySelector(selector);
@@ -189,7 +189,7 @@ def test_labelling_by_keyboard_in_jupyterlab(page, lab, folder):
     expected.append((undone, "undo", None))
     assert me.saved == expected
 
-    # who still holds the flicker key decides, and sees the next picture as it is
+    # who still holds the flicker key decides, and sees the next image as it is
     page.keyboard.down("f")
     page.wait_for_timeout(400)
     expected.append((me.press("a"), "accept", None))
@@ -199,7 +199,7 @@ def test_labelling_by_keyboard_in_jupyterlab(page, lab, folder):
     expected.append((undone, "undo", None))
     assert me.saved == expected
 
-    # without NumLock the pad's keys are arrows: they move the picture and label nothing
+    # without NumLock the pad's keys are arrows: they move the image and label nothing
     plain = me.grab_canvas(1)
     for key, code, back in (
         ("ArrowDown", "Numpad2", "ArrowUp"),
@@ -276,7 +276,7 @@ def test_labelling_by_keyboard_in_jupyterlab(page, lab, folder):
     assert me.saved == expected and before != undone
     expected.append((me.press("1"), "reject", "incomplete removal"))
 
-    # a full disk is told, and the picture stays until it is saved
+    # a full disk is told, and the image stays until it is saved
     me.focus()
     aside = me.log.rename(me.log.with_suffix(".aside"))
     me.log.symlink_to("/dev/full")
@@ -329,7 +329,7 @@ def test_labelling_by_keyboard_in_jupyterlab(page, lab, folder):
 
 
 def draw_by_hand(picture, box, shape):
-    """What a pane of [H, W] should show: the box [x0, y0, x1, y1] of a picture, as it fits."""
+    """What a pane of [H, W] should show: the box [x0, y0, x1, y1] of an image, as it fits."""
     (height, width), (x0, y0, x1, y1) = shape, box
     scale = min(width / (x1 - x0), height / (y1 - y0))
     left = round(width / 2 - (x0 + x1) / 2 * scale)
@@ -372,7 +372,7 @@ def test_panes_show_the_files_and_keys_leave_jupyterlabs_bar_alone(page, lab, fo
     page.wait_for_timeout(500)
     asked = []
     page.on("request", lambda request: asked.append(request.url))
-    for _ in range(2):  # of the second picture as of the first
+    for _ in range(2):  # of the second image as of the first
         assert find_error(whole) < 5
         page.keyboard.press("z")
         page.wait_for_timeout(500)  # it is decoded in full now

@@ -98,7 +98,7 @@ def _check_record(triplet, data, pool):
     assert len(extra["sha256"]) == 64 and len(extra["phash"]) == 16
     raw_file = data / extra["file"]
     assert not os.path.isabs(extra["file"])
-    if raw_file.is_file() and raw_file.suffix != ".parquet":  # else it is the picture's own hash
+    if raw_file.is_file() and raw_file.suffix != ".parquet":  # else it is the image's own hash
         assert extra["sha256"] == hash_file(raw_file)
     if not pool:
         assert extra["change_inside"] > max(10, 4 * extra["change_outside"])
@@ -274,7 +274,7 @@ def test_raw_data_can_be_written_to_try_the_notebook_on(tmp_path):
             "the source rord has no option frmaes; it has frames=0",
         ),
         ({"input_dir": "figures"}, "has none of the layouts that can be imported; it holds a.txt"),
-        ({"min_side": 4000}, "every item was rejected, most for: small picture"),
+        ({"min_side": 4000}, "every item was rejected, most for: small image"),
     ],
 )
 def test_what_cannot_be_assembled_is_said_in_the_notebook(changes, words, tmp_path):

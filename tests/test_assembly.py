@@ -228,10 +228,10 @@ def test_near_duplicates_are_found_within_the_set_and_against_evaluation_sets(tm
     save_image(raw / "mask/d.png", _mask(80))
     save_image(raw / "GT/d.png", _remove(np.array(twin), _mask(80)))
     records[3]["source"] = "source/d.jpg"
-    for name in "ce":  # two masks over one picture: one group, no duplicates of each other
+    for name in "ce":  # two masks over one image: one group, no duplicates of each other
         save_image(raw / f"source/{name}.png", _texture(2))
         save_image(raw / f"GT/{name}.png", _remove(_texture(2), _mask()))
-    records[2]["group"] = records[4]["group"] = "picture 2"
+    records[2]["group"] = records[4]["group"] = "image 2"
     _write_meta(raw, records)
     with TripletWriter(tmp_path / "evaluation") as writer:
         writer.add(id="x", source=cv2.resize(_texture(1), (160, 160)), mask=_mask(160))
@@ -245,7 +245,7 @@ def test_near_duplicates_are_found_within_the_set_and_against_evaluation_sets(tm
             "bd", "near-duplicate"
         )
         assert "looks like a of labelled" in found["d"]["message"]
-        assert "evaluation/source/x.png, a picture of an evaluation set" in found["b"]["message"]
+        assert "evaluation/source/x.png, an image of an evaluation set" in found["b"]["message"]
         assert sorted(p.name for p in (tmp_path / "out/labelled/source").iterdir()) == [
             "a.png",
             "c.png",

@@ -173,7 +173,7 @@ def test_upstream_samples_both_latents_and_ours_takes_the_mode(small_sdxl):
             "mask": (2, 1, 8, 8),
         }
         assert found[name]["mask"].unique().tolist() == [0, 1]
-    for part in ("gt", "masked"):  # the two samples are of the same picture
+    for part in ("gt", "masked"):  # the two samples are of the same image
         assert not torch.equal(*found["upstream"][part])
         assert torch.equal(*found["uncached"][part])
     assert torch.equal(found["upstream"]["mask"], found["uncached"]["mask"])

@@ -70,12 +70,12 @@ def _change(made):
 
 
 def _inner(mask):
-    """What lies 4 px within the white, and within the picture."""
+    """What lies 4 px within the white, and within the image."""
     framed = cv2.copyMakeBorder(mask, 1, 1, 1, 1, cv2.BORDER_CONSTANT)
     return cv2.erode(framed, np.ones((9, 9), np.uint8))[1:-1, 1:-1] > 0
 
 
-# ------------------------------------------------------------------------------------ the pictures
+# ------------------------------------------------------------------------------------ the images
 
 
 def test_triplets_have_the_promised_form(folder):
@@ -402,7 +402,7 @@ def test_every_file_is_used_once_before_any_is_used_again(folder):
 
 
 def test_listing_opens_no_picture_and_can_stop_early(folder, monkeypatch):
-    monkeypatch.setattr(Image, "open", lambda *a, **k: pytest.fail("a picture was opened"))
+    monkeypatch.setattr(Image, "open", lambda *a, **k: pytest.fail("an image was opened"))
     items = _source(folder, count=10**6).list_items()
     assert [next(items).id for _ in range(3)][2] == "composite-000002"
 
@@ -506,7 +506,7 @@ def test_small_backgrounds_are_rejected(folder):
     [
         (lambda data: b"", "is empty"),
         (lambda data: data[: len(data) // 2], "truncated or damaged"),
-        (lambda data: b"no picture", "is no picture"),
+        (lambda data: b"no image", "is no image"),
         (None, "does not exist"),
     ],
     ids=["empty", "truncated", "text", "gone"],

@@ -63,7 +63,7 @@ def _run(*words, cwd=None, **environment):
 
 
 def _seeds(folder):
-    """By id the seed of each record, whose pictures must be those of that seed."""
+    """By id the seed of each record, whose images must be those of that seed."""
     found = {}
     for triplet in read_triplets(folder):
         seed = found[triplet.id] = triplet.extra["seed"]
@@ -438,7 +438,7 @@ def test_the_current_folder_and_a_meta_file_can_be_published(tmp_path):
 
 def test_help_names_every_command_and_option():
     for words, parts in (
-        ([], ["check", "merge", "publish", "open every picture"]),
+        ([], ["check", "merge", "publish", "open every image"]),
         (["check"], ["folder", "--allow-absolute", "--allow-outside", "--workers"]),
         (["merge"], ["folder", "sets", "--workers"]),
         (

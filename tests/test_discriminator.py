@@ -1,4 +1,4 @@
-"""The discriminator: its head is trained, its folder is whole, scores are each picture's own."""
+"""The discriminator: its head is trained, its folder is whole, scores are each image's own."""
 
 import json
 from pathlib import Path
@@ -198,7 +198,7 @@ def test_shifts_move_everything_at_once(config):
     shifts = set()
     for position in range(30):
         sample = dataset[position]
-        index = dataset.order.find_index(position)
+        index = dataset.order.get_index(position)
         still = {n: x.float().numpy() for n, x in dataset.store.read(index).items()}
         assert set(still) == {"gt", "mask", "source"}
         side = still["gt"].shape[-1]
@@ -213,7 +213,7 @@ def test_shifts_move_everything_at_once(config):
     assert len(shifts) > 15
     config.random_shift = False
     assert np.array_equal(
-        dataset[0]["gt"], dataset.store.read(dataset.order.find_index(0))["gt"].float().numpy()
+        dataset[0]["gt"], dataset.store.read(dataset.order.get_index(0))["gt"].float().numpy()
     )
 
 

@@ -1,4 +1,4 @@
-"""Evaluation: every method on the same pictures, judged by hidden truth; audits feed nothing."""
+"""Evaluation: every method on the same images, judged by hidden truth; audits feed nothing."""
 
 from dataclasses import replace
 

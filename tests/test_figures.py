@@ -67,7 +67,7 @@ def test_grid_shows_pictures_frames_and_gaps():
         frames=[[plots.BLUE, None, None], [None, None, None]],
     )
     assert shows(figure, "#ff0000") and shows(figure, plots.BLUE) and shows(figure, "#c8c8c8")
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         plots.plot_grid([])
 
 

@@ -45,7 +45,7 @@ def _reject(source, mask, gt, **limits):
 
 def test_each_limit_is_where_it_says():
     source = np.full((200, 200, 3), 100, np.uint8)
-    gt, mask = source.copy(), _mask(source.shape, 40)  # 4 % of the picture
+    gt, mask = source.copy(), _mask(source.shape, 40)  # 4 % of the image
     gt[mask > 0] = 104
     found = check_pictures(
         _pictures(source, mask, gt),
@@ -55,8 +55,8 @@ def test_each_limit_is_where_it_says():
     assert _reject(source, mask, gt, min_mask_area=0.0401) == "mask area"
     assert _reject(source, mask, gt, max_mask_area=0.0399) == "mask area"
     assert _reject(source, mask, gt, min_change=4.1) == "unchanged"
-    assert _reject(source, mask, gt, min_side=201) == "small picture"
-    assert _reject(source[:150], mask[:150], gt[:150], min_side=151) == "small picture"
+    assert _reject(source, mask, gt, min_side=201) == "small image"
+    assert _reject(source[:150], mask[:150], gt[:150], min_side=151) == "small image"
     assert _reject(source, mask[:-1], gt) == "sizes differ"
     assert _reject(source, mask, gt[:, :-1]) == "sizes differ"
     assert _reject(source, mask * 0, gt) == "empty mask"
@@ -303,7 +303,7 @@ def test_a_hundred_thousand_hashes_take_seconds_and_lone_pictures_are_not_opened
 
 
 def _write_flat(folder, *levels, gt=True):
-    """Pictures of one colour: their hashes are alike, they are not."""
+    """Images of one colour: their hashes are alike, they are not."""
     mask = _mask((100, 100), 30)
     with TripletWriter(folder) as writer:
         for number, level in enumerate(levels):

@@ -33,7 +33,7 @@ def _save(path, array):
 
 @pytest.fixture
 def root(tmp_path):
-    """DIV2K and Flickr2K as they are unpacked, with small pictures and some masks."""
+    """DIV2K and Flickr2K as they are unpacked, with small images and some masks."""
     root = tmp_path / "高清 图像"
     for name in (
         "DIV2K_train_HR/0001",
@@ -120,7 +120,7 @@ def test_masks_of_no_picture_are_refused_not_forgotten(root):
     _save(root / "masks" / "0999.png", _mask(40, 30, (5, 5, 9, 9)))
     source = HighResolutionSource(str(root))
     *_, item = source.list_items()
-    with pytest.raises(Rejected, match=r"masks/0999\.png is named like no picture"):
+    with pytest.raises(Rejected, match=r"masks/0999\.png is named like no image"):
         source.load_item(item)
 
 
@@ -165,7 +165,7 @@ def test_the_square_is_the_same_each_time_and_not_always_around_the_middle(tmp_p
 def test_a_large_object_gets_a_larger_cut_that_is_shrunk_with_its_mask(tmp_path):
     _save(tmp_path / "DIV2K_train_HR" / "0001.png", _picture(512, 256))
     _save(tmp_path / "masks" / "0001.png", _mask(512, 256, (100, 64, 356, 192)))
-    pictures = _open(tmp_path, margin=0)  # 256 px wide: the cut is the picture's whole height
+    pictures = _open(tmp_path, margin=0)  # 256 px wide: the cut is the image's whole height
     left, top, right, bottom = pictures.extra["crop"]
     assert (top, bottom, right - left) == (0, 256, 256) and left == 100
     assert pictures.source.array.shape == (128, 128, 3)
@@ -186,7 +186,7 @@ def test_nothing_is_enlarged_and_a_whole_small_picture_is_taken_over(tmp_path):
         assert pictures.mask.array.shape == (80, 100)
     with pytest.raises(Rejected, match=r"is 100x80 px, below 81") as caught:
         _open(tmp_path, min_side=81)
-    assert caught.value.reason == "small picture"
+    assert caught.value.reason == "small image"
 
 
 def test_the_whole_picture_or_its_middle_can_be_taken(root):
@@ -227,7 +227,7 @@ def test_missing_masks_are_explained(root):
         r"model.*0001_1\.png",
     ):
         next(HighResolutionSource(str(root), masks="nowhere").list_items())
-    with pytest.raises(SourceError, match="given for the pictures and for the masks"):
+    with pytest.raises(SourceError, match="given for the images and for the masks"):
         next(HighResolutionSource(str(root / "DIV2K_train_HR"), masks=".").list_items())
 
 

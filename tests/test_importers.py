@@ -16,7 +16,7 @@ from rorem_lib.sources.registry import CLASSES, discover_source, open_source
 
 
 def _touch(root, *names):
-    """Small pictures, by path."""
+    """Small images, by path."""
     for name in names:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -79,5 +79,5 @@ def test_interval_covers_the_truth_about_95_times_of_100():
 
 
 def test_unequal_lengths_are_refused():
-    with pytest.raises(ValueError, match="same pictures"):
+    with pytest.raises(ValueError, match="same images"):
         compare_paired([True], [True, False])

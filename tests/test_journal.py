@@ -218,7 +218,7 @@ def test_what_is_dropped_is_gone_with_its_files_and_nothing_else(tmp_path):
 def test_a_file_of_two_records_stays_when_one_is_dropped(tmp_path):
     _write_set(tmp_path, "a", "b")
     records = json.loads((tmp_path / "meta.json").read_text())
-    records[1]["source"] = "source/a.png"  # two masks over one picture
+    records[1]["source"] = "source/a.png"  # two masks over one image
     write_list(tmp_path / "meta.json", records)
     TripletWriter(tmp_path).close(drop={"a"})
     (triplet,) = read_triplets(tmp_path)

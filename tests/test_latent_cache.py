@@ -64,7 +64,7 @@ Counting.__name__ = "AutoencoderTiny"  # the kind of VAE is a part of the shards
 
 
 def open_small(triplets, vae, folder, **options):
-    """A store of 32 px squares in shards of two, one picture an encoding."""
+    """A store of 32 px squares in shards of two, one image an encoding."""
     given = {"sizes": [(32, 32)] * len(triplets), "shard_size": 2, "batch_size": 1, "root": folder}
     return open_store(triplets, vae, **(given | options))
 
@@ -72,11 +72,11 @@ def open_small(triplets, vae, folder, **options):
 def read_all(store):
     """Every value of a store by what it belongs to."""
     return {
-        (index, twin, variant, name): value.float().numpy()
+        (index, flipped, variant, name): value.float().numpy()
         for index in range(len(store))
-        for twin in range(1 + store.spec.twins)
+        for flipped in range(1 + store.spec.flipped)
         for variant in range(1 + store.spec.mask_variants)
-        for name, value in store.read(index, twin=twin, variant=variant).items()
+        for name, value in store.read(index, flipped=flipped, variant=variant).items()
     }
 
 
@@ -104,10 +104,10 @@ def test_it_holds_what_direct_encoding_gives(vae, triplets, tmp_path, dtype, exa
     assert len(store) == 5 and len(store.paths) == 2
     for number, triplet in enumerate(triplets):
         pictures = load_images(triplet)
-        for twin in (0, 1):
-            found = store.read(number, twin=twin)
+        for flipped in (0, 1):
+            found = store.read(number, flipped=flipped)
             assert set(found) == {"gt", "masked", "source", "mask"}
-            turned = {k: v[:, ::-1].copy() if twin else v for k, v in pictures.items()}
+            turned = {k: v[:, ::-1].copy() if flipped else v for k, v in pictures.items()}
             source, gt = (sdxl.to_tensor(turned[k][None]) for k in ("source", "gt"))
             mask = torch.as_tensor(turned["mask"] >= 128).float()[None, None]
             wanted = {"source": source, "gt": gt, "masked": sdxl.mask_source(source, mask)}
@@ -121,7 +121,7 @@ def test_it_holds_what_direct_encoding_gives(vae, triplets, tmp_path, dtype, exa
 
 
 def test_it_holds_what_training_without_a_cache_encodes(vae, tmp_path):
-    """Wide pictures, perturbed masks, both twins: the same pictures go into the VAE."""
+    """Wide images, perturbed masks, both flipped: the same images go into the VAE."""
     rng = np.random.default_rng(1)
     with TripletWriter(tmp_path / "wide") as writer:
         for number in range(3):
@@ -135,14 +135,14 @@ def test_it_holds_what_training_without_a_cache_encodes(vae, tmp_path):
     store = open_store(triplets, vae, sizes=sizes, spec=spec, root=tmp_path / "cache")
     masks = set()
     for number, size in enumerate(sizes):
-        for twin in (0, 1):
+        for flipped in (0, 1):
             for variant in range(3):
                 pictures = prepare_pictures(
-                    triplets[number], size, spec, twin=twin, variant=variant
+                    triplets[number], size, spec, flipped=flipped, variant=variant
                 )
                 assert pictures["gt"].shape == (*size, 3) and pictures["mask"].shape == size
                 wanted = encode_pictures(vae, {k: x[None] for k, x in pictures.items()}, spec)
-                found = store.read(number, twin=twin, variant=variant)
+                found = store.read(number, flipped=flipped, variant=variant)
                 assert set(found) == set(wanted) == {"gt", "masked", "mask"}
                 for name in ("gt", "masked"):
                     assert found[name].shape == (4, size[0] // 4, size[1] // 4)
@@ -151,7 +151,7 @@ def test_it_holds_what_training_without_a_cache_encodes(vae, tmp_path):
                     )
                 assert torch.equal(found["mask"].float(), wanted["mask"][0])
                 masks.add(pictures["mask"].tobytes())
-    assert len(masks) == 18, "variants or twins are equal"
+    assert len(masks) == 18, "variants or flips are equal"
 
 
 def test_variants_depend_on_the_masks_content_alone(triplets):
@@ -161,7 +161,7 @@ def test_variants_depend_on_the_masks_content_alone(triplets):
     variants = [prepare_pictures(triplets[0], (32, 32), spec, variant=v)["mask"] for v in (1, 2, 3)]
     assert len({v.tobytes() for v in variants}) > 1
     assert all((v[exact > 0] == 255).all() and v.sum() > exact.sum() for v in variants)
-    mirrored = prepare_pictures(triplets[0], (32, 32), spec, variant=2, twin=1)["mask"]
+    mirrored = prepare_pictures(triplets[0], (32, 32), spec, variant=2, flipped=1)["mask"]
     assert np.array_equal(mirrored[:, ::-1], variants[1])
     shutil.copy(triplets[0].mask, triplets[1].mask)  # another triplet, the same mask
     other = prepare_pictures(triplets[1], (32, 32), spec, variant=2)["mask"]
@@ -170,15 +170,15 @@ def test_variants_depend_on_the_masks_content_alone(triplets):
 
 def test_only_what_is_asked_for_is_made_and_read(vae, triplets, tmp_path):
     counting = Counting(vae)
-    store = open_small(triplets, counting, tmp_path, spec=CacheSpec(parts=("gt",), twins=False))
+    store = open_small(triplets, counting, tmp_path, spec=CacheSpec(parts=("gt",), flipped=False))
     assert len(counting.batches) == 5 and set(store.read(4)) == {"gt", "mask"}
-    for index, options in ((5, {}), (-1, {}), (0, {"twin": 1}), (0, {"variant": 1})):
+    for index, options in ((5, {}), (-1, {}), (0, {"flipped": 1}), (0, {"variant": 1})):
         with pytest.raises(IndexError, match="no triplet"):
             store.read(index, **options)
 
 
 def test_what_is_read_does_not_hold_on_to_the_shard(vae, triplets, tmp_path):
-    for value in open_small(triplets, vae, tmp_path).read(1, twin=1).values():
+    for value in open_small(triplets, vae, tmp_path).read(1, flipped=1).values():
         assert value.untyped_storage().nbytes() == value.nbytes and value.is_contiguous()
 
 
@@ -197,12 +197,12 @@ class Reads(torch.utils.data.Dataset):
         return len(self.store)
 
     def __getitem__(self, index):
-        return self.store.read(index, twin=1)
+        return self.store.read(index, flipped=1)
 
 
 def test_workers_read_it(vae, triplets, tmp_path):
     store = open_small(triplets, vae, tmp_path)
-    here = [store.read(index, twin=1) for index in range(5)]  # its files are open before a fork
+    here = [store.read(index, flipped=1) for index in range(5)]  # its files are open before a fork
     loader = torch.utils.data.DataLoader(
         Reads(store), batch_size=None, num_workers=1, multiprocessing_context="fork"
     )
@@ -239,7 +239,7 @@ def test_whatever_latents_depend_on_names_other_files(vae, triplets, tmp_path):
         list_files(size=(32, 48)),
         list_files(of=triplets[::-1]),
         list_files(dtype="bf16"),
-        list_files(twins=False),
+        list_files(flipped=False),
         list_files(resize_mode="squash"),
         list_files(center_crop=True),
         list_files(vae_precision="bf16"),
@@ -270,7 +270,7 @@ def test_an_added_triplet_makes_one_shard_anew(vae, tiny_set, tmp_path):
     open_small(triplets[:5], vae, tmp_path)
     counting = Counting(vae)
     store = open_small(triplets[:6], counting, tmp_path)
-    assert len(counting.batches) == 2 * 4  # two triplets, two parts, two twins
+    assert len(counting.batches) == 2 * 4  # two triplets, two parts, flipped and not
     assert_equal(store, open_small(triplets[:6], vae, tmp_path / "other"))
 
 
@@ -299,7 +299,7 @@ def test_touched_files_are_hashed_again_and_changed_ones_encoded(
         if path.stat().st_size == len(data) and path.read_bytes() != data:
             break
     else:
-        pytest.fail("no picture of the same length was found")
+        pytest.fail("no image of the same length was found")
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as a copying tool does
     counting = Counting(vae)
     store = open_small(triplets, counting, tmp_path / "cache")
@@ -592,7 +592,7 @@ def test_every_triplet_has_a_size_of_its_own(vae, triplets, tmp_path):
 
 
 def test_sizes_that_do_not_suit_are_refused(vae, triplets, tmp_path):
-    with pytest.raises(ValueError, match="pictures of 34x32 px do not suit this VAE"):
+    with pytest.raises(ValueError, match="images of 34x32 px do not suit this VAE"):
         open_small(triplets, vae, tmp_path, sizes=[(34, 32)] * 5)
     with pytest.raises(ValueError, match="5 triplets but 4 sizes"):
         open_small(triplets, vae, tmp_path, sizes=[(32, 32)] * 4)
@@ -614,7 +614,7 @@ def test_large_pictures_are_encoded_few_at_a_time(vae, triplets, tmp_path):
             sizes=[size] * 5,
             root=tmp_path,
             batch_size=4,
-            spec=CacheSpec(parts=("gt",), twins=False),
+            spec=CacheSpec(parts=("gt",), flipped=False),
         )
         assert counting.batches == batches, size
 
@@ -634,7 +634,7 @@ def test_where_memory_does_not_do_a_batch_is_halved(vae, triplets, tmp_path):
         return encode(images)
 
     counting.encode = refuse_three
-    spec = CacheSpec(parts=("gt",), twins=False)
+    spec = CacheSpec(parts=("gt",), flipped=False)
     store = open_small(
         triplets, counting, tmp_path / "cache", spec=spec, batch_size=5, shard_size=5
     )
@@ -714,7 +714,7 @@ def test_encoding_is_not_lowered_by_the_trainings_autocast(vae, triplets):
 def test_sizes_are_read_from_headers(triplets, tmp_path):
     save_image(triplets[1].source, np.zeros((20, 50, 3), np.uint8))
     assert read_sizes(triplets) == [(32, 32), (20, 50)] + [(32, 32)] * 3
-    triplets[2].source.write_bytes(b"no picture")
+    triplets[2].source.write_bytes(b"no image")
     with pytest.raises(TripletError, match=triplets[2].source.name):
         read_sizes(triplets)
 

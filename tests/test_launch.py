@@ -11,7 +11,7 @@ import yaml
 from fake_kit import Kit, kill, wait_until
 
 from rorem_lib.runner import launch
-from rorem_lib.runner.launch import HARDWARE, build_command, build_environment, find_hardware
+from rorem_lib.runner.launch import HARDWARE, build_command, build_environment, get_hardware
 
 START = """
 import json, logging, sys
@@ -182,7 +182,7 @@ def test_commands(tmp_path):
     added = set(build_environment("many_gpus", tmp_path)) - set(os.environ)
     assert not {"ACCELERATE_USE_CPU", "GLOO_SOCKET_IFNAME"} & added
     with pytest.raises(ValueError, match="cpu_two_processes"):
-        find_hardware("laptop")
+        get_hardware("laptop")
 
 
 def test_hardware_files_say_what_they_start():

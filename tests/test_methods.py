@@ -28,7 +28,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def triplets(tmp_path):
-    """Five small pictures with a mask."""
+    """Five small images with a mask."""
     rng, found = np.random.default_rng(0), []
     mask = np.zeros((64, 64), np.uint8)
     mask[20:40, 20:40] = 255

@@ -322,7 +322,7 @@ def test_keys_are_ordered_as_numbers(tmp_path, stack, photo):
 @pytest.mark.parametrize(
     "options, reason, words",
     [
-        ({"min_area": 0.2}, "area", r"layer 3 covers 0\.1[0-9]+ of the picture"),
+        ({"min_area": 0.2}, "area", r"layer 3 covers 0\.1[0-9]+ of the image"),
         ({"max_area": 0.1}, "area", "not 0.0 to 0.1"),
         ({"max_border": 0.3}, "border", r"layer 3 has 0\.[3-9]\d+ of its outline"),
         ({"words": ("dog",)}, "class words", r"cattle behind a fence\) has none of dog"),
@@ -515,10 +515,10 @@ def test_a_picture_of_laion_is_not_taken_from_coco(tmp_path, stack, photo):
 @pytest.mark.parametrize(
     "table",
     [
-        f"image,annotation\nshots/my picture.png,/elsewhere/{LAION}.p.zl\n",
+        f"image,annotation\nshots/my image.png,/elsewhere/{LAION}.p.zl\n",
         f"URL,File_ID\nhttps://example.org/x/my%20picture.png,{LAION}\n",
-        f"image_id,file_name\n{LAION},here/my picture.png\n",
-        f"image_id,file_name,url\n{LAION},,http://example.org/my picture.png?size="
+        f"image_id,file_name\n{LAION},here/my image.png\n",
+        f"image_id,file_name,url\n{LAION},,http://example.org/my image.png?size="
         + "9" * 300
         + "\n",
     ],
@@ -527,7 +527,7 @@ def test_a_picture_of_laion_is_not_taken_from_coco(tmp_path, stack, photo):
 def test_a_table_links_annotations_to_photographs(tmp_path, stack, photo, table):
     _write_annotation(tmp_path / "raw" / f"{LAION}.p.zl", _annotate(photo, stack))
     in_images = not table.startswith("image,")
-    _save_photo(tmp_path / ("images/sub" if in_images else "shots") / "my picture.png", photo)
+    _save_photo(tmp_path / ("images/sub" if in_images else "shots") / "my image.png", photo)
     (tmp_path / "link 表.csv").write_text("\ufeff" + table, encoding="utf-8")
     source = _open(tmp_path / "raw", linking=str(tmp_path / "link 表.csv"))
     if "%20" in table:
@@ -678,7 +678,7 @@ def test_the_size_of_an_annotation_is_limited(annotated, stack, photo):
             lambda f: Image.new("RGBA", (9, 8)).save(f / f"{COCO}-layer_2.png"),
             "layer_2.png is 9x8 px but layer_0 is 48x40",
         ),
-        (lambda f: (f / f"{COCO}-layer_3.png").write_bytes(b"x"), "layer_3.png is no picture"),
+        (lambda f: (f / f"{COCO}-layer_3.png").write_bytes(b"x"), "layer_3.png is no image"),
         (
             lambda f: (f / "meta_data.csv").write_text("a,b\n1,2\n"),
             "meta_data.csv has the columns a",

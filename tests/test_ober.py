@@ -231,7 +231,7 @@ def test_pictures_in_bytes_are_converted_as_files_are(tmp_path):
     with pytest.raises(TripletError, match="row 1 of row group 0, input is truncated") as error:
         source.load_item(cut)
     assert "test-00000-of-00001.parquet" in str(error.value) and error.value.file is None
-    with pytest.raises(TripletError, match="row 0 of row group 1, input is no picture"):
+    with pytest.raises(TripletError, match="row 0 of row group 1, input is no image"):
         source.load_item(text)
     with pytest.raises(Rejected, match="row 1 of row group 1: the column object_mask is empty"):
         source.load_item(lacking)

@@ -40,7 +40,7 @@ def _write_names(folder, name="class-descriptions.csv", header=""):
 
 
 def _write_image(folder, image=FIRST, size=(96, 64)):
-    """A picture with a red square in its middle half, on blue."""
+    """An image with a red square in its middle half, on blue."""
     folder.mkdir(parents=True, exist_ok=True)
     width, height = size
     array = np.full((height, width, 3), (20, 40, 200), np.uint8)
@@ -59,7 +59,7 @@ def _write_mask(folder, row, size=(48, 32), value=255):
 
 
 def _write_flat(folder, rows=None, **options):
-    """The files as they are downloaded: a CSV, masks by digit, pictures by split."""
+    """The files as they are downloaded: a CSV, masks by digit, images by split."""
     rows = rows or [_row()]
     _write_table(folder, rows)
     _write_names(folder)
@@ -166,7 +166,7 @@ def test_unusual_places_can_be_named(tmp_path):
         _ids(OpenImagesSource(str(tmp_path / "set"), **options | {"masks": "nowhere"}))
 
 
-# --------------------------------------------------------------------------------------- pictures
+# --------------------------------------------------------------------------------------- images
 
 
 def test_masks_of_ones_are_white_and_rounded_aspects_fit(tmp_path):
@@ -203,7 +203,7 @@ def test_what_cannot_be_opened_is_refused_one_by_one(tmp_path):
     root = _write_flat(tmp_path, rows)
     (root / "train" / f"{'1' * 16}.jpg").unlink()
     (root / "train-masks-2" / rows[2].split(",")[0]).unlink()
-    _write_mask(root / "train-masks-3", rows[3], size=(32, 48))  # of the picture before it turned
+    _write_mask(root / "train-masks-3", rows[3], size=(32, 48))  # of the image before it turned
     image = root / "train" / f"{'4' * 16}.jpg"
     image.write_bytes(image.read_bytes()[:500])
     source = OpenImagesSource(str(root))
@@ -296,7 +296,7 @@ def test_the_caps_hold_and_neither_the_order_nor_the_chunks_choose(tmp_path, mon
     assert max(groups.values()) == 1
     counts = source.summarise()
     assert counts["rows"] == 50_000 == sum(counts.values()) - counts["rows"]
-    assert counts["another mask of its picture"] > 0 and counts["listed"] == 900
+    assert counts["another mask of its image"] > 0 and counts["listed"] == 900
     _write_table(tmp_path, [lines[n] for n in np.random.default_rng(1).permutation(len(lines))])
     monkeypatch.setattr("rorem_lib.sources.open_images._CHUNK", 7_001)
     assert _ids(source) == ids
@@ -325,7 +325,7 @@ def test_a_partial_download_chooses_among_what_is_there(tmp_path):
     _, _, groups = _count(source)
     assert 30 < len(groups) <= 40 and set(groups) <= set(there)
     counts = source.summarise()
-    assert counts["picture not there"] > 3_000 and sum(counts.values()) == 2 * counts["rows"]
+    assert counts["image not there"] > 3_000 and sum(counts.values()) == 2 * counts["rows"]
 
 
 # ---------------------------------------------------------------------------------------- bad input
@@ -349,7 +349,7 @@ def _empty_folder(path):
         ),
         (_remove_names, "holds no class names.*class-descriptions.csv.*class_names"),
         (lambda r: _empty_folder(r / "train-masks-0"), "holds no masks .*train-masks-0.zip"),
-        (lambda r: _empty_folder(r / "train"), r"holds no pictures .*<ImageID>\.jpg in train/"),
+        (lambda r: _empty_folder(r / "train"), r"holds no images .*<ImageID>\.jpg in train/"),
         (
             lambda r: (r / "train-annotations-object-segmentation.csv").write_text(
                 "ImageID,Source\n"
@@ -358,7 +358,7 @@ def _empty_folder(path):
         ),
         (lambda r: _write_table(r, [_row(area=("a", 1, 0, 1))]), "segmentation.csv is damaged"),
     ],
-    ids=["no table", "no names", "no masks", "no pictures", "other table", "no number"],
+    ids=["no table", "no names", "no masks", "no images", "other table", "no number"],
 )
 def test_faults_of_the_layout_are_named_with_the_mend(tmp_path, damage, words):
     root = _write_flat(tmp_path)

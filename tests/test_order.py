@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from rorem_lib.training.sampler import (
-    BucketOrder,
-    Order,
-    Positions,
+    BucketSampler,
+    PositionSampler,
+    ShuffledOrder,
     assign_buckets,
     make_buckets,
     split_chunks,
@@ -23,24 +23,24 @@ def make_positions(batch, accumulate, world, rank, *, first=0, last=5):
     config = SimpleNamespace(
         train_batch_size=batch, gradient_accumulation_steps=accumulate, max_train_steps=last
     )
-    return Positions(config, SimpleNamespace(process_index=rank, num_processes=world), first)
+    return PositionSampler(config, SimpleNamespace(process_index=rank, num_processes=world), first)
 
 
 # -------------------------------------------------------------------------------------- one bucket
 
 
 def test_order_visits_everything_once_an_epoch_and_shuffles_each_anew():
-    order = Order(7, seed=1)
-    epochs = [[order.find_index(p) for p in range(e * 7, e * 7 + 7)] for e in range(3)]
+    order = ShuffledOrder(7, seed=1)
+    epochs = [[order.get_index(p) for p in range(e * 7, e * 7 + 7)] for e in range(3)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    assert epochs[1] == [Order(7, seed=1).find_index(p) for p in range(7, 14)]
-    assert epochs[0] != [Order(7, seed=2).find_index(p) for p in range(7)]
+    assert epochs[1] == [ShuffledOrder(7, seed=1).get_index(p) for p in range(7, 14)]
+    assert epochs[0] != [ShuffledOrder(7, seed=2).get_index(p) for p in range(7)]
 
 
 def test_order_of_nothing_is_an_error():
     with pytest.raises(ValueError, match="training set is empty"):
-        Order(0, seed=1)
+        ShuffledOrder(0, seed=1)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -52,8 +52,8 @@ def test_processes_share_a_global_batch_without_gap_or_overlap(world):
 
 
 def test_batches_cross_epochs_so_that_none_is_short():
-    order = Order(10, seed=3)
-    batches = [[order.find_index(p) for p in batch] for batch in make_positions(4, 1, 1, 0)]
+    order = ShuffledOrder(10, seed=3)
+    batches = [[order.get_index(p) for p in batch] for batch in make_positions(4, 1, 1, 0)]
     assert [len(batch) for batch in batches] == [4] * 5
     assert set(Counter(sum(batches, [])).values()) == {2}
 
@@ -62,10 +62,8 @@ def test_batches_cross_epochs_so_that_none_is_short():
     "sizes, weights, bucket", [([23], [1.0], 0), ([0, 23, 0], [0, 0.2, 0], 1), ([9, 23], [0, 7], 1)]
 )
 def test_a_single_bucket_in_use_is_the_plain_order(sizes, weights, bucket):
-    order, plain = BucketOrder(sizes, weights, seed=4, global_batch=6), Order(23, seed=4)
-    assert [order.find(p) for p in range(300)] == [
-        (bucket, plain.find_index(p)) for p in range(300)
-    ]
+    order, plain = BucketSampler(sizes, weights, seed=4, global_batch=6), ShuffledOrder(23, seed=4)
+    assert [order.find(p) for p in range(300)] == [(bucket, plain.get_index(p)) for p in range(300)]
 
 
 # ------------------------------------------------------------------------------------- two or more
@@ -76,14 +74,14 @@ def list_steps(order, steps, batch):
 
 
 def test_all_samples_of_a_step_are_of_one_bucket():
-    order = BucketOrder([20, 7, 11], [0.5, 0.2, 0.3], seed=1, global_batch=6)
+    order = BucketSampler([20, 7, 11], [0.5, 0.2, 0.3], seed=1, global_batch=6)
     for step in list_steps(order, 200, 6):
         assert len({bucket for bucket, _ in step}) == 1
 
 
 def test_in_each_bucket_all_are_seen_once_before_any_is_seen_twice():
     sizes = [20, 7, 11]
-    order = BucketOrder(sizes, [0.5, 0.2, 0.3], seed=1, global_batch=6)
+    order = BucketSampler(sizes, [0.5, 0.2, 0.3], seed=1, global_batch=6)
     seen = {bucket: [] for bucket in range(3)}
     for bucket, index in sum(list_steps(order, 300, 6), []):
         seen[bucket].append(index)
@@ -96,7 +94,7 @@ def test_in_each_bucket_all_are_seen_once_before_any_is_seen_twice():
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("weights", [[0.7, 0.3], [1, 98, 1], [5, 1, 1, 1, 1, 2]])
 def test_every_bucket_has_its_share_of_the_steps_at_any_time(weights, seed):
-    order = BucketOrder([9] * len(weights), weights, seed=seed, global_batch=1)
+    order = BucketSampler([9] * len(weights), weights, seed=seed, global_batch=1)
     chosen = np.array([order.find(p)[0] for p in range(20_000)])
     steps = np.arange(1, len(chosen) + 1)
     for bucket, weight in enumerate(weights):
@@ -106,16 +104,16 @@ def test_every_bucket_has_its_share_of_the_steps_at_any_time(weights, seed):
 
 def test_another_seed_has_other_buckets():
     def choose(seed):
-        order = BucketOrder([9, 9], [1, 1], seed=seed, global_batch=4)
+        order = BucketSampler([9, 9], [1, 1], seed=seed, global_batch=4)
         return [order.find(4 * step)[0] for step in range(40)]
 
     assert choose(1) == choose(1) != choose(2)
 
 
 def test_what_was_asked_before_changes_nothing():
-    fresh = BucketOrder([50, 31], [2, 1], seed=5, global_batch=4)
+    fresh = BucketSampler([50, 31], [2, 1], seed=5, global_batch=4)
     late = fresh.find(4 * 30_000 + 1)  # as after a resume: nothing before it was asked for
-    used = BucketOrder([50, 31], [2, 1], seed=5, global_batch=4)
+    used = BucketSampler([50, 31], [2, 1], seed=5, global_batch=4)
     for position in range(0, 4 * 9000, 3):
         used.find(position)
     copied = pickle.loads(pickle.dumps(used))
@@ -126,7 +124,7 @@ def test_what_was_asked_before_changes_nothing():
 @pytest.mark.parametrize("batch, accumulate, world", [(4, 1, 2), (2, 2, 2), (1, 4, 2), (2, 4, 1)])
 def test_however_a_global_batch_is_split_each_step_has_the_same_samples(batch, accumulate, world):
     def collect(batch, accumulate, world):
-        order = BucketOrder([20, 7, 11], [0.5, 0.2, 0.3], seed=1, global_batch=8)
+        order = BucketSampler([20, 7, 11], [0.5, 0.2, 0.3], seed=1, global_batch=8)
         steps = [[] for _ in range(40)]
         for rank in range(world):
             positions = make_positions(batch, accumulate, world, rank, last=40)
@@ -140,7 +138,7 @@ def test_however_a_global_batch_is_split_each_step_has_the_same_samples(batch, a
 
 
 def test_fifty_thousand_steps_of_192_are_not_kept():
-    order = BucketOrder([40_000, 9000, 6000], [0.7, 0.2, 0.1], seed=1, global_batch=192)
+    order = BucketSampler([40_000, 9000, 6000], [0.7, 0.2, 0.1], seed=1, global_batch=192)
     for step in range(50_000):
         order.find(step * 192)
     assert len(pickle.dumps(order)) < 3e6  # an epoch's shuffle, not 9.6 million places
@@ -159,7 +157,7 @@ def test_fifty_thousand_steps_of_192_are_not_kept():
 )
 def test_buckets_that_cannot_be_drawn_from_are_refused(sizes, weights, complaint):
     with pytest.raises(ValueError, match=complaint):
-        BucketOrder(sizes, weights, seed=1, global_batch=4)
+        BucketSampler(sizes, weights, seed=1, global_batch=4)
 
 
 # ------------------------------------------------------------------------------------------ shapes
@@ -205,7 +203,7 @@ BUCKETS = make_buckets(64, unit=8)  # 40x80 48x80 56x72 64x64 72x56 80x48 80x40
 
 def test_a_picture_goes_to_the_bucket_of_the_nearest_ratio():
     sizes = [(480, 640), (640, 480), (1000, 1000), (100, 400), (3000, 2000), (64, 65)]
-    chosen = [BUCKETS[n] for n in assign_buckets(sizes, BUCKETS, least=1)]
+    chosen = [BUCKETS[n] for n in assign_buckets(sizes, BUCKETS, min_images=1)]
     assert chosen == [(56, 72), (72, 56), (64, 64), (40, 80), (80, 48), (64, 64)]
 
 
@@ -213,8 +211,8 @@ def test_buckets_with_few_pictures_move_towards_the_square_until_they_are_enough
     wide, middle, square, tall = (40, 80), (48, 80), (64, 64), (80, 40)
     sizes = [wide] * 3 + [middle] * 2 + [square] * 9 + [tall] * 4
 
-    def count(least):
-        chosen = assign_buckets(sizes, BUCKETS, least=least)
+    def count(min_images):
+        chosen = assign_buckets(sizes, BUCKETS, min_images=min_images)
         return dict(Counter(BUCKETS[n] for n in chosen))
 
     assert count(1) == {wide: 3, middle: 2, square: 9, tall: 4}
@@ -225,14 +223,14 @@ def test_buckets_with_few_pictures_move_towards_the_square_until_they_are_enough
 
 def test_a_square_with_few_pictures_joins_the_nearest_bucket_that_has_enough():
     sizes = [(64, 64)] * 2 + [(56, 72)] * 8 + [(80, 40)] * 8
-    chosen = [BUCKETS[n] for n in assign_buckets(sizes, BUCKETS, least=4)]
+    chosen = [BUCKETS[n] for n in assign_buckets(sizes, BUCKETS, min_images=4)]
     assert chosen == [(56, 72)] * 10 + [(80, 40)] * 8
 
 
 def test_too_few_pictures_in_all_are_trained_as_squares():
-    chosen = assign_buckets([(40, 80), (80, 40), (64, 64)], BUCKETS, least=10)
+    chosen = assign_buckets([(40, 80), (80, 40), (64, 64)], BUCKETS, min_images=10)
     assert [BUCKETS[n] for n in chosen] == [(64, 64)] * 3
-    assert assign_buckets([], BUCKETS, least=10) == []
+    assert assign_buckets([], BUCKETS, min_images=10) == []
 
 
 # ------------------------------------------------------------------------------------------ chunks

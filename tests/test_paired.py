@@ -45,7 +45,7 @@ def _load(source):
 
 @pytest.fixture
 def bench(tmp_path):
-    """RemovalBench: two pictures, and the results that lie beside them."""
+    """RemovalBench: two images, and the results that lie beside them."""
     folder = tmp_path / "移除 基准"
     for number, name in enumerate(("0001", "照片 2")):
         _save(folder / "images" / f"{name}.png", _picture(number))

@@ -31,7 +31,7 @@ SIZE = 48
 
 
 def _picture(seed):
-    """A smooth picture: two of them differ, and JPEG keeps them."""
+    """A smooth image: two of them differ, and JPEG keeps them."""
     small = np.random.default_rng(seed).integers(0, 255, (4, 4, 3), np.uint8)
     return np.asarray(Image.fromarray(small).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
 
@@ -450,7 +450,7 @@ def test_damaged_shards_and_cells_are_named(published, tmp_path):
     first, second = source.list_items()
     with pytest.raises(TripletError, match=f"^{shard}, row 0 of row group 0, source is truncated"):
         source.load_item(first)
-    with pytest.raises(TripletError, match="row 1 of row group 0, source holds no picture"):
+    with pytest.raises(TripletError, match="row 1 of row group 0, source holds no image"):
         source.load_item(second)
     pq.write_table(pa.table({"input": [1]}), shard)
     with pytest.raises(SourceError, match="has no columns source and mask, but input"):

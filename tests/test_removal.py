@@ -30,7 +30,7 @@ def pipe(tiny_model):
 
 
 def draw_picture(height, width, seed=0):
-    """A picture of fine detail with a mask in its middle."""
+    """An image of fine detail with a mask in its middle."""
     rng = np.random.default_rng(seed)
     image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
     mask = np.zeros((height, width), np.uint8)
@@ -236,7 +236,7 @@ def test_mismatched_inputs_are_named(pipe):
     image, mask = draw_picture(64, 64)
     with pytest.raises(ValueError, match="2 images but 1 masks"):
         remove_objects(pipe, [image, image], [mask])
-    with pytest.raises(ValueError, match="picture 1 is 64x64 px but its mask 30x64"):
+    with pytest.raises(ValueError, match="image 1 is 64x64 px but its mask 30x64"):
         remove_objects(pipe, [image, image], [mask, mask[:, :30]])
     assert remove_objects(pipe, [], []) == []
 
@@ -298,7 +298,7 @@ def test_several_seeds_a_picture_and_a_part_of_the_set(config, tiny_set):
         for t in read_triplets(Path(config.output_dir) / "candidates")
     }
     assert groups["scene-4-s2"] == ("scene-4", 2)
-    # what a picture becomes does not depend on which part of the set was asked for
+    # what an image becomes does not depend on which part of the set was asked for
     config.output_dir, config.start, config.count = config.output_dir + "2", 4, 3
     generate_candidates(config)
     assert_near(read_results(config)["scene-4-s1"], found["scene-4-s1"])
@@ -409,7 +409,7 @@ def test_several_dilations_take_turns_and_the_mask_stays(config, tiny_set, monke
 
 def test_bad_sets_are_errors(config, tiny_set):
     config.start = 10
-    with pytest.raises(ValueError, match="no pictures at .* from number 10 on"):
+    with pytest.raises(ValueError, match="no images at .* from number 10 on"):
         generate_candidates(config)
     config.start, config.meta_path = 0, [str(tiny_set)] * 2
     with pytest.raises(ValueError, match="share ids, such as scene-0"):

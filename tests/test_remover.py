@@ -148,20 +148,20 @@ def test_a_sample_is_a_function_of_its_position(config):
 def test_flips_turn_everything_at_once_and_each_sample_for_itself(config):
     objective = make_objective(config)
     store, dataset = objective.dataset.readers[0], objective.dataset
-    twins = []
+    flips = []
     for position in range(40):
         sample = dataset[position]
         found = [
-            twin
-            for twin in (0, 1)
+            flipped
+            for flipped in (0, 1)
             if all(
-                torch.equal(sample[name], store.read(int(sample["index"]), twin=twin)[name])
+                torch.equal(sample[name], store.read(int(sample["index"]), flipped=flipped)[name])
                 for name in ("gt", "masked", "mask")
             )
         ]
-        assert found, "gt, source and mask of one sample come from different twins"
-        twins.append(found[0])
-    assert any(set(twins[i : i + 4]) == {0, 1} for i in range(0, 40, 4)), "a flip a batch"
+        assert found, "gt, source and mask of one sample come from different flips"
+        flips.append(found[0])
+    assert any(set(flips[i : i + 4]) == {0, 1} for i in range(0, 40, 4)), "a flip a batch"
     config.random_flip = False
     still = make_objective(config).dataset
     for sample in map(still.__getitem__, range(20)):
@@ -193,11 +193,9 @@ def test_a_high_resolution_below_the_normal_one_is_refused(config):
 def test_only_the_first_samples_are_taken_where_a_number_is_given(config, tiny_set):
     config.max_train_samples = 4
     config.meta_path = [str(tiny_set), str(tiny_set)]
-    assert [len(part) for share in make_objective(config).list_shares() for part in share.sets] == [
-        4
-    ]
+    assert [len(part) for mix in make_objective(config).list_mixes() for part in mix.sets] == [4]
     config.max_train_samples = 13
-    assert [len(part) for share in make_objective(config).list_shares() for part in share.sets] == [
+    assert [len(part) for mix in make_objective(config).list_mixes() for part in mix.sets] == [
         10,
         3,
     ]
@@ -206,7 +204,7 @@ def test_only_the_first_samples_are_taken_where_a_number_is_given(config, tiny_s
 @pytest.mark.parametrize("mode", ["crop", "squash"])
 def test_training_without_the_cache_equals_training_from_it(config, tmp_path, mode):
     config.resize_mode, config.mask_variants, config.max_train_steps = mode, 1, 6
-    config.resolution = 24  # smaller than the pictures: they are resized and cut
+    config.resolution = 24  # smaller than the images: they are resized and cut
     train_remover(config)
     cached = read_run(tmp_path / "out")
     config.cache_latents, config.output_dir = False, str(tmp_path / "direct")
@@ -326,14 +324,15 @@ def test_holes_of_accepted_removals_count_at_late_times_alone(config, tiny_set, 
     config.meta_path = [str(tiny_set), str(tmp_path / "accepted")]
     config.removal_min_timestep = 600
     objective = make_objective(config)
-    least = {
-        int(s["index"]): int(s["least"]) for s in map(objective.dataset.__getitem__, range(15))
+    min_timestep = {
+        int(s["index"]): int(s["min_timestep"])
+        for s in map(objective.dataset.__getitem__, range(15))
     }
-    assert [least[i] for i in range(15)] == [0] * 10 + [600] * 5
+    assert [min_timestep[i] for i in range(15)] == [0] * 10 + [600] * 5
 
-    def compute(least, time, where):
+    def compute(min_timestep, time, where):
         batch = take_batch(objective, range(4)) | {
-            "least": torch.full((4,), least),
+            "min_timestep": torch.full((4,), min_timestep),
             "timestep": torch.full((4,), time),
         }
         target = objective.noise_schedule.get_velocity(

@@ -13,7 +13,7 @@ from rorem_lib.sources.rord import RordSource
 
 WIDTH, HEIGHT = 96, 54
 SCENE = "I-210618_I01001_W01"
-BOX = [60, 30, 119, 30, 119, 79, 60, 79]  # on 192x108: x 30..59, y 15..39 of the pictures here
+BOX = [60, 30, 119, 30, 119, 79, 60, 79]  # on 192x108: x 30..59, y 15..39 of the images here
 
 
 def _plate(seed=0, width=WIDTH, height=HEIGHT):
@@ -64,7 +64,7 @@ def _opened(path, mode="RGB"):
 
 
 def _load(source, **filters):
-    """All items' pictures by their frame's stem."""
+    """All items' images by their frame's stem."""
     return {
         item.place.name.rsplit(".", 1)[0]: source.load_item(item) for item in source.list_items()
     }
@@ -413,7 +413,7 @@ def test_inverted_and_other_masks_in_one_folder_are_told_apart(tmp_path):
     hole = _hole(25, 12, 70, 45)
     _save(masks / f"{SCENE}_F0002_M.png", hole)
     _save(masks / f"{SCENE}_F0003_M.png", np.where(hole, 0, 200).astype(np.uint8))
-    # A hole of most of the picture: what changed says so, the area would not.
+    # A hole of most of the image: what changed says so, the area would not.
     wide = _hole(2, 2, 94, 50)
     _save(masks / f"{SCENE}_F0004_M.png", wide)
     _save(
@@ -441,7 +441,7 @@ def test_the_smaller_side_is_the_hole_where_the_pictures_say_nothing(tmp_path, i
 def test_polygons_are_rescaled_from_the_label_s_resolution(tmp_path):
     _low_resolution(tmp_path, count=1)
     label = tmp_path / "train" / "label" / SCENE / f"{SCENE}_F0001.json"
-    # 1920x1080 on 96x54: 20 px of the label are one of the picture.
+    # 1920x1080 on 96x54: 20 px of the label are one of the image.
     _label(label, ("F38", [200, 100, 419, 100, 419, 319, 200, 319]), resolution="1920, 1080")
     (found,) = _load(RordSource(str(tmp_path))).values()
     assert np.array_equal(found.mask.array, _hole(10, 5, 21, 16))
@@ -505,7 +505,7 @@ def test_a_frame_with_nothing_removable_is_refused(tmp_path):
         (
             '{"Raw_Data_Info.": {"Resolution": "108, 192"}, '
             '"Learning_Data_Info.": {"Annotation": []}}',
-            "drawn on 108x192 px, its picture has 96x54",
+            "drawn on 108x192 px, its image has 96x54",
         ),
         (
             '{"Raw_Data_Info.": {"Resolution": "192, 108"}, '

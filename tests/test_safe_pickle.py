@@ -171,7 +171,7 @@ def test_an_attack_after_good_arrays_is_refused_too(tmp_path):
         (np.zeros(2, [("a", "u1"), ("b", "f4")]), "has an array of type 'V5'"),
         (np.array(["2024-01-01"], "M8[D]"), "has an array of type 'M8'"),
         (np.array([1j]), "has an array of type 'c16'"),
-        (Image.new("RGBA", (2, 2)), "has a picture of mode 'RGBA'"),
+        (Image.new("RGBA", (2, 2)), "has an image of mode 'RGBA'"),
         (complex(1, 2), "asks for builtins.complex"),
         (np.ma.masked_array([1]), "asks for numpy.ma._mareconstruct|asks for numpy.ma"),
         (TripletError("x"), "asks for rorem_lib.data.pictures.TripletError"),
@@ -255,7 +255,7 @@ def test_a_picture_is_not_made_larger_than_its_bytes(tmp_path):
     assert np.array_equal(_load(tmp_path, data), np.full((3, 3), 65))
     wide = data.replace(b"K\x03K\x03", b"M\x10\x27M\x10\x27")  # 10000 x 10000
     wide = wide[:2] + wide[11:]  # without the frame, whose length has changed
-    with pytest.raises(TripletError, match="has 9 bytes for a picture of 10000x10000 px"):
+    with pytest.raises(TripletError, match="has 9 bytes for an image of 10000x10000 px"):
         _load(tmp_path, wide)
 
 

@@ -1,4 +1,4 @@
-"""The content filter, with a small checker of random weights that flags one of two pictures."""
+"""The content filter, with a small checker of random weights that flags one of two images."""
 
 import json
 
@@ -21,7 +21,7 @@ def _picture(number):
 
 @pytest.fixture(scope="module")
 def checker_folder(tmp_path_factory):
-    """A checker whose concepts are the embeddings of pictures 1 and 4."""
+    """A checker whose concepts are the embeddings of images 1 and 4."""
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
     from transformers import CLIPConfig, CLIPImageProcessor
 
@@ -51,7 +51,7 @@ def checker_folder(tmp_path_factory):
             embeds = model.visual_projection(model.vision_model(inputs)[1])
         near = torch.nn.functional.cosine_similarity(embeds[:, None], embeds[None], dim=2)
         nearest = (near - 2 * torch.eye(6)).max()
-        assert nearest < 0.997  # else the pictures could not be told apart
+        assert nearest < 0.997  # else the images could not be told apart
         model.concept_embeds.data[:] = embeds[1]
         model.concept_embeds.data[3] = embeds[4]
         model.concept_embeds_weights.data[:] = (1 + nearest) / 2

@@ -19,7 +19,7 @@ from rorem_lib.models.attention import (
     prepare_training,
     set_attention,
 )
-from rorem_lib.training.memory import count_flops, find_peak_flops
+from rorem_lib.training.memory import count_flops, get_peak_flops
 
 BATCH = 3
 CONFIG = UNet2DConditionModel.load_config(sdxl.BUILTIN_FOLDER / "unet")
@@ -289,21 +289,21 @@ def test_peaks_are_found_by_the_name_of_the_gpu(monkeypatch, name, tflops):
     monkeypatch.delenv("ROREM_PEAK_TFLOPS", raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     expected = None if tflops is None else pytest.approx(tflops * 1e12)
-    assert find_peak_flops("cuda:0") == expected
+    assert get_peak_flops("cuda:0") == expected
 
 
 def test_a_peak_that_is_given_goes_before_the_table(monkeypatch):
     monkeypatch.delenv("ROREM_PEAK_TFLOPS", raising=False)
-    assert find_peak_flops("cpu") is None
+    assert get_peak_flops("cpu") is None
     monkeypatch.setenv("ROREM_PEAK_TFLOPS", "0.25")
-    assert find_peak_flops("cpu") == 0.25e12
+    assert get_peak_flops("cpu") == 0.25e12
 
 
 @pytest.mark.parametrize("value", ["fast", "0", "-3", "nan", "inf"])
 def test_a_peak_that_is_no_number_is_refused(monkeypatch, value):
     monkeypatch.setenv("ROREM_PEAK_TFLOPS", value)
     with pytest.raises(ValueError, match="ROREM_PEAK_TFLOPS"):
-        find_peak_flops("cpu")
+        get_peak_flops("cpu")
 
 
 def test_checkpointing_changes_no_gradient(unet):

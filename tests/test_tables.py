@@ -45,10 +45,10 @@ def test_rounds_and_final_leave_controls_and_fast_variants_out():
         "human 1",
         "final",
     ]
-    assert tables.find_final(METHODS)["name"] == "final"
-    assert tables.find_final(METHODS[:3])["name"] == "base"
-    assert tables.find_final([{"name": "mine", "kind": "remover"}])["name"] == "mine"
-    assert tables.find_final(METHODS[:2]) is None and tables.list_pairs(METHODS[:2]) == []
+    assert tables.choose_final(METHODS)["name"] == "final"
+    assert tables.choose_final(METHODS[:3])["name"] == "base"
+    assert tables.choose_final([{"name": "mine", "kind": "remover"}])["name"] == "mine"
+    assert tables.choose_final(METHODS[:2]) is None and tables.list_pairs(METHODS[:2]) == []
 
 
 def test_pairs_hold_every_question_of_the_report():

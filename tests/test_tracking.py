@@ -480,7 +480,7 @@ def test_other_errors_stay_what_they_are(error):
 
 def test_the_peak_is_looked_up_once_for_the_device(accelerator, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(tracking, "find_peak_flops", lambda device: asked.append(device) or 1e9)
+    monkeypatch.setattr(tracking, "get_peak_flops", lambda device: asked.append(device) or 1e9)
     tracker = make_tracker(accelerator, tmp_path, flops_per_image=1.0)
     for step in (1, 2):
         add(tracker, 1.0)

@@ -219,7 +219,7 @@ def test_a_damaged_meta_file_is_named(made):
         read_triplets(made)
 
 
-# ------------------------------------------------------------------------------------- pictures
+# ------------------------------------------------------------------------------------- images
 
 
 def test_rotation_palette_cmyk_alpha_and_16_bits(tmp_path):
@@ -399,9 +399,9 @@ def test_sizes_are_read_from_the_header_as_pictures_open(tmp_path):
     whole = (tmp_path / "x.png").read_bytes()
     (tmp_path / "x.png").write_bytes(whole[:-30])  # the pixels are not read
     assert read_size(tmp_path / "x.png") == (30, 20)
-    for content in (b"", b"no picture"):
+    for content in (b"", b"no image"):
         (tmp_path / "x.png").write_bytes(content)
-        with pytest.raises(TripletError, match=r"x\.png is no picture"):
+        with pytest.raises(TripletError, match=r"x\.png is no image"):
             read_size(tmp_path / "x.png")
     with pytest.raises(TripletError, match="does not exist"):
         read_size(tmp_path / "y.png")
@@ -420,7 +420,7 @@ def _truncate(path, share=0.6):
             r"source/a\.png is truncated .*download it again",
         ),
         (lambda f: (f / "GT/a.png").write_bytes(b""), r"GT/a\.png is empty \(0 bytes\)"),
-        (lambda f: (f / "GT/a.png").write_bytes(b"no picture"), r"GT/a\.png is no picture"),
+        (lambda f: (f / "GT/a.png").write_bytes(b"no image"), r"GT/a\.png is no image"),
         (lambda f: (f / "mask/a.png").unlink(), r"mask/a\.png is missing"),
         (lambda f: save_image(f / "mask/a.png", _mask(30)), r"mask/a\.png is 30x30 px but .*24x24"),
         (lambda f: save_image(f / "GT/a.png", _picture(size=20)), r"GT/a\.png is 20x20 px"),
@@ -514,7 +514,7 @@ def test_files_are_reused_and_a_set_never_leaves_its_folder(tmp_path):
     first, second = read_triplets(tmp_path / "two")  # refuses paths outside of the folder
     assert os.path.samefile(first.source, triplet.source)
     assert second.extra == {"origin": "here", "score": 1.0} and second.group == "a"
-    save_image(triplet.source, _picture(8))  # the other set's picture is another file from now on
+    save_image(triplet.source, _picture(8))  # the other set's image is another file from now on
     assert np.array_equal(load_image(first.source), _picture())
 
 

@@ -33,7 +33,7 @@ def _record(name="a", **changes):
 
 
 def _write_set(folder, names=("a", "b"), seed=0, meta="meta.json", text=None, **changes):
-    """A set as the authors publish it; the numbers of its pictures go on from `seed`."""
+    """A set as the authors publish it; the numbers of its images go on from `seed`."""
     for number, name in enumerate(names, seed):
         _save(folder / "source" / f"{name}.png", _picture(number))
         _save(folder / "mask" / f"{name}.png", _mask(3 + number % 10))
@@ -257,8 +257,8 @@ def test_paths_elsewhere_only_when_asked_for(tmp_path):
 
 def test_a_broken_picture_is_the_readers_error(tmp_path):
     _write_set(tmp_path, ["a"])
-    (tmp_path / "mask" / "a.png").write_bytes(b"no picture")
-    with pytest.raises(TripletError, match="mask/a.png is no picture"):
+    (tmp_path / "mask" / "a.png").write_bytes(b"no image")
+    with pytest.raises(TripletError, match="mask/a.png is no image"):
         _load(tmp_path)
 
 

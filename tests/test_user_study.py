@@ -89,7 +89,7 @@ def test_nothing_that_reaches_the_annotator_or_the_log_tells_the_method(
     shown = {
         content["id"]: pictures for content, pictures in session.sent if content["kind"] == "item"
     }
-    for trial in trials:  # and yet each picture is the one that was asked for
+    for trial in trials:  # and yet each image is the one that was asked for
         sent = shown[trial.id][1:]
         assert [bytes(x) for x in sent] == [path.read_bytes() for path in trial.removals]
 
@@ -293,11 +293,11 @@ def test_what_cannot_be_asked(tmp_path, triplets, removals):
     ]:
         with pytest.raises(ValueError, match=message):
             make_trials(removals, **given)
-    with pytest.raises(ValueError, match="no picture has a removal of each method"):
+    with pytest.raises(ValueError, match="no image has a removal of each method"):
         make_trials({"a": {"x": tmp_path}, "b": {"y": tmp_path}}, "success")
     with pytest.raises(ValueError, match="no trials"):
         open_study(tmp_path, [], triplets, "anna")
-    with pytest.raises(ValueError, match=r"1 pictures are not in the test set \(first: c0\)"):
+    with pytest.raises(ValueError, match=r"1 images are not in the test set \(first: c0\)"):
         open_study(tmp_path, make_trials(removals, "success"), triplets[1:], "anna")
 
 

@@ -75,7 +75,7 @@ def judge_removal(source, mask, result, truth, *, limits: Limits = Limits()) -> 
     """Judge one removal.
 
     Args:
-        source: [H, W, 3] uint8, the picture with the object.
+        source: [H, W, 3] uint8, the image with the object.
         mask: [H, W] uint8, what was to be removed (white >= 128).
         result: [H, W, 3] uint8, the removal.
         truth: `Truth` of the scene: truth [H, W, 3], object [H, W], shadow [H, W], all uint8.
@@ -86,7 +86,7 @@ def judge_removal(source, mask, result, truth, *, limits: Limits = Limits()) -> 
         content_limit, colour, detail (a ratio), missing (rms of L).
 
     Raises:
-        ValueError: the pictures' sizes differ.
+        ValueError: the images' sizes differ.
     """
     if not source.shape == result.shape == truth.truth.shape:
         raise ValueError(
@@ -100,7 +100,7 @@ def judge_removal(source, mask, result, truth, *, limits: Limits = Limits()) -> 
     weight = truth.object.astype(np.float32) / 255
     residue = _remaining(change, trace, weight)
 
-    # Local colour: blurred over 2 px of a 64 px picture, so that pixels of texture may differ.
+    # Local colour: blurred over 2 px of a 64 px image, so that pixels of texture may differ.
     local = np.linalg.norm(cv2.GaussianBlur(change, (0, 0), 2.0 * unit), axis=2)
     content = float(local[hole].max())
     smooth = cv2.GaussianBlur(lab_truth, (0, 0), 2.0 * unit)

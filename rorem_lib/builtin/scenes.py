@@ -1,4 +1,4 @@
-"""The built-in scenes: a seeded renderer of small photograph-like pictures and their hidden truth.
+"""The built-in scenes: a seeded renderer of small photograph-like images and their hidden truth.
 
 A scene is a background of one family, one to three shaded objects with soft shadows (sometimes a
 reflection), and a mask over the object that is to be removed. Everything is a function of
@@ -9,16 +9,16 @@ The roles mirror the paper's data (RORem, sec. 3.1 and Table 1):
 ==================  =============================================  ==============================
 role                stands for                                     families, effects, masks
 ==================  =============================================  ==============================
-`pretrain`          the pictures the base model has seen           KNOWN, shadows, no pairs
+`pretrain`          the images the base model has seen           KNOWN, shadows, no pairs
 `rord`              RORD: the same scene with and without          a part of KNOWN, soft shadows,
                                                                    masks that cover them
 `mulan`             MULAN: layers composited                       a part of KNOWN, no shadows
 `pool`              OpenImages: unlabelled, wider                  KNOWN and NEW, all effects
 `high_resolution`   DIV2K / Flickr2K                               as the pool, larger
-`test`              the 500 test pictures                          as the pool
+`test`              the 500 test images                          as the pool
 ==================  =============================================  ==============================
 
-The NEW families, new object kinds and reflections occur in no pre-training picture and in no
+The NEW families, new object kinds and reflections occur in no pre-training image and in no
 initial triplet, and no initial triplet shows how a shadow goes that the mask does not cover (RORD's
 masks cover it, MULAN's objects have none): that is the gap between public triplets and the open
 world which the rounds with humans in the loop have to close.
@@ -56,11 +56,11 @@ HIGH_RESOLUTION_SIZE = 96  # px
 
 @dataclass(frozen=True)
 class Scene:
-    """One rendered scene, all pictures `size` x `size`.
+    """One rendered scene, all images `size` x `size`.
 
     Attributes:
-        image: [H, W, 3] uint8, the picture with the object (the triplet's source).
-        truth: [H, W, 3] uint8, the same picture had the object never been there (hidden).
+        image: [H, W, 3] uint8, the image with the object (the triplet's source).
+        truth: [H, W, 3] uint8, the same image had the object never been there (hidden).
         object: [H, W] uint8 0..255, the visible object's soft coverage (hidden).
         shadow: [H, W] uint8 0..255, how strongly the object's shadow or reflection changes each
             pixel outside the object (hidden).
@@ -87,7 +87,7 @@ class _Canvas(NamedTuple):
 
     rng: np.random.Generator
     size: int
-    unit: float  # pixels that one pixel of a 64 px picture becomes
+    unit: float  # pixels that one pixel of a 64 px image becomes
     x: np.ndarray  # [H, W] float32 pixel centres
     y: np.ndarray
 
@@ -131,7 +131,7 @@ def _fractal(c: _Canvas, octaves=(3, 6, 12), fall=0.5) -> np.ndarray:
 
 
 def _mix(a, b, t):
-    """Blend colours or pictures `a` and `b` by `t` [H, W] in 0..1 -> [H, W, 3]."""
+    """Blend colours or images `a` and `b` by `t` [H, W] in 0..1 -> [H, W, 3]."""
     t = t[..., None]
     return (a * (1 - t) + b * t).astype(np.float32)
 
@@ -448,7 +448,7 @@ def render_scene(seed, *, role: str = "pool", size: int | None = None) -> Scene:
         discs.append((*centre, radius))
         kind = str(rng.choice(kinds))
         parts.append(_draw_object(c, kind, effect, light, backdrop, centre, radius))
-    parts.sort(key=lambda part: part.bottom)  # lower in the picture is nearer
+    parts.sort(key=lambda part: part.bottom)  # lower in the image is nearer
     chosen, coverage = _choose_target(parts)
     image = _to_bytes(_compose(backdrop, parts))
     truth = _to_bytes(_compose(backdrop, parts[:chosen] + parts[chosen + 1 :]))
@@ -469,7 +469,7 @@ def _choose_target(parts):
         seen = part.alpha.copy()
         for nearer in parts[number + 1 :]:
             seen = seen * (1 - nearer.alpha)
-        share = seen.sum() / max(part.alpha.sum(), 1e-6)
-        if share > best[0] + 1e-6:
-            best = (share, number, seen)
+        fraction = seen.sum() / max(part.alpha.sum(), 1e-6)
+        if fraction > best[0] + 1e-6:
+            best = (fraction, number, seen)
     return best[1], best[2]

@@ -53,7 +53,7 @@ class Truth:
     """What a scene hides.
 
     Attributes:
-        truth: [H, W, 3] uint8, the picture had the object never been there.
+        truth: [H, W, 3] uint8, the image had the object never been there.
         object: [H, W] uint8, the visible object's soft coverage.
         shadow: [H, W] uint8, how strongly its shadow or reflection changes the rest.
     """
@@ -244,10 +244,10 @@ def _make_once(folder: Path, make) -> Path:
     if folder.is_dir():
         return folder
     logger.info("making the built-in set %s (once)", folder)
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    tmp_path = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
-        make(beside)
-        os.rename(beside, folder)
+        make(tmp_path)
+        os.rename(tmp_path, folder)
     except OSError as error:
         if not folder.is_dir():  # else another process was faster, and its set is the same
             raise OSError(
@@ -256,5 +256,5 @@ def _make_once(folder: Path, make) -> Path:
                 "ROREM_CACHE to a folder with room",
             ) from error
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(tmp_path, ignore_errors=True)
     return folder

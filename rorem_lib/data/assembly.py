@@ -84,13 +84,13 @@ def assemble_sets(
         source: an importer with its options.
         folder: where the sets go.
         filters: limits; the defaults of `FilterConfig`.
-        max_side: px; longer pictures are shrunk to it, with mask and GT; 0 keeps them.
+        max_side: px; longer images are shrunk to it, with mask and GT; 0 keeps them.
         test_share: share of the groups that go into `test/`, by a hash of their name: a source
             that grows keeps its split. A source with a split of its own keeps that.
         seed: another seed, another split.
         limit: at most so many items, the first ones; 0 takes all.
         workers: processes.
-        evaluation_sets: sets of pictures that must not occur in this one.
+        evaluation_sets: sets of images that must not occur in this one.
         safety: sources that it takes for unsafe are rejected.
         patience: seconds to wait for space on a full disk before giving up.
         progress: called after every chunk.
@@ -121,7 +121,7 @@ def assemble_sets(
     _claim_folder(folder, settings)
     writers = {name: TripletWriter(folder / name) for name in _SETS if (folder / name).exists()}
     rejections = Journal(folder / "rejected.jsonl")
-    choose = functools.partial(_choose_set, source=source, share=test_share, seed=seed)
+    choose = functools.partial(_choose_set, source=source, fraction=test_share, seed=seed)
     items = itertools.islice(source.list_items(), limit or None)
     _work_off(job, items, choose, writers, rejections, workers, progress)
     return _finish(job, settings, writers, rejections, evaluation_sets, safety)
@@ -243,12 +243,12 @@ def _claim_folder(folder: Path, settings: dict) -> None:
     write_json(marker, {"settings": settings})
 
 
-def _choose_set(item: Item, *, source: Source, share: float, seed: int) -> str:
+def _choose_set(item: Item, *, source: Source, fraction: float, seed: int) -> str:
     if item.split:
         test = item.split == "test"
     else:
         digest = hashlib.sha256(f"{seed}:{item.group}".encode()).digest()
-        test = int.from_bytes(digest[:8]) < share * 2**64
+        test = int.from_bytes(digest[:8]) < fraction * 2**64
     return "test" if test else "labelled" if source.gives_gt else "pool"
 
 

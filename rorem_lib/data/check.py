@@ -1,4 +1,4 @@
-"""Open every picture of a triplet set and name each fault."""
+"""Open every image of a triplet set and name each fault."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def check_set(
     workers: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> list[Problem]:
-    """Open every picture of a set and name each fault; an empty list is a sound set.
+    """Open every image of a set and name each fault; an empty list is a sound set.
 
     A set has a GT in every record or in none.
 

@@ -43,7 +43,7 @@ def plot_sheet(triplets: Sequence[Triplet], *, title: str = "", columns: int = 8
     figure = plot_grid(
         [sum(shown[row : row + columns], []) for row in range(0, len(shown), columns)],
         cell=cell,
-        height=_find_height(sum(shown, []), cell),
+        height=_get_height(sum(shown, []), cell),
         column_titles=names * columns,
     )
     if title:
@@ -53,7 +53,7 @@ def plot_sheet(triplets: Sequence[Triplet], *, title: str = "", columns: int = 8
 
 
 def _outline_small(source: np.ndarray, mask: np.ndarray, cell: int) -> np.ndarray:
-    """The source at the size it is shown with the mask's outline: a line drawn on a large picture
+    """The source at the size it is shown with the mask's outline: a line drawn on a large image
     is gone when that is shrunk."""
     if mask.shape != source.shape[:2]:
         return source
@@ -70,7 +70,7 @@ def plot_items(items: Mapping[str, Pictures], *, cell: int = 150) -> Figure:
 
     Args:
         items: by a short name, what `Source.load_item` returned; at least one.
-        cell: side of a picture in px.
+        cell: side of an image in px.
     """
     rows = []
     for pictures in items.values():
@@ -87,13 +87,13 @@ def plot_items(items: Mapping[str, Pictures], *, cell: int = 150) -> Figure:
         rows,
         row_titles=names,
         cell=cell,
-        height=_find_height(sum(rows, []), cell),
+        height=_get_height(sum(rows, []), cell),
         column_titles=titles[: max(map(len, rows))],
     )
 
 
-def _find_height(pictures: Sequence[np.ndarray | None], cell: int) -> int:
-    """How high cells have to be for pictures that are `cell` px wide, at most as high."""
+def _get_height(pictures: Sequence[np.ndarray | None], cell: int) -> int:
+    """How high cells have to be for images that are `cell` px wide, at most as high."""
     shapes = [picture.shape for picture in pictures if picture is not None]
     return round(cell * min(1, max(shape[0] / shape[1] for shape in shapes)))
 
@@ -151,10 +151,10 @@ def plot_changes(
 
 
 def plot_mask_areas(areas: Mapping[str, Sequence[float]], *, bins: int = 24) -> Figure:
-    """How much of their pictures the masks of each set cover, a panel a set on one scale.
+    """How much of their images the masks of each set cover, a panel a set on one scale.
 
     Args:
-        areas: by set, the share of each picture that is masked, 0..1.
+        areas: by set, the share of each image that is masked, 0..1.
         bins: bars a panel.
     """
     if not areas:
@@ -168,7 +168,7 @@ def plot_mask_areas(areas: Mapping[str, Sequence[float]], *, bins: int = 24) -> 
         axis.axvline(median, color=BLUE, linewidth=1.4)
         axis.set_title(f"{name}: {len(values)}, median {median:.1%}", fontsize=9)
         axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    figure.supxlabel("share of the picture that is masked", fontsize=9)
+    figure.supxlabel("share of the image that is masked", fontsize=9)
     axes[0].set_ylabel("pictures", fontsize=9)
     axes[0].yaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
@@ -183,7 +183,7 @@ def plot_candidates(
         triplets: candidates (GT is the removal); none gives a figure that says so.
         captions: a short text for each.
         pairs: candidates in a row.
-        cell: side of a picture in pixels.
+        cell: side of an image in pixels.
     """
     if not triplets:
         figure = Figure(figsize=(4, 0.5), facecolor="white")

@@ -2,7 +2,7 @@
 
 A removal differs from its source inside the mask and hardly outside of it. Where it differs
 outside too, the pair is either misaligned (another camera position: RORD's tripods move at times)
-or another picture. Shadows and reflections outside of the mask are welcome, so the outside is
+or another image. Shadows and reflections outside of the mask are welcome, so the outside is
 judged by its typical pixel, not by its worst.
 
 `find_duplicates` compares whole sets: the same image twice among the training images, or in
@@ -33,10 +33,10 @@ from rorem_lib.data.triplets import describe_size, iter_triplets
 from rorem_lib.data.writer import TripletWriter
 from rorem_lib.parameters import option
 
-_SMALL = 256  # px: side of the pictures on which a shift is measured
+_SMALL = 256  # px: side of the images on which a shift is measured
 _EDGE = 40.0  # strength of an edge (Sobel, grey levels) that noise and JPEG seldom reach
 _HASH_BITS = 64
-_LOOKS = 8  # pictures of one hash that a candidate is compared with
+_LOOKS = 8  # images of one hash that a candidate is compared with
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def check_pictures(pictures: Pictures, config: FilterConfig) -> dict:
         `change_outside` in grey levels: the filters' results, kept in the record.
 
     Raises:
-        Rejected: with the reason "sizes differ", "small picture", "empty mask", "white mask",
+        Rejected: with the reason "sizes differ", "small image", "empty mask", "white mask",
             "mask area", "unchanged", "misaligned" or "changed outside".
     """
     source, mask = pictures.source.array, pictures.mask.array
@@ -95,7 +95,7 @@ def check_pictures(pictures: Pictures, config: FilterConfig) -> dict:
             )
     if min(source.shape[:2]) < config.min_side:
         raise Rejected(
-            "small picture", f"{describe_size(source)} px, at least {config.min_side} are asked for"
+            "small image", f"{describe_size(source)} px, at least {config.min_side} are asked for"
         )
     hole = cv2.compare(mask, 128, cv2.CMP_GE)
     area = cv2.countNonZero(hole) / hole.size
@@ -105,7 +105,7 @@ def check_pictures(pictures: Pictures, config: FilterConfig) -> dict:
             f"the mask is {'white everywhere' if area else 'empty'}",
         )
     if not config.min_mask_area <= area <= config.max_mask_area:
-        raise Rejected("mask area", f"the mask covers {area:.2%} of the picture")
+        raise Rejected("mask area", f"the mask covers {area:.2%} of the image")
     found = {"mask_area": round(area, 5), "phash": hash_picture(source)}
     return found if gt is None else found | _check_change(source, hole, gt, config)
 
@@ -137,14 +137,14 @@ def _check_change(source, hole, gt, config: FilterConfig) -> dict:
 
 
 def measure_shift(source: np.ndarray, gt: np.ndarray, mask: np.ndarray) -> float:
-    """How far a camera moved between two pictures, by phase correlation outside of the mask.
+    """How far a camera moved between two images, by phase correlation outside of the mask.
 
     Args:
         source, gt: [H, W, 3] uint8.
         mask: [H, W] uint8; its white part is left out.
 
     Returns:
-        The shift's length in px; 0 where the pictures show too little to tell.
+        The shift's length in px; 0 where the images show too little to tell.
     """
     scale = max(1.0, max(mask.shape) / _SMALL)
     size = tuple(max(8, round(side / scale)) for side in mask.shape[::-1])
@@ -174,9 +174,9 @@ def measure_shift(source: np.ndarray, gt: np.ndarray, mask: np.ndarray) -> float
 
 
 def hash_picture(picture: np.ndarray) -> str:
-    """Perceptual hash of [H, W, 3] uint8: 16 hex digits, near for pictures that look alike.
+    """Perceptual hash of [H, W, 3] uint8: 16 hex digits, near for images that look alike.
 
-    The DCT hash of the ImageHash package, on a picture first shrunk by averaging, which is faster
+    The DCT hash of the ImageHash package, on an image first shrunk by averaging, which is faster
     and hashes the same.
     """
     grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
@@ -193,18 +193,18 @@ def find_duplicates(
     distance: int,
     start: int = 0,
 ) -> Iterator[tuple[int, int]]:
-    """Pictures that look like an earlier one of another group.
+    """Images that look like an earlier one of another group.
 
-    Hashes within `distance` bits are candidates; each is then looked at, since smooth pictures
-    have like hashes without being alike (with eight pictures of a hash at most).
+    Hashes within `distance` bits are candidates; each is then looked at, since smooth images
+    have like hashes without being alike (with eight images of a hash at most).
 
     Args:
         hashes: [N] perceptual hashes, 64 bits; of two duplicates the first stays.
-        groups: [N] numbers; pictures of one group are no duplicates of each other.
-        locate: the file of the picture at a position.
+        groups: [N] numbers; images of one group are no duplicates of each other.
+        locate: the file of the image at a position.
         distance: bits, 0 to 16.
         start: positions before it are compared with, and never dropped (an evaluation set that
-            must share no picture with the rest).
+            must share no image with the rest).
 
     Yields:
         (position of the duplicate, position of what it is a duplicate of), in order.
@@ -215,7 +215,7 @@ def find_duplicates(
         near.setdefault(one, []).append(two)
         near.setdefault(two, []).append(one)
     alone = np.bincount(kinds, minlength=len(values)) == 1
-    first: dict[int, dict[int, int]] = {}  # of each kind, the first picture of each group
+    first: dict[int, dict[int, int]] = {}  # of each kind, the first image of each group
     dropped = set()
     for late, kind in enumerate(kinds.tolist()):
         if alone[kind] and kind not in near:
@@ -258,7 +258,7 @@ def _find_near(values: np.ndarray, distance: int) -> Iterator[tuple[int, int]]:
 
 
 def look_alike(first: str | Path, second: str | Path, *, limit: float = 12.0) -> bool:
-    """Whether two pictures are the same but for size, compression and small edits.
+    """Whether two images are the same but for size, compression and small edits.
 
     Args:
         limit: mean difference of their 32 x 32 px thumbnails, grey levels, up to which they are.
@@ -361,11 +361,11 @@ def reject_duplicates(
             hashes, groups, locate, start=len(files), distance=distance
         ):
             name, record = get_record(late)
-            twin = (
-                f"{files[early]}, a picture of an evaluation set"
+            other = (
+                f"{files[early]}, an image of an evaluation set"
                 if early < len(files)
                 else "{1[id]} of {0}".format(*get_record(early))
             )
             yield describe_rejection(
-                record["id"], record["group"], name, "near-duplicate", f"looks like {twin}"
+                record["id"], record["group"], name, "near-duplicate", f"looks like {other}"
             )

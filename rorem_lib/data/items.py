@@ -1,7 +1,7 @@
-"""What an importer gives to `rorem_lib.data.assembly`: items that are cheap to list, then pictures.
+"""What an importer gives to `rorem_lib.data.assembly`: items that are cheap to list, then images.
 
 An importer is a frozen dataclass whose fields are its options. `list_items` names every triplet to
-be, in a fixed order and without opening a picture; `load_item` opens one, in a worker process. What
+be, in a fixed order and without opening an image; `load_item` opens one, in a worker process. What
 cannot become a triplet raises `Rejected`, or the `TripletError` of the reader: the assembly counts
 it and keeps it with its reason, and goes on.
 """
@@ -53,7 +53,7 @@ class Item:
 
     Attributes:
         id: unique in its source; names the files, so it has no `/` (see `make_id`).
-        group: scene, video or original picture: what a split must not cut.
+        group: scene, video or original image: what a split must not cut.
         place: what `load_item` needs to find it; picklable.
         split: "train" or "test" where the source itself says so.
     """
@@ -66,7 +66,7 @@ class Item:
 
 @dataclass
 class Picture:
-    """A picture of an item, opened.
+    """An image of an item, opened.
 
     Attributes:
         array: uint8, [H, W, 3] or, for a mask, [H, W].
@@ -83,7 +83,7 @@ class Pictures:
     """What `load_item` found.
 
     Attributes:
-        source, mask, gt: the triplet's pictures; `gt` is None in a pool.
+        source, mask, gt: the triplet's images; `gt` is None in a pool.
         origin_file: the raw file that the source came from; the record keeps its name and hash.
         extra: further keys of the record (`class`, `layer`, `score`, ...), plain JSON values.
     """
@@ -153,7 +153,7 @@ class Source(ABC):
 
     @abstractmethod
     def list_items(self) -> Iterator[Item]:
-        """Every triplet to be, in a fixed order; opens no picture.
+        """Every triplet to be, in a fixed order; opens no image.
 
         Raises:
             SourceError: the folder has not the layout; names what was expected and what is there.
@@ -203,13 +203,13 @@ def make_id(*parts: str | int) -> str:
 
 
 def open_picture(path: str | Path, mode: str = "RGB") -> Picture:
-    """Open a file as a picture, to be taken over as it is where every reader sees these pixels.
+    """Open a file as an image, to be taken over as it is where every reader sees these pixels.
 
     Anything but an upright 8-bit RGB or grey file (16 bits, CMYK, EXIF rotation, palette, alpha) is
     encoded again.
 
     Raises:
-        TripletError: missing, empty, truncated or no picture.
+        TripletError: missing, empty, truncated or no image.
     """
     path = Path(path)
     array, plain = decode_image(path, mode)
@@ -217,18 +217,18 @@ def open_picture(path: str | Path, mode: str = "RGB") -> Picture:
 
 
 def check_shape(mask: np.ndarray, image: np.ndarray, path: Path) -> None:
-    """Refuse a mask [h, w] that is no scaled view of a picture [H, W, 3]; `path` names the mask.
+    """Refuse a mask [h, w] that is no scaled view of an image [H, W, 3]; `path` names the mask.
 
     Rounded sides pass: the aspects may differ by 2 px on the shortest of the four.
 
     Raises:
-        Rejected: the aspects differ by more; for one, the picture was turned after it was masked.
+        Rejected: the aspects differ by more; for one, the image was turned after it was masked.
     """
     (h, w), (height, width) = mask.shape, image.shape[:2]
     if abs(w * height / (h * width) - 1) > 2 / min(h, w, height, width):
         raise Rejected(
             "mask of another shape",
-            f"{path} is {w}x{h} px, which is another shape than its picture's {width}x{height} px",
+            f"{path} is {w}x{h} px, which is another shape than its image's {width}x{height} px",
         )
 
 

@@ -94,7 +94,7 @@ def perturb_mask(
 
     Returns:
         [H, W] uint8, 0 or 255, white wherever `mask` is; `mask` itself where the other one would
-        leave nothing of the picture.
+        leave nothing of the image.
     """
     if dilate_max < 0:
         raise ValueError(f"dilate_max must be 0 or more, not {dilate_max}")
@@ -117,14 +117,14 @@ def draw_box_mask(height: int, width: int, box) -> np.ndarray:
     """A rectangle as a mask.
 
     Args:
-        height, width: the picture's size in pixels.
-        box: x0, y0, x1, y1 in pixels; x1 and y1 lie just outside; what leaves the picture is cut.
+        height, width: the image's size in pixels.
+        box: x0, y0, x1, y1 in pixels; x1 and y1 lie just outside; what leaves the image is cut.
 
     Returns:
         [H, W] uint8, 0 or 255.
 
     Raises:
-        ValueError: not four numbers, or nothing of the box lies in the picture.
+        ValueError: not four numbers, or nothing of the box lies in the image.
     """
     if len(box) != 4:
         raise ValueError(f"a box is x0, y0, x1, y1 in pixels, not {list(box)}")
@@ -132,12 +132,12 @@ def draw_box_mask(height: int, width: int, box) -> np.ndarray:
     mask = np.zeros((height, width), np.uint8)
     mask[y0:y1, x0:x1] = 255
     if not mask.any():
-        raise ValueError(f"the box {list(box)} covers nothing of a picture of {width}x{height} px")
+        raise ValueError(f"the box {list(box)} covers nothing of an image of {width}x{height} px")
     return mask
 
 
 def outline_mask(image: np.ndarray, mask: np.ndarray, colour=(230, 30, 130)) -> np.ndarray:
-    """Draw a mask's outline over a picture, just outside the mask, for looking at.
+    """Draw a mask's outline over an image, just outside the mask, for looking at.
 
     Args:
         image: [H, W, 3] uint8.
@@ -145,11 +145,11 @@ def outline_mask(image: np.ndarray, mask: np.ndarray, colour=(230, 30, 130)) -> 
         colour: RGB 0..255.
 
     Returns:
-        A copy, [H, W, 3] uint8; the line is 1 px thick, more on large pictures.
+        A copy, [H, W, 3] uint8; the line is 1 px thick, more on large images.
     """
     exact = binarise_mask(mask)
     if exact.shape != image.shape[:2]:
-        raise ValueError(f"the mask has {exact.shape} px but the picture {image.shape[:2]}")
+        raise ValueError(f"the mask has {exact.shape} px but the image {image.shape[:2]}")
     line = cv2.dilate(exact, _disc(max(1, min(exact.shape) / 300))) > exact
     shown = image.copy()
     shown[line] = colour

@@ -1,4 +1,4 @@
-"""Picture files: read whatever people have, write PNG that is never half there."""
+"""Image files: read whatever people have, write PNG that is never half there."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class TripletError(ValueError):
 
 
 def load_image(path: str | Path, mode: str = "RGB") -> np.ndarray:
-    """Open one picture, turned as its EXIF says, whatever its format holds.
+    """Open one image, turned as its EXIF says, whatever its format holds.
 
     Args:
         path: any format that Pillow reads; palette, CMYK, alpha and 16-bit files are converted.
@@ -42,7 +42,7 @@ def load_image(path: str | Path, mode: str = "RGB") -> np.ndarray:
         uint8, [H, W, 3] for "RGB", [H, W] for "L".
 
     Raises:
-        TripletError: missing, empty, no picture, truncated, or of a floating-point format.
+        TripletError: missing, empty, no image, truncated, or of a floating-point format.
     """
     return decode_image(path, mode)[0]
 
@@ -81,30 +81,30 @@ def decode_image(
 
 
 def read_size(path: str | Path) -> tuple[int, int]:
-    """(height, width) in px of a picture as `load_image` gives it, from the file's header alone.
+    """(height, width) in px of an image as `load_image` gives it, from the file's header alone.
 
     A PNG whose orientation stands behind its pixels is taken as upright.
 
     Raises:
-        TripletError: missing, or no picture.
+        TripletError: missing, or no image.
     """
     path = Path(path)
     with _name_faults(path, path), Image.open(path) as image:
-        exif = Image.Image.getexif(image)  # a PNG's own method decodes the picture first
+        exif = Image.Image.getexif(image)  # a PNG's own method decodes the image first
         turned = exif.get(ExifTags.Base.Orientation, 1) >= 5
         return image.size if turned else image.size[::-1]
 
 
 @contextlib.contextmanager
 def _name_faults(path: Path, file: Path | None):
-    """A block that opens a picture: what goes wrong becomes a TripletError that names it."""
+    """A block that opens an image: what goes wrong becomes a TripletError that names it."""
     try:
         yield
     except TripletError:
         raise
     except UnidentifiedImageError:
         raise TripletError(
-            f"{path} is no picture, or its beginning is damaged: {AGAIN}", file=file
+            f"{path} is no image, or its beginning is damaged: {AGAIN}", file=file
         ) from None
     except FileNotFoundError:
         raise TripletError(f"{path} does not exist", file=file) from None
@@ -117,7 +117,7 @@ def _name_faults(path: Path, file: Path | None):
 
 
 def _decode_plain(image: Image.Image, data: bytes, mode: str) -> np.ndarray | None:
-    """The picture by OpenCV, up to twice as fast as by Pillow, where both give the same pixels.
+    """The image by OpenCV, up to twice as fast as by Pillow, where both give the same pixels.
 
     That is so for whole 8-bit RGB and grey PNG and JPEG files without orientation; what is cut
     short is left to Pillow, which says so, while OpenCV fills it up.
@@ -166,10 +166,10 @@ def fit_triplet(
     mode: str = "crop",
     center: bool = False,
 ) -> dict[str, np.ndarray | None]:
-    """Bring the pictures of a triplet to one size, all of them in the same way.
+    """Bring the images of a triplet to one size, all of them in the same way.
 
     Args:
-        pictures: `source`, `gt` [H, W, 3] and `mask` [H, W] uint8; a part may be None.
+        images: `source`, `gt` [H, W, 3] and `mask` [H, W] uint8; a part may be None.
         size: (height, width) in px.
         mode: "crop" keeps the aspect and cuts off what is too much, where it costs the fewest mask
             pixels (of equal places the one next to the centre; a window that would be white all
@@ -240,11 +240,11 @@ def save_image(path: str | Path, image: np.ndarray) -> None:
     """
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
         raise TripletError(
-            f"{path}: a picture is uint8 [H, W, 3] or [H, W], not {image.dtype} {list(image.shape)}"
+            f"{path}: an image is uint8 [H, W, 3] or [H, W], not {image.dtype} {list(image.shape)}"
         )
     image = np.ascontiguousarray(image[..., ::-1] if image.ndim == 3 else image)  # cv2 has BGR
     data = cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1]
-    _put_file(Path(path), lambda beside: beside.write_bytes(data))
+    _put_file(Path(path), lambda tmp_path: tmp_path.write_bytes(data))
 
 
 def link_file(original: str | Path, path: Path) -> None:
@@ -253,24 +253,24 @@ def link_file(original: str | Path, path: Path) -> None:
     with contextlib.suppress(OSError):
         os.link(real, path)  # there at once, or not at all
         return
-    _put_file(path, lambda beside: _link(real, beside))  # something is there, or no links are
+    _put_file(path, lambda tmp_path: _link(real, tmp_path))  # something is there, or no links are
 
 
-def _link(real: str, beside: Path) -> None:
+def _link(real: str, tmp_path: Path) -> None:
     try:
-        os.link(real, beside)
+        os.link(real, tmp_path)
     except OSError:  # another file system, or one without hard links
-        shutil.copyfile(real, beside)
+        shutil.copyfile(real, tmp_path)
 
 
 def _put_file(path: Path, make) -> None:
     """Let `make` write a file beside `path`, then take its place."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    tmp_path = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        beside.unlink(missing_ok=True)
-        make(beside)
-        os.replace(beside, path)
+        tmp_path.unlink(missing_ok=True)
+        make(tmp_path)
+        os.replace(tmp_path, path)
     except OSError as error:
         raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
     finally:
-        beside.unlink(missing_ok=True)  # os.replace leaves it if both are one file already
+        tmp_path.unlink(missing_ok=True)  # os.replace leaves it if both are one file already

@@ -27,7 +27,7 @@ class SetSummary:
         origins: triplets by (origin, license).
         classes: triplets by the class of what is removed, where records name one.
         sizes: triplets by (width, height) in px, where records name them.
-        mask_areas: [N] share of each picture that is masked, 0 to 1.
+        mask_areas: [N] share of each image that is masked, 0 to 1.
         change_inside, change_outside: [N] grey levels, where the filters measured them.
         sample: some triplets, drawn at random without replacement.
     """

@@ -1,4 +1,4 @@
-"""The records of triplet sets: find and read them, open their pictures."""
+"""The records of triplet sets: find and read them, open their images."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Triplet:
 
     Attributes:
         id: unique within its set; the source's file name where the record has none.
-        source: the picture with the object.
+        source: the image with the object.
         mask: what is to be removed.
-        gt: the picture without the object, or a removal; None in an unlabelled pool.
-        group: scene, video or original picture (default: the id); a split never cuts a group.
+        gt: the image without the object, or a removal; None in an unlabelled pool.
+        group: scene, video or original image (default: the id); a split never cuts a group.
         extra: every other key of the record (`score` as a float, `origin`, `license`, ...).
     """
 
@@ -161,7 +161,7 @@ def parse_record(record, number: int, locator: Locator, require_gt: bool | None)
     if not isinstance(record, dict):
         raise TripletError(f"{where} is no object: expected source, mask and GT, got {record!r}")
     keys = {"source": "source", "mask": "mask", "gt": "GT"}
-    if "inpaint" in record:  # the authors' older layout: there `gt` is the picture given in
+    if "inpaint" in record:  # the authors' older layout: there `gt` is the image given in
         keys = {"source": "gt", "mask": "mask", "gt": "inpaint"}
     missing = [
         key for part, key in keys.items() if not record.get(key) and (part != "gt" or require_gt)
@@ -197,7 +197,7 @@ def read_triplets(
     allow_absolute: bool = False,
     allow_outside: bool = False,
 ) -> list[Triplet]:
-    """Read one or several sets; pictures are not opened, but each file must be there.
+    """Read one or several sets; images are not opened, but each file must be there.
 
     Args:
         meta_paths: what `resolve_meta` takes, or a list of it.
@@ -280,19 +280,19 @@ def load_images(
     mode: str = "squash",
     center: bool = False,
 ) -> dict[str, np.ndarray | None]:
-    """Open a triplet's pictures.
+    """Open a triplet's images.
 
     Args:
         triplet: what to open.
         size: the side of a square, or (height, width) in px, that they are brought to.
         mode: how: "squash" resizes straight, aspect not kept, as the authors' trainer does; "crop"
-            keeps it (see `pictures.fit_triplet`, also for `center`).
+            keeps it (see `images.fit_triplet`, also for `center`).
 
     Returns:
         `source` [H, W, 3] uint8, `mask` [H, W] uint8 0 or 255, `gt` [H, W, 3] uint8 or None.
 
     Raises:
-        TripletError: a picture cannot be read, sizes differ, the mask is empty or covers all.
+        TripletError: an image cannot be read, sizes differ, the mask is empty or covers all.
     """
     source, mask = load_image(triplet.source), load_image(triplet.mask, "L")
     gt = None if triplet.gt is None else load_image(triplet.gt)

@@ -241,7 +241,7 @@ def merge_sets(metas: Iterable[str | Path], folder: str | Path) -> Path:
                 f"{folder} is one of the sets to be merged: give the merged set a folder of its own"
             )
     for _ in iter_triplets(metas, require_gt=False):
-        pass  # what can be seen without opening pictures, before a set that is there is touched
+        pass  # what can be seen without opening images, before a set that is there is touched
     with TripletWriter(folder, restart=True) as writer:
         for path in metas:
             for triplet in iter_triplets(path, require_gt=False, look=False):

@@ -1,4 +1,4 @@
-"""Evaluate removal methods on one test set: every method on the same pictures, with the same noise.
+"""Evaluate removal methods on one test set: every method on the same images, with the same noise.
 
 Success is what RORem reports (Table 2), judged here by the simulated annotator against the hidden
 truth of the built-in scenes, and by the discriminator as in the paper. This module alone, with the
@@ -36,7 +36,7 @@ class Evaluation:
     """What `evaluate` measured.
 
     Attributes:
-        results: one row a method and picture (`results.csv`), the untouched source included.
+        results: one row a method and image (`results.csv`), the untouched source included.
         methods: one dict a method, rates from 0 to 1 (`methods.json`).
         source: the untouched source's measures, the zero of every PSNR.
         paths: method name -> id -> removal's file.
@@ -76,17 +76,17 @@ def evaluate(
         accept_rates: shares of good and of bad removals at or above that threshold (the stage's
             `accept_rates`), from which `acceptance.estimate_rate` makes
             `success_rate_discriminator`; without them it is the plain share.
-        limit: evaluate the first so many pictures only; None or 0 for all.
+        limit: evaluate the first so many images only; None or 0 for all.
         batch_size: images a batch of every method; the default is for 512 px.
         lpips: the LPIPS network ("alex", "squeeze", "vgg"), "" for none.
 
     Raises:
-        ValueError: there are no methods or no pictures.
+        ValueError: there are no methods or no images.
     """
     output_dir = Path(output_dir)
     triplets = read_triplets(test_meta, require_gt=False)[: limit or None]
     if not methods or not triplets:
-        raise ValueError(f"nothing to evaluate: {len(methods)} methods on {len(triplets)} pictures")
+        raise ValueError(f"nothing to evaluate: {len(methods)} methods on {len(triplets)} images")
     if lpips and (reason := metrics.load_lpips(lpips)[1]):
         logger.warning(reason)
     runs = {
@@ -126,7 +126,7 @@ def evaluate(
 def _measure_item(
     triplet: Triplet, runs: Mapping[str, MethodRun], hidden_dir, lpips: str
 ) -> list[dict]:
-    """One picture's rows: the source's and every method's."""
+    """One image's rows: the source's and every method's."""
     pictures = load_images(triplet)
     source, mask = pictures["source"], pictures["mask"]
     truth = None if hidden_dir is None else read_truth(hidden_dir, triplet.id)
@@ -183,7 +183,7 @@ def summarise_method(rows: pd.DataFrame, accept_rates: Sequence[float] = (1.0, 0
     """One method's rates (0..1) with 95 % Wilson intervals, and its measures' means.
 
     `share_discriminator` is what the discriminator accepts, `success_rate_discriminator` the rate
-    that follows (`acceptance.estimate_rate`). A measure that no picture has is None.
+    that follows (`acceptance.estimate_rate`). A measure that no image has is None.
     """
     summary: dict = {"n": len(rows)}
     for key, column in (("success", "accept"), ("discriminator", "accept_discriminator")):
@@ -214,7 +214,7 @@ def collect_cases(
     ids: Sequence[str],
     names: Sequence[str],
 ) -> dict:
-    """Pictures of some test scenes side by side, as `figures.plot_grid` takes them.
+    """Images of some test scenes side by side, as `figures.plot_grid` takes them.
 
     Args:
         evaluation: what `evaluate` measured.
@@ -224,7 +224,7 @@ def collect_cases(
         names: which methods, one a column.
 
     Returns:
-        Keyword arguments: `pictures` (source, mask, methods, truth), `column_titles`,
+        Keyword arguments: `images` (source, mask, methods, truth), `column_titles`,
         `row_titles`, `captions` (PSNR in the hole, why it was rejected), `frames` (the verdicts).
     """
     by_id = {t.id: t for t in triplets}

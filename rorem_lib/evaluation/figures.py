@@ -177,7 +177,7 @@ def plot_rounds(rounds: Sequence[Mapping]) -> Figure:
 
 
 def plot_failures(methods: Sequence[Mapping]) -> Figure:
-    """Why each method's removals were rejected: stacked shares of all test pictures.
+    """Why each method's removals were rejected: stacked shares of all test images.
 
     Args:
         methods: dicts with `name`, `n` and `failures` (reason -> count).
@@ -187,18 +187,18 @@ def plot_failures(methods: Sequence[Mapping]) -> Figure:
     figure, (axis,) = make_axes(8, 0.34 * len(methods) + 1.1)
     left = np.zeros(len(methods))
     for number, reason in enumerate(reasons):
-        share = np.array([m["failures"].get(reason, 0) / max(1, m["n"]) for m in methods])
+        fraction = np.array([m["failures"].get(reason, 0) / max(1, m["n"]) for m in methods])
         colour = REASON_COLOURS.get(reason, _SPARE[number % len(_SPARE)])
         axis.barh(
             range(len(methods)),
-            share,
+            fraction,
             left=left,
             color=colour,
             label=reason,
             edgecolor="white",
             linewidth=0.5,
         )
-        left += share
+        left += fraction
     axis.set_yticks(range(len(methods)), [m["name"] for m in methods])
     axis.invert_yaxis()
     axis.set_xlim(0, 1)
@@ -271,9 +271,9 @@ def plot_preferences(preferences: Sequence[Mapping]) -> Figure:
         ("same", "#d9d9d9", "equally good"),
         ("prefers_second", ORANGE, "right one better"),
     ):
-        share = np.array([p[key] for p in preferences])
-        axis.barh(range(len(preferences)), share, left=left, color=colour, label=label)
-        left += share
+        fraction = np.array([p[key] for p in preferences])
+        axis.barh(range(len(preferences)), fraction, left=left, color=colour, label=label)
+        left += fraction
     axis.set_yticks(range(len(preferences)), [p["first"] for p in preferences])
     axis.set_ylim(len(preferences) - 0.5, -0.5)
     other = axis.secondary_yaxis("right")

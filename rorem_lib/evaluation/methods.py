@@ -36,7 +36,7 @@ BASELINES = (  # in miniature: what a remover is compared with, and the model it
     {"name": "Navier-Stokes", "kind": "ns"},
     {"name": "base", "model": "builtin", "num_inference_steps": 20, "row": "base"},
 )
-SOURCE = "source"  # no method may be called so: it is the untouched picture in every table
+SOURCE = "source"  # no method may be called so: it is the untouched image in every table
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Method:
 
 @dataclass(frozen=True)
 class MethodRun:
-    """Removals of one method: id -> file; seconds and UNet calls an image (None: not timed)."""
+    """Removals of one method: id -> file; seconds and UNet calls per image (None: not timed)."""
 
     paths: dict[str, Path]
     seconds_per_image: float | None
@@ -139,7 +139,7 @@ def run_method(
     """Make a method's removals, those that are not there yet.
 
     A removal's noise depends on its place in `triplets` alone, the same for every method. One
-    batch warms up untimed; the time is the median over full batches, pictures' files not included.
+    batch warms up untimed; the time is the median over full batches, images' files not included.
     Removals of another model, other settings, another batch size or an older source are made anew.
 
     Args:
@@ -192,7 +192,7 @@ def run_method(
 def _open_method(method: Method, device: str) -> tuple[Callable, Callable]:
     """The method as a function of sources, masks and noise numbers, and its UNet calls' counter.
 
-    The counter says how often the UNet has seen a picture since it was last asked.
+    The counter says how often the UNet has seen an image since it was last asked.
     """
     if method.kind != "remover":
 

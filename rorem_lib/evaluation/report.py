@@ -89,21 +89,21 @@ def _read(path: Path) -> dict:
     return content if isinstance(content, dict) else {}
 
 
-def _take(stages: list[StageRecord], notebook: str, **wish) -> list[StageRecord]:
+def _take(stages: list[StageRecord], notebook: str, **requested) -> list[StageRecord]:
     """The finished stages of a notebook (and of a row)."""
     return [
         s
         for s in stages
         if s.done
         and s.notebook == notebook
-        and all(getattr(s, key) == value for key, value in wish.items())
+        and all(getattr(s, key) == value for key, value in requested.items())
     ]
 
 
 # -------------------------------------------------------------------------------- the figures
 
 
-def find_evaluation(stages: list[StageRecord]) -> StageRecord | None:
+def get_evaluation(stages: list[StageRecord]) -> StageRecord | None:
     """The evaluation that counts: the last finished one, unless an earlier one has more methods."""
     found = [s for s in _take(stages, "08_evaluate") if s.metrics.get("methods")]
     return max(reversed(found), key=lambda s: len(s.metrics["methods"]), default=None)
@@ -115,7 +115,7 @@ def collect_rounds(stages: list[StageRecord]) -> list[dict]:
     A row is one that trains a remover, or that a method of the evaluation stands for; controls and
     few-step variants are none. Like the paper's, the initialization accepts all it is given.
     """
-    evaluation = find_evaluation(stages)
+    evaluation = get_evaluation(stages)
     planned = [
         m for s in stages if s.notebook == "08_evaluate" for m in s.parameters.get("methods") or []
     ]
@@ -201,7 +201,7 @@ def collect_discriminator(stages: list[StageRecord]) -> dict:
 def collect_summary(run_dir: Path, recipe, stages: list[StageRecord] | None = None) -> dict:
     """What `summary.json` holds; rates from 0 to 1, None where a stage was not run."""
     stages = read_stages(run_dir, recipe) if stages is None else stages
-    evaluation = find_evaluation(stages)
+    evaluation = get_evaluation(stages)
     measured = evaluation.metrics if evaluation else {}
     seconds = {s.name: s.seconds for s in stages if s.seconds is not None}
     return clean_metrics(
@@ -297,7 +297,7 @@ def write_report(run_dir: Path, recipe) -> Path:
     run_dir = Path(run_dir)
     stages = read_stages(run_dir, recipe)
     summary = collect_summary(run_dir, recipe, stages)
-    evaluation = find_evaluation(stages)
+    evaluation = get_evaluation(stages)
     methods = evaluation.metrics["methods"] if evaluation else []
     study = summary["user_study"]
     versions = next((_read(s.folder / "stage.json") for s in reversed(stages) if s.done), {})

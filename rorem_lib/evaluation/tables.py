@@ -34,7 +34,7 @@ def is_fast(method: Mapping) -> bool:
     return bool(method.get("lora")) or method.get("scheduler") == "lcm"
 
 
-def find_final(methods: Sequence[Mapping]) -> Mapping | None:
+def choose_final(methods: Sequence[Mapping]) -> Mapping | None:
     """The final remover: the last round, or the last remover where no method is a round."""
     slow = [
         m for m in methods if m["kind"] == "remover" and not m.get("control") and not is_fast(m)
@@ -48,7 +48,7 @@ def list_pairs(methods: Sequence[Mapping]) -> list[tuple[str, str]]:
     The final model with Telea, Navier-Stokes, the controls, the base model and the initialization;
     each round with the one before; few-step variants with the final model and with each other.
     """
-    rounds, final = list_rounds(methods), find_final(methods)
+    rounds, final = list_rounds(methods), choose_final(methods)
     if final is None:
         return []
     name, pairs = final["name"], []
@@ -69,16 +69,16 @@ def compare_methods(
     measure: str = "accept",
     seed: int = 0,
 ) -> list[dict]:
-    """Paired comparisons on the pictures both methods have.
+    """Paired comparisons on the images both methods have.
 
     Args:
-        results: `evaluate`'s, one row a method and picture.
+        results: `evaluate`'s, one row a method and image.
         pairs: (first, second) names.
         measure: a column: "accept" (in points), or a measure such as "psnr_hole" (in dB).
 
     Returns:
         One dict a pair: `first`, `second`, `measure`, the fields of `intervals.Comparison`, and
-        `significant`. Pairs without common pictures are left out.
+        `significant`. Pairs without common images are left out.
     """
     columns = results.pivot(index="id", columns="method", values=measure)
     comparisons = []
@@ -108,7 +108,7 @@ def compare_all(evaluation, *, seed: int = 0) -> list[dict]:
     """
     methods, results = evaluation.methods, evaluation.results
     comparisons = compare_methods(results, list_pairs(methods), seed=seed)
-    final = find_final(methods)
+    final = choose_final(methods)
     if final is not None:
         others = [m["name"] for m in methods if m["kind"] != "remover" or m.get("control")]
         comparisons += compare_methods(
@@ -283,7 +283,7 @@ def make_family_table(results: pd.DataFrame, methods: Sequence[Mapping]) -> pd.D
     """Success rates (0..1) by background family; `known`, `new` and `all` are the first columns.
 
     Known families occur in the base model's pre-training and in the first triplets, new ones do
-    not. Columns name their number of pictures. Families without a name are left out.
+    not. Columns name their number of images. Families without a name are left out.
     """
     judged = results[results.accept.notna() & results.family.notna()]
     new = judged.family.isin(NEW)
@@ -323,10 +323,10 @@ def split_success(results: pd.DataFrame, name: str) -> dict:
 
 
 def choose_cases(results: pd.DataFrame, name: str, *, count: int = 3) -> dict[str, list[str]]:
-    """Test pictures to show: ids under "best", "median" and "worst".
+    """Test images to show: ids under "best", "median" and "worst".
 
-    Pictures are ranked by a method's PSNR in the hole. PSNR is a bad judge of success but the same
-    ruler for every method; from each end, and around the middle, the nearest `count` pictures of
+    Images are ranked by a method's PSNR in the hole. PSNR is a bad judge of success but the same
+    ruler for every method; from each end, and around the middle, the nearest `count` images of
     families not yet shown there are taken, so that one easy family does not fill the sheet.
     """
     rows = results[results.method == name].dropna(subset=["psnr_hole"])

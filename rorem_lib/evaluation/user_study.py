@@ -39,7 +39,7 @@ class Trial:
 
     Attributes:
         id: what the annotator's log calls it, 16 hex characters.
-        picture: the test picture's id.
+        image: the test image's id.
         methods: one name, or two: the left one's and the right one's.
         removals: their files.
     """
@@ -61,15 +61,15 @@ def make_trials(
     """The questions of a study.
 
     Args:
-        removals: method -> picture's id -> the removal's file.
-        kind: "success", one question a method and picture; "preference", one a picture and pair of
+        removals: method -> image's id -> the removal's file.
+        kind: "success", one question a method and image; "preference", one per image and pair of
             methods, left and right by lot.
         methods: which of them to ask about; empty takes all.
-        pictures: how many pictures are drawn of those that every method has; 0 takes all.
-        seed: fixes the pictures and the sides.
+        images: how many images are drawn of those that every method has; 0 takes all.
+        seed: fixes the images and the sides.
 
     Raises:
-        ValueError: an unknown kind or method, too few methods to compare, no common picture.
+        ValueError: an unknown kind or method, too few methods to compare, no common image.
         OSError: a removal cannot be read.
     """
     if kind not in KINDS:
@@ -83,7 +83,7 @@ def make_trials(
         raise ValueError(f"a study of {kind} has too few methods: {', '.join(removals) or 'none'}")
     common = sorted(set.intersection(*(set(paths) for paths in removals.values())))
     if not common:
-        raise ValueError(f"no picture has a removal of each method: {', '.join(removals)}")
+        raise ValueError(f"no image has a removal of each method: {', '.join(removals)}")
     drawn = [common[i] for i in np.random.default_rng(seed).permutation(len(common))]
     groups = [(name,) for name in sorted(removals)]
     if kind == "preference":
@@ -129,7 +129,7 @@ def open_study(
 
     Raises:
         LabelError: the name cannot name a file, or the folder cannot be written.
-        ValueError: there are no trials, a picture is not in the test set, see `Annotator`.
+        ValueError: there are no trials, an image is not in the test set, see `Annotator`.
     """
     by_id = {triplet.id: triplet for triplet in triplets}
     lacking = sorted({trial.picture for trial in trials} - by_id.keys())
@@ -137,7 +137,7 @@ def open_study(
         raise ValueError(
             "there is nothing to ask: no trials"
             if not trials
-            else f"{len(lacking)} pictures are not in the test set (first: {lacking[0]})"
+            else f"{len(lacking)} images are not in the test set (first: {lacking[0]})"
         )
     if not annotator:
         return ask_name(
@@ -184,7 +184,7 @@ def read_answers(folder: str | Path, trials: Iterable[Trial]) -> tuple[pd.DataFr
     """What people have answered so far to these trials; simulated labels are nobody's answers.
 
     Returns:
-        A row an answer (no skips, no silent repeats): `trial`, `picture`, `annotator`, `label`
+        A row an answer (no skips, no silent repeats): `trial`, `image`, `annotator`, `label`
         and the methods, `first` and `second` (None in a study of success).
         And the labels behind it, skips and repeats among them.
     """
@@ -214,7 +214,7 @@ def summarise_study(
     Args:
         folder: of the study.
         trials: as `make_trials` returns them.
-        results: `evaluation.evaluate`'s, one row a method and picture.
+        results: `evaluation.evaluate`'s, one row a method and image.
         seed: of the bootstraps.
 
     Returns:
@@ -251,7 +251,7 @@ def summarise_study(
 
 
 def collect_successes(trials: Iterable[Trial], labels: Iterable[Label]) -> pd.DataFrame:
-    """The majority's verdicts: `id` of the picture, `method`, `accept`; ties are left out."""
+    """The majority's verdicts: `id` of the image, `method`, `accept`; ties are left out."""
     decided = merge_votes(labels)
     rows = [
         {"id": t.picture, "method": t.methods[0], "accept": decided[t.id] == "accept"}
@@ -269,8 +269,8 @@ def summarise_successes(successes: pd.DataFrame, results: pd.DataFrame) -> list[
         results: `evaluation.evaluate`'s.
 
     Returns:
-        One dict a method, best first: `name`, `n` (pictures), `success_rate`,
-        `success_interval` (95 % Wilson); and on the same pictures the simulated annotator's
+        One dict a method, best first: `name`, `n` (images), `success_rate`,
+        `success_interval` (95 % Wilson); and on the same images the simulated annotator's
         `simulated_rate` and how often it says the `same_verdict`, None without hidden truth.
     """
     judged = results[["id", "method", "accept"]].rename(columns={"accept": "simulated"})
@@ -295,17 +295,17 @@ def summarise_successes(successes: pd.DataFrame, results: pd.DataFrame) -> list[
 def summarise_preferences(answers: pd.DataFrame, *, seed: int = 0) -> list[dict]:
     """How often each method was preferred to each other one.
 
-    A picture's answers are averaged first, so that many annotators are not many pictures.
+    An image's answers are averaged first, so that many annotators are not many images.
 
     Args:
         answers: of `read_answers`.
         seed: of the bootstrap.
 
     Returns:
-        One dict a pair, its methods in the alphabet's order: `first`, `second`, `n` (pictures),
+        One dict a pair, its methods in the alphabet's order: `first`, `second`, `n` (images),
         `n_answers`; the shares of the answers `prefers_first`, `same`, `prefers_second`;
-        `preference` (0..1, mean over pictures with an equal one as one half), its
-        `interval` (95 %, bootstrap over pictures) and `p_value` (sign test over pictures, those
+        `preference` (0..1, mean over images with an equal one as one half), its
+        `interval` (95 %, bootstrap over images) and `p_value` (sign test over images, those
         that are even left out).
     """
     swapped = answers["first"] > answers["second"]

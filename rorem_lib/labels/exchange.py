@@ -180,7 +180,7 @@ def export_labels(labels: Iterable[Label], path: str | Path, *, triplets: Iterab
     Args:
         labels: labels that stand.
         path: the file to write, atomically; its ending chooses the form.
-        triplets: candidates whose picture paths go into the Label Studio tasks.
+        triplets: candidates whose image paths go into the Label Studio tasks.
     """
     path, rows = Path(path), [asdict(label) for label in labels]
     if path.suffix == ".csv":
@@ -225,7 +225,7 @@ def export_dataset(
 ) -> Path:
     """Write what was judged and what was said as one Parquet file, for `datasets.load_dataset`.
 
-    A row an item that has a label: `id`, the pictures `source`, `mask` and `removal`, embedded as
+    A row an item that has a label: `id`, the images `source`, `mask` and `removal`, embedded as
     their files are, `decision` ("accept", "reject", or None where the policy left it open) and
     `labels`, a list of all that annotators said, silent repeats and skips included.
 
@@ -237,7 +237,7 @@ def export_dataset(
 
     Raises:
         LabelError: there are no labels of these candidates.
-        OSError: a picture cannot be read, or the disk is full.
+        OSError: an image cannot be read, or the disk is full.
     """
     from datasets import Features, Image, Value
 
@@ -298,7 +298,7 @@ def write_scored_set(
         accepted_by: goes into the accepted entries' `accepted_by`.
         orders: id -> how the item was drawn (`labels.collect_orders`); becomes `label_order`.
         fair: ids of a fair sample (`labels.find_fair`); becomes `fair_sample`, true or false.
-        per_picture: at most so many accepted removals of one picture (a triplet's `group`), drawn
+        per_picture: at most so many accepted removals of one image (a triplet's `group`), drawn
             by lot; 0 keeps all.
         seed: of the lot.
 

@@ -1,4 +1,4 @@
-"""The label log: every decision of an annotator is on the disk before the next picture shows.
+"""The label log: every decision of an annotator is on the disk before the next image shows.
 
 A label log is one append-only file an annotator, `labels-<annotator>.jsonl`, one JSON object a
 line. Each line is on the disk (fsync) before the call returns, undo is a further line, and a line
@@ -59,7 +59,7 @@ class Label:
         reason: why it was rejected, one of `REASONS` or free text.
         note: free text.
         time: ISO 8601, UTC; filled in by the log.
-        ms: milliseconds between the picture's appearance and the decision.
+        ms: milliseconds between the image's appearance and the decision.
         content: first 16 hex characters of the SHA-256 of the removal's file.
         order: the order under which it was drawn ("random", "uncertainty", "audit", ...).
         simulated: True if no person decided.
@@ -198,7 +198,7 @@ def _explain(path: Path):
         mend = "Bring the folder back" if gone else "Free some space or make the folder writable"
         raise LabelError(
             f"not saved: {path} cannot be written ({error.strerror or error}). {mend}, then label "
-            "this picture again"
+            "this image again"
         ) from error
 
 

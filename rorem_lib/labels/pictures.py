@@ -27,13 +27,13 @@ def encode_item(
 
     Returns:
         info: `size` [width, height], `box` of the mask [x0, y0, x1, y1] and `outline` (closed
-            polygons [x0, y0, x1, y1, ...]), all in pixels of the source; `types`, one a picture;
+            polygons [x0, y0, x1, y1, ...]), all in pixels of the source; `types`, one per image;
             `crop` [x0, y0, x1, y1] if full-resolution crops were added.
-        pictures: source, removal, the rival if there is one and, for large pictures, the crops of
+        images: source, removal, the rival if there is one and, for large images, the crops of
             all of them.
 
     Raises:
-        TripletError: a picture cannot be read, or their sizes differ.
+        TripletError: an image cannot be read, or their sizes differ.
     """
     shown = [triplet.source, triplet.gt, *([rival] if rival else [])]
     files = [_read_plain_file(path, view_size) for path in shown]
@@ -74,7 +74,7 @@ def _read_plain_file(path: Path, view_size: int) -> tuple[str, bytes, list[int]]
         if path.stat().st_size > PLAIN_BYTES:
             return None
         with Image.open(path) as image:  # reads the head alone
-            exif = Image.Image.getexif(image)  # a PNG's own method decodes the picture first
+            exif = Image.Image.getexif(image)  # a PNG's own method decodes the image first
             known = image.format in ("PNG", "JPEG") and image.mode == "RGB"
             upright = exif.get(ExifTags.Base.Orientation, 1) == 1  # XMP's word counts too
             solid = not image.has_transparency_data

@@ -73,9 +73,9 @@ def order_items(
         ValueError: unknown order, a share or score outside 0..1, scores or strata missing.
     """
     ids = sorted(set(ids))
-    for share in (audit_share, overlap_share, repeat_share):
-        if not 0 <= share <= 1:
-            raise ValueError(f"audit, overlap and repeat share lie between 0 and 1, not {share}")
+    for fraction in (audit_share, overlap_share, repeat_share):
+        if not 0 <= fraction <= 1:
+            raise ValueError(f"audit, overlap and repeat share lie between 0 and 1, not {fraction}")
     common, own = _make_generator(seed, ""), _make_generator(seed, annotator)
     drawn = [ids[i] for i in common.permutation(len(ids))]
     overlap = dict.fromkeys(drawn[: round(overlap_share * len(ids))])

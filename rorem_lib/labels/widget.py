@@ -1,14 +1,14 @@
 """The annotation widget: removals judged by keyboard in JupyterLab and VS Code notebooks.
 
 It shows what RORem's annotators saw, source and mask beside the removal (RORem, sec. 3.2), and
-keeps nothing itself: each decision goes to the `LabelLog` it was given and the picture moves only
+keeps nothing itself: each decision goes to the `LabelLog` it was given and the image moves only
 after the log has it on the disk. The browser side is `widget.js` and `widget.css`.
 
 Messages from the browser: `ready`, `want` (places), `label` (with the places wanted next: one
 message a decision is what JupyterLab has time for; they come with the answer, or soon after it when
 the browser is `calm`), `undo` (with the number of decisions it knows of: a second undo that waits
 behind the first is none), `nudge` (only to hurry an answer, see widget.js). Messages to the
-browser: `state` (where we are, figures), `item` (pictures of one place), `failed` (what was not
+browser: `state` (where we are, figures), `item` (images of one place), `failed` (what was not
 saved).
 """
 
@@ -51,7 +51,7 @@ PAUSE_MS = 60_000
 RATE_WINDOW = 50
 # Decisions between two looks at others' labels. After each one it would tell what others had said.
 LOOK_EVERY = 25
-# Seconds after an answer before pictures are made or sent that it would have to wait for: until it
+# Seconds after an answer before images are made or sent that it would have to wait for: until it
 # is on screen, and, of an annotator whose next key comes by then, until it has left.
 SOON, AT_ONCE = 0.03, 0.003
 
@@ -66,7 +66,7 @@ class Annotator(anywidget.AnyWidget):
         wanted: number of decisions aimed at; 0 is the whole queue.
         keys: action -> key, replaces single ones of `keys.KEYS`.
         prefetch: how many coming places the browser holds decoded.
-        view_size: longest side in pixels of what the browser gets; a larger picture's mask box
+        view_size: longest side in pixels of what the browser gets; a larger image's mask box
             comes at full resolution besides.
         divided: annotators share the work: what others have labelled meanwhile is not asked for,
             unless its place is `shared`, and counts as done.
@@ -199,7 +199,7 @@ class Annotator(anywidget.AnyWidget):
         if place != self._place or content["id"] != self._queue[place].id:
             # The browser is behind, for example with two views open: nothing is written blindly.
             known = self._decided.get(place)
-            return f"not taken: this picture is labelled already ({known.label})" if known else ""
+            return f"not taken: this image is labelled already ({known.label})" if known else ""
         if self._log.was_continued():
             self._catch_up()
             return "not taken: this name was at work elsewhere; its labels are here now"
@@ -284,7 +284,7 @@ class Annotator(anywidget.AnyWidget):
                 self._ahead = place, self._pool.submit(self._make_item, place, wait)
 
     def _make_item(self, place: int, wait: float = 0) -> tuple[dict, list[bytes]]:
-        """The message and the pictures that the browser needs to show a place."""
+        """The message and the images that the browser needs to show a place."""
         time.sleep(wait)
         item = self._queue[place]
         message = {"kind": "item", "place": place, "id": item.id}

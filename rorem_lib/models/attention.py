@@ -69,16 +69,16 @@ def set_attention(unet, *, xformers: bool = False) -> None:
         ValueError: xformers is asked for and is not installed, or there is no GPU.
     """
     if xformers:
-        wish = "enable_xformers_memory_efficient_attention"
+        requested = "enable_xformers_memory_efficient_attention"
         if not is_xformers_available():
             raise ValueError(
-                f"{wish}: xformers is not installed: run `pip install -c requirements/"
+                f"{requested}: xformers is not installed: run `pip install -c requirements/"
                 'constraints.txt -e ".[xformers]"`, or leave the option off (attention is fused '
                 "without it)"
             )
         if unet.device.type != "cuda":
             raise ValueError(
-                f"{wish} needs an NVIDIA GPU and the model is on "
+                f"{requested} needs an NVIDIA GPU and the model is on "
                 f"{unet.device.type}: leave the option off"
             )
         unet.enable_xformers_memory_efficient_attention()
@@ -136,11 +136,11 @@ def compile_unet(unet, *, backend: str = "inductor") -> None:
     """
     gpu = unet.device.type == "cuda"
     variable, names = ("CC", ("gcc", "clang", "cc")) if gpu else ("CXX", ("g++", "clang++", "c++"))
-    wish = os.environ.get(variable, "").split()[:1]
-    if backend == "inductor" and not any(map(shutil.which, wish or names)):
+    requested = os.environ.get(variable, "").split()[:1]
+    if backend == "inductor" and not any(map(shutil.which, requested or names)):
         raise ValueError(
             f"torch_compile needs a {'C' if gpu else 'C++'} compiler and there is "
-            f"no {' or '.join(wish or names)} here: install one (for example "
+            f"no {' or '.join(requested or names)} here: install one (for example "
             f"`apt-get install g++`), name it in {variable}, or set torch_compile "
             "to false"
         )

@@ -1,6 +1,6 @@
-"""Remove objects from pictures of any size, in batches, with a diffusion model or with OpenCV.
+"""Remove objects from images of any size, in batches, with a diffusion model or with OpenCV.
 
-The stock `StableDiffusionXLInpaintPipeline` does the work. Every picture has a generator of its
+The stock `StableDiffusionXLInpaintPipeline` does the work. Every image has a generator of its
 own, so a removal does not depend on the batch it was in.
 """
 
@@ -86,7 +86,7 @@ def remove_objects(
         guidance_scale: classifier-free guidance; 1 is off (RORem removes without guidance).
         strength: share of the noise schedule that is run; 1 starts from pure noise.
         seed: fixes all noise.
-        numbers: what each picture's noise is numbered; by default its place in the list.
+        numbers: what each image's noise is numbered; by default its place in the list.
         batch_size: images a forward pass; the default is for 512 px.
         dilate: widens the masks by so many pixels.
         paste_back: keep the source's own pixels outside the (dilated) mask; shadows then stay.
@@ -103,12 +103,12 @@ def remove_objects(
         raise ValueError(f"{len(images)} images but {len(object_masks)} masks")
     numbers = list(range(len(images))) if numbers is None else list(numbers)
     resolution = resolution or sdxl.get_resolution(pipe)
-    multiple = sdxl.find_unit(pipe)
+    multiple = sdxl.get_unit(pipe)
     fitted = []
     for number, (image, mask) in enumerate(zip(images, object_masks)):
         if image.shape[:2] != mask.shape[:2]:
             raise ValueError(
-                f"picture {number} is {image.shape[1]}x{image.shape[0]} px but its "
+                f"image {number} is {image.shape[1]}x{image.shape[0]} px but its "
                 f"mask {mask.shape[1]}x{mask.shape[0]}"
             )
         mask = masks.dilate_mask(masks.binarise_mask(mask), dilate)

@@ -1,7 +1,7 @@
 """The content filter: Stable Diffusion's safety checker, over whole sets, in batches.
 
 The authors ran it over their release, so a set of the same sources without it is slightly larger.
-It is a CLIP image encoder that compares a picture with 20 fixed concepts.
+It is a CLIP image encoder that compares an image with 20 fixed concepts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ REVISION = "cb41f3a270d63d454d385fc2e4f571c487c253c5"
 
 
 class SafetyChecker:
-    """Says which pictures the checker takes for unsafe.
+    """Says which images the checker takes for unsafe.
 
     Args:
         model_id: a Hub id or a folder with the checker and its image processor.
@@ -59,7 +59,7 @@ class SafetyChecker:
     def find_unsafe(
         self, pictures: Iterable[np.ndarray], *, batch_size: int = 32
     ) -> Iterator[bool]:
-        """Whether each picture [H, W, 3] uint8, of any size, is unsafe; in order, lazily."""
+        """Whether each image [H, W, 3] uint8, of any size, is unsafe; in order, lazily."""
         from rorem_lib.models.sdxl import silence_libraries
         from rorem_lib.workers import group_chunks
 

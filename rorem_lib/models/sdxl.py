@@ -205,16 +205,16 @@ def load_pipeline(
     return pipe.to(device)
 
 
-def choose_precision(wish: str, device="cpu") -> str:
+def choose_precision(requested: str, device="cpu") -> str:
     """What "auto" means on this machine: "bf16" where matrix units take it, else "no".
 
     Args:
-        wish: "auto", "no", "bf16" or "fp16"; all but "auto" are returned as they are.
+        requested: "auto", "no", "bf16" or "fp16"; all but "auto" are returned as they are.
         device: where the model runs. On CPUs bf16 pays where there are instructions for it (AMX,
             avx512_bf16: training is 1.3 times as fast); elsewhere it is slower than float32.
     """
-    if wish != "auto":
-        return wish
+    if requested != "auto":
+        return requested
     if torch.device(device).type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     able = torch.cpu.get_capabilities()
@@ -236,8 +236,8 @@ def set_resolution(pipe, unet, resolution: int) -> None:
     )
 
 
-def find_unit(pipe) -> int:
-    """What sides of pictures must be multiples of, px: the VAE's factor, halved by the UNet."""
+def get_unit(pipe) -> int:
+    """What sides of images must be multiples of, px: the VAE's factor, halved by the UNet."""
     return pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
 
 
@@ -277,9 +277,9 @@ def make_time_ids(
     """SDXL's micro-conditioning [batch, 6]: original size, crop corner, target size (px).
 
     Args:
-        height, width: of the pictures.
+        height, width: of the images.
         batch: rows of the result, all equal.
-        top, left: the corner at which a larger picture was cut.
+        top, left: the corner at which a larger image was cut.
         device: where the result goes.
     """
     return torch.tensor(

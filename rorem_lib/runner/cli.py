@@ -281,10 +281,10 @@ def _run(recipe: Recipe, runs_dir: Path, options) -> int:
         # jobs are tied to this process and end with it.
         sys.stdout.flush()
         os._exit(INTERRUPTED)
-    told = f"; report: {os.path.relpath(result['report'])}" if result["report"] else ""
+    message = f"; report: {os.path.relpath(result['report'])}" if result["report"] else ""
     console.write(
         f"{recipe.name}: {len(result['ran'])} run, {len(result['skipped'])} unchanged, "
-        f"{time.monotonic() - began:.0f} s{told}"
+        f"{time.monotonic() - began:.0f} s{message}"
     )
     return DONE
 

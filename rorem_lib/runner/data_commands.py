@@ -18,7 +18,7 @@ SOUND, FAULTY, INTERRUPTED = 0, 1, 130
 def add_commands(parser: argparse.ArgumentParser) -> None:
     """The commands below `rorem data`."""
     commands = parser.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
-    check = commands.add_parser("check", help="open every picture of a set, name each fault")
+    check = commands.add_parser("check", help="open every image of a set, name each fault")
     check.add_argument("folder", help="a set, its meta.json, or a folder with several sets")
     check.add_argument("--allow-absolute", action="store_true", help="accept absolute paths")
     check.add_argument(

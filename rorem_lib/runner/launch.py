@@ -74,7 +74,7 @@ def _list_ancestors() -> list[int] | None:
     return found
 
 
-def find_hardware(hardware: str | None) -> Path | None:
+def get_hardware(hardware: str | None) -> Path | None:
     """The accelerate file of a hardware name; None for one plain process on the CPU.
 
     Args:
@@ -106,7 +106,7 @@ def build_command(
     Args:
         module: its module below `rorem_lib`, such as "remover".
         config: its YAML file.
-        hardware: see `find_hardware`.
+        hardware: see `get_hardware`.
         num_processes: replaces the hardware file's number.
         tied: go through this module, so that no process outlives its parent; False gives the
             plain command a person would type.
@@ -114,7 +114,7 @@ def build_command(
     tie = ["rorem_lib.runner.launch"] if tied else []
     job = ["-m", *tie, f"rorem_lib.{module}", "--config", str(config)]
     python = [sys.executable if tied else "python"]
-    file = find_hardware(hardware)
+    file = get_hardware(hardware)
     if file is None:
         return python + job
     more = ["--num_processes", str(num_processes)] if num_processes else []
@@ -134,7 +134,7 @@ def build_environment(hardware: str | None, output_dir: Path) -> dict[str, str]:
     environment["MPLBACKEND"] = "agg"  # the kernel's inline backend has no place in a job
     above = environment.get("PYTHONPATH")
     environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{above}" if above else str(ROOT)
-    file = find_hardware(hardware)
+    file = get_hardware(hardware)
     if file is None or file.stem.startswith("cpu"):
         environment["ACCELERATE_USE_CPU"] = "true"
         environment["GLOO_SOCKET_IFNAME"] = "lo"

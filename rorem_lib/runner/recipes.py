@@ -94,7 +94,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def find_recipe(name_or_path) -> Path:
+def get_recipe(name_or_path) -> Path:
     """A recipe's file, from its name in `notebooks/recipes` or its path.
 
     Raises:
@@ -152,7 +152,7 @@ def read_recipe(
         RecipeError: lists every unknown notebook, parameter or stage, every mistyped value and
             every reference that points nowhere or forward.
     """
-    path = find_recipe(name_or_path)
+    path = get_recipe(name_or_path)
     try:
         table = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except yaml.YAMLError as error:

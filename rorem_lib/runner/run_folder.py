@@ -311,7 +311,7 @@ def supersede_folder(folder: Path) -> None:
     """Move a stage's folder aside to `.superseded/<stage>-<when it was made>`; nothing is deleted.
 
     What people labelled (with a user study's trials) is in the stage's new folder at once. Labels
-    name the candidates' content hashes, so those of pictures that changed count for nothing.
+    name the candidates' content hashes, so those of images that changed count for nothing.
     """
     if not folder.exists():
         return

@@ -2,7 +2,7 @@
 
 The source is a background with a cut-out laid over it, relit, with what it does to the ground; the
 GT is the plain background. Some masks leave the effect out (`effect_masks`): these teach a remover
-that a shadow goes with its object. Pasting objects over whole pictures is Syn4Removal's way
+that a shadow goes with its object. Pasting objects over whole images is Syn4Removal's way
 (SmartEraser, CVPR 2025), which has no effects.
 """
 
@@ -44,7 +44,7 @@ class CompositesSource(Source):
     Attributes:
         folder: cut-outs: PNG, WebP or TIFF with transparency, in it, in its folder `cutouts` if
             there is one, or in folders below, whose names become the record's `class`.
-        backgrounds: folder of pictures without such objects, relative to `folder` or absolute;
+        backgrounds: folder of images without such objects, relative to `folder` or absolute;
             default `backgrounds` in `folder`.
         count: triplets; those with a refused file drop out.
         seed: fixes every triplet, together with its number and its two files.
@@ -58,7 +58,7 @@ class CompositesSource(Source):
             reflection and contact shadow; the rest has no effect.
         effect_masks: share, among the triplets with an effect, of masks that cover the effect too.
         dilate: side of the square kernel in px that widens every mask; 5 adds 2 px all around.
-        edge_margin: share of the object's area that may leave the picture.
+        edge_margin: share of the object's area that may leave the image.
         feather: sigma in px of the blur of the object's edge.
         license: what the collections' publishers state.
     """
@@ -84,7 +84,7 @@ class CompositesSource(Source):
     origin = "composites"
     layout = (
         "cutouts/ (or folders named by class) with PNG, WebP or TIFF files with "
-        "transparency, and backgrounds/ with pictures"
+        "transparency, and backgrounds/ with images"
     )
 
     limits = {
@@ -162,7 +162,7 @@ class CompositesSource(Source):
         ground, strength = draw_effect(gt, colour, alpha, x, y, effect, light, rng)
         bare = object_alpha == 0
         if effect != "none" and not (strength[bare] > 0.1).any():
-            effect = "none"  # hidden behind the object, or out of the picture
+            effect = "none"  # hidden behind the object, or out of the image
             ground, strength = gt.astype(np.float32), np.zeros_like(strength)
         blend = ground * (1 - object_alpha[..., None]) + object_colour * 255
         blend = np.clip(blend + 0.5, 0, 255).astype(np.uint8)

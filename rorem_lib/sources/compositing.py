@@ -16,7 +16,7 @@ FAINTEST = 1 / 255  # an effect below changes no pixel
 
 class Light(NamedTuple):
     """Where a point `h` px above the ground casts its shadow: `side * h` px along the ground to the
-    right, and `back * h` px up in the picture.
+    right, and `back * h` px up in the image.
     """
 
     side: float
@@ -47,8 +47,8 @@ def clean_rim(colour, alpha):
     of_label[label[core > 0]] = colour[core > 0]
     nearest = cv2.blur(of_label[label], (3, 3))
     reach = max(3, 0.02 * max(alpha.shape))
-    share = np.where(core > 0, 0, np.clip(2 - distance / reach, 0, 1))[..., None]
-    return (colour * (1 - share) + nearest * share).astype(np.float32)
+    fraction = np.where(core > 0, 0, np.clip(2 - distance / reach, 0, 1))[..., None]
+    return (colour * (1 - fraction) + nearest * fraction).astype(np.float32)
 
 
 def cut_around(gt, x, y, shape):
@@ -82,12 +82,12 @@ def relight(colour, alpha, around, light: Light, strength: float):
 
 
 def shift(x, y):
-    """The affine matrix [2, 3] that moves a picture by x, y px."""
+    """The affine matrix [2, 3] that moves an image by x, y px."""
     return np.array([[1, 0, x], [0, 1, y]], np.float64)
 
 
 def warp(picture, matrix, size: int):
-    """A picture moved by an affine matrix [2, 3] into a square of `size` px, bilinear."""
+    """An image moved by an affine matrix [2, 3] into a square of `size` px, bilinear."""
     return cv2.warpAffine(np.asarray(picture, np.float32), matrix, (size, size))
 
 
@@ -100,8 +100,8 @@ class Standing(NamedTuple):
         height: of the object, px.
         foot, slope: the ground meets column u in row foot + slope * u.
         above: [h, w], px over the ground.
-        x, y: where the left upper corner lies in the picture.
-        size: the picture's side.
+        x, y: where the left upper corner lies in the image.
+        size: the image's side.
     """
 
     colour: np.ndarray
@@ -174,15 +174,15 @@ def _contact_shadow(o: Standing):
 
 def cast_shadow(o: Standing, light: Light):
     """The silhouette laid on the ground, softer and fainter the higher its part of it, 0..1."""
-    share = np.clip(o.above / o.height, 0, 1)
+    fraction = np.clip(o.above / o.height, 0, 1)
     sigmas = 0.6 + o.height * np.array([0, 0.012, 0.03, 0.06])
-    level = np.interp(0.6 + 0.06 * o.height * share, sigmas, np.arange(4))
+    level = np.interp(0.6 + 0.06 * o.height * fraction, sigmas, np.arange(4))
     # A little taller than the object, since it has a depth: no lit line is left below its foot.
     blocked = cv2.dilate(o.alpha, np.ones((3 + 2 * (o.height // 100), 1), np.uint8))
     shadow = sum(
         cv2.GaussianBlur(blocked, (0, 0), sigma) * np.clip(1 - abs(level - k), 0, 1)
         for k, sigma in enumerate(sigmas)
-    ) * (1 - 0.4 * share)
+    ) * (1 - 0.4 * fraction)
     side = light.side
     back = light.back - side * o.slope  # along the ground; else tilted ones shrink to a line
     matrix = np.array(

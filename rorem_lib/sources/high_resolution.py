@@ -1,14 +1,14 @@
-"""DIV2K and Flickr2K: large pictures, each with masks of yours; a pool without GT.
+"""DIV2K and Flickr2K: large images, each with masks of yours; a pool without GT.
 
-RORem's last stage takes 1,200 triplets of these pictures; how their masks and GT were made is not
+RORem's last stage takes 1,200 triplets of these images; how their masks and GT were made is not
 said. There are two honest routes to such triplets:
 
 1. masks that people draw or a segmentation model makes, given to this importer; then the current
    remover takes the objects out (notebook 03) and people accept what is good (notebook 04);
-2. the pictures as backgrounds that objects are pasted into, so that the GT is known: that is
+2. the images as backgrounds that objects are pasted into, so that the GT is known: that is
    `rorem_lib.sources.composites`.
 
-DIV2K (NTIRE 2017, Agustsson and Timofte) is 800 training and 100 validation pictures, PNG with the
+DIV2K (NTIRE 2017, Agustsson and Timofte) is 800 training and 100 validation images, PNG with the
 longer side 2,040 px. Flickr2K (EDSR, Lim et al. 2017) is 2,650 of the same size, without a split.
 """
 
@@ -41,8 +41,8 @@ from rorem_lib.data.masks import binarise_mask, resize_mask
 
 _DATASETS = {"DIV2K_train_HR": "DIV2K", "DIV2K_valid_HR": "DIV2K", "Flickr2K_HR": "Flickr2K"}
 _LICENSES = {
-    "DIV2K": "academic research only; the pictures belong to their owners",
-    "Flickr2K": "none stated; each picture has its owner's Flickr terms",
+    "DIV2K": "academic research only; the images belong to their owners",
+    "Flickr2K": "none stated; each image has its owner's Flickr terms",
 }
 
 
@@ -54,23 +54,23 @@ class _Place(NamedTuple):
 
 @dataclass(frozen=True)
 class HighResolutionSource(Source):
-    """Large pictures with a mask each, cut to about the size that is trained.
+    """Large images with a mask each, cut to about the size that is trained.
 
-    A picture may have several masks: `0001.png`, `0001_1.png`, `0001-2.png`, each an item of its
-    own. A picture without a mask and a mask without a picture are items too, which are rejected.
+    An image may have several masks: `0001.png`, `0001_1.png`, `0001-2.png`, each an item of its
+    own. An image without a mask and a mask without an image are items too, which are rejected.
 
     Attributes:
         folder: holds DIV2K_train_HR, DIV2K_valid_HR, Flickr2K_HR, or some of them, directly or in
             DIV2K/ and Flickr2K/; or is one of them.
         masks: the folder of the masks, below `folder` or absolute; white is to be removed. Where it
-            has a folder of the pictures' folder's name, the masks of these pictures are there.
-        images: another folder of large pictures, below `folder` or absolute, in place of the above.
-        size: px; the shorter side that pictures are cut and shrunk to. Nothing is ever enlarged.
-        crop: "mask" cuts a square of `size` px that holds the mask, from the picture as it is, and
+            has a folder of the images' folder's name, the masks of these images are there.
+        images: another folder of large images, below `folder` or absolute, in place of the above.
+        size: px; the shorter side that images are cut and shrunk to. Nothing is ever enlarged.
+        crop: "mask" cuts a square of `size` px that holds the mask, from the image as it is, and
             a larger one, which is then shrunk, where the mask needs it; "center" takes the largest
-            square in the middle, "none" the whole picture, both shrunk.
-        margin: px between the mask and the edges of its square, where the picture has room.
-        min_side: px; pictures whose shorter side is below are rejected.
+            square in the middle, "none" the whole image, both shrunk.
+        margin: px between the mask and the edges of its square, where the image has room.
+        min_side: px; images whose shorter side is below are rejected.
     """
 
     folder: str
@@ -95,7 +95,7 @@ class HighResolutionSource(Source):
     def __post_init__(self):
         super().__post_init__()
         if not self.masks:
-            raise ValueError("masks must name a folder: the pictures have no masks of their own")
+            raise ValueError("masks must name a folder: the images have no masks of their own")
 
     @classmethod
     def recognises(cls, folder: Path) -> bool:
@@ -118,7 +118,7 @@ class HighResolutionSource(Source):
                 mask_folder = mask_folder.parent
             if mask_folder.resolve() == folder.resolve():
                 raise SourceError(
-                    f"{folder} is given for the pictures and for the masks: put the "
+                    f"{folder} is given for the images and for the masks: put the "
                     "masks into a folder of their own and name it with masks"
                 )
             images, masks = _list_stems(folder), _list_stems(mask_folder)
@@ -132,10 +132,10 @@ class HighResolutionSource(Source):
             found.append((folder, mask_folder, images, masks, owners))
         if not any(owners for *_, owners in found):
             raise SourceError(
-                f"{root / self.masks} holds no mask of a picture in "
+                f"{root / self.masks} holds no mask of an image in "
                 f"{', '.join(map(str, folders))}: draw them, or let any segmentation model make "
-                "them (white is to be removed), and name each like its picture, 0001.png, or "
-                "0001_1.png and 0001_2.png where a picture has several; the option masks names "
+                "them (white is to be removed), and name each like its image, 0001.png, or "
+                "0001_1.png and 0001_2.png where an image has several; the option masks names "
                 "another folder"
             )
         for folder, mask_folder, images, masks, owners in found:
@@ -157,14 +157,14 @@ class HighResolutionSource(Source):
     def load_item(self, item: Item) -> Pictures:
         place = _Place(*item.place)
         if not place.image:
-            raise Rejected("no picture", f"{place.mask} is named like no picture")
+            raise Rejected("no image", f"{place.mask} is named like no image")
         if not place.mask:
             raise Rejected("no mask", f"{place.image} has no mask of its name")
         source, mask = open_picture(place.image), open_picture(place.mask, "L").array
         height, width = source.array.shape[:2]
         if min(height, width) < self.min_side:
             raise Rejected(
-                "small picture", f"{place.image} is {width}x{height} px, below {self.min_side} px"
+                "small image", f"{place.image} is {width}x{height} px, below {self.min_side} px"
             )
         check_shape(mask, source.array, Path(place.mask))
         if mask.max() < 128:  # nothing to cut around
@@ -185,7 +185,7 @@ class HighResolutionSource(Source):
         return Pictures(source, Picture(np.ascontiguousarray(mask)), None, Path(place.image), extra)
 
     def _choose_box(self, mask: np.ndarray, name: str) -> tuple[int, int, int, int]:
-        """Left, top, width, height of what is kept, in px of the picture."""
+        """Left, top, width, height of what is kept, in px of the image."""
         height, width = mask.shape
         if self.crop == "none":
             return 0, 0, width, height
@@ -194,7 +194,7 @@ class HighResolutionSource(Source):
             return (width - side) // 2, (height - side) // 2, side, side
         left, top, w, h = cv2.boundingRect(mask)
         side = max(self.size, w + 2 * self.margin, h + 2 * self.margin)
-        # Anywhere that holds the mask, by a hash: objects in the middle of every picture would be
+        # Anywhere that holds the mask, by a hash: objects in the middle of every image would be
         # learned.
         digest = hashlib.sha256(name.encode()).digest()
         x, w = _place_span(left, w, side, width, self.margin, digest[:8])
@@ -219,7 +219,7 @@ def _shrink(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _find_folders(root: Path) -> list[Path]:
-    """The folders of pictures by their known names; of one that is there twice, the first."""
+    """The folders of images by their known names; of one that is there twice, the first."""
     if root.absolute().name in _DATASETS and root.is_dir():
         return [root]
     places = (
@@ -235,7 +235,7 @@ def _get_split(folder: str) -> str | None:
 
 
 def _list_stems(folder: Path) -> dict[str, str]:
-    """File names of pictures by what stands before the ending."""
+    """File names of images by what stands before the ending."""
     stems: dict[str, str] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):

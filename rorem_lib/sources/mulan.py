@@ -59,7 +59,7 @@ class MulanSource(Source):
     """Triplets from MULAN's layers.
 
     Source and GT are composites (alpha-over) and differ by one instance, so they are aligned and
-    equal outside of its alpha. `remove="top"` gives one triplet a picture: all layers, and all but
+    equal outside of its alpha. `remove="top"` gives one triplet an image: all layers, and all but
     the top one. `remove="each"` gives one an instance: the layers up to and with it, and without
     it. The layers above it are in neither, since they would hide a part of what the mask marks;
     what they hid is MULAN's inpainting there. To list the instances of annotations, "each" has to
@@ -67,7 +67,7 @@ class MulanSource(Source):
 
     The dataset's own discussions do not agree on whether the first or the last instance is on top.
     `composite_error` in `extra` tells: the mean absolute difference, in grey levels, between the
-    composite of all layers and the photograph; compare both orders on some pictures that overlap.
+    composite of all layers and the photograph; compare both orders on some images that overlap.
 
     Attributes:
         folder: holds annotations or layers, in any folders below.
@@ -83,8 +83,8 @@ class MulanSource(Source):
         threshold: share of opacity above which a pixel is in the mask; at the default, what stays
             outside changes by one grey level at most.
         dilate: side in pixels of the square that the mask is then widened by.
-        min_area, max_area: share of the picture that the instance covers, alpha weighted.
-        max_border: largest share of the instance's outline that may lie on the picture's border,
+        min_area, max_area: share of the image that the instance covers, alpha weighted.
+        max_border: largest share of the instance's outline that may lie on the image's border,
             where the frame cuts it.
         words: keep instances with one of these in a caption: whole words, any case. A list, or a
             text with commas.
@@ -246,13 +246,13 @@ class MulanSource(Source):
         if not self.min_area <= area <= self.max_area:
             raise Rejected(
                 "area",
-                f"{named} covers {area:.4f} of the picture, not {self.min_area} to {self.max_area}",
+                f"{named} covers {area:.4f} of the image, not {self.min_area} to {self.max_area}",
             )
         border = measure_border(layer.alpha)
         if border > self.max_border:
             raise Rejected(
                 "border",
-                f"{named} has {border:.3f} of its outline on the picture's "
+                f"{named} has {border:.3f} of its outline on the image's "
                 f"border, above {self.max_border}",
             )
         text = " | ".join(layer.captions)

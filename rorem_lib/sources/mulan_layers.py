@@ -1,4 +1,4 @@
-"""MULAN's layers: read from an annotation or from pictures, composed, measured.
+"""MULAN's layers: read from an annotation or from images, composed, measured.
 
 What the values of an annotation mean stands in `rorem_lib.sources.mulan`.
 """
@@ -22,7 +22,7 @@ CAPTIONS = ("blip2", "llava")  # the models whose captions count
 
 @dataclass(frozen=True)
 class Layer:
-    """One instance of a picture.
+    """One instance of an image.
 
     Attributes:
         number: 1 is the first instance.
@@ -127,7 +127,7 @@ def _get_dict(holder, key, path: Path) -> dict:
 def read_layers(
     folder: Path, image_id: str, numbers: tuple[int, ...], captions: dict
 ) -> tuple[np.ndarray, list[Layer]]:
-    """Open the layers of a picture that was taken apart already.
+    """Open the layers of an image that was taken apart already.
 
     Args:
         folder: holds `<image_id>-layer_<number>.png`.
@@ -174,7 +174,7 @@ def _clean(captions: Iterable) -> tuple[str, ...]:
 
 
 def compose_layers(under: np.ndarray, layers: list[Layer]) -> np.ndarray:
-    """Lay layers over a picture, the last on top: [H, W, 3] float32, not rounded."""
+    """Lay layers over an image, the last on top: [H, W, 3] float32, not rounded."""
     under = under.astype(np.float32)
     for layer in layers:
         alpha = layer.alpha[..., None].astype(np.float32) / 255

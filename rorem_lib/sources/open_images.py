@@ -1,8 +1,8 @@
-"""OpenImages V7: pictures and masks of single objects; a pool without GT.
+"""OpenImages V7: images and masks of single objects; a pool without GT.
 
 The files are those of the download page of the Open Images Dataset V7, "Segmentations": a CSV of
-masks a split, the masks in 16 archives by the first digit of the picture's id, the class names. A
-mask's non-zero pixels are the object; it is seldom of its picture's size and is resized to it with
+masks a split, the masks in 16 archives by the first digit of the image's id, the class names. A
+mask's non-zero pixels are the object; it is seldom of its image's size and is resized to it with
 nearest neighbours. RORem takes these masks, without the classes of clothes and of body parts, at
 most 500 a class; how it chose among them is not said, here a hash does. What became of every row
 of the CSV is counted: see `OpenImagesSource.summary`.
@@ -100,25 +100,25 @@ class _Place(NamedTuple):
 
 @dataclass(frozen=True)
 class OpenImagesSource(Source):
-    """Pictures of OpenImages, each with the mask of one object.
+    """Images of OpenImages, each with the mask of one object.
 
-    Of all masks that pass, those with the smallest hash of (seed, picture, box) are taken, split by
+    Of all masks that pass, those with the smallest hash of (seed, image, box) are taken, split by
     split: neither the order of the CSV nor another split's file changes the choice, and of a longer
     CSV the same masks are taken as long as no new one comes before them.
 
     Attributes:
         folder: what was downloaded, in one of the layouts of `layout`.
         annotations, masks, images, class_names: the CSV of the masks, the folder of the masks, that
-            of the pictures, the CSV of the class names, where they lie elsewhere; below `folder` or
+            of the images, the CSV of the class names, where they lie elsewhere; below `folder` or
             absolute.
         exclude: display names of classes that are left out; upper and lower case are the same.
         per_class: at most so many masks of a class; 0 takes all, and then all are held in memory.
-        per_image: at most so many masks of a picture; 0 takes all.
-        min_area, max_area: the share of the picture that the mask's box covers, 0..1.
+        per_image: at most so many masks of an image; 0 takes all.
+        min_area, max_area: the share of the image that the mask's box covers, 0..1.
         min_iou: the least PredictedIoU, 0..1; masks without one (drawn, not predicted) pass.
-        max_size: pictures are made smaller until no side has more pixels; 0 keeps them.
+        max_size: images are made smaller until no side has more pixels; 0 keeps them.
         dilate: widens the masks as `masks.dilate_mask`, in pixels.
-        downloaded_only: choose among the pictures that are there, for a download of a part.
+        downloaded_only: choose among the images that are there, for a download of a part.
         seed: another one chooses other masks.
     """
 
@@ -143,7 +143,7 @@ class OpenImagesSource(Source):
     license: ClassVar[str] = "images CC-BY-2.0, annotations CC-BY-4.0"
     layout: ClassVar[str] = (
         "<split>-annotations-object-segmentation.csv and class-descriptions.csv, masks in "
-        "<split>-masks-<0-f>/ and pictures in <split>/ (or all flat), or <split>/{data,labels,"
+        "<split>-masks-<0-f>/ and images in <split>/ (or all flat), or <split>/{data,labels,"
         "metadata} as FiftyOne writes them; <split> is train, validation or test"
     )
     has_gt: ClassVar[bool] = False
@@ -193,7 +193,7 @@ class OpenImagesSource(Source):
         Returns:
             `rows`, `listed` and, where there were any, the rows left out by their reason: `damaged
             row`, `class without a name`, `excluded class`, `small box`, `large box`, `low IoU`,
-            `picture not there`, `row given twice`, `over the cap`, `another mask of its picture`.
+            `image not there`, `row given twice`, `over the cap`, `another mask of its image`.
             `rows` is the sum of all others.
         """
         return {reason: count for reason, count in self._counts.items() if count}
@@ -256,7 +256,7 @@ class OpenImagesSource(Source):
         return path
 
     def _find_folders(self, split: str | None, kind: str) -> tuple[_Folder, ...]:
-        """Where a split's masks or pictures lie: every folder that holds some."""
+        """Where a split's masks or images lie: every folder that holds some."""
         root = Path(self.folder)
         masks, found = kind == "masks", []
         for name in _SPLITS.get(split, ("train",)):
@@ -275,7 +275,7 @@ class OpenImagesSource(Source):
             what = (
                 f"masks (unzip {name}-masks-0.zip to -f.zip into folders of these names)"
                 if masks
-                else f"pictures (<ImageID>.jpg in {name}/)"
+                else f"images (<ImageID>.jpg in {name}/)"
             )
             raise SourceError(
                 f"{root} has a CSV of {split or 'masks'} but holds no {what}: add "
@@ -317,7 +317,7 @@ class OpenImagesSource(Source):
             full = self.per_class and of_class[label] >= self.per_class
             twice = self.per_image and of_image[image] >= self.per_image
             counts["over the cap"] += bool(full)
-            counts["another mask of its picture"] += bool(twice and not full)
+            counts["another mask of its image"] += bool(twice and not full)
             taken.append(not full and not twice)
             of_class[label] += taken[-1]
             of_image[image] += taken[-1]
@@ -346,7 +346,7 @@ class OpenImagesSource(Source):
             rows = _drop(rows, ~is_out(rows), reason, counts)
         if present is not None:
             there = np.fromiter((image in present for image in rows["ImageID"]), bool, len(rows))
-            rows = _drop(rows, there, "picture not there", counts)
+            rows = _drop(rows, there, "image not there", counts)
         return rows.copy()
 
     # ------------------------------------------------------------------------------------ opening

@@ -565,7 +565,7 @@ class OberSource(_Paired):
             raise _refuse_lack_of_gt(where)
         for name in ("input", columns[2]):
             if not data[name]:
-                raise Rejected("missing picture", f"{where}: the column {name} is empty")
+                raise Rejected("missing image", f"{where}: the column {name} is empty")
         source, gt, mask = (
             data[name] and Picture(decode_image(f"{where}, {name}", mode, data=data[name])[0])
             for name, mode in zip(columns, ("RGB", "RGB", "L"))

@@ -36,13 +36,13 @@ _NEEDED = ("source", "mask")
 
 @dataclass(frozen=True)
 class ParquetSetSource(Source):
-    """A set published as Parquet with its pictures embedded.
+    """A set published as Parquet with its images embedded.
 
     `data/<split>-00000-of-00001.parquet` (or the same without `data/`) with the columns source,
     mask and, but for a pool, GT, each `{bytes, path}`. The columns id, group, origin, license,
     score and what else there is stay the records'; a text column `extra` is a JSON object of more.
-    Pictures become files again byte by byte, in a temporary folder that lives as long as the
-    `Pictures` does. One row group is held in memory at a time.
+    Images become files again byte by byte, in a temporary folder that lives as long as the
+    `Images` does. One row group is held in memory at a time.
 
     Args:
         folder: the dataset's folder, or its `data/`.
@@ -96,7 +96,7 @@ class ParquetSetSource(Source):
                     opened[part] = _open_cell(files[part], f"{where}, {part}", shard)
             with contextlib.suppress(KeyError, TypeError, ValueError):  # else it is something else
                 record = {**record, **dict(json.loads(record["extra"])), "extra": None}
-            # known here, for no one may ask for the file when its picture is gone
+            # known here, for no one may ask for the file when its image is gone
             extra = {"sha256": hash_file(files["source"])} | {
                 key: value
                 for key, value in record.items()
@@ -183,10 +183,10 @@ def _name_faults(shard: Path):
 
 
 def _write_cell(cell, folder: Path, where: str, shard: Path) -> Path:
-    """A picture's bytes as a file under the name that it had."""
+    """An image's bytes as a file under the name that it had."""
     if not isinstance(cell, dict) or not cell.get("bytes"):
         raise TripletError(
-            f"{where} holds no picture: publish the set again with its pictures embedded",
+            f"{where} holds no image: publish the set again with its images embedded",
             file=shard,
         )
     data, name = cell["bytes"], Path(cell.get("path") or "picture")

@@ -75,7 +75,7 @@ class RordSource(Source):
         classes: beginnings of the Class_ID to remove: `F*` are removable, `BO*` background. Mask
             files are not drawn anew for it.
         dilate: side of the kernel in px that widens the finished mask; 0 leaves it.
-        size: width and height in px to resize to (pictures by area, masks nearest); None keeps.
+        size: width and height in px to resize to (images by area, masks nearest); None keeps.
 
     Raises:
         ValueError: an option has no such value.
@@ -224,7 +224,7 @@ def _pictures_of(part: Path) -> str | None:
 
 
 def _list_folder(folder: Path) -> tuple[list[str], list[str]]:
-    """The names of the folders and of the pictures in it, sorted."""
+    """The names of the folders and of the images in it, sorted."""
     with os.scandir(folder) as entries:
         seen = [(entry.name, entry.is_dir()) for entry in entries if entry.name[0] != "."]
     return (
@@ -268,12 +268,12 @@ def _find(folder: Path, scene: str, stem: str, endings: tuple[str, ...]) -> Path
 def _read_label(
     path: Path, classes: tuple[str, ...], height: int, width: int
 ) -> tuple[list[str], list[np.ndarray]]:
-    """The classes and the polygons (int32 [N, 2], px of the picture) that are to be removed."""
+    """The classes and the polygons (int32 [N, 2], px of the image) that are to be removed."""
     try:
         label = json.loads(path.read_text(encoding="utf-8-sig"))
         across, down = map(int, re.findall(r"\d+", label["Raw_Data_Info."]["Resolution"]))
         if not (down and 0.98 < across * height / (down * width) < 1.02):
-            raise ValueError(f"drawn on {across}x{down} px, its picture has {width}x{height}")
+            raise ValueError(f"drawn on {across}x{down} px, its image has {width}x{height}")
         found, polygons = set(), []
         for annotation in label["Learning_Data_Info."]["Annotation"]:
             points = annotation["segmentation"]
@@ -288,7 +288,7 @@ def _read_label(
         raise TripletError(f"{path} cannot be read: {error.strerror}", file=path) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise TripletError(
-            f"{path} is no label of this picture ({type(error).__name__}: {error}): {AGAIN}",
+            f"{path} is no label of this image ({type(error).__name__}: {error}): {AGAIN}",
             file=path,
         ) from None
     return sorted(found), polygons
@@ -326,8 +326,8 @@ def _blend_plate(frame: np.ndarray, plate: np.ndarray, polygons: list[np.ndarray
     """The frame with the plate in its polygons, one after the other, as the authors blend them.
 
     Luma: what is around a polygon is continued into it, and the plate's is cloned over that.
-    Chroma: the plate's, everywhere. Pictures are [H, W, 3] uint8 RGB. The authors' program stops
-    at polygons that leave the picture by some pixels or are under 3 px wide; here the first are
+    Chroma: the plate's, everywhere. Images are [H, W, 3] uint8 RGB. The authors' program stops
+    at polygons that leave the image by some pixels or are under 3 px wide; here the first are
     cut at the border, and the latter get the plate's luma as it is.
     """
     height, width = frame.shape[:2]
@@ -354,7 +354,7 @@ def _blend_plate(frame: np.ndarray, plate: np.ndarray, polygons: list[np.ndarray
 
 
 def _continue_luma(luma: np.ndarray, plate_luma: np.ndarray, hole: np.ndarray) -> np.ndarray:
-    """Inpaint a hole; the plate's mirrored edge lies outside the picture, for holes at its edge."""
+    """Inpaint a hole; the plate's mirrored edge lies outside the image, for holes at its edge."""
     inner = slice(_PADDING, -_PADDING)
     padded = cv2.copyMakeBorder(plate_luma, *[_PADDING] * 4, cv2.BORDER_REFLECT)
     padded[inner, inner] = luma

@@ -134,9 +134,9 @@ class _Image(np.ndarray):
     def __setstate__(self, state: list) -> None:
         mode, (width, height), data = state[1], state[2], state[4]
         if mode not in ("1", "L", "RGB"):
-            raise _Refused(f"has a picture of mode {mode!r}")
+            raise _Refused(f"has an image of mode {mode!r}")
         if width * height > 8 * len(data):  # Pillow reserves the pixels before it looks at the data
-            raise _Refused(f"has {len(data)} bytes for a picture of {width}x{height} px")
+            raise _Refused(f"has {len(data)} bytes for an image of {width}x{height} px")
         pixels = np.asarray(Image.frombytes(mode, (width, height), data))
         super().__setstate__((1, pixels.shape, pixels.dtype, False, pixels.tobytes()))
 

@@ -3,7 +3,7 @@
 The dataset's page is LetsThink/RORem_dataset. Each set is a folder with `source/`, `mask/`, `GT/`
 and a `meta.json`: a JSON list of `{"source": ..., "mask": ..., "GT": ...}`, the paths relative to
 it. A single object, JSON lines, a `score` (for the discriminator) and the authors' older keys
-(`gt` the picture given in, `inpaint` the removal) are understood too.
+(`gt` the image given in, `inpaint` the removal) are understood too.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from rorem_lib.data.pictures import TripletError
 from rorem_lib.data.triplets import META, Locator, parse_record, read_records
 
 _DEPTH = 2  # levels of sub folders that are searched
-_MEASURED = {"width", "height", "gt"}  # of the picture as it was; `gt` names another part here
+_MEASURED = {"width", "height", "gt"}  # of the image as it was; `gt` names another part here
 _PICTURE_FOLDERS = {"source", "mask", "gt", "hidden"}  # large, and without lists
 
 

@@ -106,7 +106,7 @@ def save_checkpoint(accelerator, config, step: int, *, train_size: int | None = 
         "step": step,
         "config": dataclasses.asdict(config),
         "num_processes": accelerator.num_processes,
-        "kind": distributed.find_kind(accelerator),
+        "kind": distributed.get_kind(accelerator),
         **_describe_training(accelerator, config, train_size),
     }
     with writing(accelerator, tmp_path):
@@ -150,7 +150,7 @@ def _describe_training(accelerator, config, train_size: int | None) -> dict:
     """What has to be the same in a run that goes on, and no option says alone."""
     return {
         "global_batch": distributed.count_global_batch(accelerator, config),
-        "precision": distributed.find_precision(accelerator),
+        "precision": distributed.get_precision(accelerator),
         "train_size": train_size,
     }
 
@@ -332,7 +332,7 @@ def load_checkpoint(accelerator, config, optimizer, *, train_size: int | None = 
         checkpoint, record, config, _describe_training(accelerator, config, train_size)
     )
     same = record["num_processes"] == accelerator.num_processes
-    _compare_kind(checkpoint, record, distributed.find_kind(accelerator), same)
+    _compare_kind(checkpoint, record, distributed.get_kind(accelerator), same)
     handle = accelerator.register_load_state_pre_hook(partial(_load_weights, accelerator))
     scaler = accelerator.scaler
     if not (checkpoint / "scaler.pt").is_file():  # it was made in another precision

@@ -251,6 +251,6 @@ def run_job(function, config) -> None:
     """A stage module's `main`: log lines to standard output, then the work."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     logging.getLogger("accelerate").setLevel(logging.WARNING)
-    if distributed.find_device() == "cpu":
+    if distributed.get_device() == "cpu":
         tune_cpu()
     function(config)

@@ -36,7 +36,7 @@ from rorem_lib.files import is_full
 logger = logging.getLogger(__name__)
 
 
-def find_device() -> str:
+def get_device() -> str:
     """The kind of device accelerate will take, known before an `Accelerator` exists."""
     use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     return "cuda" if torch.cuda.is_available() and not use_cpu else "cpu"
@@ -49,7 +49,7 @@ def make_handlers(device: str) -> list:
     short for that. DeepSpeed on a CPU would not choose gloo itself.
 
     Args:
-        device: "cpu" or "cuda", see `find_device`.
+        device: "cpu" or "cuda", see `get_device`.
     """
     limits = {"timeout": timedelta(hours=2)}
     if device == "cpu" and is_asked_for("DEEPSPEED"):
@@ -66,7 +66,7 @@ def is_asked_for(name: str) -> bool:
     return os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true", "yes")
 
 
-def find_kind(accelerator) -> str:
+def get_kind(accelerator) -> str:
     """ "one", "DDP", "ZeRO-2" or "FSDP2" (also "ZeRO-1", "ZeRO-3", "FSDP1" before `prepare`)."""
     kind = accelerator.distributed_type
     if kind == DistributedType.DEEPSPEED:
@@ -81,7 +81,7 @@ def is_divided(accelerator) -> bool:
     return accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
 
 
-def find_precision(accelerator) -> str:
+def get_precision(accelerator) -> str:
     """What is really computed in: "no" (float32), "bf16" or "fp16"."""
     return "no" if _is_half_on_cpu(accelerator) else accelerator.mixed_precision
 
@@ -93,8 +93,8 @@ def count_global_batch(accelerator, config) -> int:
 
 def describe(accelerator, config) -> str:
     """The line a training starts with, such as "8 processes, ZeRO-2, bf16, global batch 128"."""
-    count, kind = accelerator.num_processes, find_kind(accelerator)
-    precision = find_precision(accelerator)
+    count, kind = accelerator.num_processes, get_kind(accelerator)
+    precision = get_precision(accelerator)
     words = [
         f"{count} process{'es' if count > 1 else ''}",
         *([kind] if kind != "one" else []),
@@ -158,7 +158,7 @@ def prepare(accelerator, model, optimizer, config):
     Raises:
         ValueError: ZeRO-3 or FSDP1, which the hardware files do not offer.
     """
-    kind = find_kind(accelerator)
+    kind = get_kind(accelerator)
     if kind in ("FSDP1", "ZeRO-3"):
         raise ValueError(
             f"{kind} is not supported: set fsdp_version to 2, or zero_stage to 2, in "

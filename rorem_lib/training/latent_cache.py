@@ -67,7 +67,7 @@ def read_sizes(triplets: Sequence[Triplet]) -> list[tuple[int, int]]:
     """(height, width) in px of each triplet's source, from the files' headers.
 
     Raises:
-        TripletError: a file is missing or no picture.
+        TripletError: a file is missing or no image.
     """
     with ThreadPoolExecutor(8) as pool:
         chunks = pool.map(
@@ -101,35 +101,36 @@ class LatentStore:
     def __setstate__(self, state):
         self.__init__(**state)
 
-    def read(self, index: int, *, twin: int = 0, variant: int = 0) -> dict[str, torch.Tensor]:
+    def read(self, index: int, *, flipped: int = 0, variant: int = 0) -> dict[str, torch.Tensor]:
         """What was cached of one triplet.
 
         Args:
             index: its place, from 0.
-            twin: 1 is mirrored.
+            flipped: 1 is mirrored.
             variant: which mask; 0 is the triplet's own.
 
         Returns:
             The parts [4, h, w] in the cache's type and `mask` [1, h, w] uint8 0 or 1.
 
         Raises:
-            IndexError: there is no such triplet, twin or variant.
+            IndexError: there is no such triplet, flipped or variant.
         """
         if not (
             0 <= index < len(self)
-            and 0 <= twin <= self.spec.twins
+            and 0 <= flipped <= self.spec.flipped
             and 0 <= variant <= self.spec.mask_variants
         ):
             raise IndexError(
-                f"no triplet {index}, twin {twin}, variant {variant} in this cache of {len(self)}"
+                f"no triplet {index}, flipped {flipped}, variant {variant} in this cache of "
+                f"{len(self)}"
             )
         file, row = self._open(self.paths[self.shard[index]]), int(self.row[index])
         # clone: a slice holds on to the whole file
         return {
             part: (
-                file.get_slice(part)[row, variant, twin]
+                file.get_slice(part)[row, variant, flipped]
                 if part in ("masked", "mask")
-                else file.get_slice(part)[row, twin]
+                else file.get_slice(part)[row, flipped]
             ).clone()
             for part in (*self.spec.parts, "mask")
         }
@@ -150,7 +151,7 @@ class _Shard:
         for path, stat in self.stats.items():
             if describe_stat(path) != stat:
                 raise TripletError(
-                    f"{path} was changed while its latents were made: start again (the pictures "
+                    f"{path} was changed while its latents were made: start again (the images "
                     "have to lie in a folder that all nodes share)",
                     file=path,
                 )
@@ -185,10 +186,10 @@ def open_store(
     Args:
         triplets: with GT.
         vae: the frozen autoencoder in float32, on the device that shall compute.
-        sizes: (height, width) in px of each triplet, which its pictures are fitted to.
+        sizes: (height, width) in px of each triplet, which its images are fitted to.
         spec: what to make; by default `CacheSpec()`.
         root: the folder of all caches, one that all processes see; `cache_root()` by default.
-        batch_size: pictures an encoding at up to 512 x 512 px, fewer of larger ones.
+        batch_size: images an encoding at up to 512 x 512 px, fewer of larger ones.
         shard_size: triplets a file.
 
     Raises:
@@ -270,7 +271,7 @@ def hash_files(paths: Sequence[Path], folder: Path, *, threads: int = 8) -> list
     """SHA-256 of files; each process of accelerate's group, which all call it, reads a part.
 
     What was read once is read again only where `describe_stat` differs. A `sha256` in a set's
-    records would not do: it is of the raw file, and would miss a picture that was edited since.
+    records would not do: it is of the raw file, and would miss an image that was edited since.
 
     Args:
         paths: the files.
@@ -328,6 +329,7 @@ def _name_kind(root: Path, vae, spec: CacheSpec, *, write: bool) -> str:
         weights.update(name.encode())
         weights.update(weight.detach().float().cpu().numpy().tobytes())
     chosen = dataclasses.asdict(spec)
+    chosen["twins"] = chosen.pop("flipped")  # as shards are named since the first of them
     if not spec.mask_variants:
         del chosen["mask_dilate_max"], chosen["mask_loosen"]
     if spec.resize_mode == "squash":
@@ -437,10 +439,10 @@ def _encode_variants(vae, batch: dict, spec: CacheSpec) -> dict[str, torch.Tenso
     """
     device = next(vae.parameters()).device
     pictures = {part: torch.as_tensor(x).to(device) for part, x in batch.items()}
-    # the width is the last axis of masks but not of pictures
+    # the width is the last axis of masks but not of images
     views = [pictures] + [
         {part: x.flip(-1 if part == "mask" else -2) for part, x in pictures.items()}
-    ] * spec.twins
+    ] * spec.flipped
     only_masked = dataclasses.replace(spec, parts=("masked",), mask_variants=0)
     found = defaultdict(list)
     for view in views:
@@ -452,10 +454,10 @@ def _encode_variants(vae, batch: dict, spec: CacheSpec) -> dict[str, torch.Tenso
             whole = part in ("masked", "mask")
             found[part].append(torch.stack([e[part] for e in each], 1) if whole else each[0][part])
     return {
-        part: torch.stack(twins, 2 if part in ("masked", "mask") else 1)
+        part: torch.stack(views, 2 if part in ("masked", "mask") else 1)
         .to(torch.uint8 if part == "mask" else DTYPES[spec.dtype])
         .cpu()
-        for part, twins in found.items()
+        for part, views in found.items()
     }
 
 
@@ -496,7 +498,7 @@ def read_batches(
 
     Args:
         load: opens one item, for example `partial(load_images, size=512)`.
-        chunks: the items of each batch; all pictures of one are brought to one size.
+        chunks: the items of each batch; all images of one are brought to one size.
         threads: by default one a core.
         ahead: batches that are decoded in advance; 0 for a taker that needs all cores itself.
 
@@ -505,7 +507,7 @@ def read_batches(
         [B, h, w, 3] uint8 and `mask` [B, h, w] uint8 0 or 255; without `gt` in a pool.
 
     Raises:
-        TripletError: a picture cannot be read, or sizes differ.
+        TripletError: an image cannot be read, or sizes differ.
     """
     pool = ThreadPoolExecutor(threads or os.cpu_count())
     waiting: deque[list] = deque()

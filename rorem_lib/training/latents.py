@@ -1,4 +1,4 @@
-"""From pictures to latents: how a triplet is fitted, its mask perturbed, and both encoded.
+"""From images to latents: how a triplet is fitted, its mask perturbed, and both encoded.
 
 The latent cache and training without one both go through here, so that they train the same.
 """
@@ -26,14 +26,14 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """How pictures become latents.
+    """How images become latents.
 
     Attributes:
         parts: which latents: `gt`, `masked` (the source with its hole blanked), `source`.
         dtype: "fp16", finer in the latents' range, or "bf16".
-        resize_mode: "crop" keeps the aspect, "squash" does not (see `pictures.fit_triplet`).
+        resize_mode: "crop" keeps the aspect, "squash" does not (see `images.fit_triplet`).
         center_crop: crop the centre, unless that would cut the whole mask away.
-        twins: also mirrored.
+        flipped: also mirrored.
         mask_variants: how many perturbed masks a triplet has besides its own.
         mask_dilate_max, mask_loosen: see `masks.perturb_mask`.
         vae_precision: "fp32", "bf16" or "fp16".
@@ -46,7 +46,7 @@ class CacheSpec:
     dtype: str = "fp16"
     resize_mode: str = "crop"
     center_crop: bool = False
-    twins: bool = True
+    flipped: bool = True
     mask_variants: int = 0
     mask_dilate_max: float = 0.04
     mask_loosen: float = 1.0
@@ -92,26 +92,28 @@ def vary_mask(mask: np.ndarray, variant: int, spec: CacheSpec) -> np.ndarray:
 
 
 def prepare_pictures(
-    triplet: Triplet, size: tuple[int, int], spec: CacheSpec, *, twin: int = 0, variant: int = 0
+    triplet: Triplet, size: tuple[int, int], spec: CacheSpec, *, flipped: int = 0, variant: int = 0
 ) -> dict[str, np.ndarray]:
-    """The pictures whose latents are trained on.
+    """The images whose latents are trained on.
 
     Args:
         triplet: with GT.
         size: (height, width) in px, as the VAE takes them.
         spec: how they are fitted and their masks perturbed.
-        twin: 1 mirrors them.
+        flipped: 1 mirrors them.
         variant: which mask; 0 is the triplet's own.
 
     Returns:
         `gt`, `source` [h, w, 3] uint8, `mask` [h, w] uint8 0 or 255.
 
     Raises:
-        TripletError: a picture cannot be read, or sizes differ.
+        TripletError: an image cannot be read, or sizes differ.
     """
     pictures = load_images(triplet, size=size, mode=spec.resize_mode, center=spec.center_crop)
     pictures["mask"] = vary_mask(pictures["mask"], variant, spec)
-    return {part: np.ascontiguousarray(x[:, ::-1]) if twin else x for part, x in pictures.items()}
+    return {
+        part: np.ascontiguousarray(x[:, ::-1]) if flipped else x for part, x in pictures.items()
+    }
 
 
 @torch.no_grad()
@@ -121,7 +123,7 @@ def encode_pictures(vae, pictures: Mapping, spec: CacheSpec) -> dict[str, torch.
     Args:
         vae: the frozen autoencoder, in float32; its work is done in `spec.vae_precision`. A batch
             whose latents overflow in half precision is encoded again in float32.
-        pictures: `gt`, `source` [B, h, w, 3] and `mask` [B, h, w] uint8, arrays or tensors; only
+        images: `gt`, `source` [B, h, w, 3] and `mask` [B, h, w] uint8, arrays or tensors; only
             what `spec.parts` needs.
         spec: which parts, and the precision.
 
@@ -144,7 +146,7 @@ def encode_pictures(vae, pictures: Mapping, spec: CacheSpec) -> dict[str, torch.
     (height, width), (high, wide) = mask.shape[-2:], found[spec.parts[0]].shape[-2:]
     if height % high or width % wide or height // high != width // wide:
         raise ValueError(
-            f"pictures of {height}x{width} px do not suit this VAE: take a multiple of its factor"
+            f"images of {height}x{width} px do not suit this VAE: take a multiple of its factor"
         )
     return found | {"mask": sdxl.shrink_mask(mask, found[spec.parts[0]])}
 

@@ -28,7 +28,7 @@ from rorem_lib.files import replace_folder, write_json
 from rorem_lib.models import sdxl
 from rorem_lib.training import checkpoints, distributed, tracking
 from rorem_lib.training.config import LoopConfig
-from rorem_lib.training.sampler import Positions
+from rorem_lib.training.sampler import PositionSampler
 
 logger = logging.getLogger(__name__)
 
@@ -108,12 +108,12 @@ def train(objective: Objective, config: LoopConfig) -> dict:
     # An earlier training here may have had another precision; accelerate has no public way.
     AcceleratorState._reset_state()
     accelerator = Accelerator(
-        mixed_precision=sdxl.choose_precision(config.mixed_precision, distributed.find_device()),
+        mixed_precision=sdxl.choose_precision(config.mixed_precision, distributed.get_device()),
         # as a plugin: else a number in the hardware file wins over the option
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=config.gradient_accumulation_steps
         ),
-        kwargs_handlers=distributed.make_handlers(distributed.find_device()),
+        kwargs_handlers=distributed.make_handlers(distributed.get_device()),
         log_with=None if config.report_to == "none" else config.report_to,
         project_config=ProjectConfiguration(
             project_dir=config.output_dir,
@@ -199,7 +199,7 @@ class _Training:
         if self.ema is not None:
             self.ema.to(accelerator.device)
         self.validate = objective.make_validation()
-        if self.validate is not None and distributed.find_kind(accelerator) == "FSDP2":
+        if self.validate is not None and distributed.get_kind(accelerator) == "FSDP2":
             logger.warning(
                 "validation_steps has no effect under FSDP2, whose weights are whole "
                 "on no process: only the finished model can be looked at"
@@ -219,7 +219,7 @@ class _Training:
         on_gpu = accelerator.device.type == "cuda"
         loader = DataLoader(
             self.dataset,
-            batch_sampler=Positions(config, accelerator, self.first),
+            batch_sampler=PositionSampler(config, accelerator, self.first),
             num_workers=config.dataloader_num_workers,
             pin_memory=on_gpu,
             # of its own: else it draws from the noise that a checkpoint restores
@@ -325,7 +325,7 @@ class _Training:
         return norm
 
     def _pause_at(self, norm) -> None:
-        """What a step may end with: a look at the pictures, a checkpoint."""
+        """What a step may end with: a look at the images, a checkpoint."""
         config, step = self.config, self.step
         save = self._is_due(config.checkpointing_steps) and step < config.max_train_steps
         if not (save or self._is_look_due()):

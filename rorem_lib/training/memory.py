@@ -14,7 +14,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-# What a GPU multiplies at most in bf16 without sparsity and with float32 sums, TFLOP a second, by
+# What a GPU multiplies at most in bf16 without sparsity and with float32 sums, TFLOP per second, by
 # words of its name; the first row that fits counts. From the makers' data sheets.
 PEAK_TFLOPS = (
     ("H100 PCIe", 756),
@@ -93,8 +93,8 @@ def count_flops(unet, height: int, width: int, *, encoder_tokens: int = 77) -> f
     return float(counter.get_total_flops())
 
 
-def find_peak_flops(device) -> float | None:
-    """FLOPs a second a GPU can do at most in dense bf16; None where that is not known.
+def get_peak_flops(device) -> float | None:
+    """FLOPs per second a GPU can do at most in dense bf16; None where that is not known.
 
     `ROREM_PEAK_TFLOPS` (in 10^12 a second) goes before the table, on CPUs too.
 

@@ -10,7 +10,7 @@ import numpy as np
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: multiples of it, mod 2^64, spread most evenly
 
 
-class Order:
+class ShuffledOrder:
     """An endless shuffled order over `n` samples: position -> index, a fresh shuffle an epoch."""
 
     def __init__(self, n: int, seed: int):
@@ -18,7 +18,7 @@ class Order:
             raise ValueError("there is nothing to train on: the training set is empty")
         self.n, self.seed, self._epoch, self._permutation = n, seed, None, None
 
-    def find_index(self, position: int) -> int:
+    def get_index(self, position: int) -> int:
         epoch, place = divmod(position, self.n)
         if epoch != self._epoch:
             rng = np.random.default_rng([self.seed, epoch])
@@ -26,14 +26,14 @@ class Order:
         return int(self._permutation[place])
 
 
-class BucketOrder:
+class BucketSampler:
     """An endless order over buckets of samples: position -> (bucket, index in the bucket).
 
     All samples of an optimizer step are of one bucket, so that they have one shape, however the
     global batch is split into processes and micro-batches. Which bucket a step has is a function of
     the step and the seed: a low-discrepancy sequence (multiples of the golden ratio), by which at
     any time each bucket had its share of the steps but for a few. In each bucket every sample is
-    seen once before any is seen twice. With one bucket this is `Order(n, seed)`.
+    seen once before any is seen twice. With one bucket this is `ShuffledOrder(n, seed)`.
 
     Args:
         sizes: samples in each bucket; one without samples needs a weight of 0.
@@ -62,7 +62,8 @@ class BucketOrder:
         used = [bucket for bucket, weight in enumerate(weights) if weight]
         # counted among the used ones, so that empty buckets beside a bucket change nothing
         self._orders = {
-            bucket: Order(sizes[bucket], seed + number) for number, bucket in enumerate(used)
+            bucket: ShuffledOrder(sizes[bucket], seed + number)
+            for number, bucket in enumerate(used)
         }
         self._ends = weights.cumsum() / weights.sum()
         self._ends[used[-1] :] = 1.0  # rounding must not leave a gap below 1
@@ -75,7 +76,7 @@ class BucketOrder:
         if step >= len(self._chosen):
             self._lay_out(max(4096, 2 * step))
         bucket, place = int(self._chosen[step]), int(self._places[step])
-        return bucket, self._orders[bucket].find_index(place * self._batch + offset)
+        return bucket, self._orders[bucket].get_index(place * self._batch + offset)
 
     def _lay_out(self, steps: int) -> None:
         """Choose the first steps' buckets, and count each one's earlier turns."""
@@ -89,7 +90,7 @@ class BucketOrder:
             self._places[turns] = np.arange(len(turns))
 
 
-class Positions:
+class PositionSampler:
     """Batch sampler: this process's positions of every micro-batch from a step on."""
 
     def __init__(self, config, accelerator, first_step):
@@ -108,7 +109,7 @@ class Positions:
 
 
 def make_buckets(resolution: int, *, unit: int, step: int = 0) -> list[tuple[int, int]]:
-    """The shapes (height, width) in px that pictures are trained at, from the widest on.
+    """The shapes (height, width) in px that images are trained at, from the widest on.
 
     Ratios reach from 1:2 to 2:1, the area is at most that of the square, which is always there.
 
@@ -139,20 +140,20 @@ def make_buckets(resolution: int, *, unit: int, step: int = 0) -> list[tuple[int
 
 
 def assign_buckets(
-    picture_sizes: Sequence[tuple[int, int]], buckets: Sequence[tuple[int, int]], *, least: int
+    picture_sizes: Sequence[tuple[int, int]], buckets: Sequence[tuple[int, int]], *, min_images: int
 ) -> list[int]:
-    """Which bucket each picture is trained in: the one of the nearest aspect ratio.
+    """Which bucket each image is trained in: the one of the nearest aspect ratio.
 
-    A bucket with fewer than `least` pictures would show the same few ones again and again within a
-    step: they go to the next bucket nearer the square (the square's to the nearest that is left).
+    A bucket with fewer than `min_images` images would show the same few ones again and again within
+    a step: they go to the next bucket nearer the square (the square's to the nearest that is left).
 
     Args:
-        picture_sizes: (height, width) of each picture.
+        picture_sizes: (height, width) of each image.
         buckets: (height, width) of each bucket, as `make_buckets` gives them.
-        least: pictures a bucket must have to be used.
+        min_images: images a bucket must have to be used.
 
     Returns:
-        For each picture an index into `buckets`.
+        For each image an index into `buckets`.
     """
     if not len(picture_sizes):
         return []
@@ -163,10 +164,10 @@ def assign_buckets(
     counts = np.bincount(chosen, minlength=len(buckets))
     target = np.arange(len(buckets))
     for bucket in np.argsort(-np.abs(ratios), kind="stable"):
-        if not 0 < counts[bucket] < least:
+        if not 0 < counts[bucket] < min_images:
             continue
         distances = np.abs(ratios - ratios[bucket])
-        # on its way to the square, or, from the square, where pictures are
+        # on its way to the square, or, from the square, where images are
         others = np.abs(ratios) < np.abs(ratios[bucket]) - 1e-9
         others &= ratios * ratios[bucket] > -1e-9
         if not others.any():
@@ -185,8 +186,8 @@ def split_chunks(batch: dict, pixels_allowed: int, pixels_each: int) -> list[dic
 
     Args:
         batch: tensors [B, ...].
-        pixels_allowed: pixels of pictures that fit into memory at once.
-        pixels_each: pixels of one of the batch's pictures.
+        pixels_allowed: pixels of images that fit into memory at once.
+        pixels_each: pixels of one of the batch's images.
 
     Returns:
         Views of the batch, in order; of one sample at least, be it larger than what is allowed.

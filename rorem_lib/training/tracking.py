@@ -20,7 +20,7 @@ from accelerate.utils import LoggerType
 from rorem_lib.data.journal import Journal
 from rorem_lib.files import write_text
 from rorem_lib.training import distributed
-from rorem_lib.training.memory import find_peak_flops
+from rorem_lib.training.memory import get_peak_flops
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class Tracker:
         self.accelerator, self.config, self.folder = accelerator, config, Path(folder)
         self.batch_total, self.flops_per_image = batch_total, flops_per_image
         self.device = torch.device(accelerator.device)
-        self.peak = find_peak_flops(self.device)
+        self.peak = get_peak_flops(self.device)
         self.window: dict[str, list[torch.Tensor]] = {}
         self.begin()
 
@@ -287,7 +287,7 @@ def describe_out_of_memory(
     Args:
         error: what was raised.
         config: the run's `LoopConfig`; what it has no field for, or has on already, is not named.
-        sizes: (height, width) of the training pictures, px; empty takes the config's resolutions.
+        sizes: (height, width) of the training images, px; empty takes the config's resolutions.
 
     Returns:
         A sentence, or None where the error is another one.
@@ -346,7 +346,7 @@ def merge_chunks(parts: list[tuple[float, dict]]) -> dict:
         merged[name] = (
             torch.cat(values)
             if value.ndim
-            else sum(share * v for (share, _), v in zip(parts, values))
+            else sum(fraction * v for (fraction, _), v in zip(parts, values))
         )
     return merged
 

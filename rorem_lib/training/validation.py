@@ -32,7 +32,7 @@ from rorem_lib.sets import choose_preview, resolve
 from rorem_lib.training import distributed, tracking
 
 FOLDER = "validation_images"
-CELL = 512  # px; larger pictures are shrunk in the grid
+CELL = 512  # px; larger images are shrunk in the grid
 GAP = 4  # px between its cells
 
 
@@ -54,7 +54,7 @@ class Validation:
             precision; afterwards it does so again.
         config: the run's `RemoverConfig`. Scenes are the first `num_validation_images` of
             `validation_meta_path`; where that is empty, of the test set beside the first training
-            set; where there is none, of that training set itself (the PSNR is then of pictures
+            set; where there is none, of that training set itself (the PSNR is then of images
             that were trained on).
         accelerator: the run's.
         num_inference_steps: denoising steps of a removal.
@@ -67,7 +67,7 @@ class Validation:
         self.pipe, self.config, self.accelerator = pipe, config, accelerator
         self.num_inference_steps = num_inference_steps
         self.folder = Path(config.output_dir) / FOLDER
-        unit = sdxl.find_unit(pipe)
+        unit = sdxl.get_unit(pipe)
         self.side = max(unit, config.resolution // unit * unit)
         self.scenes = load_scenes(config, side=self.side, unit=unit)
 
@@ -97,7 +97,7 @@ class Validation:
             side=self.side,
             seed=self.config.seed,
             num_inference_steps=self.num_inference_steps,
-            precision=distributed.find_precision(self.accelerator),
+            precision=distributed.get_precision(self.accelerator),
         )
         scores = {
             scene.name: round(metrics.psnr_hole(removal, scene.gt, scene.mask), 4)
@@ -185,7 +185,7 @@ def _fit_scene(triplet: Triplet, side: int, unit: int) -> Scene:
         x if x is None else cv2.resize(x, size, interpolation=way)
         for x in (pictures["source"], pictures["gt"])
     )
-    # as in removals of larger pictures: any part of a pixel of the hole counts
+    # as in removals of larger images: any part of a pixel of the hole counts
     way = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
     mask = np.where(cv2.resize(pictures["mask"], size, interpolation=way) > 0, 255, 0)
     return Scene(triplet.id, source, mask.astype(np.uint8), gt)

@@ -1,9 +1,9 @@
 """How fast the annotation widget is for who sits before it, and whether it grows.
 
 A real JupyterLab and a headless Chromium, real key presses, candidates of 512 px (JPEG sources and
-removals, PNG masks). Measured: from a key's arrival in the page to the next picture painted, over
+removals, PNG masks). Measured: from a key's arrival in the page to the next image painted, over
 300 decisions at two a second and 1,000 taken back to back; how many of 100 keys at 10 and at 15
-a second, ten times each, reach the log as they were typed (a key that comes before the next picture
+a second, ten times each, reach the log as they were typed (a key that comes before the next image
 shows is ignored); memory of kernel and page over 10,000 decisions, after the page's garbage
 collection: how much a browser lets lie before it tidies up says nothing of what it has to keep.
 All of it as `make lab` starts JupyterLab; the latencies also in a JupyterLab without the kit's
@@ -43,14 +43,14 @@ from raw_data import make_scene  # noqa: E402
 
 SIDE, PICTURES, TIMED = 512, 20, 1000
 BURST, BURSTS, RATES = 100, 10, (10, 15)
-PACE, PACED = 2, 300  # keys a second and keys of an annotator who never stops to think
+PACE, PACED = 2, 300  # keys per second and keys of an annotator who never stops to think
 
 WATCH = """selector => {
     const root = document.querySelector(selector);
     window.latencies = [];
     let pressed = 0;
     root.addEventListener("keydown", () => (pressed = performance.now()), true);
-    // data-place is set again when the next picture has been painted
+    // data-place is set again when the next image has been painted
     new MutationObserver(() => {
         if (root.dataset.place !== "" && pressed) {
             window.latencies.push(performance.now() - pressed);
@@ -168,7 +168,7 @@ def read_log(folder: Path) -> list[str]:
 
 
 def write_candidates(folder: Path, count: int) -> None:
-    """`count` candidates over `PICTURES` pictures: what matters here is that each is sent."""
+    """`count` candidates over `PICTURES` images: what matters here is that each is sent."""
     for part in ("source", "mask", "GT"):
         (folder / part).mkdir(parents=True)
     for number in range(PICTURES):
@@ -221,7 +221,7 @@ def press_one_after_another(page: Page, count: int) -> None:
 
 
 def press_in_time(page: Page, keys: str, rate: float) -> None:
-    """`rate` keys a second, whatever the page does."""
+    """`rate` keys per second, whatever the page does."""
     began = time.monotonic()
     for number, key in enumerate(keys):
         time.sleep(max(0, began + number / rate - time.monotonic()))
@@ -230,7 +230,7 @@ def press_in_time(page: Page, keys: str, rate: float) -> None:
 
 
 def time_decisions(page: Page, act) -> dict:
-    """Milliseconds from key to picture while `act` goes on; how many took longer than 50."""
+    """Milliseconds from key to image while `act` goes on; how many took longer than 50."""
     page.run("() => { latencies.length = 0; }")
     act()
     found = page.run("() => latencies")

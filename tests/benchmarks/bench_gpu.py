@@ -1,6 +1,6 @@
 """How fast the remover is trained on a GPU, against the authors' configuration, and its memory.
 
-The model is SDXL-inpainting's architecture with random weights; pictures and latents are random and
+The model is SDXL-inpainting's architecture with random weights; images and latents are random and
 lie in memory, so that neither disks nor decoding are measured (`random_training`). Every number
 comes from `loop.train` with `RemoverObjective`: the line of `metrics.jsonl` that it writes over the
 last steps. Nothing else may use the GPU meanwhile.
@@ -10,12 +10,12 @@ last steps. Nothing else may use the GPU meanwhile.
     python tests/benchmarks/bench_gpu.py --batch 16          # all rows at this batch: minutes
     python tests/benchmarks/bench_gpu.py --tiny --device cpu # the built-in model: does it all run?
 
-`upstream` is what `train_RORem.py` does at a step: fp16, both pictures encoded by a float32 VAE and
+`upstream` is what `train_RORem.py` does at a step: fp16, both images encoded by a float32 VAE and
 sampled from its posterior, gradient checkpointing on, AdamW as PyTorch has it by default, each
 sample's prompt projected, the loss read after each step, xformers where it is installed. What it
 reads and decodes is left out, in its favour. The other rows are ours, in bf16:
 
-    uncached                pictures encoded by a bf16 VAE at every step, checkpointing on
+    uncached                images encoded by a bf16 VAE at every step, checkpointing on
     cached                  the same from cached latents (making them is in `encoding`)
     no_checkpointing        the same, all activations kept
     own_prompts             the same, keys and values of the prompt made for each sample
@@ -26,7 +26,7 @@ reads and decodes is left out, in its favour. The other rows are ours, in bf16:
 Each runs with the largest batch that fits: doubled until the memory does not suffice, then bisected
 to an eighth of it, with 5 % of the memory held back; or with the one given. Then the rows take
 turns, `--repeats` times; a ratio is between runs of the same turn. MFU counts 3 forward passes an
-image, 4.77 TFLOP at 512 px, whatever is computed twice, against `speed.find_peak_flops`. `memory`
+image, 4.77 TFLOP at 512 px, whatever is computed twice, against `speed.get_peak_flops`. `memory`
 has the peak at batch 16 of training all weights with AdamW and with 8-bit Adam (where bitsandbytes
 is installed), and of a LoRA; checkpointing is chosen by the kit there. Every configuration, and
 every batch that is tried, is a process of its own: what one leaves behind cannot disturb the next.

@@ -1,6 +1,6 @@
 """How much memory the assembly and the check of a set take at 10,000 and at 200,000 records.
 
-Baseline: the peak of all processes together at 10,000 records. The pictures are tiny, so that the
+Baseline: the peak of all processes together at 10,000 records. The images are tiny, so that the
 records, the journals and the near-duplicate search are what is measured.
 
     python tests/benchmarks/bench_memory.py [few] [many]

@@ -1,7 +1,7 @@
 """How many labels each order needs until the discriminator is as good as another order makes it.
 
 The demo's first candidates (removals of the built-in scenes by the initialization remover) are the
-pool, further ones of other pictures are the test. Labels come from the simulated annotator. Each
+pool, further ones of other images are the test. Labels come from the simulated annotator. Each
 order draws from the pool as notebook 04 does, in rounds that double the number of labels; before
 each round "uncertainty" gets the scores of a discriminator trained on the labels so far. Every
 discriminator is trained alike, by the demo's settings but for half its steps. Quality is the area

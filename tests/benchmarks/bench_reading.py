@@ -1,9 +1,9 @@
 """How fast training batches are read, against the way that the authors' trainer reads them.
 
-Baseline: `datasets` with Image columns, opened by Pillow in the training process, each picture and
+Baseline: `datasets` with Image columns, opened by Pillow in the training process, each image and
 the mask converted to RGB and resized to the training size, normalised in float32. Ours:
 `batches.read_batches` on the same files, normalised the same way. The tensors of every batch are
-compared: equal pictures, and equal masks after the trainer's threshold of one half.
+compared: equal images, and equal masks after the trainer's threshold of one half.
 
     python tests/benchmarks/bench_reading.py [triplets]
 """
@@ -33,7 +33,7 @@ SIZE, BATCH = 512, 16
 
 
 def write_jpeg(folder: Path) -> None:
-    """The same set with JPEG pictures, as RORD and OpenImages have them."""
+    """The same set with JPEG images, as RORD and OpenImages have them."""
     import PIL.Image
 
     for path in [*folder.glob("source/*.png"), *folder.glob("GT/*.png")]:
@@ -48,7 +48,7 @@ def write_jpeg(folder: Path) -> None:
 
 
 def read_as_upstream(triplets):
-    """Batches of (pictures [B, 6, S, S] -1..1, mask [B, 1, S, S] 0..1), float32."""
+    """Batches of (images [B, 6, S, S] -1..1, mask [B, 1, S, S] 0..1), float32."""
     rows = {
         "source": [str(t.source) for t in triplets],
         "gt": [str(t.gt) for t in triplets],

@@ -160,7 +160,7 @@ def main() -> int:
         "diffusers",
     )
     ratios = [row["ratio"]["median"] for row in found.values()]
-    print(f"ratios of images a second: {ratios}, the goal is {GOAL}")
+    print(f"ratios of images per second: {ratios}, the goal is {GOAL}")
     return int(min(ratios) < GOAL)
 
 

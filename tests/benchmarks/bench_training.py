@@ -12,7 +12,7 @@ Images a second:
   ten epochs. The cache's seconds are what a run takes before its first step, less what the same
   takes with one batch of triplets.
 
-The data path alone: triplets a second until latents, mask and noise are there, without a training
+The data path alone: triplets per second until latents, mask and noise are there, without a training
 step; ours over ten epochs, the cache made once.
 
     python tests/benchmarks/bench_training.py [--upstream CHECKOUT] [--repeats 3] …
@@ -235,7 +235,7 @@ def check_same_training(setting: Setting, theirs: dict, ours: dict) -> None:
 
 
 def try_workers(setting: Setting, precision: str, workers: list[int], flags=()) -> dict[int, float]:
-    """Upstream's images a second by its number of reading processes."""
+    """Upstream's images per second by its number of reading processes."""
     return {
         count: run_upstream(setting, precision, workers=count, flags=flags)["images_per_second"]
         for count in workers
@@ -369,7 +369,7 @@ def main() -> int:
         for rows in found.values()
         for row in rows.values()
     ]
-    print(f"ratios of images a second: {ratios}, the goal is {GOAL}")
+    print(f"ratios of images per second: {ratios}, the goal is {GOAL}")
     return int(min(ratios) < GOAL)
 
 

@@ -27,9 +27,9 @@ from rorem_lib.models import sdxl
 from rorem_lib.models.attention import compile_unet
 from rorem_lib.remover import RemoverConfig, RemoverObjective
 from rorem_lib.training import distributed, loop
-from rorem_lib.training.dataset import Share
+from rorem_lib.training.dataset import TrainingMix
 from rorem_lib.training.latents import DTYPES, encode_pictures
-from rorem_lib.training.memory import count_flops, find_peak_flops
+from rorem_lib.training.memory import count_flops, get_peak_flops
 
 # The architecture of diffusers/stable-diffusion-xl-1.0-inpainting-0.1; all else is the default.
 UNET = {
@@ -150,11 +150,11 @@ def make_pipeline(small, device) -> StableDiffusionXLInpaintPipeline:
 
 
 class RandomReader:
-    """What a latent cache or the pictures' reader gives, made up: eight triplets that take turns.
+    """What a latent cache or the images' reader gives, made up: eight triplets that take turns.
 
     Args:
-        shape: (h, w) of the pictures, px.
-        factor: the VAE's where latents are wanted, 0 for pictures.
+        shape: (h, w) of the images, px.
+        factor: the VAE's where latents are wanted, 0 for images.
         dtype: the latents'.
     """
 
@@ -180,8 +180,8 @@ class RandomReader:
     def __len__(self):
         return self.count
 
-    def read(self, index: int, *, twin: int = 0, variant: int = 0) -> dict[str, torch.Tensor]:
-        """The parts of one triplet; its twin and its variants are itself."""
+    def read(self, index: int, *, flipped: int = 0, variant: int = 0) -> dict[str, torch.Tensor]:
+        """The parts of one triplet; its flipped and its variants are itself."""
         return {name: part[index % 8] for name, part in self.parts.items()}
 
 
@@ -198,9 +198,9 @@ class RandomObjective(RemoverObjective):
             unet.set_attn_processor(AttnProcessor2_0())
         return unet
 
-    def list_shares(self):
+    def list_mixes(self):
         nowhere = Triplet("random", Path("random"), Path("random"), Path("random"), "random")
-        return [Share([[nowhere] * 64], self.config.resolution)]
+        return [TrainingMix([[nowhere] * 64], self.config.resolution)]
 
     def _read(self, triplets, sizes, spec):
         factor = self.pipe.vae_scale_factor if self.config.cache_latents else 0
@@ -274,7 +274,7 @@ def measure_case(case: Case) -> dict:
         bytes), `gradient_checkpointing`, and with fp16's scaler `skipped_steps`, which cost less
         than others; or `batch` and `out_of_memory` with the kit's advice.
     """
-    if case.memory_share < 1 and distributed.find_device() == "cuda":
+    if case.memory_share < 1 and distributed.get_device() == "cuda":
         torch.cuda.set_per_process_memory_fraction(case.memory_share)
     with tempfile.TemporaryDirectory() as folder, replaced(case):
         config = case.make_config(Path(folder))
@@ -299,7 +299,7 @@ def measure_case(case: Case) -> dict:
 def measure_encoding(case: Case) -> dict:
     """Triplets a second that `encode_pictures` makes latents of, by the VAE's precision: what a
     latent cache takes once, each as it is and mirrored; decoding is left out."""
-    device = distributed.find_device()
+    device = distributed.get_device()
     found = {}
     with replaced(case):
         vae = sdxl.load_pipeline("builtin", device=device).vae
@@ -314,17 +314,17 @@ def measure_encoding(case: Case) -> dict:
         began = time.perf_counter()
         for _ in range(case.steps):
             encode_pictures(vae, pictures, spec)["masked"].cpu()  # waits for the GPU
-        views = (1 + spec.twins) * (time.perf_counter() - began)
+        views = (1 + spec.flipped) * (time.perf_counter() - began)
         found[precision] = round(batch * case.steps / views, 2)
     return found
 
 
 def describe_gpu() -> dict:
-    """Name, memory in GiB, compute capability, CUDA's version and the peak in TFLOP a second."""
-    if distributed.find_device() != "cuda":
+    """Name, memory in GiB, compute capability, CUDA's version and the peak in TFLOP per second."""
+    if distributed.get_device() != "cuda":
         return {}
     card = torch.cuda.get_device_properties(0)
-    peak = find_peak_flops("cuda")
+    peak = get_peak_flops("cuda")
     return {
         "name": card.name,
         "memory_gib": round(card.total_memory / 2**30, 1),

@@ -9,13 +9,13 @@ trains nothing, `--no-checkpointing` switches its gradient checkpointing off, wh
 itself.
 
 Mended is its crash alone: it names its columns in the wrong order, so that the prompt is opened as
-a picture. Everything else that is changed fits it to this machine and to the small model, and takes
+an image. Everything else that is changed fits it to this machine and to the small model, and takes
 no work off it that its training needs:
 
 - torchvision and einops are not installed here: five transforms that it uses have stand-ins.
 - The built-in model's VAE is an `AutoencoderTiny`, which has no posterior to sample from, and makes
-  latents of a fourth of the picture's side, where the trainer has an eighth written out.
-- Its validation (512 px, pictures from its working folder) is left out: ours validates not, either.
+  latents of a fourth of the image's side, where the trainer has an eighth written out.
+- Its validation (512 px, images from its working folder) is left out: ours validates not, either.
 - Its demand for xformers is an option, switched off on the command line of the benchmark.
 """
 
@@ -147,7 +147,7 @@ def load_trainer(folder: Path, *, factor: int, checkpointing: bool = True) -> ty
 
     Args:
         folder: the checkout.
-        factor: how many times smaller than the picture the model's latents are.
+        factor: how many times smaller than the image the model's latents are.
         checkpointing: False switches its gradient checkpointing off: no longer the authors'
             trainer, but it shows what that costs.
     """
