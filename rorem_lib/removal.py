@@ -155,7 +155,7 @@ def generate_candidates(config: GenerateConfig) -> dict:
                 made += len(part)
                 rate = made / (time.time() - started)
                 logger.info(
-                    "%d of %d removals  %.1f a second  %d s left",
+                    "%d of %d removals  %.1f per second  %d s left",
                     made,
                     len(mine),
                     rate,

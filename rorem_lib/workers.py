@@ -111,7 +111,7 @@ class Progress:
 
     @property
     def rate(self) -> float:
-        """How many a second."""
+        """Items per second of this run."""
         return (self.done - self.before) / max(time.monotonic() - self.began, 1e-9)
 
     def __str__(self):

@@ -169,7 +169,7 @@ def plot_mask_areas(areas: Mapping[str, Sequence[float]], *, bins: int = 24) -> 
         axis.set_title(f"{name}: {len(values)}, median {median:.1%}", fontsize=9)
         axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     figure.supxlabel("share of the image that is masked", fontsize=9)
-    axes[0].set_ylabel("pictures", fontsize=9)
+    axes[0].set_ylabel("images", fontsize=9)
     axes[0].yaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 

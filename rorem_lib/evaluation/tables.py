@@ -229,7 +229,7 @@ def make_comparison_table(comparisons: Sequence[Mapping]) -> pd.DataFrame:
                 "only first / only second": MISSING
                 if c["p_value"] is None
                 else f"{c['only_first']} / {c['only_second']}",
-                "pictures": c["n"],
+                "images": c["n"],
             }
             for c in comparisons
         ]
@@ -248,7 +248,7 @@ def make_study_table(study: Mapping) -> pd.DataFrame:
                 {
                     "first": p["first"],
                     "second": p["second"],
-                    "pictures": p["n"],
+                    "images": p["n"],
                     "answers": p["n_answers"],
                     "first better / same / second better (%)": " / ".join(
                         f"{100 * p[x]:.0f}" for x in ("prefers_first", "same", "prefers_second")
@@ -263,14 +263,14 @@ def make_study_table(study: Mapping) -> pd.DataFrame:
         [
             {
                 "method": m["name"],
-                "pictures": m["n"],
+                "images": m["n"],
                 "success, people (%)": format_rate(m["success_rate"], m["success_interval"]),
                 SUCCESS: format_rate(m["simulated_rate"]),
                 "both say the same (%)": format_rate(m["same_verdict"]),
             }
             for m in study["methods"]
         ],
-        columns=["method", "pictures", "success, people (%)", SUCCESS, "both say the same (%)"],
+        columns=["method", "images", "success, people (%)", SUCCESS, "both say the same (%)"],
     )
     return table.set_index("method")
 

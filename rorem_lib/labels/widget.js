@@ -1,10 +1,10 @@
 // The browser side of rorem_lib.labels.widget: shows, listens to keys, keeps nothing.
-// A decision is sent with the id that is on screen; the picture moves when the kernel says "saved".
+// A decision is sent with the id that is on screen; the image moves when the kernel says "saved".
 
 const KEPT_BEHIND = 3; // places behind the current one that stay decoded, for undo
 const SOON_MS = 100; // an answer that comes within this time is not announced
 const SLOW_MS = 2000; // no answer for this long: say so
-const CALM_MS = 200; // who takes this long leaves time for the next pictures to come later
+const CALM_MS = 200; // who takes this long leaves time for the next images to come later
 const STRAY_MS = 1000; // no key waits this long: the browser's clocks differ, as after a suspend
 const SEGMENT = 65536; // bytes: no TCP packet is larger, not even on the loopback
 const EDITOR_HEIGHT = 160; // of VS Code's bars around a notebook, CSS pixels
@@ -18,7 +18,7 @@ const VIEW_ACTIONS = {
   pixels: "Pixels",
   note: "Note",
 };
-// Shares of a pane's height by which the picture moves: the view goes where the arrow points.
+// Shares of a pane's height by which the image moves: the view goes where the arrow points.
 const VIEW_KEYS = {
   ArrowLeft: { dx: 0.1, dy: 0 },
   ArrowRight: { dx: -0.1, dy: 0 },
@@ -34,7 +34,7 @@ const HELP = {
   zoom: "zoom to the mask's box; drag or arrow keys to move, wheel or + and - to zoom, both sides in step",
   difference: "what changed, four times brighter",
   pixels: "sharp pixels or smooth",
-  note: "a free note for this picture: Enter goes back, the decision takes it along",
+  note: "a free note for this image: Enter goes back, the decision takes it along",
   undo: "take back the last decision, as often as you like",
   skip: "cannot say: recorded as skipped",
 };
@@ -83,10 +83,10 @@ function render({ model, el }) {
   const cache = new Map(); // place -> decoded item
   const asked = new Set();
   let itemBytes = 0; // of the last item that came
-  let painted = Promise.resolve(); // when the picture that is due is on screen
+  let painted = Promise.resolve(); // when the image that is due is on screen
   const look = { swapped: false, mask: 0, zoom: false, difference: false, pixels: false };
-  let view = null; // { cx, cy, scale } in pixels of the picture
-  let [paneWidth, paneHeight] = [0, 300]; // of a picture, CSS pixels; no width while it is hidden
+  let view = null; // { cx, cy, scale } in pixels of the image
+  let [paneWidth, paneHeight] = [0, 300]; // of a image, CSS pixels; no width while it is hidden
   let flickerDown = 0;
 
   // ------------------------------------------------------------------ elements
@@ -104,8 +104,8 @@ function render({ model, el }) {
   const note = make("input", {
     class: "note",
     type: "text",
-    placeholder: "note for this picture",
-    "aria-label": "note for this picture",
+    placeholder: "note for this image",
+    "aria-label": "note for this image",
   });
   const buttons = {};
   const makeButton = (action, text, kind = "") => {
@@ -146,7 +146,7 @@ function render({ model, el }) {
     if (!shown || (pending && !pending.late)) return; // not on screen yet, or not yet saved
     const before = shownAt - pressedAt;
     if (before > 0 && before < STRAY_MS) return; // on screen now, but not when the key went down
-    if (shown.error && label !== "skip") return say("This picture cannot be shown: skip it.", true);
+    if (shown.error && label !== "skip") return say("This image cannot be shown: skip it.", true);
     const { place, id } = shown;
     const ms = Math.round(performance.now() - shownAt);
     const want = ask(state.upcoming.slice(ahead)); // what the window moves on to
@@ -165,8 +165,8 @@ function render({ model, el }) {
       pending.late = true;
       setSave("failed", "NOT SAVED");
       say(
-        "The kernel does not answer: it is busy, or gone. This picture is not saved yet. " +
-          "If the kernel was restarted, run the notebook again: it goes on at this picture.",
+        "The kernel does not answer: it is busy, or gone. This image is not saved yet. " +
+          "If the kernel was restarted, run the notebook again: it goes on at this image.",
         true,
       );
     }, SLOW_MS);
@@ -183,7 +183,7 @@ function render({ model, el }) {
 
   // Jupyter's server leaves Nagle's algorithm on: the answer waits there until the page's system
   // has acknowledged the "busy" sent before it, which takes 40 ms unless something is sent: from
-  // here, or from there a picture behind the answer that fills a packet.
+  // here, or from there a image behind the answer that fills a packet.
   function hurry(status) {
     if (status.content.execution_state === "busy" && pending) model.send({ kind: "nudge" });
   }
@@ -208,12 +208,12 @@ function render({ model, el }) {
     say("");
     showFigures();
     showPlace();
-    if (item?.place !== state.place) prefetch(); // else once it is painted: the picture goes first
+    if (item?.place !== state.place) prefetch(); // else once it is painted: the image goes first
   }
 
   async function receiveItem(content, buffers = []) {
     itemBytes = buffers.reduce((sum, buffer) => sum + buffer.byteLength, 0);
-    await painted; // the picture that is due goes first
+    await painted; // the image that is due goes first
     const blobs = (content.types ?? []).map((type, i) => new Blob([buffers[i]], { type }));
     const entry = { ...content, blobs, fitted: [], bitmaps: [], path: makePath(content.outline ?? []) };
     try {
@@ -241,7 +241,7 @@ function render({ model, el }) {
     return { resizeWidth, resizeHeight };
   }
 
-  // Most decisions need the pictures as they fit the pane alone, and not in full.
+  // Most decisions need the images as they fit the pane alone, and not in full.
   function wantWhole(entry) {
     entry.whole ??= Promise.all(entry.blobs.map((blob) => decode(blob))).then(
       (bitmaps) => {
@@ -278,7 +278,7 @@ function render({ model, el }) {
     const wasBad = message.classList.contains("bad");
     message.textContent = text;
     message.classList.toggle("bad", bad);
-    if (bad !== wasBad) measure(); // what went wrong takes its room from the pictures
+    if (bad !== wasBad) measure(); // what went wrong takes its room from the images
   }
 
   function setSave(kind, text) {
@@ -324,7 +324,7 @@ function render({ model, el }) {
     startNote(state.note);
     view = null;
     draw();
-    if (next.error) say(`This picture cannot be shown, skip it: ${next.error}`, true);
+    if (next.error) say(`This image cannot be shown, skip it: ${next.error}`, true);
     if (!visited) bringIntoView();
     if (wantsFocus && document.activeElement === document.body) root.focus({ preventScroll: true });
     wantsFocus = false;
@@ -345,7 +345,7 @@ function render({ model, el }) {
       });
   }
 
-  // Taken out and put back: else the browser's undo and redo write old notes into this picture's.
+  // Taken out and put back: else the browser's undo and redo write old notes into this image's.
   function startNote(text) {
     const isTyping = document.activeElement === note;
     note.value = text;
@@ -401,7 +401,7 @@ function render({ model, el }) {
     return { cx: (x0 + x1) / 2, cy: (y0 + y1) / 2, scale: fitScale(x1 - x0, y1 - y0) };
   }
 
-  // As tall as the notebook's visible part allows, so that pictures and legend are seen together.
+  // As tall as the notebook's visible part allows, so that images and legend are seen together.
   // In VS Code the window is as tall as the whole notebook: there the screen sets the limit.
   function measure() {
     const port = root.closest(".jp-WindowedPanel-outer, .jp-LinkedOutputView");

@@ -109,7 +109,7 @@ class _Counter:
         if self.live and now - self.shown > 0.2:
             self.shown = now
             rate = done / max(1e-9, now - self.began)
-            sys.stderr.write(f"\r\x1b[K{self.what}: {done:,} ({rate:.0f} a second)")
+            sys.stderr.write(f"\r\x1b[K{self.what}: {done:,} ({rate:.0f} per second)")
             sys.stderr.flush()
 
     def end(self) -> None:

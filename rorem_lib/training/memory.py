@@ -96,7 +96,7 @@ def count_flops(unet, height: int, width: int, *, encoder_tokens: int = 77) -> f
 def get_peak_flops(device) -> float | None:
     """FLOPs per second a GPU can do at most in dense bf16; None where that is not known.
 
-    `ROREM_PEAK_TFLOPS` (in 10^12 a second) goes before the table, on CPUs too.
+    `ROREM_PEAK_TFLOPS` (in 10^12 per second) goes before the table, on CPUs too.
 
     Raises:
         ValueError: the variable is not a number above 0.
