@@ -184,7 +184,7 @@ def test_a_terminal_is_told_how_far_it_is(monkeypatch, capsys):
     counter(1000)
     counter(1001)
     counter.end()
-    assert capsys.readouterr().err == "\r\x1b[Kset: 1,000 (100 a second)\r\x1b[K"
+    assert capsys.readouterr().err == "\r\x1b[Kset: 1,000 (100 per second)\r\x1b[K"
 
 
 def test_an_interruption_ends_with_130(tmp_path):
