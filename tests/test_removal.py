@@ -84,13 +84,16 @@ def test_the_size_is_what_was_trained_not_what_sample_size_says(tiny_model, tmp_
     assert get_latent_sides(again) == {(24, 24)}
 
 
-def test_a_model_that_does_not_say_its_size_works_at_512(tiny_model, tmp_path):
+def test_a_model_that_does_not_say_its_size_works_at_512(tiny_model, tmp_path, caplog):
     folder = shutil.copytree(tiny_model, tmp_path / "silent")
     path = folder / "unet" / "config.json"
     config = json.loads(path.read_text())
     del config[sdxl.TRAINED_RESOLUTION]
     path.write_text(json.dumps(config | {"sample_size": 32}))
-    assert get_latent_sides(sdxl.load_pipeline(str(folder))) == {(128, 128)}
+    with caplog.at_level("INFO", logger="rorem_lib"):
+        silent = sdxl.load_pipeline(str(folder))
+    assert "512 px" in caplog.text and str(folder) in caplog.text
+    assert get_latent_sides(silent) == {(128, 128)}
 
 
 def test_other_programs_take_the_note_of_the_size_without_a_word(tiny_model, caplog):

@@ -202,6 +202,12 @@ def load_pipeline(
     for name in MODEL_PARTS[:-1]:
         getattr(pipe, name).requires_grad_(False).eval()
     pipe.set_progress_bar_config(disable=True)
+    if not pipe.unet.config.get(TRAINED_RESOLUTION):
+        logger.info(
+            "%s does not say at which size it was trained: it works at %d px, or at `resolution`",
+            unet or model_id,
+            DEFAULT_RESOLUTION,
+        )
     return pipe.to(device)
 
 
