@@ -24,7 +24,7 @@ from rorem_lib.files import ROOT
 from rorem_lib.runner import data_commands
 from rorem_lib.runner.pipeline import (
     NotAgreed,
-    Progress,
+    Observer,
     ReportFailed,
     StageFailed,
     accept_stages,
@@ -44,7 +44,7 @@ from rorem_lib.runner.run_folder import (
 DONE, FAILED, WRONG, WAITING, INTERRUPTED = 0, 1, 2, 3, 130
 
 
-class Console(Progress):
+class Console(Observer):
     """Tells a run on a stream: plain lines, and in a terminal the jobs' lines in one live line."""
 
     def __init__(self, stream=None):

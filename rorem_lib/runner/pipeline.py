@@ -69,7 +69,7 @@ class StageFailed(RuntimeError):
         self.log, self.waiting = list(log), waiting
 
 
-class Progress:
+class Observer:
     """What a run tells while it goes on; this one keeps silent."""
 
     def begin(self, number: int, total: int, row: StageRow, why: str) -> None:
@@ -93,7 +93,7 @@ def run_recipe(
     only: str | None = None,
     keep: bool = False,
     agree: Callable[[list[StageState]], bool] = lambda states: False,
-    progress: Progress | None = None,
+    progress: Observer | None = None,
 ) -> dict:
     """Run what is not done, in order; then write the report.
 
@@ -129,7 +129,7 @@ def run_recipe(
             ],
         )
     with _open_run(run_dir):
-        return _Run(recipe, run_dir, only, keep, agree, progress or Progress()).run(from_stage)
+        return _Run(recipe, run_dir, only, keep, agree, progress or Observer()).run(from_stage)
 
 
 def accept_stages(recipe: Recipe, names: list[str], *, runs_dir: Path) -> dict[str, str]:
