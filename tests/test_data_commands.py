@@ -17,7 +17,7 @@ from rorem_lib.data.pictures import load_image, save_image
 from rorem_lib.data.triplets import read_triplets
 from rorem_lib.data.writer import TripletWriter
 from rorem_lib.files import ROOT
-from rorem_lib.runner import data_commands
+from rorem_lib.runner import cli
 from rorem_lib.sources.upstream import UpstreamSource
 
 SIZE = 32
@@ -172,19 +172,14 @@ def test_paths_that_leave_the_set_are_faults_unless_allowed(tmp_path):
         assert done.returncode == (1 if faults else 0)
 
 
-def test_a_terminal_is_told_how_far_it_is(monkeypatch, capsys):
-    now = iter([0, 1, 10, 20, 20.1])
-    monkeypatch.setattr(data_commands.time, "monotonic", lambda: next(now))
-    counter = data_commands._Counter("set")
-    counter(5)  # nobody watches
-    counter.end()
-    assert capsys.readouterr().err == ""
+def test_a_terminal_is_told_how_far_it_is(tmp_path, monkeypatch, capsys):
+    folder = _write_set(tmp_path / "set", ["a", "b"])
+    assert cli.main(["data", "check", str(folder), "--workers", "1"]) == 0
+    assert capsys.readouterr().err == ""  # nobody watches
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    counter = data_commands._Counter("set")
-    counter(1000)
-    counter(1001)
-    counter.end()
-    assert capsys.readouterr().err == "\r\x1b[Kset: 1,000 (100 per second)\r\x1b[K"
+    assert cli.main(["data", "check", str(folder), "--workers", "1"]) == 0
+    told = capsys.readouterr().err
+    assert "triplets" in told and told.endswith("\r")  # and the line is gone at the end
 
 
 def test_an_interruption_ends_with_130(tmp_path):

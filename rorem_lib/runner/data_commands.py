@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from pathlib import Path
 
 SOUND, FAULTY, INTERRUPTED = 0, 1, 130
@@ -97,48 +96,28 @@ def find_sets(folder: str | Path) -> dict[str, Path]:
     return {meta.absolute().parent.name: meta}  # "." has no name
 
 
-class _Counter:
-    """A line in a terminal that says how far a command is; nothing where nobody watches."""
-
-    def __init__(self, what: str):
-        self.what, self.began, self.shown = what, time.monotonic(), 0.0
-        self.live = sys.stderr.isatty()
-
-    def __call__(self, done: int) -> None:
-        now = time.monotonic()
-        if self.live and now - self.shown > 0.2:
-            self.shown = now
-            rate = done / max(1e-9, now - self.began)
-            sys.stderr.write(f"\r\x1b[K{self.what}: {done:,} ({rate:.0f} per second)")
-            sys.stderr.flush()
-
-    def end(self) -> None:
-        if self.live and self.shown:
-            sys.stderr.write("\r\x1b[K")
-
-
 def _check(options) -> int:
+    from tqdm import tqdm
+
     from rorem_lib.data.check import check_set
     from rorem_lib.data.pictures import TripletError
     from rorem_lib.data.triplets import read_records
 
     faults = 0
     for name, meta in find_sets(options.folder).items():
-        counter = _Counter(name)
         try:
-            problems = check_set(
-                meta,
-                workers=options.workers,
-                progress=counter,
-                allow_absolute=options.allow_absolute,
-                allow_outside=options.allow_outside,
-            )
+            with tqdm(desc=name, unit=" triplets", leave=False, disable=None) as bar:
+                problems = check_set(
+                    meta,
+                    workers=options.workers,
+                    progress=lambda checked, bar=bar: bar.update(checked - bar.n),
+                    allow_absolute=options.allow_absolute,
+                    allow_outside=options.allow_outside,
+                )
         except TripletError as error:  # no list at all; there may be sets after it
             print(f"rorem: {error}", file=sys.stderr)
             faults += 1
             continue
-        finally:
-            counter.end()
         for problem in problems:
             shown = str(problem.file)
             print(problem.reason if shown in problem.reason else f"{shown}: {problem.reason}")
