@@ -286,7 +286,7 @@ def load_images(
         triplet: what to open.
         size: the side of a square, or (height, width) in px, that they are brought to.
         mode: how: "squash" resizes straight, aspect not kept, as the authors' trainer does; "crop"
-            keeps it (see `images.fit_triplet`, also for `center`).
+            keeps it (see `pictures.fit_triplet`, also for `center`).
 
     Returns:
         `source` [H, W, 3] uint8, `mask` [H, W] uint8 0 or 255, `gt` [H, W, 3] uint8 or None.
