@@ -157,6 +157,11 @@ def _list_folder(folder: str) -> list[str]:
 
 
 def parse_record(record, number: int, locator: Locator, require_gt: bool | None) -> Triplet:
+    """A record of a meta file, the `number`-th from 1, as a triplet.
+
+    Raises:
+        TripletError: a key is missing or no path, or the locator refuses a path.
+    """
     where = f"{locator.meta}, record {number}"
     if not isinstance(record, dict):
         raise TripletError(f"{where} is no object: expected source, mask and GT, got {record!r}")

@@ -184,7 +184,7 @@ def read_answers(folder: str | Path, trials: Iterable[Trial]) -> tuple[pd.DataFr
     """What people have answered so far to these trials; simulated labels are nobody's answers.
 
     Returns:
-        A row an answer (no skips, no silent repeats): `trial`, `image`, `annotator`, `label`
+        A row an answer (no skips, no silent repeats): `trial`, `picture`, `annotator`, `label`
         and the methods, `first` and `second` (None in a study of success).
         And the labels behind it, skips and repeats among them.
     """
