@@ -378,7 +378,7 @@ def split_labels(
     Args:
         answers: [N] bool, accepted.
         groups: [N] names of the images; no image is on both sides.
-        fair: [N] bool, whether it belongs to a fair sample of the candidates (`labels.find_fair`).
+        fair: [N] bool, whether it belongs to a fair sample of the candidates (`votes.find_fair`).
         test_share: 0..1, wanted share of the labels in the test; less where fair ones are few.
         seed: of the lot.
 

@@ -65,9 +65,9 @@ def plot_grid(
     """Rows of images side by side.
 
     Args:
-        images: rows of uint8 [H, W, 3] or [H, W]; None leaves a cell empty.
+        pictures: rows of uint8 [H, W, 3] or [H, W]; None leaves a cell empty.
         column_titles, row_titles: above and left of the grid.
-        captions: a short text under each image, rows as in `images`.
+        captions: a short text under each image, rows as in `pictures`.
         frames: around each image a colour, blue for True (accepted), vermilion for False
             (rejected), None for none.
         cell: side of a cell in pixels; small images are enlarged without smoothing.

@@ -354,6 +354,26 @@ def test_notebook_code_is_another(old, new):
     assert describe_code([changed], parameters=names) != describe_code([CODE], parameters=names)
 
 
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "table.sort_values('score', inplace=True)",
+        "table.replace({0: 1}, inplace=True)",
+        "path.replace(other)",
+        "path.rename(other)",
+        "thread.join()",
+        "write_table(table)",
+    ],
+)
+def test_what_only_looks_like_a_look_counts(statement):
+    assert describe_code([f"{CODE}\n{statement}\n"]) != describe_code([CODE])
+
+
+@pytest.mark.parametrize("statement", ["make_round_table(rows)", "table.rename('n').to_frame()"])
+def test_a_look_does_not_count(statement):
+    assert describe_code([f"{CODE}\n{statement}\n"]) == describe_code([CODE])
+
+
 def test_names_that_functions_read_later_are_one_variable():
     """Python looks them up when the function is called."""
     first = ["a = 1\nf = lambda: a\na = 2\nf()"]
@@ -425,6 +445,11 @@ def test_content_is_files_and_no_records(tmp_path):
         before = hash_content(tmp_path, top=True)
         change()
         assert hash_content(tmp_path, top=True) != before
+    seen = measure_content(tmp_path, top=True)
+    write("older")
+    os.utime(tmp_path / "older", (1, 1))
+    (tmp_path / "older").replace(tmp_path / "source/c.png")  # as many bytes, and not the newest
+    assert measure_content(tmp_path, top=True) != seen
     write("other.json")
     assert hash_content(tmp_path / "meta.json") == hash_content(tmp_path / "other.json")
 

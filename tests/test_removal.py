@@ -241,6 +241,8 @@ def test_mismatched_inputs_are_named(pipe):
         remove_objects(pipe, [image, image], [mask])
     with pytest.raises(ValueError, match="image 1 is 64x64 px but its mask 30x64"):
         remove_objects(pipe, [image, image], [mask, mask[:, :30]])
+    with pytest.raises(ValueError, match="resolution is -64 px"):
+        remove_objects(pipe, [image], [mask], resolution=-64)
     assert remove_objects(pipe, [], []) == []
 
 

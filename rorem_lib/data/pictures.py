@@ -169,7 +169,7 @@ def fit_triplet(
     """Bring the images of a triplet to one size, all of them in the same way.
 
     Args:
-        images: `source`, `gt` [H, W, 3] and `mask` [H, W] uint8; a part may be None.
+        pictures: `source`, `gt` [H, W, 3] and `mask` [H, W] uint8; a part may be None.
         size: (height, width) in px.
         mode: "crop" keeps the aspect and cuts off what is too much, where it costs the fewest mask
             pixels (of equal places the one next to the centre; a window that would be white all

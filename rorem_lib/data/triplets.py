@@ -157,6 +157,11 @@ def _list_folder(folder: str) -> list[str]:
 
 
 def parse_record(record, number: int, locator: Locator, require_gt: bool | None) -> Triplet:
+    """A record of a meta file, the `number`-th from 1, as a triplet.
+
+    Raises:
+        TripletError: a key is missing or no path, or the locator refuses a path.
+    """
     where = f"{locator.meta}, record {number}"
     if not isinstance(record, dict):
         raise TripletError(f"{where} is no object: expected source, mask and GT, got {record!r}")
@@ -286,7 +291,7 @@ def load_images(
         triplet: what to open.
         size: the side of a square, or (height, width) in px, that they are brought to.
         mode: how: "squash" resizes straight, aspect not kept, as the authors' trainer does; "crop"
-            keeps it (see `images.fit_triplet`, also for `center`).
+            keeps it (see `pictures.fit_triplet`, also for `center`).
 
     Returns:
         `source` [H, W, 3] uint8, `mask` [H, W] uint8 0 or 255, `gt` [H, W, 3] uint8 or None.

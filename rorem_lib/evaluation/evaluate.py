@@ -214,7 +214,7 @@ def collect_cases(
     ids: Sequence[str],
     names: Sequence[str],
 ) -> dict:
-    """Images of some test scenes side by side, as `figures.plot_grid` takes them.
+    """Images of some test scenes side by side, as `plots.plot_grid` takes them.
 
     Args:
         evaluation: what `evaluate` measured.
@@ -224,7 +224,7 @@ def collect_cases(
         names: which methods, one a column.
 
     Returns:
-        Keyword arguments: `images` (source, mask, methods, truth), `column_titles`,
+        Keyword arguments: `pictures` (source, mask, methods, truth), `column_titles`,
         `row_titles`, `captions` (PSNR in the hole, why it was rejected), `frames` (the verdicts).
     """
     by_id = {t.id: t for t in triplets}

@@ -104,7 +104,7 @@ def compare_all(evaluation, *, seed: int = 0) -> list[dict]:
     """The comparisons a report needs: `list_pairs` in success, and the final model's PSNRs.
 
     Args:
-        evaluation: an `evaluation.Evaluation`.
+        evaluation: an `evaluate.Evaluation`.
     """
     methods, results = evaluation.methods, evaluation.results
     comparisons = compare_methods(results, list_pairs(methods), seed=seed)

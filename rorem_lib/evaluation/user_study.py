@@ -39,7 +39,7 @@ class Trial:
 
     Attributes:
         id: what the annotator's log calls it, 16 hex characters.
-        image: the test image's id.
+        picture: the test image's id.
         methods: one name, or two: the left one's and the right one's.
         removals: their files.
     """
@@ -65,7 +65,7 @@ def make_trials(
         kind: "success", one question a method and image; "preference", one per image and pair of
             methods, left and right by lot.
         methods: which of them to ask about; empty takes all.
-        images: how many images are drawn of those that every method has; 0 takes all.
+        pictures: how many images are drawn of those that every method has; 0 takes all.
         seed: fixes the images and the sides.
 
     Raises:
@@ -184,7 +184,7 @@ def read_answers(folder: str | Path, trials: Iterable[Trial]) -> tuple[pd.DataFr
     """What people have answered so far to these trials; simulated labels are nobody's answers.
 
     Returns:
-        A row an answer (no skips, no silent repeats): `trial`, `image`, `annotator`, `label`
+        A row an answer (no skips, no silent repeats): `trial`, `picture`, `annotator`, `label`
         and the methods, `first` and `second` (None in a study of success).
         And the labels behind it, skips and repeats among them.
     """
@@ -220,7 +220,7 @@ def summarise_study(
     Returns:
         `trials`; `answers` and `annotators` (counts); `lost`, labels in the folder that are no
         answers: of removals that are gone, of another study, or simulated; `alpha` and
-        `self_consistency` of `labels.compute_agreement`; `methods` of `summarise_successes`,
+        `self_consistency` of `votes.compute_agreement`; `methods` of `summarise_successes`,
         `comparisons` of each pair (`tables.compare_methods`) and `preferences` of
         `summarise_preferences`, each empty where nobody was asked for it.
     """

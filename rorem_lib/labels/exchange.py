@@ -291,13 +291,13 @@ def write_scored_set(
     """Write a triplet set with `score` (1 accepted, 0 rejected) that reuses the candidates' files.
 
     Args:
-        candidates_meta: the candidates' `meta.json`, folder or set id.
+        candidates_meta: the candidates' `meta.json`, or its folder.
         decisions: id -> "accept" or "reject", as `merge_votes` returns them.
         folder: the new set's folder; what an earlier set there had besides is deleted.
         accepted_only: leave out what was rejected (a set to train the remover on).
         accepted_by: goes into the accepted entries' `accepted_by`.
-        orders: id -> how the item was drawn (`labels.collect_orders`); becomes `label_order`.
-        fair: ids of a fair sample (`labels.find_fair`); becomes `fair_sample`, true or false.
+        orders: id -> how the item was drawn (`votes.collect_orders`); becomes `label_order`.
+        fair: ids of a fair sample (`votes.find_fair`); becomes `fair_sample`, true or false.
         per_picture: at most so many accepted removals of one image (a triplet's `group`), drawn
             by lot; 0 keeps all.
         seed: of the lot.

@@ -58,7 +58,7 @@ def order_items(
     Args:
         ids: all candidates.
         order: "random"; "uncertainty" (scores nearest 0.5 first) or "stratified" (round-robin over
-            `strata`), both with a random `audit_share` mixed in (see `labels.find_fair`).
+            `strata`), both with a random `audit_share` mixed in (see `votes.find_fair`).
         scores: id -> probability (0..1) that the removal is good, for "uncertainty".
         strata: id -> name of its stratum, for "stratified" (see `stratify_items`).
         audit_share: 0..1, share of random items in an order that is not; the overlap is part of it.

@@ -97,10 +97,13 @@ def remove_objects(
         The removals, [H, W, 3] uint8, each of its source's size.
 
     Raises:
-        ValueError: lists of unequal length, or a mask of another size than its image.
+        ValueError: lists of unequal length, a mask of another size than its image, or a negative
+            resolution.
     """
     if len(images) != len(object_masks):
         raise ValueError(f"{len(images)} images but {len(object_masks)} masks")
+    if resolution < 0:
+        raise ValueError(f"resolution is {resolution} px: take 0 for what the model was trained at")
     numbers = list(range(len(images))) if numbers is None else list(numbers)
     resolution = resolution or sdxl.get_resolution(pipe)
     multiple = sdxl.get_unit(pipe)

@@ -19,6 +19,8 @@ LOOKS = frozenset(
     "tail set_index reset_index sort_values rename rename_axis value_counts fillna hide astype "
     "tolist nunique mean median std numel parameters".split()
 )
+# Of these the last call of a statement may be a file's: `path.rename(other)` changes something.
+_MAY_MOVE = frozenset("rename replace join".split())
 _IMPORTS = (ast.Import, ast.ImportFrom)
 _AWAIT = ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
 
@@ -68,10 +70,14 @@ def _only_looks(node: ast.AST) -> bool:
             return False
         if isinstance(part, ast.Call):
             name = name_call(part)
-            draws = name.startswith(("plot_", "tabulate_")) or name[-6:] == "_table"
+            draws = name.startswith(("plot_", "tabulate_"))
+            draws |= name.startswith("make_") and name.endswith("_table")
             if not draws and name not in LOOKS:
                 return False
-    return True
+            if any(keyword.arg == "inplace" for keyword in part.keywords):
+                return False
+    last = node.value if isinstance(node, ast.Expr) else node
+    return not (isinstance(last, ast.Call) and name_call(last) in _MAY_MOVE)
 
 
 def _drop_looks(body: list[ast.stmt]) -> list[ast.stmt]:

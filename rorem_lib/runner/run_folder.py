@@ -103,8 +103,8 @@ class Outputs:
     def get(self, stage: str, path: str, say=lambda text: None) -> str | None:
         """SHA-256 of what lies at `path` in a finished stage's folder; None if it is not finished.
 
-        Files are read once: `outputs` in `stage.json` holds the hash with number, bytes and newest
-        time of the files, and while these stay the hash does. `say` is called before many are read.
+        Files are read once: `outputs` in `stage.json` holds the hash with the files' names, bytes
+        and times, and while these stay the hash does. `say` is called before many are read.
         """
         if (stage, path) not in self._known:
             self._known[stage, path] = self._read(self.run_dir / stage, path, say)

@@ -42,7 +42,7 @@ class ParquetSetSource(Source):
     mask and, but for a pool, GT, each `{bytes, path}`. The columns id, group, origin, license,
     score and what else there is stay the records'; a text column `extra` is a JSON object of more.
     Images become files again byte by byte, in a temporary folder that lives as long as the
-    `Images` does. One row group is held in memory at a time.
+    `Pictures` do. One row group is held in memory at a time.
 
     Args:
         folder: the dataset's folder, or its `data/`.

@@ -38,7 +38,7 @@ class TrainingMix:
         self, *, unit: int, buckets: bool, step: int, min_images: int
     ) -> list[list[tuple[int, int]]]:
         """The training size (h, w) in px of every triplet, set by set."""
-        if self.resolution % unit:
+        if self.resolution < unit or self.resolution % unit:
             raise ValueError(
                 f"a resolution of {self.resolution} px does not suit this model: take "
                 f"a multiple of {unit}"

@@ -31,7 +31,7 @@ class CacheSpec:
     Attributes:
         parts: which latents: `gt`, `masked` (the source with its hole blanked), `source`.
         dtype: "fp16", finer in the latents' range, or "bf16".
-        resize_mode: "crop" keeps the aspect, "squash" does not (see `images.fit_triplet`).
+        resize_mode: "crop" keeps the aspect, "squash" does not (see `pictures.fit_triplet`).
         center_crop: crop the centre, unless that would cut the whole mask away.
         flipped: also mirrored.
         mask_variants: how many perturbed masks a triplet has besides its own.
@@ -123,7 +123,7 @@ def encode_pictures(vae, pictures: Mapping, spec: CacheSpec) -> dict[str, torch.
     Args:
         vae: the frozen autoencoder, in float32; its work is done in `spec.vae_precision`. A batch
             whose latents overflow in half precision is encoded again in float32.
-        images: `gt`, `source` [B, h, w, 3] and `mask` [B, h, w] uint8, arrays or tensors; only
+        pictures: `gt`, `source` [B, h, w, 3] and `mask` [B, h, w] uint8, arrays or tensors; only
             what `spec.parts` needs.
         spec: which parts, and the precision.
 

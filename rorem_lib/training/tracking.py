@@ -76,7 +76,7 @@ class Tracker:
         config: the run's `LoopConfig`.
         folder: where `metrics.jsonl` is.
         batch_total: samples an optimizer step, of all processes.
-        flops_per_image: of training on one image, forward and backward (`speed.count_flops` x 3);
+        flops_per_image: of training on one image, forward and backward (`memory.count_flops` x 3);
             None leaves `mfu` out.
     """
 
