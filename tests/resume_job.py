@@ -1,8 +1,7 @@
 """Trainings of the remover that note what they saw, or kill themselves at a place.
 
-    accelerate launch … tests/resume_job.py CONFIG.yaml …
-
-trains one config after the other and notes each micro-batch in `<output_dir>/seen-<rank>.jsonl`.
+`main` trains one config after the other and notes each micro-batch in
+`<output_dir>/seen-<rank>.jsonl`.
 """
 
 import json
@@ -48,7 +47,6 @@ def train_and_die(config, place: str, count: int = 1) -> None:
             (half of the model is written), or "in cache" (half of a shard is written).
         count: at which of them.
     """
-    multiprocessing.set_start_method(None, force=True)  # workers start as in a user's job
     left = [count]
 
     def is_due(here):
@@ -109,7 +107,3 @@ def main() -> None:
     for file in sys.argv[1:]:
         run_job(train, parse_config(remover.RemoverConfig, ["--config", file]))
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

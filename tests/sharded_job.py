@@ -1,13 +1,12 @@
 """Small trainings on one or several processes, step for step as `training.loop` does them.
 
-    accelerate launch --config_file … tests/sharded_job.py RUNS.json
-
-RUNS.json is a list of trainings, done one after the other. Each has a `LoopConfig`'s options and
-`kind` (what has to come of it, as `distributed.get_kind` says), `model` ("unet", "lora" or
-"plain"), `chunks` (of a micro-batch), `sgd` (plain steps of size 1: how far the weights move is
-then the clipped norm), `fused` (AdamW), `channels_last`, `die` (a place in the second checkpoint
-where it kills itself, see `die_at`), `full` ([rank, bytes]: no file of that process may be larger
-from the second checkpoint on). Each writes `result.json` and the weights into its `output_dir`.
+`main` takes the path of RUNS.json: a list of trainings, done one after the other. Each has a
+`LoopConfig`'s options and `kind` (what has to come of it, as `distributed.get_kind` says), `model`
+("unet", "lora" or "plain"), `chunks` (of a micro-batch), `sgd` (plain steps of size 1: how far the
+weights move is then the clipped norm), `fused` (AdamW), `channels_last`, `die` (a place in the
+second checkpoint where it kills itself, see `die_at`), `full` ([rank, bytes]: no file of that
+process may be larger from the second checkpoint on). Each writes `result.json` and the weights
+into its `output_dir`.
 """
 
 import contextlib
@@ -252,7 +251,3 @@ def main() -> None:
         run(options)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

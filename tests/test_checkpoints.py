@@ -3,13 +3,11 @@
 import errno
 import json
 import logging
-import os
 import re
 import resource
 import shutil
 import signal
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import UNet2DConditionModel
+from forked import Job, run_job
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sharded_job import build_model, run
@@ -152,7 +151,7 @@ def pair(tmp_path_factory, whole):
     that ends at its second checkpoint, where the other than the main process cannot write."""
     folder = tmp_path_factory.mktemp("pair")
     two = {"train_batch_size": 2, "checkpoints_total_limit": 0}
-    done = launch(
+    job = launch(
         "DDP",
         [
             make_run(folder / "two", **two),
@@ -163,8 +162,8 @@ def pair(tmp_path_factory, whole):
         ],
         folder,
     )
-    assert (folder / "from_one" / "result.json").exists(), done.stderr[-4000:]
-    return folder, done
+    assert (folder / "from_one" / "result.json").exists(), job.read_log()[-4000:]
+    return folder, job
 
 
 def assert_near(one, other, start, share=0.05):
@@ -352,16 +351,10 @@ def killed(tmp_path_factory):
         (folder / "runs.json").write_text(json.dumps([given]))
         jobs[place] = (
             folder,
-            subprocess.Popen(
-                [sys.executable, str(ROOT / "tests" / "sharded_job.py"), str(folder / "runs.json")],
-                env=os.environ | {"PYTHONPATH": str(ROOT)},
-                stderr=subprocess.PIPE,
-                text=True,
-            ),
+            Job(run_job, "sharded_job", [str(folder / "runs.json")], log=folder / "job.log"),
         )
     for _, job in jobs.values():
-        _, errors = job.communicate(timeout=300)
-        assert job.returncode == -signal.SIGKILL, errors
+        assert job.wait() == -signal.SIGKILL, job.read_log()
     return {place: folder for place, (folder, _) in jobs.items()}
 
 
@@ -392,10 +385,10 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(whole, tmp_path, size):
 
 
 def test_a_process_whose_disk_is_full_stops_both(pair):
-    folder, done = pair
-    assert done.returncode != 0
-    for rank in range(2):
-        assert re.search(rf"rank{rank}\]: OSError: .* no space left for checkpoint-4", done.stderr)
+    folder, job = pair
+    assert [process.exitcode for process in job.processes] == [1, 1]
+    said = re.findall(r"OSError: .* no space left for checkpoint-4", job.read_log())
+    assert len(said) == 2
     assert list_names(folder / "full") == ["checkpoint-2"]
 
 

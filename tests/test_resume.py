@@ -4,7 +4,6 @@ They end with what an undisturbed one ends with: bit for bit, on as many process
 """
 
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -16,10 +15,10 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 import yaml
+from forked import Job, run_job
 from resume_job import train, train_and_die
 from safetensors.torch import load_file
 
@@ -117,45 +116,32 @@ def write_config(config):
     return str(folder / "config.yaml")
 
 
-def start(words, folder, processes=1):
-    """A job as a user starts it, its words in `job.log`."""
-    command = [sys.executable]
-    if processes > 1:
-        command += [
-            "-m",
-            "accelerate.commands.launch",
-            "--multi_gpu",
-            "--num_processes",
-            str(processes),
-            "--num_machines",
-            "1",
-            "--mixed_precision",
-            "no",
-            "--dynamo_backend",
-            "no",
-            "--main_process_port",
-            "0",
-        ]
+def start_remover(config, processes=1):
+    """The job as a user starts it, what it prints in `job.log`."""
+    words = ["--config", write_config(config)]
+    log = Path(config.output_dir, "job.log")
+    return Job(run_job, "rorem_lib.remover", words, processes=processes, log=log)
+
+
+def launch_remover(config):
+    """The same by accelerate's launcher, on two processes."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+    command += ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    command += ["--dynamo_backend", "no", "--main_process_port", "0", "-m", "rorem_lib.remover"]
     environment = os.environ | {
         "ACCELERATE_USE_CPU": "true",
         "GLOO_SOCKET_IFNAME": "lo",
-        "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
     }
-    with open(Path(folder) / "job.log", "a") as log:
-        return subprocess.Popen(
-            [*command, *words], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
-        )
-
-
-def start_remover(config, processes):
-    return start(
-        ["-m", "rorem_lib.remover", "--config", write_config(config)], config.output_dir, processes
+    done = subprocess.run(
+        [*command, "--config", write_config(config)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
-
-
-def finish(job, folder):
-    assert job.wait(timeout=600) == 0, (Path(folder) / "job.log").read_text()[-3000:]
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def kill_remover(config, processes):
@@ -166,14 +152,11 @@ def kill_remover(config, processes):
     try:
         deadline = time.monotonic() + 600
         while not lines.exists() or lines.read_text().count("\n") < step:
-            assert job.poll() is None, (folder / "job.log").read_text()[-3000:]
+            assert job.poll() is None, job.read_log()[-3000:]
             assert time.monotonic() < deadline, "the job does not come on"
             time.sleep(0.005)
     finally:
-        parent = psutil.Process(job.pid)
-        for process in [parent, *parent.children(recursive=True)]:
-            process.send_signal(signal.SIGKILL)
-        job.wait()
+        job.kill()
     assert not (folder / "train_metrics.json").exists(), "it ended before it was killed"
     assert not (folder / "remover").exists()
     return step
@@ -271,40 +254,28 @@ def test_looking_at_pictures_changes_nothing_of_the_training(tmp_path, whole):
     assert not (tmp_path / "validation_images").exists()
 
 
-@pytest.fixture(scope="module")
-def forks():
-    """Processes that have imported everything and done nothing yet."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["resume_job"])
-    return context
-
-
-def die(forks, config, place, count=1):
+def die(config, place, count=1):
     """Train in a process of its own until it kills itself there."""
-    process = forks.Process(target=train_and_die, args=(config, place, count))
-    process.start()
-    process.join(600)
-    assert process.exitcode == -signal.SIGKILL, f"it did not come to {place!r}"
+    job = Job(train_and_die, config, place, count)
+    assert job.wait() == -signal.SIGKILL, f"it did not come to {place!r}"
 
 
-def test_killed_while_it_writes_again_and_again_it_goes_on_bit_for_bit(tmp_path, whole, forks):
+def test_killed_while_it_writes_again_and_again_it_goes_on_bit_for_bit(tmp_path, whole):
     """Each time it goes on from the last checkpoint that is whole, and dies in the next write."""
     config = replace(whole, output_dir=str(tmp_path))
-    die(forks, config, "in checkpoint", 2)
+    die(config, "in checkpoint", 2)
     assert list_states(tmp_path) == ["checkpoint-2", "checkpoint-4.partial"]
-    die(forks, config, "before rename", 2)
+    die(config, "before rename", 2)
     assert list_states(tmp_path) == ["checkpoint-2", "checkpoint-4", "checkpoint-6.partial"]
-    die(forks, config, "in model")
+    die(config, "in model")
     assert list_states(tmp_path) == [".model.partial", "checkpoint-4", "checkpoint-6"]
     assert train_remover(config)["resumed_at"] == 6
     assert_same_run(config, whole)
 
 
-def test_killed_while_latents_are_cached_it_makes_the_missing_ones(
-    tmp_path, whole, forks, monkeypatch
-):
+def test_killed_while_latents_are_cached_it_makes_the_missing_ones(tmp_path, whole, monkeypatch):
     config = replace(whole, output_dir=str(tmp_path / "run"), latent_cache_dir=str(tmp_path / "c"))
-    die(forks, config, "in cache", 2)
+    die(config, "in cache", 2)
     (first,) = (tmp_path / "c").glob("*/*/*.safetensors")
     (torn,) = (tmp_path / "c").glob("*/*/.*.partial")
     os.utime(torn, (time.time() - 3700,) * 2)  # a younger one may be in work
@@ -366,10 +337,9 @@ def pair(tmp_path_factory, make_config):
         gradient_accumulation_steps=1,
         validation_steps=0,
     )
-    job = start(
-        [str(ROOT / "tests" / "resume_job.py"), *map(write_config, (accumulated, large))], folder, 2
-    )
-    finish(job, folder)
+    words = [*map(write_config, (accumulated, large))]
+    job = Job(run_job, "resume_job", words, processes=2, log=folder / "job.log")
+    assert job.wait() == 0, job.read_log()[-3000:]
     assert [read_metrics(c)["num_processes"] for c in (accumulated, large)] == [2, 2]
     return accumulated, large
 
@@ -393,7 +363,7 @@ def test_what_two_processes_began_one_finishes(tmp_path, killed_pair, pair, tiny
 def test_killed_on_two_processes_it_goes_on_bit_for_bit(tmp_path, killed_pair, pair):
     shutil.copytree(killed_pair.output_dir, tmp_path / "on")
     resumed = replace(killed_pair, output_dir=str(tmp_path / "on"))
-    finish(start_remover(resumed, 2), resumed.output_dir)
+    launch_remover(resumed)
     metrics = read_metrics(resumed)
     assert metrics["num_processes"] == 2 and 2 <= metrics["resumed_at"] <= STEPS - 2
     assert_same_run(resumed, pair[0])

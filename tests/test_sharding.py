@@ -2,9 +2,6 @@
 
 import json
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,49 +9,27 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from diffusers import UNet2DConditionModel
+from forked import Job, read_launcher_environment, run_job
 from safetensors.torch import load_file
 from sharded_job import make_unet
 
 from rorem_lib.runner.launch import HARDWARE
 from rorem_lib.training import distributed, loop
 
-ROOT = Path(__file__).resolve().parents[1]
 FILES = {"DDP": "many_gpus", "FSDP2": "fsdp2", "ZeRO-2": "deepspeed_zero2"}
 
 
-def launch(kind: str, runs: list[dict], folder: Path) -> subprocess.CompletedProcess:
-    """`sharded_job` on two processes, by accelerate's launcher and the kit's hardware file."""
+def launch(kind: str, runs: list[dict], folder: Path) -> Job:
+    """`sharded_job` to its end, on two processes, as accelerate starts them by the kit's file."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "runs.json").write_text(json.dumps([run | {"kind": kind} for run in runs]))
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "DS_ACCELERATOR": "cpu",
-    }
-    if kind != "ZeRO-2":
-        environment["ACCELERATE_USE_CPU"] = "true"
-    above = environment.get("PYTHONPATH")
-    environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{above}" if above else str(ROOT)
-    return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--config_file",
-            str(HARDWARE / f"{FILES[kind]}.yaml"),
-            "--num_processes",
-            "2",
-            "--main_process_port",
-            "0",
-            str(ROOT / "tests" / "sharded_job.py"),
-            str(folder / "runs.json"),
-        ],
-        env=environment,
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    environment = read_launcher_environment(HARDWARE / f"{FILES[kind]}.yaml")
+    if kind == "ZeRO-2":
+        environment = environment | {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "false"}
+    words, log = [str(folder / "runs.json")], folder / "job.log"
+    job = Job(run_job, "sharded_job", words, processes=2, log=log, environment=environment)
+    job.wait()
+    return job
 
 
 class Runs:
@@ -87,7 +62,7 @@ class Runs:
             [common | {"output_dir": str(folder / name)} | run for name, run in runs.items()],
             folder,
         )
-        assert done.returncode == 0, done.stderr[-4000:]
+        assert done.poll() == 0, done.read_log()[-4000:]
 
     def read(self, name):
         return json.loads((self.folder / name / "result.json").read_text())

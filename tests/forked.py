@@ -1,0 +1,138 @@
+"""Processes that have torch, diffusers and the kit imported when they begin.
+
+A process of its own imports for five to nine seconds before it does anything. These are forks of
+one process that has imported everything and done nothing else (multiprocessing's fork server).
+What a user's launcher does is tested with the real launcher, once for each job.
+"""
+
+import contextlib
+import functools
+import importlib
+import json
+import multiprocessing
+import os
+import resource
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import psutil
+
+IMPORTS = [
+    "accelerate",
+    "peft",
+    "diffusers",
+    "rorem_lib.discriminator",
+    "rorem_lib.distill",
+    "rorem_lib.removal",
+    "rorem_lib.remover",
+    "torch.distributed.fsdp",
+    "transformers",
+]
+COMMON = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(IMPORTS)
+
+
+def run_job(module: str, words: list[str]) -> None:
+    """`python -m MODULE WORDS`, or a file of tests/ by its module's name."""
+    sys.argv = [module, *words]
+    importlib.import_module(module).main()
+
+
+@functools.cache
+def read_launcher_environment(config_file: Path) -> dict[str, str]:
+    """What accelerate's launcher, given a hardware file, tells the processes it starts."""
+    show = "import json, os; print('ENVIRONMENT', json.dumps(dict(os.environ)))"
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config_file)]
+        + ["--num_processes", "2", "--main_process_port", "0"]
+        + ["--no_python", sys.executable, "-c", show],
+        env=os.environ | COMMON,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (line, _) = [x for x in done.stdout.splitlines() if x.startswith("ENVIRONMENT ")]
+    given = json.loads(line.removeprefix("ENVIRONMENT "))
+    return {k: v for k, v in given.items() if k.startswith(("ACCELERATE_", "FSDP_"))}
+
+
+def _begin(environment, log, target, arguments):
+    multiprocessing.set_start_method(None, force=True)  # workers start as in a user's job
+    os.environ.update(environment)
+    if log is not None:
+        with open(log, "a") as stream:
+            os.dup2(stream.fileno(), 1)
+            os.dup2(stream.fileno(), 2)
+    try:
+        target(*arguments)
+    except Exception:
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))  # a test's full disk ends here
+        traceback.print_exc()
+        sys.exit(1)
+
+
+class Job:
+    """One target in one process, or in several that find each other as torchrun's do.
+
+    Args:
+        target: a function of a module, and its arguments.
+        processes: how many; with more than one each has RANK, WORLD_SIZE, ...
+        log: file to which standard output and error are added.
+        environment: more variables.
+    """
+
+    def __init__(self, target, *arguments, processes=1, log=None, environment=None):
+        common = COMMON | (environment or {})
+        if processes > 1:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            common |= {
+                "WORLD_SIZE": str(processes),
+                "LOCAL_WORLD_SIZE": str(processes),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+        self.log, self.processes = log and Path(log), []
+        for rank in range(processes):
+            ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
+            process = context.Process(target=_begin, args=(common | ranks, log, target, arguments))
+            process.start()
+            self.processes.append(process)
+
+    def poll(self) -> int | None:
+        """The first exit code that is not 0, 0 when all have ended, None while they run."""
+        codes = [process.exitcode for process in self.processes]
+        return next((c for c in codes if c), None if None in codes else 0)
+
+    def wait(self, timeout: float = 300) -> int:
+        """`poll` at the end; when a process fails, the others have half a minute to end too."""
+        end = time.monotonic() + timeout
+        while self.poll() is None and time.monotonic() < end:
+            time.sleep(0.01)
+        for process in self.processes:
+            process.join(30 if self.poll() else 0)
+        code = self.poll()
+        self.kill()
+        assert code is not None, f"not done after {timeout:.0f} s: {self.read_log()[-3000:]}"
+        return code
+
+    def kill(self) -> None:
+        """SIGKILL to all of them and to what they started."""
+        for process in self.processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                parent = psutil.Process(process.pid)
+                for child in [parent, *parent.children(recursive=True)]:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        child.kill()
+            process.join()
+
+    def read_log(self) -> str:
+        return self.log.read_text() if self.log else ""
