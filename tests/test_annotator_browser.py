@@ -23,40 +23,50 @@ from rorem_lib.labels.keys import KEYS
 playwright_api = pytest.importorskip("playwright.sync_api")
 
 
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """A JupyterLab on a folder of all the tests' folders; (address, process, folder)."""
+    folder = tmp_path_factory.mktemp("lab")
+    with run_lab(folder) as running:
+        yield *running, folder
+
+
+@pytest.fixture(scope="module")
+def browser(chromium_path):
+    with playwright_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium_path, args=BROWSER)
+        yield browser
+        browser.close()
+
+
 @pytest.fixture
-def folder(tmp_path):
+def folder(lab, request):
     """A folder with twelve candidates and the annotation notebook, its parameters set."""
-    with TripletWriter(tmp_path / "candidates") as writer:
+    folder = lab[2] / request.node.name
+    with TripletWriter(folder / "candidates") as writer:
         for number in range(12):
             scene = render_scene([4, number], role="pool")
             removal = cv2.inpaint(scene.image, scene.mask, 5, cv2.INPAINT_TELEA)
             writer.add(id=f"c{number:02}", source=scene.image, mask=scene.mask, gt=removal)
     write_notebook(
-        tmp_path,
-        output_dir=str(tmp_path / "stage"),
+        folder,
+        output_dir=str(folder / "stage"),
         annotator="anna",
-        candidates=str(tmp_path / "candidates"),
+        candidates=str(folder / "candidates"),
         labels_wanted=10,
     )
-    return tmp_path
+    return folder
 
 
 @pytest.fixture
-def lab(folder):
-    """A JupyterLab on that folder; (address, process)."""
-    with run_lab(folder) as running:
-        yield running
-
-
-@pytest.fixture
-def page(lab, chromium_path):
-    with playwright_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium_path, args=BROWSER)
-        page = browser.new_page(viewport={"width": 1366, "height": 768})
-        page.set_default_timeout(90_000)  # other tests run beside this one
-        page.goto(f"{lab[0]}/lab/tree/annotate.ipynb?reset")
-        yield page
-        browser.close()
+def page(lab, browser, folder):
+    page = browser.new_page(viewport={"width": 1366, "height": 768})
+    page.set_default_timeout(90_000)  # other tests run beside this one
+    page.goto(f"{lab[0]}/lab/tree/{folder.name}/annotate.ipynb?reset")
+    yield page
+    for session in page.request.get(f"{lab[0]}/api/sessions").json():
+        page.request.delete(f"{lab[0]}/api/sessions/{session['id']}")
+    page.close()
 
 
 def signal_kernel(server, number):

@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import socket
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -13,6 +11,7 @@ from accelerate import Accelerator
 from accelerate import tracking as accelerate_tracking
 from accelerate.tracking import GeneralTracker
 from accelerate.utils import ProjectConfiguration
+from forked import Job
 
 from rorem_lib.training import tracking
 
@@ -217,17 +216,10 @@ LOSSES = [1.0, 2.0, 4.0, 9.0]
 FIRST = [[1.0, math.nan], [math.nan, math.nan], [3.0, 5.0], [math.nan, 8.0]]
 
 
-def run_process(rank, port, folder):
+def write_lines(folder):
     """One of two processes, each with every second micro-batch."""
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "ACCELERATE_USE_CPU": "true",
-    }
     accelerator = Accelerator(cpu=True)
+    rank = accelerator.process_index
     assert accelerator.num_processes == 2
     tracker = make_tracker(accelerator, folder)
     for number in range(rank, 4, 2):
@@ -238,12 +230,10 @@ def run_process(rank, port, folder):
 
 
 def test_two_processes_write_the_line_that_one_writes(accelerator, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     two = tmp_path / "two"
     two.mkdir()
-    torch.multiprocessing.spawn(run_process, (port, two), nprocs=2)
+    job = Job(write_lines, two, processes=2, log=tmp_path / "job.log")
+    assert job.wait() == 0, job.read_log()
     tracker = make_tracker(accelerator, tmp_path)
     for loss, values in zip(LOSSES, FIRST):
         add(tracker, loss, loss_t1=values, loss_t2=[math.nan] * 2)
