@@ -25,7 +25,7 @@ demo: .venv/.core ## run every stage in miniature on built-in data, end in runs/
 
 test: .venv/.dev browser ## run the tests (not the benchmarks)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore=tests/benchmarks \
-		-n 2 --dist worksteal $(ARGS)
+		-n 2 --dist loadfile --no-loadscope-reorder --durations=25 $(ARGS)
 
 lab: .venv/.core ## open JupyterLab on the notebooks
 	@JUPYTER_CONFIG_PATH="$(CURDIR)$${JUPYTER_CONFIG_PATH:+:$$JUPYTER_CONFIG_PATH}" \

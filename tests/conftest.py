@@ -18,6 +18,27 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# Files in this order, the others behind them: two processes take whole files, and the last ones to
+# be taken must be short.
+LONGEST = (
+    "test_smoke.py",
+    "test_resume.py",
+    "test_sharding.py",
+    "test_benchmarks.py",
+    "test_annotator_browser.py",
+    "test_sdxl.py",
+    "test_removal.py",
+    "test_pipeline.py",
+    "test_assembly.py",
+    "test_checkpoints.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def rorem_cache(tmp_path_factory):
     """Folder that stands for ~/.cache/rorem, so that no run sees what an earlier one rendered."""
