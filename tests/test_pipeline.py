@@ -363,15 +363,48 @@ def test_notebook_code_is_another(old, new):
         "path.rename(other)",
         "thread.join()",
         "write_table(table)",
+        "unread = launch(rows)",
+        "rows += launch(rows)",
+        "unread = 1\nfill(globals())",
+        "text = '''\n%a\n'''\nwrite(text)",
     ],
 )
 def test_what_only_looks_like_a_look_counts(statement):
     assert describe_code([f"{CODE}\n{statement}\n"]) != describe_code([CODE])
 
 
-@pytest.mark.parametrize("statement", ["make_round_table(rows)", "table.rename('n').to_frame()"])
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "make_round_table(rows)",
+        "table.rename('n').to_frame()",
+        "logging.getLogger('x').info('…')",
+        "warnings.warn('x')",
+        "message = 'hello'\nlonger = message + '!'\nprint(longer)",
+        "%time\n!ls",
+    ],
+)
 def test_a_look_does_not_count(statement):
     assert describe_code([f"{CODE}\n{statement}\n"]) == describe_code([CODE])
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("x = '''\n%a\n'''\nrun(x)", "x = '''\n%b\n'''\nrun(x)"),
+        ("x = f'''{1}\n!a\n'''\nrun(x)", "x = f'''{1}\n!b\n'''\nrun(x)"),
+        ("run(1\n% 2)", "run(1\n% 3)"),
+        ("from rorem_lib.a import f\nf()", "from rorem_lib.b import f\nf()"),
+    ],
+)
+def test_code_with_another_text_or_import_is_another(first, second):
+    assert describe_code([first]) != describe_code([second])
+
+
+@pytest.mark.parametrize("name", ["{}.masks import f", "{} import f"])
+def test_a_module_may_move(name):
+    first, second = (f"from rorem_lib.{name.format(p)}\nf()" for p in ("data", "models"))
+    assert describe_code([first]) == describe_code([second])
 
 
 def test_names_that_functions_read_later_are_one_variable():
@@ -388,9 +421,12 @@ def test_versions_are_read_and_not_imported(tmp_path, monkeypatch):
         (None, 'no module for the job "jobs.train"'),
         ("VERSION: int", "VERSION = 1"),
         ("VERSION = ", "no Python"),
+        ("VERSION = 1 + 1", "no plain number"),
+        ("VERSION = 'a'", "no plain number"),
+        ("# \xe9", "no Python"),  # in another encoding than UTF-8
     ):
         if text:
-            job.write_text(text)
+            job.write_text(text, encoding="latin-1")
             os.utime(job, ns=(hash(text) % 10**18,) * 2)
         with pytest.raises(RecipeError, match=words):
             read_version("jobs.train")
@@ -431,7 +467,13 @@ def test_content_is_files_and_no_records(tmp_path):
     assert seen["files"] == 3 and seen["bytes"] == 3
     for name in ("stage.json", "train.log", "figures/loss.png", "checkpoint-5/unet.bin", "DONE"):
         write(name)
-    for name in (".hidden", "source/.b.partial", "meta.jsonl.partial", "settings.json"):
+    for name in (
+        ".hidden",
+        "source/.b.partial",
+        "meta.jsonl.partial",
+        "settings.json",
+        "README.md",
+    ):
         write(name)
     assert hash_content(tmp_path, top=True) == first
     assert measure_content(tmp_path, top=True) == seen
@@ -470,6 +512,70 @@ def test_input_files_are_stamped(tmp_path):
     weights.write_text("abcd")
     assert stamp_path(weights.parent) != first
     assert stamp_path(tmp_path / "nothing") is None
+    small, large = tmp_path / "small.csv", tmp_path / "large.csv"
+    small.write_text("a")
+    large.write_bytes(bytes(fingerprints.SMALL + 1))
+    before = stamp_path(small), stamp_path(large)
+    os.utime(small, (1, 1))
+    os.utime(large, (1, 1))
+    assert stamp_path(small) == before[0] and stamp_path(large) != before[1]
+    (weights.parent / "loop").symlink_to(weights.parent)
+    assert stamp_path(weights.parent).startswith("1 files")
+
+
+def test_text_that_names_nothing_on_disk_is_no_input(folder, tmp_path, monkeypatch):
+    """A prompt, somebody's home, an empty text are none; a folder's name alone is one."""
+    monkeypatch.setattr("rorem_lib.files.ROOT", tmp_path)
+
+    def read(text, **more):
+        row = folder(f"a: {{notebook: plain, parameters: {{data: {json.dumps(text)}}}}}").stages[0]
+        return read_inputs(row, folder=tmp_path / "a", get_content=None, **more)["files"]
+
+    for text in ("a dog, gone. " * 40, "~nobody_here/x", "a\0/b", "", ".", "mydata"):
+        assert read(text) == {}
+    (tmp_path / "mydata").mkdir()
+    (tmp_path / "mydata" / "DONE").write_text("by hand")
+    seen = {}
+    first = read("mydata", stamps=seen)
+    assert read("mydata") == first and list(seen) == [tmp_path / "mydata"]
+    (tmp_path / "mydata" / "x.png").write_text("")
+    assert read("mydata") != first
+    assert read("mydata", stamps=seen) == first  # looked at once in a run
+    (tmp_path / "mydata" / "stage.json").write_text("{}")
+    assert read("mydata") == {"mydata": "made by by hand"}
+
+
+def test_what_changes_no_result_is_recorded_and_not_compared(folder, tmp_path):
+    from rorem_lib.training.checkpoints import FREE_FIELDS
+
+    assert FREE_FIELDS - {"max_train_steps", "num_train_epochs"} <= fingerprints.FREE
+    cells = [
+        'output_dir: str = "x"\nsteps: int = 3\nhardware: str = "cpu"\npreview_meta: str = ""\n'
+        'more_options: dict = {}\nsize: int = 1\nkind: str = "a"',
+        'start_stage(free=["size"] if kind == "a" else [])',
+    ]
+    write_notebook(tmp_path / "n.ipynb", cells)
+
+    def read(given, name="n"):
+        row = folder(f"a: {{notebook: {name}, parameters: {{{given}}}}}").stages[0]
+        return read_one(row, tmp_path)
+
+    compare = fingerprints.describe_change
+    first, free = read(""), "hardware: many_gpus, more_options: {report_to: wandb}, size: 2"
+    same = read(f"{free}, preview_meta: {tmp_path}")
+    assert same != first and compare(first, same) == "" and same["files"] == {}
+    assert same["parameters"]["hardware"] == "many_gpus"
+    for other in ("steps: 4", "more_options: {rank: 3}", "kind: b"):
+        assert compare(first, read(other))
+    assert "size 1 -> 2" in compare(read("kind: b"), read("kind: b, size: 2"))
+
+    cells[0] += "\nnew: int = 0"  # a parameter comes, or goes
+    write_notebook(tmp_path / "m.ipynb", cells)
+    new, chosen = read("", "m"), read("new: 2", "m")
+    assert compare(first, new) == compare(new, first) == ""
+    assert compare(first, chosen) == "parameter new null -> 2"
+    assert compare(chosen, first) == "parameter new 2 -> null"
+    assert compare(new, chosen) == "parameter new 0 -> 2"
 
 
 def test_what_re_runs(finished):

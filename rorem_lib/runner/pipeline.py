@@ -239,7 +239,12 @@ class _Run:
             self.outputs.forget(row.name)
 
     def _run_stage(self, row: StageRow) -> tuple[float, dict]:
-        inputs = read_inputs(row, folder=self.run_dir / row.name, get_content=self.outputs.get)
+        inputs = read_inputs(
+            row,
+            folder=self.run_dir / row.name,
+            get_content=self.outputs.get,
+            stamps=self.outputs.stamps,
+        )
         found = run_stage(
             row,
             inputs,

@@ -59,6 +59,7 @@ class StageRow:
         row: the row of the paper's table that the stage belongs to ("" for none).
         given: parameters handed to the notebook, checked and coerced, `${…}` still in them.
         parameters: `given` over the notebook's defaults: every parameter's value.
+        defaults: what parameters are that neither the recipe nor its caller gives.
         upstream: the earlier stages that `given` refers to, in order.
     """
 
@@ -67,6 +68,7 @@ class StageRow:
     row: str
     given: dict[str, Any]
     parameters: dict[str, Any]
+    defaults: dict[str, Any]
     upstream: tuple[str, ...]
 
 
@@ -228,6 +230,7 @@ def _check_row(path, name, row, top, defaults, override, order, stages, problems
     for config in CONFIGS.get(notebook.stem, ()) if top["full_size"] else ():
         given |= {k: v for k, v in read_defaults(config).items() if k in known}
     given.pop("output_dir", None)  # the runner's
+    standard = {k: p.default for k, p in known.items() if k != "output_dir"} | given
     if top["seed"] is not None and "seed" in known:
         given["seed"] = top["seed"]
     for source in (defaults.get(row["notebook"]), row.get("parameters"), override):
@@ -261,10 +264,8 @@ def _check_row(path, name, row, top, defaults, override, order, stages, problems
                     )
                 elif target not in upstream:
                     upstream.append(target)
-    parameters = {k: p.default for k, p in known.items() if k != "output_dir"} | given
-    stages.append(
-        StageRow(name, notebook, str(row.get("row", "")), given, parameters, tuple(upstream))
-    )
+    title, parameters = str(row.get("row", "")), standard | given
+    stages.append(StageRow(name, notebook, title, given, parameters, standard, tuple(upstream)))
 
 
 def _find_notebook(recipe: Path, name: str) -> Path | None:

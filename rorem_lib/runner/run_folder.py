@@ -98,6 +98,7 @@ class Outputs:
 
     def __init__(self, run_dir: Path, *, keep: bool = False):
         self.run_dir, self.keep = run_dir, keep
+        self.stamps: dict[Path, str | None] = {}  # of folders outside, see `read_inputs`
         self._known: dict[tuple[str, str], str | None] = {}
 
     def get(self, stage: str, path: str, say=lambda text: None) -> str | None:
@@ -154,7 +155,7 @@ def read_state(row: StageRow, run_dir: Path, outputs: Outputs) -> StageState:
         return StageState(row, "to run")
     before = (record or started).get("inputs", {})
     known = (lambda stage, path: None) if is_earlier(before) else outputs.get  # no need to hash
-    now = read_inputs(row, folder=folder, get_content=known)
+    now = read_inputs(row, folder=folder, get_content=known, stamps=outputs.stamps)
     note = describe_change(before, now)
     replaced = bool(describe_change(before, now, labels=False))
     if record:
@@ -201,7 +202,7 @@ def accept_stage(row: StageRow, run_dir: Path, outputs: Outputs) -> str:
         return ""
     name = "stage.json" if state.finished else STARTED
     record = read_record(folder / name)
-    now = read_inputs(row, folder=folder, get_content=outputs.get)
+    now = read_inputs(row, folder=folder, get_content=outputs.get, stamps=outputs.stamps)
     for key, value in now["content"].items():
         if value is None:  # of a stage that is not finished: as it was
             now["content"][key] = record.get("inputs", {}).get("content", {}).get(key)
