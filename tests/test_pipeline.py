@@ -4,6 +4,8 @@ import errno
 import fcntl
 import json
 import os
+import re
+import shutil
 import signal
 from dataclasses import dataclass, field
 
@@ -104,6 +106,8 @@ def folder(tmp_path, monkeypatch):
         ('a: {notebook: plain, parameters: {data: "${a"}}', 'without its "}"'),
         ("a: {notebook: make}\na: {notebook: plain}", '"a" stands here twice'),
         ("a: 3", "a row is a table"),
+        ("a: {notebook: [1]}", "a row is a table"),
+        ("yes: {notebook: make}", "put it in quotation marks"),
         ("../a: {notebook: make}", "is no folder name"),
     ],
 )
@@ -111,6 +115,21 @@ def test_recipe_is_refused(folder, stages, words):
     with pytest.raises(RecipeError) as caught:
         folder(stages)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["stages: {}", "stages: {a: {notebook: make}}\ndefaults: 3", "# \xe9", "[]"]
+)
+def test_a_recipe_of_another_form_is_refused(tmp_path, text):
+    (tmp_path / "r.yaml").write_text(text, encoding="latin-1")
+    with pytest.raises(RecipeError):
+        read_recipe(tmp_path / "r.yaml")
+
+
+def test_a_wheel_has_no_recipes(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipes, "ROOT", tmp_path)
+    with pytest.raises(RecipeError, match="clone"):
+        read_recipe("demo")
 
 
 def test_every_problem_is_told_at_once(folder):
@@ -715,8 +734,7 @@ def test_a_stage_is_accepted(trained):
     assert record["inputs"]["versions"] == {"trainer": 2} and record["seconds"] == DAY
     assert list_ran(kit.call("run", "small")) == []
     assert "did you mean" in kit.call("accept", "small", "trian", code=2)
-    (kit.run_dir / "other" / "DONE").unlink()
-    (kit.run_dir / "other" / "stage.started.json").unlink()
+    shutil.rmtree(kit.run_dir / "other")
     assert "nothing of the stage" in kit.call("accept", "small", "other", code=2)
 
 
@@ -730,12 +748,40 @@ def test_somebody_in_a_terminal_is_asked(trained, answer, code):
         assert trained.hash_all() == before and "rorem run small --keep" in output
 
 
-def test_one_yes_covers_what_follows(trained):
+def test_one_yes_covers_what_was_named(trained):
     kit = trained
     kit.pretend("judge", seconds=2 * DAY)
     kit.edit("rorem_lib/trainer.py", '"{step} steps"', '"{step} other steps"')
+    output = kit.call("run", "small", code=2)
+    assert re.search("judge +took 2.0 days, .*; follows if what it reads changes", output)
+    assert "rorem accept small train   (" in output  # not what is current
     output = kit.talk("run", "small", answer="yes")
     assert output.count("Type yes to go on") == 1 and list_ran(output) == ["train", "judge"]
+
+
+def test_what_was_not_named_is_asked_for_anew(finished):
+    """`make` is named; `other`, whose notebook is edited while `make` runs, is not."""
+    kit = finished
+    for name in ("make", "other"):
+        kit.pretend(name, seconds=DAY)
+    code = (
+        "import json, sys\nfrom pathlib import Path\n"
+        "from rorem_lib.runner.pipeline import Observer, run_recipe\n"
+        "from rorem_lib.runner.recipes import read_recipe\n"
+        "recipe = read_recipe('small', overrides={'make': {'size': 6}})\n"
+        "class Editor(Observer):\n"
+        "    def end(self, number, total, row, seconds, metrics):\n"
+        "        if row.name == 'make':\n"
+        "            path = Path('notebooks/01_make.ipynb')\n"
+        "            path.write_text(path.read_text().replace('made.txt', 'new.txt'))\n"
+        "def agree(states):\n"
+        "    print('asked', [s.row.name for s in states])\n"
+        "    return True\n"
+        "run_recipe(recipe, runs_dir=Path('runs').absolute(), agree=agree, progress=Editor())\n"
+    )
+    output, _ = kit.python(code).communicate(timeout=60)
+    asked = [line for line in output.splitlines() if line.startswith("asked")]
+    assert asked == ["asked ['make']", "asked ['other']"], output
 
 
 def test_what_becomes_stale_on_the_way_is_asked_for(finished):
@@ -790,6 +836,70 @@ def test_half_done_work_is_kept(finished):
     kit.edit("rorem_lib/trainer.py", "VERSION = 3", "VERSION = 4")
     assert "begins at step 0" in kit.call("run", "small")  # seconds are not worth a question
     assert list((kit.run_dir / ".superseded").glob("train-*/checkpoint.txt"))
+
+
+def test_a_model_without_a_record_is_not_made_anew_without_a_word(finished):
+    kit, folder = finished, finished.run_dir / "train"
+    (folder / "stage.json").write_text('{"inputs": {"for')  # torn
+    (folder / "stage.started.json").unlink()
+    assert kit.states()["train"] == "unreadable"
+    before = kit.hash_all()
+    for words in ([], ["--keep"]):
+        output = kit.call("run", "small", *words, code=2)
+        assert "unknown time of work; no record" in output and kit.hash_all() == before
+        assert "rorem accept small train" in output
+    assert "no record" in kit.call("accept", "small", "train")
+    assert kit.states()["train"] == "half-way"
+    output = kit.call("run", "small")
+    assert list_ran(output) == ["train"] and "finished before, its result is kept" in output
+    assert set(kit.states().values()) == {"done"}
+
+    for name in ("stage.json", "stage.started.json"):
+        (folder / name).write_text(json.dumps({"inputs": 3, "seconds": "x", "started": 5}))
+    (kit.run_dir / "run.json").write_text('{"runs": [3], "stages": 4}')
+    assert kit.states()["train"] == "unreadable"
+    assert list_ran(kit.call("run", "small", "--yes")) == ["train"]
+    assert list(kit.run_dir.glob(".superseded/train-*/model/weights.txt"))
+
+
+def test_a_result_that_was_deleted_is_told(finished):
+    """What read it and is finished stays; what has to read it again is not fed with nothing."""
+    kit = finished
+    shutil.rmtree(kit.run_dir / "train" / "model")
+    assert set(kit.states().values()) == {"done"}
+    kit.edit("rorem_lib/colours.py", "VERSION = 1", "VERSION = 2")
+    output = kit.call("run", "small", code=2)
+    assert "train/model" in output and "--from train" in output
+    assert list_ran(kit.call("run", "small", "--from", "train")) == ["train", "judge"]
+
+
+def test_links_are_moved_and_unlinked_and_never_followed(finished):
+    kit, away = finished, finished.root / "away"
+    (kit.run_dir / "train").rename(away)
+    (kit.run_dir / "train").symlink_to("../../away")
+    assert set(kit.states().values()) == {"done"}
+    kit.call("run", "small", "--from", "train")
+    assert (away / "model" / "weights.txt").exists()
+    assert not (kit.run_dir / "train").is_symlink()
+    (kit.run_dir / ".superseded" / "gone").symlink_to("nowhere")
+    output = kit.call("clean", "small")
+    assert re.search(r"train-\S+ +train, made .*0.0 MB: a link to /.*away", output)
+    assert "0.0 MB: a link to nowhere" in output and "3 folders" in output
+    link = next((kit.run_dir / ".superseded").glob("train-*"))
+    with open(kit.run_dir / ".lock", "a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another runner" in kit.call("clean", "small", link.name, "--yes", code=2)
+    assert f"deleted {link.name}" in kit.call("clean", "small", f"{link.name}/", "--yes")
+    kit.call("clean", "small", "runs/small/.superseded/gone", "--yes")
+    assert kit.call("clean", "small", "elsewhere/.superseded/judge", "--yes", code=2)
+    kit.call("clean", "small", "--all", "--yes")
+    assert (away / "model" / "weights.txt").exists()
+    assert list((kit.run_dir / ".superseded").iterdir()) == []
+
+    shutil.rmtree(kit.run_dir / "train")
+    (kit.run_dir / "train").symlink_to("nowhere")
+    assert "is a link to nowhere" in kit.call("run", "small", code=2)
+    assert "is a link to nowhere" in kit.call("status", "small", code=2)
 
 
 def test_runs_of_an_earlier_version_are_opened(finished):

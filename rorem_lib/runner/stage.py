@@ -27,6 +27,9 @@ from rorem_lib.files import (
 logger = logging.getLogger(__name__)
 
 STARTED = "stage.started.json"
+# How the runner tells `launch_job` what to do where a job finished with other settings: "keep" the
+# result, "replace" it, or "ask" (stop, so that the runner asks).
+FINISHED_JOBS = "ROREM_FINISHED_JOBS"
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy", "papermill")
 
 
