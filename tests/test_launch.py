@@ -167,6 +167,12 @@ def test_a_finished_job_is_known_wherever_it_lies(tmp_path, monkeypatch):
         (name,) = other
         with pytest.raises(launch.JobChanged, match=name):
             launch.launch_job("none", replace(config, **other))
+    monkeypatch.setattr(launch, "ROOT", tmp_path)  # the repository has moved with the run
+    monkeypatch.setattr("rorem_lib.files.ROOT", tmp_path)
+    values = {"output_dir": "/old/moved/train", "meta_path": ["moved/make/x", "/old/data/y"]}
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    assert launch.launch_job("none", replace(config, meta_path=["moved/make/x", "data/y"]))
+    assert launch.launch_job("none", config)
     monkeypatch.setenv(launch.FINISHED_JOBS, "keep")
     assert launch.launch_job("none", replace(config, steps=5))
     (folder / "config.yaml").write_text("- torn")

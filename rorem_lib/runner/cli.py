@@ -350,20 +350,18 @@ def _clean(recipe: Recipe, runs_dir: Path, options) -> int:
     chosen = [e for e in entries if options.all or e.path.name in named]
     if not chosen:
         return DONE
-    lock = lock_run(runs_dir / recipe.name)
-    agreed = options.yes or _ask(f"Delete {len(chosen)} of them?")
-    if not agreed:
-        words = ["--all"] if options.all else options.folders
-        print(
-            f"Nothing was deleted. Go on with: {describe_command(options, 'clean', *words)} --yes"
-        )
-        return WRONG
-    for entry in chosen:
-        kept = remove_superseded(entry)
-        print(f"deleted {entry.path.name}" + " but for what people said" * bool(kept))
-        for path in kept:
-            print(f"  kept, it stands nowhere else: {os.path.relpath(path)}")
-    lock.close()
+    with lock_run(runs_dir / recipe.name):
+        agreed = options.yes or _ask(f"Delete {len(chosen)} of them?")
+        if not agreed:
+            words = [*(["--all"] if options.all else options.folders), "--yes"]
+            command = describe_command(options, "clean", *words)
+            print(f"Nothing was deleted. Go on with: {command}")
+            return WRONG
+        for entry in chosen:
+            kept = remove_superseded(entry)
+            print(f"deleted {entry.path.name}" + " but for what people said" * bool(kept))
+            for path in kept:
+                print(f"  kept, it stands nowhere else: {os.path.relpath(path)}")
     return DONE
 
 

@@ -222,14 +222,18 @@ def describe_settings(path: Path, config) -> str:
     """Where a job's `config.yaml` differs from its config now; "" where the result is the same.
 
     Left out are `FREE` settings and those that either side does not know, the latter where the
-    other has the default. What lies in the run's folder may have moved with it.
+    other has the default. The run's folder, or the repository around it, may have moved.
     """
+    run = resolve_path(config.output_dir).parent
     try:
         before = yaml.safe_load(path.read_text(encoding="utf-8"))
-        before = _relate(before, before["output_dir"])
+        place = resolve_path(before["output_dir"]).parent
+        tail = os.path.relpath(run, ROOT)
+        root = str(place).removesuffix(tail) if str(place).endswith(f"/{tail}") else f"{ROOT}/"
+        before = _relate(before, place, root)
     except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
         return "they cannot be read"
-    now = _relate(_plain(dataclasses.asdict(config)), str(config.output_dir))
+    now = _relate(_plain(dataclasses.asdict(config)), run, f"{ROOT}/")
     fields = {field.name: field for field in dataclasses.fields(config)}
     words = []
     for name, field in fields.items():
@@ -243,18 +247,19 @@ def describe_settings(path: Path, config) -> str:
     return ", ".join(words)
 
 
-def _relate(value, output_dir: str):
-    """`value` with `${run}` for the folder above a job's, as written and as resolved."""
+def _relate(value, run: Path, root: str):
+    """`value` with paths relative to the run's folder, or to the repository, that they lie in."""
     if isinstance(value, dict):
-        return {k: _relate(v, output_dir) for k, v in value.items()}
+        return {k: _relate(v, run, root) for k, v in value.items()}
     if isinstance(value, list):
-        return [_relate(v, output_dir) for v in value]
-    if isinstance(value, str):
-        run = resolve_path(output_dir).parent
-        for place in (f"{run}/", f"{os.path.relpath(run, ROOT)}/"):
-            if value.startswith(place):
-                return "${run}/" + value.removeprefix(place)
-    return value
+        return [_relate(v, run, root) for v in value]
+    if not isinstance(value, str):
+        return value
+    if value.startswith(f"{run}/"):
+        return "${run}/" + value.removeprefix(f"{run}/")
+    value = value.removeprefix(root)
+    below = f"{str(run).removeprefix(root)}/"  # as the runner hands on what is in the repository
+    return "${run}/" + value.removeprefix(below) if value.startswith(below) else value
 
 
 def _measure_work(config: Path, result: Path) -> float:
