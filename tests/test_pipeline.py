@@ -856,7 +856,7 @@ def test_a_model_without_a_record_is_not_made_anew_without_a_word(finished):
 
     for name in ("stage.json", "stage.started.json"):
         (folder / name).write_text(json.dumps({"inputs": 3, "seconds": "x", "started": 5}))
-    (kit.run_dir / "run.json").write_text('{"runs": [3], "stages": 4}')
+    (kit.run_dir / "run.json").write_text('{"runs": [3, {"seconds": "x"}], "stages": 4}')
     assert kit.states()["train"] == "unreadable"
     assert list_ran(kit.call("run", "small", "--yes")) == ["train"]
     assert list(kit.run_dir.glob(".superseded/train-*/model/weights.txt"))

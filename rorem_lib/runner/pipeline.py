@@ -200,7 +200,8 @@ class _Run:
             self._ask_about(map(self._read, rows))
         if any((self.run_dir / row.name / "DONE").exists() for row in rows):
             runs = read_record(self.run_dir / "run.json").get("runs", [])
-            self.earlier = [run for run in runs if isinstance(run, dict) and "seconds" in run]
+            runs = [run for run in runs if isinstance(run, dict)]
+            self.earlier = [run for run in runs if isinstance(run.get("seconds"), (int, float))]
         if self.only:
             needed = next(row for row in rows if row.name == self.only).upstream
         for number, row in enumerate(rows, 1):
