@@ -402,7 +402,7 @@ class Kit:
     def states(self, recipe: str = "small") -> dict[str, str]:
         """Stage -> state, from `rorem status`."""
         lines = self.call("status", recipe).splitlines()[1:]
-        words = ("done", "changed", "half-way", "failed", "waiting", "to run", "running")
+        words = "done changed half-way failed waiting unreadable running".split() + ["to run"]
         return {
             line.split()[0]: next(w for w in words if f"  {w}" in line)
             for line in lines

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -129,9 +130,81 @@ def test_finished_job_is_kept_in_a_batch_run_alone(kit, monkeypatch):
     monkeypatch.setenv("ROREM_BATCH", "1")
     assert "from before" in finish(start(kit))
     assert "from before" not in finish(start(kit, "max_train_steps=5"))  # another config
+    aside = next((kit.root / "runs" / ".superseded").glob("job-*"))
+    assert "from before" in (aside / "train_metrics.json").read_text()
+    assert (aside / "model" / "weights.txt").read_text() == "4 steps"
+    assert (folder / "model" / "weights.txt").read_text() == "5 steps"
     (folder / "train_metrics.json").write_text('{"steps": "from before"}')
     monkeypatch.delenv("ROREM_BATCH")
     assert "from before" not in finish(start(kit, "max_train_steps=5"))
+
+
+@dataclass
+class Config:
+    output_dir: str
+    meta_path: list[str] = field(default_factory=list)
+    steps: int = 4
+    logging_steps: int = 25
+    new: str = "none"
+
+
+def test_a_finished_job_is_known_wherever_it_lies(tmp_path, monkeypatch):
+    """No process is started: what is there is kept, or somebody has to agree first."""
+    monkeypatch.setenv("ROREM_BATCH", "1")
+    monkeypatch.setenv(launch.FINISHED_JOBS, "ask")
+    folder = tmp_path / "moved" / "train"
+    folder.mkdir(parents=True)
+    (folder / launch.STARTED).write_text("{}")
+    (folder / "train_metrics.json").write_text('{"seconds": 1e6}')
+    values = {"output_dir": "/old/run/train", "meta_path": ["/old/run/make/x", "data/y"]}
+    text = yaml.safe_dump(values | {"steps": 4, "logging_steps": 5, "gone": 1})
+    (folder / "config.yaml").write_text(text)
+    paths = [f"{tmp_path}/moved/make/x", "data/y"]
+    config = Config(str(folder), paths)
+    assert launch.launch_job("none", config) == {"seconds": 1e6}
+    assert (folder / "config.yaml").read_text() == text
+    for other in ({"steps": 5}, {"new": "x"}, {"meta_path": ["data/y"]}):
+        (name,) = other
+        with pytest.raises(launch.JobChanged, match=name):
+            launch.launch_job("none", replace(config, **other))
+    monkeypatch.setattr(launch, "ROOT", tmp_path)  # the repository has moved with the run
+    monkeypatch.setattr("rorem_lib.files.ROOT", tmp_path)
+    values = {"output_dir": "/old/moved/train", "meta_path": ["moved/make/x", "/old/data/y"]}
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    assert launch.launch_job("none", replace(config, meta_path=["moved/make/x", "data/y"]))
+    assert launch.launch_job("none", config)
+    monkeypatch.setenv(launch.FINISHED_JOBS, "keep")
+    assert launch.launch_job("none", replace(config, steps=5))
+    (folder / "config.yaml").write_text("- torn")
+    monkeypatch.setenv(launch.FINISHED_JOBS, "ask")
+    with pytest.raises(launch.JobChanged):
+        launch.launch_job("none", config)
+    assert (folder / "train_metrics.json").exists()
+
+
+def test_a_run_asks_before_a_finished_job_is_repeated(kit):
+    kit.write_recipe("stages:\n  train: {notebook: 02_train}\n")
+    kit.call("run", "small")
+    for name in ("DONE", "stage.json"):  # killed after its job
+        (kit.run_dir / "train" / name).unlink()
+    metrics = kit.run_dir / "train" / "train_metrics.json"
+    metrics.write_text('{"seconds": 86400}')
+    kit.edit("rorem_lib/trainer.py", '= "none"\n', '= "none"\n    new: int = 0\n')
+    assert "finished before, its result is kept" in kit.call("run", "small")
+    for name in ("DONE", "stage.json"):
+        (kit.run_dir / "train" / name).unlink()
+    kit.edit("rorem_lib/trainer.py", "new: int = 0", "new: int = 1")
+    kit.edit("runs/small/train/config.yaml", "trouble: none", "trouble: none\nnew: 0")
+    output = kit.call("run", "small", code=2)
+    assert "JobChanged: trainer finished before with other settings: new 0 -> 1" in output
+    assert "86400" in metrics.read_text()
+    assert "its result is kept" in kit.call("run", "small", "--keep")
+    for name in ("DONE", "stage.json"):
+        (kit.run_dir / "train" / name).unlink()
+    assert "begins at step 0" in kit.call("run", "small", "--yes")
+    kept = list(kit.run_dir.glob(".superseded/train-*/train_metrics.json"))
+    assert len(kept) == 1 and "86400" in kept[0].read_text()
+    assert kit.states() == {"train": "done"}
 
 
 def test_two_processes_work_together(kit):

@@ -4,6 +4,8 @@ import errno
 import fcntl
 import json
 import os
+import re
+import shutil
 import signal
 from dataclasses import dataclass, field
 
@@ -104,6 +106,8 @@ def folder(tmp_path, monkeypatch):
         ('a: {notebook: plain, parameters: {data: "${a"}}', 'without its "}"'),
         ("a: {notebook: make}\na: {notebook: plain}", '"a" stands here twice'),
         ("a: 3", "a row is a table"),
+        ("a: {notebook: [1]}", "a row is a table"),
+        ("yes: {notebook: make}", "put it in quotation marks"),
         ("../a: {notebook: make}", "is no folder name"),
     ],
 )
@@ -111,6 +115,21 @@ def test_recipe_is_refused(folder, stages, words):
     with pytest.raises(RecipeError) as caught:
         folder(stages)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["stages: {}", "stages: {a: {notebook: make}}\ndefaults: 3", "# \xe9", "[]"]
+)
+def test_a_recipe_of_another_form_is_refused(tmp_path, text):
+    (tmp_path / "r.yaml").write_text(text, encoding="latin-1")
+    with pytest.raises(RecipeError):
+        read_recipe(tmp_path / "r.yaml")
+
+
+def test_a_wheel_has_no_recipes(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipes, "ROOT", tmp_path)
+    with pytest.raises(RecipeError, match="clone"):
+        read_recipe("demo")
 
 
 def test_every_problem_is_told_at_once(folder):
@@ -363,15 +382,48 @@ def test_notebook_code_is_another(old, new):
         "path.rename(other)",
         "thread.join()",
         "write_table(table)",
+        "unread = launch(rows)",
+        "rows += launch(rows)",
+        "unread = 1\nfill(globals())",
+        "text = '''\n%a\n'''\nwrite(text)",
     ],
 )
 def test_what_only_looks_like_a_look_counts(statement):
     assert describe_code([f"{CODE}\n{statement}\n"]) != describe_code([CODE])
 
 
-@pytest.mark.parametrize("statement", ["make_round_table(rows)", "table.rename('n').to_frame()"])
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "make_round_table(rows)",
+        "table.rename('n').to_frame()",
+        "logging.getLogger('x').info('…')",
+        "warnings.warn('x')",
+        "message = 'hello'\nlonger = message + '!'\nprint(longer)",
+        "%time\n!ls",
+    ],
+)
 def test_a_look_does_not_count(statement):
     assert describe_code([f"{CODE}\n{statement}\n"]) == describe_code([CODE])
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("x = '''\n%a\n'''\nrun(x)", "x = '''\n%b\n'''\nrun(x)"),
+        ("x = f'''{1}\n!a\n'''\nrun(x)", "x = f'''{1}\n!b\n'''\nrun(x)"),
+        ("run(1\n% 2)", "run(1\n% 3)"),
+        ("from rorem_lib.a import f\nf()", "from rorem_lib.b import f\nf()"),
+    ],
+)
+def test_code_with_another_text_or_import_is_another(first, second):
+    assert describe_code([first]) != describe_code([second])
+
+
+@pytest.mark.parametrize("name", ["{}.masks import f", "{} import f"])
+def test_a_module_may_move(name):
+    first, second = (f"from rorem_lib.{name.format(p)}\nf()" for p in ("data", "models"))
+    assert describe_code([first]) == describe_code([second])
 
 
 def test_names_that_functions_read_later_are_one_variable():
@@ -388,9 +440,12 @@ def test_versions_are_read_and_not_imported(tmp_path, monkeypatch):
         (None, 'no module for the job "jobs.train"'),
         ("VERSION: int", "VERSION = 1"),
         ("VERSION = ", "no Python"),
+        ("VERSION = 1 + 1", "no plain number"),
+        ("VERSION = 'a'", "no plain number"),
+        ("# \xe9", "no Python"),  # in another encoding than UTF-8
     ):
         if text:
-            job.write_text(text)
+            job.write_text(text, encoding="latin-1")
             os.utime(job, ns=(hash(text) % 10**18,) * 2)
         with pytest.raises(RecipeError, match=words):
             read_version("jobs.train")
@@ -431,7 +486,13 @@ def test_content_is_files_and_no_records(tmp_path):
     assert seen["files"] == 3 and seen["bytes"] == 3
     for name in ("stage.json", "train.log", "figures/loss.png", "checkpoint-5/unet.bin", "DONE"):
         write(name)
-    for name in (".hidden", "source/.b.partial", "meta.jsonl.partial", "settings.json"):
+    for name in (
+        ".hidden",
+        "source/.b.partial",
+        "meta.jsonl.partial",
+        "settings.json",
+        "README.md",
+    ):
         write(name)
     assert hash_content(tmp_path, top=True) == first
     assert measure_content(tmp_path, top=True) == seen
@@ -470,6 +531,70 @@ def test_input_files_are_stamped(tmp_path):
     weights.write_text("abcd")
     assert stamp_path(weights.parent) != first
     assert stamp_path(tmp_path / "nothing") is None
+    small, large = tmp_path / "small.csv", tmp_path / "large.csv"
+    small.write_text("a")
+    large.write_bytes(bytes(fingerprints.SMALL + 1))
+    before = stamp_path(small), stamp_path(large)
+    os.utime(small, (1, 1))
+    os.utime(large, (1, 1))
+    assert stamp_path(small) == before[0] and stamp_path(large) != before[1]
+    (weights.parent / "loop").symlink_to(weights.parent)
+    assert stamp_path(weights.parent).startswith("1 files")
+
+
+def test_text_that_names_nothing_on_disk_is_no_input(folder, tmp_path, monkeypatch):
+    """A prompt, somebody's home, an empty text are none; a folder's name alone is one."""
+    monkeypatch.setattr("rorem_lib.files.ROOT", tmp_path)
+
+    def read(text, **more):
+        row = folder(f"a: {{notebook: plain, parameters: {{data: {json.dumps(text)}}}}}").stages[0]
+        return read_inputs(row, folder=tmp_path / "a", get_content=None, **more)["files"]
+
+    for text in ("a dog, gone. " * 40, "~nobody_here/x", "a\0/b", "", ".", "mydata"):
+        assert read(text) == {}
+    (tmp_path / "mydata").mkdir()
+    (tmp_path / "mydata" / "DONE").write_text("by hand")
+    seen = {}
+    first = read("mydata", stamps=seen)
+    assert read("mydata") == first and list(seen) == [tmp_path / "mydata"]
+    (tmp_path / "mydata" / "x.png").write_text("")
+    assert read("mydata") != first
+    assert read("mydata", stamps=seen) == first  # looked at once in a run
+    (tmp_path / "mydata" / "stage.json").write_text("{}")
+    assert read("mydata") == {"mydata": "made by by hand"}
+
+
+def test_what_changes_no_result_is_recorded_and_not_compared(folder, tmp_path):
+    from rorem_lib.training.checkpoints import FREE_FIELDS
+
+    assert FREE_FIELDS - {"max_train_steps", "num_train_epochs"} <= fingerprints.FREE
+    cells = [
+        'output_dir: str = "x"\nsteps: int = 3\nhardware: str = "cpu"\npreview_meta: str = ""\n'
+        'more_options: dict = {}\nsize: int = 1\nkind: str = "a"',
+        'start_stage(free=["size"] if kind == "a" else [])',
+    ]
+    write_notebook(tmp_path / "n.ipynb", cells)
+
+    def read(given, name="n"):
+        row = folder(f"a: {{notebook: {name}, parameters: {{{given}}}}}").stages[0]
+        return read_one(row, tmp_path)
+
+    compare = fingerprints.describe_change
+    first, free = read(""), "hardware: many_gpus, more_options: {report_to: wandb}, size: 2"
+    same = read(f"{free}, preview_meta: {tmp_path}")
+    assert same != first and compare(first, same) == "" and same["files"] == {}
+    assert same["parameters"]["hardware"] == "many_gpus"
+    for other in ("steps: 4", "more_options: {rank: 3}", "kind: b"):
+        assert compare(first, read(other))
+    assert "size 1 -> 2" in compare(read("kind: b"), read("kind: b, size: 2"))
+
+    cells[0] += "\nnew: int = 0"  # a parameter comes, or goes
+    write_notebook(tmp_path / "m.ipynb", cells)
+    new, chosen = read("", "m"), read("new: 2", "m")
+    assert compare(first, new) == compare(new, first) == ""
+    assert compare(first, chosen) == "parameter new null -> 2"
+    assert compare(chosen, first) == "parameter new 2 -> null"
+    assert compare(new, chosen) == "parameter new 0 -> 2"
 
 
 def test_what_re_runs(finished):
@@ -609,8 +734,7 @@ def test_a_stage_is_accepted(trained):
     assert record["inputs"]["versions"] == {"trainer": 2} and record["seconds"] == DAY
     assert list_ran(kit.call("run", "small")) == []
     assert "did you mean" in kit.call("accept", "small", "trian", code=2)
-    (kit.run_dir / "other" / "DONE").unlink()
-    (kit.run_dir / "other" / "stage.started.json").unlink()
+    shutil.rmtree(kit.run_dir / "other")
     assert "nothing of the stage" in kit.call("accept", "small", "other", code=2)
 
 
@@ -624,12 +748,40 @@ def test_somebody_in_a_terminal_is_asked(trained, answer, code):
         assert trained.hash_all() == before and "rorem run small --keep" in output
 
 
-def test_one_yes_covers_what_follows(trained):
+def test_one_yes_covers_what_was_named(trained):
     kit = trained
     kit.pretend("judge", seconds=2 * DAY)
     kit.edit("rorem_lib/trainer.py", '"{step} steps"', '"{step} other steps"')
+    output = kit.call("run", "small", code=2)
+    assert re.search("judge +took 2.0 days, .*; follows if what it reads changes", output)
+    assert "rorem accept small train   (" in output  # not what is current
     output = kit.talk("run", "small", answer="yes")
     assert output.count("Type yes to go on") == 1 and list_ran(output) == ["train", "judge"]
+
+
+def test_what_was_not_named_is_asked_for_anew(finished):
+    """`make` is named; `other`, whose notebook is edited while `make` runs, is not."""
+    kit = finished
+    for name in ("make", "other"):
+        kit.pretend(name, seconds=DAY)
+    code = (
+        "import json, sys\nfrom pathlib import Path\n"
+        "from rorem_lib.runner.pipeline import Observer, run_recipe\n"
+        "from rorem_lib.runner.recipes import read_recipe\n"
+        "recipe = read_recipe('small', overrides={'make': {'size': 6}})\n"
+        "class Editor(Observer):\n"
+        "    def end(self, number, total, row, seconds, metrics):\n"
+        "        if row.name == 'make':\n"
+        "            path = Path('notebooks/01_make.ipynb')\n"
+        "            path.write_text(path.read_text().replace('made.txt', 'new.txt'))\n"
+        "def agree(states):\n"
+        "    print('asked', [s.row.name for s in states])\n"
+        "    return True\n"
+        "run_recipe(recipe, runs_dir=Path('runs').absolute(), agree=agree, progress=Editor())\n"
+    )
+    output, _ = kit.python(code).communicate(timeout=60)
+    asked = [line for line in output.splitlines() if line.startswith("asked")]
+    assert asked == ["asked ['make']", "asked ['other']"], output
 
 
 def test_what_becomes_stale_on_the_way_is_asked_for(finished):
@@ -684,6 +836,70 @@ def test_half_done_work_is_kept(finished):
     kit.edit("rorem_lib/trainer.py", "VERSION = 3", "VERSION = 4")
     assert "begins at step 0" in kit.call("run", "small")  # seconds are not worth a question
     assert list((kit.run_dir / ".superseded").glob("train-*/checkpoint.txt"))
+
+
+def test_a_model_without_a_record_is_not_made_anew_without_a_word(finished):
+    kit, folder = finished, finished.run_dir / "train"
+    (folder / "stage.json").write_text('{"inputs": {"for')  # torn
+    (folder / "stage.started.json").unlink()
+    assert kit.states()["train"] == "unreadable"
+    before = kit.hash_all()
+    for words in ([], ["--keep"]):
+        output = kit.call("run", "small", *words, code=2)
+        assert "unknown time of work; no record" in output and kit.hash_all() == before
+        assert "rorem accept small train" in output
+    assert "no record" in kit.call("accept", "small", "train")
+    assert kit.states()["train"] == "half-way"
+    output = kit.call("run", "small")
+    assert list_ran(output) == ["train"] and "finished before, its result is kept" in output
+    assert set(kit.states().values()) == {"done"}
+
+    for name in ("stage.json", "stage.started.json"):
+        (folder / name).write_text(json.dumps({"inputs": 3, "seconds": "x", "started": 5}))
+    (kit.run_dir / "run.json").write_text('{"runs": [3, {"seconds": "x"}], "stages": 4}')
+    assert kit.states()["train"] == "unreadable"
+    assert list_ran(kit.call("run", "small", "--yes")) == ["train"]
+    assert list(kit.run_dir.glob(".superseded/train-*/model/weights.txt"))
+
+
+def test_a_result_that_was_deleted_is_told(finished):
+    """What read it and is finished stays; what has to read it again is not fed with nothing."""
+    kit = finished
+    shutil.rmtree(kit.run_dir / "train" / "model")
+    assert set(kit.states().values()) == {"done"}
+    kit.edit("rorem_lib/colours.py", "VERSION = 1", "VERSION = 2")
+    output = kit.call("run", "small", code=2)
+    assert "train/model" in output and "--from train" in output
+    assert list_ran(kit.call("run", "small", "--from", "train")) == ["train", "judge"]
+
+
+def test_links_are_moved_and_unlinked_and_never_followed(finished):
+    kit, away = finished, finished.root / "away"
+    (kit.run_dir / "train").rename(away)
+    (kit.run_dir / "train").symlink_to("../../away")
+    assert set(kit.states().values()) == {"done"}
+    kit.call("run", "small", "--from", "train")
+    assert (away / "model" / "weights.txt").exists()
+    assert not (kit.run_dir / "train").is_symlink()
+    (kit.run_dir / ".superseded" / "gone").symlink_to("nowhere")
+    output = kit.call("clean", "small")
+    assert re.search(r"train-\S+ +train, made .*0.0 MB: a link to /.*away", output)
+    assert "0.0 MB: a link to nowhere" in output and "3 folders" in output
+    link = next((kit.run_dir / ".superseded").glob("train-*"))
+    with open(kit.run_dir / ".lock", "a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another runner" in kit.call("clean", "small", link.name, "--yes", code=2)
+    assert f"deleted {link.name}" in kit.call("clean", "small", f"{link.name}/", "--yes")
+    kit.call("clean", "small", "runs/small/.superseded/gone", "--yes")
+    assert kit.call("clean", "small", "elsewhere/.superseded/judge", "--yes", code=2)
+    kit.call("clean", "small", "--all", "--yes")
+    assert (away / "model" / "weights.txt").exists()
+    assert list((kit.run_dir / ".superseded").iterdir()) == []
+
+    shutil.rmtree(kit.run_dir / "train")
+    (kit.run_dir / "train").symlink_to("nowhere")
+    assert "is a link to nowhere" in kit.call("run", "small", code=2)
+    assert "is a link to nowhere" in kit.call("status", "small", code=2)
 
 
 def test_runs_of_an_earlier_version_are_opened(finished):

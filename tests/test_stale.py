@@ -132,7 +132,6 @@ def test_a_job_that_changed_makes_its_stages_stale_and_what_reads_other_results(
 @pytest.mark.parametrize(
     ("job", "notebook", "there"),
     [
-        ("discriminator", "05", RECIPES),
         ("distill", "07", RECIPES),
         ("removal", "03", RECIPES),
         ("evaluation/evaluate", "08", RECIPES),
@@ -144,10 +143,27 @@ def test_a_job_that_changed_makes_its_stages_stale_and_what_reads_other_results(
 )
 def test_each_job_has_a_version_of_its_own(kit, job, notebook, there):
     kit.edit(f"rorem_lib/{job}.py", "VERSION = 1", "VERSION = 2")
-    judged = list_stages("demo", "08") if job == "builtin/judge" else set()
     for name in RECIPES:
         stale = list_stages(name, notebook) if name in there else set()
-        assert list_stale(kit, name) - judged == stale, name
+        if job in ("builtin/judge", "evaluation/evaluate"):  # the audits of 06 are the miniature's
+            stale |= list_stages(name, "08") | (
+                list_stages(name, "06") if name == "demo" else set()
+            )
+        assert list_stale(kit, name) == stale, name
+
+
+def test_the_discriminator_is_a_part_of_what_it_scores(kit):
+    kit.edit("rorem_lib/discriminator.py", "VERSION = 1", "VERSION = 2")
+    for name in RECIPES:
+        rows = [r for r in read_recipe(name).stages if r.parameters.get("discriminator")]
+        assert {row.notebook.stem[:2] for row in rows} == {"06", "08"}
+        assert list_stale(kit, name) == list_stages(name, "05") | {row.name for row in rows}
+
+
+def test_the_miniatures_sizes_are_none_of_the_full_size(kit):
+    kit.edit("notebooks/01_assemble_dataset.ipynb", "labelled: int = 600", "labelled: int = 700")
+    kit.edit("notebooks/02_train_remover.ipynb", "preview: int = 4", "preview: int = 5")
+    assert list_stale(kit, "paper") == set()
 
 
 def test_acceptance_is_a_part_of_calibration_and_of_choosing(kit):

@@ -33,15 +33,18 @@ from rorem_lib.runner.pipeline import (
 from rorem_lib.runner.recipes import Recipe, RecipeError, read_recipe, suggest
 from rorem_lib.runner.run_folder import (
     SUPERSEDED,
+    UNREADABLE,
     RunLocked,
     StageState,
     is_running,
     list_superseded,
+    lock_run,
     read_states,
     remove_superseded,
 )
 
 DONE, FAILED, WRONG, WAITING, INTERRUPTED = 0, 1, 2, 3, 130
+ACCEPTED = ("changed", UNREADABLE)  # the states that `rorem accept` ends
 
 
 class Console(Observer):
@@ -294,14 +297,15 @@ def _agree(states: list[StageState], recipe, runs_dir, options, console: Console
     console.write("This is there already and would be made anew:")
     width = max(len(state.row.name) for state in states)
     for state in states:
-        done = f"took {format_seconds(state.seconds)}, finished {state.finished}"
-        half = f"half done, {format_seconds(state.seconds)} of work"
+        took = "unknown time" if state.seconds is None else format_seconds(state.seconds)
+        done = f"took {took}, finished {state.finished}"
+        half = f"half done, {took} of work"
         console.write(
             f"  {state.row.name:<{width}}  {done if state.finished else half}; {state.note}"
         )
     console.write(
-        "What depends on it follows if its inputs change. What is there is set aside in "
-        f"{os.path.relpath(runs_dir / recipe.name / SUPERSEDED)}."
+        "Shorter work that depends on it follows if its inputs change. What is there is set aside "
+        f"in {os.path.relpath(runs_dir / recipe.name / SUPERSEDED)}."
     )
     return options.yes or bool(_ask("Make it anew?"))
 
@@ -309,11 +313,13 @@ def _agree(states: list[StageState], recipe, runs_dir, options, console: Console
 def _tell_choices(states: list[StageState], options, console: Console) -> None:
     """The commands to choose from, where nobody agreed."""
     again = ["--from", options.from_stage] if options.from_stage else []
-    names = [state.row.name for state in states]
+    again += ["--keep"] if options.keep else []
+    names = [s.row.name for s in states if s.replaced and s.state in ACCEPTED]
     console.write("Stopped, nothing of it was touched. Go on with one of:")
     console.write(f"  {describe_command(options, 'run', *again, '--yes')}   (make it anew)")
     if not again:
         console.write(f"  {describe_command(options, 'run', '--keep')}   (take it as it is)")
+    if names and not options.from_stage:
         console.write(f"  {describe_command(options, 'accept', *names)}   (and mark it as current)")
 
 
@@ -326,9 +332,13 @@ def _accept(recipe: Recipe, runs_dir: Path, options) -> int:
 def _clean(recipe: Recipe, runs_dir: Path, options) -> int:
     entries = list_superseded(runs_dir / recipe.name)
     known = [entry.path.name for entry in entries]
+    named = set()
     for name in options.folders:
-        if name not in known:
+        place = os.path.abspath(name)  # as printed, or with its path
+        found = [e for e in entries if name.rstrip("/") == e.path.name or place == str(e.path)]
+        if not found:
             raise RecipeError(recipe.path, [f'"{name}" was not set aside{suggest(name, known)}'])
+        named.add(found[0].path.name)
     shown = os.path.relpath(runs_dir / recipe.name / SUPERSEDED)
     print(f"{shown}: {len(entries)} folders that newer ones took the place of")
     width = max(map(len, known), default=0)
@@ -337,21 +347,21 @@ def _clean(recipe: Recipe, runs_dir: Path, options) -> int:
             f"  {entry.path.name:<{width}}  {entry.stage}, made {entry.made:%Y-%m-%d %H:%M} UTC, "
             f"{entry.size / 1e6:,.1f} MB: {', '.join(entry.holds) or 'records alone'}"
         )
-    chosen = [e for e in entries if options.all or e.path.name in options.folders]
+    chosen = [e for e in entries if options.all or e.path.name in named]
     if not chosen:
         return DONE
-    agreed = options.yes or _ask(f"Delete {len(chosen)} of them?")
-    if not agreed:
-        words = ["--all"] if options.all else options.folders
-        print(
-            f"Nothing was deleted. Go on with: {describe_command(options, 'clean', *words)} --yes"
-        )
-        return WRONG
-    for entry in chosen:
-        kept = remove_superseded(entry)
-        print(f"deleted {entry.path.name}" + " but for what people said" * bool(kept))
-        for path in kept:
-            print(f"  kept, it stands nowhere else: {os.path.relpath(path)}")
+    with lock_run(runs_dir / recipe.name):
+        agreed = options.yes or _ask(f"Delete {len(chosen)} of them?")
+        if not agreed:
+            words = [*(["--all"] if options.all else options.folders), "--yes"]
+            command = describe_command(options, "clean", *words)
+            print(f"Nothing was deleted. Go on with: {command}")
+            return WRONG
+        for entry in chosen:
+            kept = remove_superseded(entry)
+            print(f"deleted {entry.path.name}" + " but for what people said" * bool(kept))
+            for path in kept:
+                print(f"  kept, it stands nowhere else: {os.path.relpath(path)}")
     return DONE
 
 
@@ -399,7 +409,7 @@ def show_status(recipe: Recipe, runs_dir: Path, options) -> int:
             f"  {row.name:<{width}}  {row.row:<16}  {row.notebook.stem:<{stems}}  {word:<8}  "
             f"{seconds}  {state.finished or '':<25}  {note}".rstrip()
         )
-    if changed := [s.row.name for s in states if s.state == "changed"]:
+    if changed := [s.row.name for s in states if s.state in ACCEPTED]:
         print(f"{describe_command(options)} makes anew what changed. To take it as it is:")
         print(f"  {describe_command(options, 'accept', *changed)}")
         print(f"  {describe_command(options, 'run', '--keep')}")

@@ -14,6 +14,7 @@ import dataclasses
 import io
 import json
 import logging
+import math
 import os
 import runpy
 import shlex
@@ -26,7 +27,9 @@ from pathlib import Path
 import yaml
 
 from rorem_lib.files import ROOT, format_time, read_json, resolve_path, write_text
-from rorem_lib.runner.stage import STARTED
+from rorem_lib.runner.fingerprints import FREE
+from rorem_lib.runner.run_folder import LONG, supersede_job
+from rorem_lib.runner.stage import FINISHED_JOBS, STARTED
 
 logger = logging.getLogger(__name__)
 HARDWARE = ROOT / "notebooks" / "recipes" / "accelerate"
@@ -40,6 +43,10 @@ _OUT_OF_MEMORY = (
     "exitcode  : -9",
     "Signals.SIGKILL",
 )
+
+
+class JobChanged(RuntimeError):
+    """A job finished before with other settings, and nobody agreed to do its work anew."""
 
 
 class JobError(RuntimeError):
@@ -149,7 +156,8 @@ def launch_job(
     Writes `<output_dir>/config.yaml`, keeps all output in `<output_dir>/train.log` (processes
     other than the first in `train-rank<N>.log`). Under `rorem run` the log's lines are passed on;
     in a notebook one live plot of the loss is drawn instead. Interrupting the cell ends the job.
-    A stage that `rorem run` starts again does not repeat a job that came to its end before.
+    A stage that `rorem run` starts again does not repeat a job that came to its end before. One
+    that did so with settings of another result is set aside in the run's `.superseded`.
 
     Args:
         module: the job's module below `rorem_lib`: "remover", "discriminator", "distill", …
@@ -162,6 +170,7 @@ def launch_job(
 
     Raises:
         JobError: the job failed, or ended without writing its metrics.
+        JobChanged: under `rorem run`, where more than a minute's work would be set aside.
         ValueError: unknown hardware.
     """
     folder = resolve_path(config.output_dir)
@@ -169,10 +178,16 @@ def launch_job(
     values = _plain(dataclasses.asdict(config)) | {"output_dir": str(config.output_dir)}
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     path, result = folder / "config.yaml", folder / "train_metrics.json"
-    if (folder / STARTED).exists() and os.environ.get("ROREM_BATCH") == "1" and result.is_file():
-        if path.is_file() and path.read_text(encoding="utf-8") == text:
+    if (folder / STARTED).exists() and result.is_file():
+        batch, asked = os.environ.get("ROREM_BATCH") == "1", os.environ.get(FINISHED_JOBS)
+        changes = describe_settings(path, config)
+        if batch and (asked == "keep" or not changes):
             logger.info("%s: finished before, its result is kept", module)
             return read_json(result)
+        if changes:
+            if batch and asked == "ask" and _measure_work(path, result) > LONG:
+                raise JobChanged(f"{module} finished before with other settings: {changes}")
+            logger.info("%s finished before; it is now %s", module, supersede_job(folder))
     result.unlink(missing_ok=True)
     write_text(path, text)
     options = {"hardware": hardware, "num_processes": num_processes}
@@ -201,6 +216,58 @@ def launch_job(
     if process.returncode or not result.is_file():
         raise JobError(describe_failure(module, process.returncode, log, start))
     return read_json(result)
+
+
+def describe_settings(path: Path, config) -> str:
+    """Where a job's `config.yaml` differs from its config now; "" where the result is the same.
+
+    Left out are `FREE` settings and those that either side does not know, the latter where the
+    other has the default. The run's folder, or the repository around it, may have moved.
+    """
+    run = resolve_path(config.output_dir).parent
+    try:
+        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        place = resolve_path(before["output_dir"]).parent
+        tail = os.path.relpath(run, ROOT)
+        root = str(place).removesuffix(tail) if str(place).endswith(f"/{tail}") else f"{ROOT}/"
+        before = _relate(before, place, root)
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        return "they cannot be read"
+    now = _relate(_plain(dataclasses.asdict(config)), run, f"{ROOT}/")
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    words = []
+    for name, field in fields.items():
+        if name in FREE:
+            continue
+        made = field.default_factory
+        default = field.default if made is dataclasses.MISSING else made()
+        old = before.get(name, _plain(default))
+        if old != now[name]:
+            words.append(f"{name} {old} -> {now[name]}")
+    return ", ".join(words)
+
+
+def _relate(value, run: Path, root: str):
+    """`value` with paths relative to the run's folder, or to the repository, that they lie in."""
+    if isinstance(value, dict):
+        return {k: _relate(v, run, root) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_relate(v, run, root) for v in value]
+    if not isinstance(value, str):
+        return value
+    if value.startswith(f"{run}/"):
+        return "${run}/" + value.removeprefix(f"{run}/")
+    value = value.removeprefix(root)
+    below = f"{str(run).removeprefix(root)}/"  # as the runner hands on what is in the repository
+    return "${run}/" + value.removeprefix(below) if value.startswith(below) else value
+
+
+def _measure_work(config: Path, result: Path) -> float:
+    """Seconds that a finished job took: as it says, else from its start to its end."""
+    try:
+        return float(read_json(result)["seconds"])
+    except (ValueError, TypeError, KeyError):
+        return result.stat().st_mtime - config.stat().st_mtime if config.is_file() else math.inf
 
 
 def _plain(value):

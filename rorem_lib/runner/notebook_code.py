@@ -7,7 +7,11 @@ not repeat a training that took weeks.
 from __future__ import annotations
 
 import ast
+import io
 import itertools
+import tokenize
+
+from rorem_lib.files import ROOT
 
 PACKAGE = "rorem_lib"
 # Functions and methods whose call as a statement shows something and changes nothing.
@@ -17,10 +21,13 @@ LOOKS = frozenset(
     "glob iterdir rglob relative_to startswith endswith removeprefix removesuffix join items keys "
     "values get replace split strip format DataFrame Series crosstab concat describe to_frame head "
     "tail set_index reset_index sort_values rename rename_axis value_counts fillna hide astype "
-    "tolist nunique mean median std numel parameters".split()
+    "tolist nunique mean median std numel parameters "
+    "getLogger debug info warning error critical exception warn".split()
 )
 # Of these the last call of a statement may be a file's: `path.rename(other)` changes something.
 _MAY_MOVE = frozenset("rename replace join".split())
+# Where one of these is called, a variable may be read without its name.
+_READ_ALL = frozenset("globals locals vars eval exec".split())
 _IMPORTS = (ast.Import, ast.ImportFrom)
 _AWAIT = ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
 
@@ -28,12 +35,13 @@ _AWAIT = ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
 def describe_code(sources: list[str], *, parameters=()) -> list:
     """What notebook cells do, the same for all ways to write it that change no result.
 
-    Left out are comments, imports, messages of errors and assertions, and statements that only
-    print or draw. Variables go by the order in which they are bound, imported names by what they
-    were imported as; parameters, attributes and names of arguments stay.
+    Left out are comments, imports, messages of errors and assertions, statements that only print,
+    log or draw, and variables that nothing else reads. Variables go by the order in which they are
+    bound, imported names by what they were imported as; parameters, attributes and names of
+    arguments stay.
 
     Args:
-        sources: the cells, in order; lines that begin with `%` or `!` are left out.
+        sources: the cells, in order; statements that begin with `%` or `!` are left out.
         parameters: names that stay as they are.
 
     Returns:
@@ -43,7 +51,7 @@ def describe_code(sources: list[str], *, parameters=()) -> list:
         SyntaxError: a cell is no Python; its `filename` says which.
     """
     body = [statement for tree in parse_cells(sources) for statement in tree.body]
-    body = _drop_looks(body)
+    body = _drop_unread(_drop_looks(body), frozenset(parameters))
     return _write(body, _collect_names(body, frozenset(parameters)))
 
 
@@ -51,11 +59,25 @@ def parse_cells(sources: list[str]) -> list[ast.Module]:
     """The cells' syntax trees, top-level `await` allowed."""
     trees = []
     for number, source in enumerate(sources, 1):
-        lines = ["pass" if line.startswith(("%", "!")) else line for line in source.splitlines()]
+        lines = source.split("\n")
+        for place, line in enumerate(lines):
+            if line.startswith(("%", "!")) and _is_statement_end(lines[:place]):
+                lines[place] = "pass"
         trees.append(
             compile("\n".join(lines), f"code cell {number}", "exec", _AWAIT, dont_inherit=True)
         )
     return trees
+
+
+def _is_statement_end(lines: list[str]) -> bool:
+    """Whether these lines leave no string and no bracket open, so that a statement may follow."""
+    try:
+        list(tokenize.generate_tokens(io.StringIO("\n".join(lines)).readline))
+    except tokenize.TokenError:
+        return False
+    except SyntaxError:  # told by who compiles all of it
+        return True
+    return not (lines and lines[-1].endswith("\\"))
 
 
 def name_call(call: ast.Call) -> str:
@@ -96,6 +118,33 @@ def _drop_looks(body: list[ast.stmt]) -> list[ast.stmt]:
     return kept
 
 
+def _drop_unread(body: list[ast.stmt], kept: frozenset[str]) -> list[ast.stmt]:
+    """Statements without those that only give a value to variables that nothing reads."""
+    while True:
+        parts = [part for statement in body for part in ast.walk(statement)]
+        read = {part.id for part in parts if isinstance(part, ast.Name) and not _stores(part)}
+        changed = {part.target for part in parts if isinstance(part, ast.AugAssign)}
+        read |= {node.id for node in changed if isinstance(node, ast.Name)} | kept
+        left = [node for node in body if read & _READ_ALL or not _only_binds(node, read)]
+        if len(left) == len(body):
+            return body
+        body = left
+
+
+def _stores(name: ast.Name) -> bool:
+    return isinstance(name.ctx, ast.Store)
+
+
+def _only_binds(node: ast.stmt, read: set[str]) -> bool:
+    """Whether a statement is an assignment to plain variables, none of them in `read`."""
+    if not isinstance(node, (ast.Assign, ast.AnnAssign)) or node.value is None:
+        return False
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+    names = [target for target in targets if isinstance(target, ast.Name)]
+    unread = len(names) == len(targets) and not read & {name.id for name in names}
+    return unread and _only_looks(node.value)
+
+
 def _collect_names(body: list[ast.stmt], kept: frozenset[str]) -> dict[str, str]:
     """Each name that the code binds -> what is written for it: a variable's number, in the order
     of first binding, or what an import brought. `kept` and unbound names (builtins) are not in it.
@@ -108,8 +157,11 @@ def _collect_names(body: list[ast.stmt], kept: frozenset[str]) -> dict[str, str]
                 bound = alias.asname or alias.name.partition(".")[0]
                 module = getattr(node, "module", None)
                 full = f"{module}.{alias.name}" if module else alias.name if alias.asname else bound
-                if full.partition(".")[0] == PACKAGE:  # its modules may move
+                if full.partition(".")[0] == PACKAGE:  # its modules may move to another folder
+                    place = (module or PACKAGE).split(".")
                     full = full.rpartition(".")[2]
+                    if not ROOT.joinpath(*place).is_dir():  # a name of a module
+                        full = f"{place[-1]}.{full}"
                 found[bound] = f"import {full}"
             continue
         name = getattr(node, "arg", None) if isinstance(node, ast.arg) else None

@@ -2,7 +2,8 @@
 
 A stage counts as done through its DONE marker alone, which is written here, last: the notebook's
 own metadata can't be trusted, since a killed kernel leaves a notebook that papermill calls
-completed. What took longer than a minute is not made anew before somebody has agreed to it.
+completed. What took longer than a minute is not made anew before somebody has agreed to it; a yes
+holds for the stages that were named.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,10 +20,13 @@ from rorem_lib.files import ROOT, format_time, write_json
 from rorem_lib.runner.fingerprints import list_references, read_inputs
 from rorem_lib.runner.recipes import Recipe, RecipeError, StageRow, substitute, suggest
 from rorem_lib.runner.run_folder import (
+    LONG,
+    UNREADABLE,
     Outputs,
     StageState,
     accept_stage,
     close_folder,
+    find_gone,
     lock_run,
     open_folder,
     read_finished,
@@ -29,7 +34,7 @@ from rorem_lib.runner.run_folder import (
     read_state,
     supersede_folder,
 )
-from rorem_lib.runner.stage import STARTED, describe_environment
+from rorem_lib.runner.stage import FINISHED_JOBS, STARTED, describe_environment
 
 _WHY = {
     "to run": "first run",
@@ -61,12 +66,23 @@ class StageFailed(RuntimeError):
         error: the error's name and message.
         log: the last 20 lines of the stage's `train.log`, where the error doesn't hold them.
         waiting: True where nothing is broken: people have to label first.
+        changed: True where its job had finished with other settings, and nobody was asked yet.
     """
 
-    def __init__(self, stage: StageRow, error: str, *, cell=None, source="", log=(), waiting=False):
+    def __init__(
+        self,
+        stage: StageRow,
+        error: str,
+        *,
+        cell=None,
+        source="",
+        log=(),
+        waiting=False,
+        changed=False,
+    ):
         super().__init__(f"{stage.name}: {error}")
         self.stage, self.cell, self.source, self.error = stage, cell, source, error
-        self.log, self.waiting = list(log), waiting
+        self.log, self.waiting, self.changed = list(log), waiting, changed
 
 
 class Observer:
@@ -103,8 +119,9 @@ def run_recipe(
         from_stage: run this stage again, and every later one that depends on it, done or not.
         only: run no stage but this one; those it refers to must be done.
         keep: take finished stages as they are and go on with half-done ones, whatever changed.
-        agree: asked once, before folders with more than a minute's work are set aside, with the
-            states of their stages; what the answer True allows holds for later stages too.
+        agree: asked before folders with more than a minute's work are set aside, with the states
+            of their stages and of those with as much that read of them and so may follow
+            (`replaced` is False). True allows these; another stage that turns up is asked for anew.
         progress: told what happens.
 
     Returns:
@@ -171,7 +188,7 @@ class _Run:
 
     def __init__(self, recipe, run_dir, only, keep, agree, progress):
         self.recipe, self.run_dir, self.only, self.keep = recipe, run_dir, only, keep
-        self.agree, self.agreed, self.progress = agree, keep, progress
+        self.agree, self.agreed, self.progress = agree, set(), progress
         self.outputs = Outputs(run_dir, keep=True)
         self.began, self.ran, self.skipped, self.earlier = time.time(), [], [], []
 
@@ -182,7 +199,9 @@ class _Run:
         else:
             self._ask_about(map(self._read, rows))
         if any((self.run_dir / row.name / "DONE").exists() for row in rows):
-            self.earlier = read_record(self.run_dir / "run.json").get("runs", [])
+            runs = read_record(self.run_dir / "run.json").get("runs", [])
+            runs = [run for run in runs if isinstance(run, dict)]
+            self.earlier = [run for run in runs if isinstance(run.get("seconds"), (int, float))]
         if self.only:
             needed = next(row for row in rows if row.name == self.only).upstream
         for number, row in enumerate(rows, 1):
@@ -215,13 +234,17 @@ class _Run:
         return read_state(row, self.run_dir, self.outputs)
 
     def _ask_about(self, states) -> None:
-        """Ask before long work is set aside, unless somebody agreed before."""
-        if self.agreed:
+        """Ask before long work is set aside, unless somebody agreed to that stage's before."""
+        states = [s for s in states if self.only in (None, s.row.name)]
+        if self.keep:  # all else stays where it is
+            states = [s for s in states if s.state == UNREADABLE]
+        found = [s for s in states if s.long and s.row.name not in self.agreed]
+        if not found:
             return
-        found = [s for s in states if s.long and self.only in (None, s.row.name)]
-        self.agreed = bool(found) and self.agree(found)
-        if found and not self.agreed:
+        found += [s for s in list_followers(states) if s.row.name not in self.agreed]
+        if not self.agree(found):
             raise NotAgreed(found)
+        self.agreed |= {s.row.name for s in found}
 
     def _withdraw(self, first: str) -> None:
         """Set aside the folders of a stage and of all that depend on it: they start anew."""
@@ -230,23 +253,48 @@ class _Run:
             if stale & {row.name, *row.upstream}:
                 stale.add(row.name)
                 rows += [row] * (self.only in (None, row.name))
-        states = [
-            dataclasses.replace(self._read(row), note="--from", replaced=True) for row in rows
-        ]
-        self._ask_about(states)
+        states = [state for row in rows if (state := self._read(row)).state != "to run"]
+        self._ask_about([dataclasses.replace(s, note="--from", replaced=True) for s in states])
         for row in rows:
             supersede_folder(self.run_dir / row.name)
             self.outputs.forget(row.name)
 
     def _run_stage(self, row: StageRow) -> tuple[float, dict]:
-        inputs = read_inputs(row, folder=self.run_dir / row.name, get_content=self.outputs.get)
-        found = run_stage(
+        if gone := [f"{stage}/{path}" for stage, path in find_gone(row, self.run_dir)]:
+            raise RecipeError(
+                self.run_dir,
+                [
+                    f'the stage "{row.name}" reads {", ".join(gone)}, which was made and is gone: '
+                    f"bring it back, or make it anew with --from {gone[0].partition('/')[0]}"
+                ],
+            )
+        inputs = read_inputs(
+            row,
+            folder=self.run_dir / row.name,
+            get_content=self.outputs.get,
+            stamps=self.outputs.stamps,
+        )
+        os.environ[FINISHED_JOBS] = "keep" if self.keep else "ask"
+        run = partial(
+            run_stage,
             row,
             inputs,
             run_dir=self.run_dir,
             keep=self.keep,
             say=lambda text: self.progress.line(row, text),
         )
+        try:
+            found = run()
+        except StageFailed as failure:
+            if not failure.changed:
+                raise
+            self.agreed.discard(row.name)
+            state = dataclasses.replace(self._read(row), note=failure.error, replaced=True)
+            if not state.long:  # the job says that it took longer than what is recorded
+                state = dataclasses.replace(state, seconds=None)
+            self._ask_about([state])
+            os.environ[FINISHED_JOBS] = "replace"
+            found = run()
         self.outputs.forget(row.name)
         for stage, path in {ref for later in self.recipe.stages for ref in list_references(later)}:
             if stage == row.name:  # hashed now, while the files are in memory
@@ -297,6 +345,21 @@ class _Run:
         return path
 
 
+def list_followers(states: list[StageState]) -> list[StageState]:
+    """Of a run's stages those with more than a minute's work that follow if what they read does."""
+    found, anew = [], set()
+    for state in states:
+        if state.state != "done" or anew & set(state.row.upstream):
+            anew.add(state.row.name)
+            if (
+                not state.replaced
+                and (state.seconds or 0) > LONG
+                and anew & set(state.row.upstream)
+            ):
+                found.append(dataclasses.replace(state, note="follows if what it reads changes"))
+    return found
+
+
 def run_stage(
     row: StageRow, inputs: dict, *, run_dir: Path, keep: bool = False, say=lambda text: None
 ) -> tuple[float, dict]:
@@ -332,6 +395,7 @@ def run_stage(
                 cell=error.cell,
                 source=error.source,
                 waiting=error.name == "LabelsMissing",
+                changed=error.name == "JobChanged",
             ) from error
         if not (folder / "metrics.json").is_file():
             raise StageFailed(

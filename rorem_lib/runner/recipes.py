@@ -59,6 +59,7 @@ class StageRow:
         row: the row of the paper's table that the stage belongs to ("" for none).
         given: parameters handed to the notebook, checked and coerced, `${…}` still in them.
         parameters: `given` over the notebook's defaults: every parameter's value.
+        defaults: what parameters are that neither the recipe nor its caller gives.
         upstream: the earlier stages that `given` refers to, in order.
     """
 
@@ -67,6 +68,7 @@ class StageRow:
     row: str
     given: dict[str, Any]
     parameters: dict[str, Any]
+    defaults: dict[str, Any]
     upstream: tuple[str, ...]
 
 
@@ -101,6 +103,14 @@ def get_recipe(name_or_path) -> Path:
         RecipeError: there is none.
     """
     folder = ROOT / "notebooks" / "recipes"
+    if not folder.is_dir():
+        raise RecipeError(
+            name_or_path,
+            [
+                f"{ROOT} has no notebooks: recipes are run in a clone of the repository "
+                "(git clone, then pip install -e . in it)"
+            ],
+        )
     path = Path(name_or_path).expanduser()
     if path.suffix in (".yaml", ".yml"):
         found = path if path.is_file() else folder / path
@@ -155,10 +165,18 @@ def read_recipe(
     path = get_recipe(name_or_path)
     try:
         table = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(path, [f"not valid YAML: {error}"]) from error
     if not isinstance(table, dict) or not isinstance(table.get("stages"), dict):
         raise RecipeError(path, ["a recipe is a table with `stages`, a table of rows"])
+    if not table["stages"]:
+        raise RecipeError(path, ["`stages` has no rows"])
+    if odd := [name for name in table["stages"] if not isinstance(name, str)]:
+        raise RecipeError(
+            path, [f"YAML reads the name of a stage as {odd[0]!r}: put it in quotation marks"]
+        )
+    if not isinstance(table.get("defaults") or {}, dict):
+        raise RecipeError(path, ["`defaults` is a table: notebook -> parameters"])
     problems = [
         f'unknown key "{key}"{suggest(key, _TOP_KEYS)}' for key in table if key not in _TOP_KEYS
     ]
@@ -175,9 +193,10 @@ def read_recipe(
         if stage not in table["stages"]:
             problems.append(f'unknown stage "{stage}" in --set{suggest(stage, table["stages"])}')
     defaults = table.get("defaults") or {}
-    used = {row.get("notebook") for row in table["stages"].values() if isinstance(row, dict)}
+    rows = [row for row in table["stages"].values() if isinstance(row, dict)]
+    used = {row.get("notebook") for row in rows if isinstance(row.get("notebook"), str)}
     problems += [
-        f'defaults: no stage uses the notebook "{key}"{suggest(key, used - {None})}'
+        f'defaults: no stage uses the notebook "{key}"{suggest(key, used)}'
         for key in defaults
         if key not in used
     ]
@@ -185,7 +204,7 @@ def read_recipe(
     for stage, row in table["stages"].items():
         _check_row(
             path,
-            str(stage),
+            stage,
             row,
             {"seed": seed, "full_size": table.get("full_size")},
             defaults,
@@ -203,15 +222,15 @@ def _check_row(path, name, row, top, defaults, override, order, stages, problems
     """Check one row; append it to `stages`, or what is wrong with it to `problems`."""
     if not _NAME.match(name):
         problems.append(f'stage "{name}": the name is no folder name: letters, digits, - and _')
-    if not isinstance(row, dict) or not row.get("notebook"):
-        problems.append(f'stage "{name}": a row is a table with at least `notebook`')
+    if not isinstance(row, dict) or not isinstance(row.get("notebook"), str):
+        problems.append(f'stage "{name}": a row is a table with at least `notebook`, a name')
         return
     problems += [
         f'stage "{name}": unknown key "{key}"{suggest(key, _ROW_KEYS)}'
         for key in row
         if key not in _ROW_KEYS
     ]
-    notebook = _find_notebook(path, str(row["notebook"]))
+    notebook = _find_notebook(path, row["notebook"])
     if notebook is None:
         known = [p.stem for p in (ROOT / "notebooks").glob("*.ipynb")]
         problems.append(
@@ -228,6 +247,7 @@ def _check_row(path, name, row, top, defaults, override, order, stages, problems
     for config in CONFIGS.get(notebook.stem, ()) if top["full_size"] else ():
         given |= {k: v for k, v in read_defaults(config).items() if k in known}
     given.pop("output_dir", None)  # the runner's
+    standard = {k: p.default for k, p in known.items() if k != "output_dir"} | given
     if top["seed"] is not None and "seed" in known:
         given["seed"] = top["seed"]
     for source in (defaults.get(row["notebook"]), row.get("parameters"), override):
@@ -261,10 +281,8 @@ def _check_row(path, name, row, top, defaults, override, order, stages, problems
                     )
                 elif target not in upstream:
                     upstream.append(target)
-    parameters = {k: p.default for k, p in known.items() if k != "output_dir"} | given
-    stages.append(
-        StageRow(name, notebook, str(row.get("row", "")), given, parameters, tuple(upstream))
-    )
+    title, parameters = str(row.get("row", "")), standard | given
+    stages.append(StageRow(name, notebook, title, given, parameters, standard, tuple(upstream)))
 
 
 def _find_notebook(recipe: Path, name: str) -> Path | None:

@@ -14,6 +14,7 @@ import errno
 import fcntl
 import itertools
 import os
+import re
 import shutil
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -27,6 +28,7 @@ from rorem_lib.runner.fingerprints import (
     is_earlier,
     is_record,
     list_labels,
+    list_references,
     measure_content,
     read_inputs,
 )
@@ -35,6 +37,22 @@ from rorem_lib.runner.stage import STARTED
 
 SUPERSEDED = ".superseded"
 LONG = 60  # seconds of work that are not thrown away without asking
+UNREADABLE = "unreadable"
+_TYPES = {  # of the records' entries; one of another type counts as missing
+    "inputs": dict,
+    "outputs": dict,
+    "stages": dict,
+    "accepted": list,
+    "runs": list,
+    "seconds": (int, float),
+    "worked": (int, float),
+    **dict.fromkeys(("stage", "started", "finished", "state", "error", "fingerprint"), str),
+}
+# What is no work: records, and what people said, which is carried on.
+_NO_WORK = re.compile(
+    r"(notebook\.ipynb|config\.yaml|DONE|metrics\.json|stage(\.started)?\.json|trials\.json"
+    r"|labels-.*\.jsonl|.*\.log|\..*)\Z"
+)
 
 
 class RunLocked(RuntimeError):
@@ -46,8 +64,9 @@ class StageState:
     """Where a stage stands.
 
     `state` is "done", "changed" (what is there was made of other inputs), "half-way" (killed),
-    "failed", "waiting" (for labels) or "to run"; `note` says what changed or failed. `seconds` is
-    the work in its folder, `finished` when it was finished (None: half-done), `metrics` its
+    "failed", "waiting" (for labels), "unreadable" (something is there, and no record says of what
+    it was made) or "to run"; `note` says what changed or failed. `seconds` is the work in its
+    folder, where it is known, `finished` when it was finished (None: half-done), `metrics` its
     results. `replaced` is whether running it sets its folder aside.
     """
 
@@ -61,17 +80,18 @@ class StageState:
 
     @property
     def long(self) -> bool:
-        """Whether running the stage takes the place of more than a minute's work."""
-        return self.replaced and (self.seconds or 0) > LONG
+        """Whether running the stage takes the place of more than a minute's work, or of unknown."""
+        return self.replaced and (self.seconds is None or self.seconds > LONG)
 
 
 def read_record(path: Path) -> dict:
-    """A JSON record; empty where it is missing or torn."""
+    """A JSON record; empty where it is missing or torn. Entries of a wrong type are left out."""
     try:
         record = read_json(path)
     except (OSError, ValueError):
         return {}
-    return record if isinstance(record, dict) else {}
+    entries = record.items() if isinstance(record, dict) else ()
+    return {key: value for key, value in entries if isinstance(value, _TYPES.get(key, object))}
 
 
 def read_finished(folder: Path) -> dict:
@@ -82,7 +102,7 @@ def read_finished(folder: Path) -> dict:
     except OSError:
         return {}
     finished = done == record.get("fingerprint") and (folder / "metrics.json").is_file()
-    return record if finished else {}
+    return record if finished and "inputs" in record else {}
 
 
 # ------------------------------------------------------------------------------------- results
@@ -98,6 +118,7 @@ class Outputs:
 
     def __init__(self, run_dir: Path, *, keep: bool = False):
         self.run_dir, self.keep = run_dir, keep
+        self.stamps: dict[Path, str | None] = {}  # of folders outside, see `read_inputs`
         self._known: dict[tuple[str, str], str | None] = {}
 
     def get(self, stage: str, path: str, say=lambda text: None) -> str | None:
@@ -118,9 +139,11 @@ class Outputs:
         record, place, top = read_finished(folder), folder / path, path == "."
         if not record:
             return None
-        if not place.exists():
-            return "nothing"
-        seen, known = measure_content(place, top=top), record.get("outputs", {}).get(path, {})
+        known = record.get("outputs", {}).get(path)
+        known = known if isinstance(known, dict) and "sha256" in known else {}
+        if not place.exists():  # what was deleted since is what it was, see `find_gone`
+            return known.get("sha256", "nothing")
+        seen = measure_content(place, top=top)
         if {**known, **seen} == known:
             return known["sha256"]
         if seen["bytes"] > 1e9:
@@ -130,6 +153,16 @@ class Outputs:
             record["outputs"] = {**record.get("outputs", {}), path: seen}
             write_json(folder / "stage.json", record)
         return seen["sha256"]
+
+
+def find_gone(row: StageRow, run_dir: Path) -> list[tuple[str, str]]:
+    """What a stage reads of finished stages and somebody has deleted: (stage, path below it)."""
+    return [
+        (stage, path)
+        for stage, path in list_references(row)
+        if path in read_finished(run_dir / stage).get("outputs", {})
+        and not (run_dir / stage / path).exists()
+    ]
 
 
 # -------------------------------------------------------------------------------------- states
@@ -149,12 +182,21 @@ def read_state(row: StageRow, run_dir: Path, outputs: Outputs) -> StageState:
         RecipeError: its notebook or the module of its job can't be read.
     """
     folder = run_dir / row.name
-    record, started = read_finished(folder), read_record(folder / STARTED)
+    if folder.is_symlink() and not folder.exists():
+        target = os.readlink(folder)
+        raise RecipeError(
+            folder,
+            [f"is a link to {target}, which is not there: bring that back, or remove the link"],
+        )
+    record, started = read_finished(folder), read_started(folder)
     if not (record or started):
-        return StageState(row, "to run")
-    before = (record or started).get("inputs", {})
+        if not has_work(folder):
+            return StageState(row, "to run")
+        note = "no record says what it was made of"
+        return StageState(row, UNREADABLE, note, replaced=True)
+    before = (record or started)["inputs"]
     known = (lambda stage, path: None) if is_earlier(before) else outputs.get  # no need to hash
-    now = read_inputs(row, folder=folder, get_content=known)
+    now = read_inputs(row, folder=folder, get_content=known, stamps=outputs.stamps)
     note = describe_change(before, now)
     replaced = bool(describe_change(before, now, labels=False))
     if record:
@@ -162,9 +204,29 @@ def read_state(row: StageRow, run_dir: Path, outputs: Outputs) -> StageState:
         seconds, finished = record.get("seconds"), record.get("finished")
         state = "changed" if note else "done"
         return StageState(row, state, note, seconds, finished, metrics, replaced)
-    state = "changed" if replaced else started.get("state", "half-way")
+    state = "changed" if replaced else started.get("state") or "half-way"
     note = note if replaced else started.get("error", "")
     return StageState(row, state, note, count_work(folder), replaced=replaced)
+
+
+def read_started(folder: Path) -> dict:
+    """The record of work that began in a stage's folder; empty where none can be read."""
+    for name in (STARTED, "stage.json"):  # the latter without its DONE marker
+        if "inputs" in (record := read_record(folder / name)):
+            return record
+    return {}
+
+
+def has_work(folder: Path) -> bool:
+    """Whether a stage's folder holds more than records and what people said."""
+    places = [folder] if folder.is_dir() else []
+    while places:
+        for path in places.pop().iterdir():
+            if path.is_dir() and not path.is_symlink():
+                places.append(path)
+            elif not _NO_WORK.match(path.name):
+                return True
+    return False
 
 
 def count_work(folder: Path) -> float:
@@ -178,14 +240,18 @@ def count_work(folder: Path) -> float:
         return started.get("worked", 0.0)
     paths = [*folder.iterdir(), *folder.glob("*/*")]
     newest = max((path.lstat().st_mtime for path in paths), default=0.0)
-    began = datetime.fromisoformat(started["started"]).timestamp()
+    try:
+        began = datetime.fromisoformat(started["started"]).timestamp()
+    except ValueError:
+        return started.get("worked", 0.0)
     return started.get("worked", 0.0) + max(0.0, newest - began)
 
 
 def accept_stage(row: StageRow, run_dir: Path, outputs: Outputs) -> str:
     """Mark what is there of a stage, finished or half-done, as made of the inputs of now.
 
-    Call it with the run's lock held.
+    Where no record can be read, one is written of work that began: the stage goes on in its folder,
+    with what is there. Call it with the run's lock held.
 
     Returns:
         What had changed, "" where the stage was current. `stage.json` keeps it in `accepted`.
@@ -197,11 +263,11 @@ def accept_stage(row: StageRow, run_dir: Path, outputs: Outputs) -> str:
     state = read_state(row, run_dir, outputs)
     if state.state == "to run":
         raise RecipeError(folder, [f'there is nothing of the stage "{row.name}" yet'])
-    if state.state != "changed":
+    if state.state not in ("changed", UNREADABLE):
         return ""
     name = "stage.json" if state.finished else STARTED
-    record = read_record(folder / name)
-    now = read_inputs(row, folder=folder, get_content=outputs.get)
+    record = read_record(folder / name) or {"stage": row.name, "started": format_time()}
+    now = read_inputs(row, folder=folder, get_content=outputs.get, stamps=outputs.stamps)
     for key, value in now["content"].items():
         if value is None:  # of a stage that is not finished: as it was
             now["content"][key] = record.get("inputs", {}).get("content", {}).get(key)
@@ -264,7 +330,7 @@ def open_folder(row: StageRow, inputs: dict, folder: Path, *, keep: bool = False
         The record that says so.
     """
     fresh = _name_fresh(folder)
-    record, started = read_finished(folder), read_record(folder / STARTED)
+    record, started = read_finished(folder), read_started(folder)
     before = (record or started).get("inputs", {})
     if fresh.exists() and not folder.exists():  # killed between the two renames
         os.rename(fresh, folder)
@@ -302,32 +368,58 @@ def _read_made(folder: Path) -> datetime:
     """When what lies in a stage's folder was made: finished, else started."""
     record = read_record(folder / "stage.json") or read_record(folder / STARTED)
     try:
-        return datetime.fromisoformat(record.get("finished") or record["started"])
+        made = datetime.fromisoformat(record.get("finished") or record["started"])
+        return made.replace(tzinfo=made.tzinfo or UTC)
     except (KeyError, ValueError):
-        return datetime.fromtimestamp(folder.stat().st_mtime, UTC)
+        return datetime.fromtimestamp(folder.lstat().st_mtime, UTC)
 
 
 def supersede_folder(folder: Path) -> None:
     """Move a stage's folder aside to `.superseded/<stage>-<when it was made>`; nothing is deleted.
 
     What people labelled (with a user study's trials) is in the stage's new folder at once. Labels
-    name the candidates' content hashes, so those of images that changed count for nothing.
+    name the candidates' content hashes, so those of images that changed count for nothing. Of a
+    link the link is moved, not what it points to.
     """
     if not folder.exists():
         return
-    shelf, fresh = folder.parent / SUPERSEDED, _name_fresh(folder)
-    shelf.mkdir(exist_ok=True)
-    stem = f"{folder.name}-{_read_made(folder):%Y%m%d-%H%M%S}"
-    names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
-    place = next(shelf / name for name in names if not (shelf / name).exists())
+    place, fresh = _find_place(folder), _name_fresh(folder)
     shutil.rmtree(fresh, ignore_errors=True)  # copies, of a kill before the first rename
     for path in _list_answers(folder):
         target = fresh / path.relative_to(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(path, target)
-    os.rename(folder, place)
+    if folder.is_symlink():  # a relative one would point elsewhere from its new place
+        place.symlink_to(folder.parent.absolute() / os.readlink(folder))
+        folder.unlink()
+    else:
+        os.rename(folder, place)
     if fresh.exists():
         os.rename(fresh, folder)
+
+
+def supersede_job(folder: Path) -> Path:
+    """Move what a finished job made out of its stage's folder to `.superseded`; returns the place.
+
+    What the notebook that is running has written since it began stays.
+    """
+    place, started = _find_place(folder), folder / STARTED
+    place.mkdir()
+    shutil.copy2(started, place)
+    for path in list(folder.iterdir()):
+        old = path.lstat().st_mtime < started.stat().st_mtime
+        if path.name in ("config.yaml", "train_metrics.json") or (old and path != started):
+            os.rename(path, place / path.name)
+    return place
+
+
+def _find_place(folder: Path) -> Path:
+    """A free name in `.superseded` for what lies in a stage's folder."""
+    shelf = folder.parent / SUPERSEDED
+    shelf.mkdir(exist_ok=True)
+    stem = f"{folder.name}-{_read_made(folder):%Y%m%d-%H%M%S}"
+    names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+    return next(shelf / name for name in names if not os.path.lexists(shelf / name))
 
 
 def _list_answers(folder: Path) -> list[Path]:
@@ -360,13 +452,17 @@ def list_superseded(run_dir: Path) -> list[Superseded]:
     found = []
     shelf = run_dir / SUPERSEDED
     for path in shelf.iterdir() if shelf.is_dir() else ():
-        if path.is_dir():
-            record = read_record(path / "stage.json") or read_record(path / STARTED)
+        if path.is_symlink():  # what it points to is not the run's
+            size, holds = 0, [f"a link to {os.readlink(path)}"]
+        elif path.is_dir():
             size = sum(p.lstat().st_size for p in path.rglob("*") if not p.is_dir())
             holds = sorted(p.name for p in path.iterdir() if not is_record(p.name))
             holds += [p.name for p in _list_answers(path) if p.suffix == ".jsonl"]
-            stage = record.get("stage") or path.name
-            found.append(Superseded(path, stage, _read_made(path), size, holds))
+        else:
+            continue
+        record = read_record(path / "stage.json") or read_record(path / STARTED)
+        stage = record.get("stage") or path.name
+        found.append(Superseded(path, stage, _read_made(path), size, holds))
     return sorted(found, key=lambda entry: (entry.made, entry.path.name))
 
 
@@ -382,8 +478,11 @@ def remove_superseded(entry: Superseded) -> list[Path]:
     """Delete a folder that was set aside, but for what people said that stands nowhere else.
 
     Returns:
-        The label files (and trials) that were kept.
+        The label files (and trials) that were kept. Of a link the link alone is removed.
     """
+    if entry.path.is_symlink():
+        entry.path.unlink()
+        return []
     answers = _list_answers(entry.path)
     kept = answers if any(map(_stands_here_alone, answers)) else []
     if not kept:

@@ -27,6 +27,9 @@ from rorem_lib.files import (
 logger = logging.getLogger(__name__)
 
 STARTED = "stage.started.json"
+# How the runner tells `launch_job` what to do where a job finished with other settings: "keep" the
+# result, "replace" it, or "ask" (stop, so that the runner asks).
+FINISHED_JOBS = "ROREM_FINISHED_JOBS"
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy", "papermill")
 
 
@@ -144,7 +147,9 @@ class Stage:
             write_json(self.folder / "metrics.json", clean_metrics(metrics))
 
 
-def start_stage(output_dir, *, notebook: str, job: str | Sequence[str] = ()) -> Stage:
+def start_stage(
+    output_dir, *, notebook: str, job: str | Sequence[str] = (), free: Sequence[str] = ()
+) -> Stage:
     """Open a stage's folder and take back what an earlier run of it said about being finished.
 
     Args:
@@ -152,6 +157,7 @@ def start_stage(output_dir, *, notebook: str, job: str | Sequence[str] = ()) -> 
         notebook: the notebook's name without ending, such as "02_train_remover".
         job: modules below `rorem_lib` that do the stage's work in the notebook itself; the runner
             finds them in the notebook's text, see `runner.fingerprints`.
+        free: parameters that count for nothing in this stage; found there too.
 
     Raises:
         OSError: the folder can't be made or written.
