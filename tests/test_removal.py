@@ -1,10 +1,7 @@
 """Inference: any size in, the same size out; noise by number; candidate sets that go on."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
@@ -12,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from forked import Job, run_job
 
 from rorem_lib import removal
 from rorem_lib.data.triplets import load_images, read_triplets
@@ -435,36 +433,9 @@ def test_two_processes_make_what_one_makes(config):
     folder = Path(config.output_dir + "2")
     folder.mkdir()
     (folder / "config.yaml").write_text(yaml.safe_dump(vars(config) | {"output_dir": str(folder)}))
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
-    job = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--multi_gpu",
-            "--num_processes",
-            "2",
-            "--num_machines",
-            "1",
-            "--mixed_precision",
-            "no",
-            "--dynamo_backend",
-            "no",
-            "--main_process_port",
-            "0",
-            "-m",
-            "rorem_lib.removal",
-            "--config",
-            str(folder / "config.yaml"),
-        ],
-        cwd=ROOT,
-        env=environment,
-        timeout=300,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    assert job.returncode == 0, job.stdout[-3000:]
+    words, log = ["--config", str(folder / "config.yaml")], folder / "job.log"
+    job = Job(run_job, "rorem_lib.removal", words, processes=2, log=log)
+    assert job.wait() == 0, job.read_log()[-3000:]
     assert json.loads((folder / "train_metrics.json").read_text())["num_processes"] == 2
     config.output_dir = str(folder)
     both = read_results(config)
