@@ -64,7 +64,7 @@ def check_every_stage_leaves_what_the_next_one_reads(finished):
 
 def check_rounds_add_what_was_accepted(finished):
     labels = read(finished / "human_1_labels/metrics.json")
-    assert labels["n_labelled"] == labels["n_candidates"] == 80 and labels["simulated"] is True
+    assert labels["n_labelled"] == labels["n_candidates"] == 60 and labels["simulated"] is True
     accepted = read(finished / "human_1_labels/accepted/meta.json")
     assert len(accepted) == labels["n_accepted"] > 0
     sizes = [
