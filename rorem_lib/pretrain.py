@@ -13,7 +13,7 @@ stage and the pipeline `model/`.
 base UNet the way SDXL-inpainting was trained (random masks, the image itself as target, objects
 included), and writes the pipeline. The base so learns to paint plausible things into holes,
 objects among them: what RORem starts from (RORem, Table 1, "Base"). Every training resumes when
-it is started again.
+it is started again; a finished one is not made again.
 """
 
 from __future__ import annotations

@@ -456,7 +456,7 @@ def test_wide_and_tall_pictures_are_trained_in_shapes_of_their_own(config, tmp_p
     "change, complaint",
     [
         ({"resolution": 30}, "30 px does not suit this model: take a multiple of"),
-        ({"resolution": 0}, "0 px does not suit this model: take a multiple of"),
+        ({"resolution": 0}, "resolution is 0: take 8 or more"),
         ({"resize_mode": "stretch"}, "resize_mode is 'stretch': take crop or squash"),
         ({"trainable_modules": ["attn7"]}, "no module's name ends so"),
         ({"high_resolution_share": 1.5}, "high_resolution_share is 1.5"),

@@ -1,7 +1,8 @@
-"""Model files on the Hub: whether one is there."""
+"""Model files: whether one is there, what they contain, the card beside them."""
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from huggingface_hub import (
@@ -12,7 +13,7 @@ from huggingface_hub import (
     try_to_load_from_cache,
 )
 
-from rorem_lib.files import write_text
+from rorem_lib.files import hash_file, write_text
 
 
 def has_file(
@@ -51,6 +52,23 @@ def lacks_file(error: BaseException, *, local_files_only: bool = False, **_) -> 
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def hash_model(model_id: str) -> str:
+    """SHA-256 of what decides what a model's folder computes; a Hub id as it is.
+
+    Weights of UNet and VAE, and all configs. The text encoders' 3 GB are left out: no training here
+    changes them.
+    """
+    folder, total = Path(model_id), hashlib.sha256()
+    if not folder.is_dir():
+        return str(model_id)
+    patterns = [
+        f"{part}*.{end}" for part in ("", "unet/", "vae/") for end in ("safetensors", "bin")
+    ]
+    for path in sorted({p for x in (*patterns, "*.json", "*/*.json") for p in folder.glob(x)}):
+        total.update(f"{path.relative_to(folder)}\0{hash_file(path)}\n".encode())
+    return total.hexdigest()
 
 
 def write_card(folder, *, title: str, base_model: str, resolution: int, text: str) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
+from rorem_lib.models import sdxl
 from rorem_lib.parameters import coerce_value, option, suggest
 from rorem_lib.training import distributed
 from rorem_lib.training.memory import tune_cpu
@@ -88,8 +89,8 @@ class LoopConfig:
     checkpoints_total_limit: int = option(5, "how many checkpoints are kept; 0 keeps all")
     resume_from_checkpoint: str = option(
         "latest",
-        "latest, none, a checkpoint folder or its name in output_dir; one of your own making, "
-        "since parts of it are pickles",
+        "latest, none (which begins anew), a checkpoint folder or its name in output_dir; one of "
+        "your own making, since parts of it are pickles",
     )
     logging_steps: int = option(
         25, "steps between lines of metrics.jsonl; 0 writes the last step's alone"
@@ -104,6 +105,35 @@ class LoopConfig:
         "logs", "the tracker's folder below output_dir (trackio has one of its own)"
     )
     seed: int = option(4, "fixes initialisation, order, noise and flips")
+
+    def __post_init__(self):
+        if not (self.max_train_steps or self.num_train_epochs):
+            raise ValueError("max_train_steps and num_train_epochs are both 0: set one of them")
+        for name in (
+            "max_train_steps",
+            "num_train_epochs",
+            "lr_warmup_steps",
+            "checkpointing_steps",
+            "checkpoints_total_limit",
+            "logging_steps",
+            "dataloader_num_workers",
+        ):
+            check_at_least(self, name, 0)
+        for name in ("train_batch_size", "gradient_accumulation_steps"):
+            check_at_least(self, name, 1)
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay is {self.ema_decay}: take 0 (none) to below 1")
+        sdxl.choose_precision(self.mixed_precision)  # which refuses what it does not know
+
+
+def check_at_least(config, name: str, least: int) -> None:
+    """Refuse a config's number that is too small, before anything is loaded.
+
+    Raises:
+        ValueError: names the option.
+    """
+    if getattr(config, name) < least:
+        raise ValueError(f"{name} is {getattr(config, name)}: take {least} or more")
 
 
 class _Parser(HfArgumentParser):
