@@ -83,6 +83,7 @@ def test_stock_diffusers_opens_the_remover_and_runs_it(config, tiny_set, tmp_pat
     assert trained.unet.config.sample_size * trained.vae_scale_factor == 32
     card = (tmp_path / "out" / "remover" / "README.md").read_text()
     assert "resolution: 32" in card and "32 px" in card and "10 triplets" in card
+    assert "license: openrail++" in card
 
 
 def test_all_of_the_unet_is_trained_and_nothing_else(config, tiny_model, tmp_path):

@@ -10,10 +10,11 @@ from huggingface_hub import (
     constants,
     errors,
     hf_hub_download,
+    metadata_load,
     try_to_load_from_cache,
 )
 
-from rorem_lib.files import hash_file, write_text
+from rorem_lib.files import hash_file, resolve_path, write_text
 
 
 def has_file(
@@ -77,13 +78,14 @@ def write_card(folder, *, title: str, base_model: str, resolution: int, text: st
     Args:
         folder: the model's.
         title: what the model is.
-        base_model: what it was trained from; named in the metadata where it is a Hub id.
+        base_model: what it was trained from; named in the metadata where it is a Hub id. A
+            folder's own card gives the licence, which its descendants keep.
         resolution: side of the images it was trained on, px: the size to use it at.
         text: how it was trained.
     """
     on_hub = base_model.count("/") == 1 and not Path(base_model).exists()
     data = ModelCardData(
-        license="cc0-1.0" if base_model == "builtin" else "openrail++",
+        license="cc0-1.0" if base_model == "builtin" else _read_licence(base_model) or "openrail++",
         library_name="diffusers",
         pipeline_tag="image-to-image",
         tags=["inpainting", "object-removal", "stable-diffusion-xl"],
@@ -95,3 +97,11 @@ def write_card(folder, *, title: str, base_model: str, resolution: int, text: st
 {text} Trained at {resolution} px: bring the image's short side to that size, as the kit does.
 """
     write_text(Path(folder) / "README.md", f"---\n{data.to_yaml()}\n---\n\n{body}")
+
+
+def _read_licence(base_model: str) -> str | None:
+    """What the card in a model's folder says; None where there is none."""
+    for folder in (Path(base_model), resolve_path(base_model)):
+        if (folder / "README.md").is_file():
+            return (metadata_load(folder / "README.md") or {}).get("license")
+    return None
