@@ -136,6 +136,19 @@ def check_at_least(config, name: str, least: int) -> None:
         raise ValueError(f"{name} is {getattr(config, name)}: take {least} or more")
 
 
+class StrictLoader(yaml.SafeLoader):
+    """Refuses the same key twice: plain YAML would silently take the last."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f'"{key}" stands here twice', node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
 class _Parser(HfArgumentParser):
     """`HfArgumentParser`, with empty lists, `--no-x` for every switch, and `--x auto` for None."""
 
@@ -166,8 +179,8 @@ def parse_config(cls, arguments: list[str] | None = None):
     """A config dataclass from a command line: one `--option` a field, or `--config FILE.yaml`.
 
     Options on the command line win over the file. Lists take several words or none. Switches are
-    `--x`, `--no-x` or `--x True`; a `bool | None` that is left out, `null` in the file or
-    `--x auto` on the command line, is the automatic choice.
+    `--x`, `--no-x` or `--x True`; a `bool | None` that is left out, or `auto` (in the file also
+    `null`), is the automatic choice.
 
     Args:
         cls: the dataclass. With `upstream_options: ClassVar[bool] = True` it also takes the rest
@@ -176,8 +189,8 @@ def parse_config(cls, arguments: list[str] | None = None):
 
     Raises:
         SystemExit: an unknown, mistyped or refused option, named by argparse.
-        ValueError: the file is no YAML table, has a key that is no field of `cls`, or a value of
-            another type.
+        ValueError: the file is no YAML table, has a key twice or one that is no field of `cls`, or
+            a value of another type.
         FileNotFoundError: there is no such file.
     """
     upstream = getattr(cls, "upstream_options", False)
@@ -241,7 +254,7 @@ def _read_file(path, cls, ignored, refused) -> dict:
     `HfArgumentParser.parse_yaml_file` would take any type, `1e-4` as text, and name no neighbour.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), StrictLoader) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
@@ -257,6 +270,8 @@ def _read_file(path, cls, ignored, refused) -> dict:
             f"{suggest(unknown[0], fields)}"
         )
     for name in fields & values.keys():
+        if values[name] == "auto" and hints[name] == (bool | None):  # as in words
+            values[name] = None
         try:
             values[name] = coerce_value(values[name], hints[name])
         except TypeError as error:
