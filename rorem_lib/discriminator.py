@@ -9,7 +9,8 @@
 
 Reads scored sets, triplets whose GT is a removal and whose `score` is people's answer, and a model.
 Writes in `output_dir` the folder `discriminator/`, `metrics.jsonl`, `train_metrics.json` and
-`checkpoint-<step>/`. Started again, it goes on from the latest checkpoint.
+`checkpoint-<step>/`. Started again, it goes on from the latest checkpoint; a finished training is
+not made again.
 
 The frozen down and mid blocks of an SDXL-inpainting UNet, with LoRA, read [removal's latents |
 mask | source's latents] at timestep 0; a small convolutional head turns their features into one
@@ -40,7 +41,13 @@ from rorem_lib.models.lora import LORA_FILE
 from rorem_lib.parameters import option
 from rorem_lib.sets import resolve_all
 from rorem_lib.training import distributed, latent_cache, loop
-from rorem_lib.training.config import LoopConfig, parse_config, require_sets, run_job
+from rorem_lib.training.config import (
+    LoopConfig,
+    check_at_least,
+    parse_config,
+    require_sets,
+    run_job,
+)
 from rorem_lib.training.latents import CacheSpec
 from rorem_lib.training.sampler import ShuffledOrder
 
@@ -87,6 +94,10 @@ class DiscriminatorConfig(LoopConfig):
     learning_rate: float = option(1e-5, "AdamW's peak rate")
     checkpointing_steps: int = option(1000, "steps between checkpoints; 0 writes none")
     seed: int = option(20240421, "fixes initialisation, order, noise and flips")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_at_least(self, "resolution", 8)
 
 
 class _Head(nn.Module):

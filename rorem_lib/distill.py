@@ -10,7 +10,8 @@
 
 Reads a remover and the sets it was trained on. Writes in `output_dir` the LoRA
 `lora/pytorch_lora_weights.safetensors`, `metrics.jsonl`, `train_metrics.json`,
-`checkpoint-<step>/` and `validation_images/`. Started again, it goes on from the latest checkpoint.
+`checkpoint-<step>/` and `validation_images/`. Started again, it goes on from the latest checkpoint;
+a finished training is not made again.
 
 The student is the remover with LoRA, the teacher the same weights with LoRA off. One DDIM step of
 the teacher leads from t to an earlier time; the student must predict the same clean latents from

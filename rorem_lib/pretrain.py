@@ -13,7 +13,7 @@ stage and the pipeline `model/`.
 base UNet the way SDXL-inpainting was trained (random masks, the image itself as target, objects
 included), and writes the pipeline. The base so learns to paint plausible things into holes,
 objects among them: what RORem starts from (RORem, Table 1, "Base"). Every training resumes when
-it is started again.
+it is started again; a finished one is not made again.
 """
 
 from __future__ import annotations
@@ -361,11 +361,14 @@ def run_stage(name: str, config: PretrainConfig) -> dict:
 def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    usage = (
+        f"usage: python -m rorem_lib.pretrain {'|'.join(STAGES)}|export|all [--option value ...]"
+    )
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(f"{usage}\n\n{PretrainConfig.__doc__} `base --help` lists the options.")
+        return
     if not arguments or arguments[0] not in (*STAGES, "export", "all"):
-        sys.exit(
-            f"usage: python -m rorem_lib.pretrain {'|'.join(STAGES)}|export|all "
-            "[--option value ...]"
-        )
+        sys.exit(usage)
     requested = arguments.pop(0)
     for name, settings in STAGES.items():
         if requested in (name, "all"):

@@ -28,12 +28,12 @@ from rorem_lib.data import masks
 from rorem_lib.data.triplets import load_images, read_triplets
 from rorem_lib.data.writer import TripletWriter
 from rorem_lib.files import hash_file, read_json, set_aside, write_json
-from rorem_lib.models import sdxl
+from rorem_lib.models import hub, sdxl
 from rorem_lib.models.inpainting import CLASSICAL, inpaint_classical, remove_objects
 from rorem_lib.parameters import option
 from rorem_lib.sets import resolve_all
 from rorem_lib.training import distributed
-from rorem_lib.training.config import parse_config, require_sets, run_job
+from rorem_lib.training.config import check_at_least, parse_config, require_sets, run_job
 
 logger = logging.getLogger(__name__)
 
@@ -77,12 +77,22 @@ class GenerateConfig:
     mixed_precision: str = option("auto", "no, bf16, fp16, or auto: bf16 where the hardware has it")
     seed: int = option(4, "fixes all noise")
 
+    def __post_init__(self):
+        for name in ("start", "count", "resolution"):
+            check_at_least(self, name, 0)
+        for name in ("seeds_per_image", "num_inference_steps", "batch_size"):
+            check_at_least(self, name, 1)
+        if not self.dilate or min(self.dilate) < 0:
+            raise ValueError(f"dilate is {self.dilate}: take one or several numbers, 0 or more")
+        sdxl.choose_precision(self.mixed_precision)  # which refuses what it does not know
+
 
 def generate_candidates(config: GenerateConfig) -> dict:
     """Write `<output_dir>/candidates`, a triplet set whose GT is the removal; resumable.
 
     Ids are the images' own, with `-s<k>` behind them where several seeds were used. What another
-    remover, other settings or other images left there is set aside.
+    remover, other settings or other images left there is set aside; where more images are asked for
+    than before, it goes on.
 
     Returns:
         `{"n_images", "n_removals", "seconds", "removals_per_second", "num_processes"}`.
@@ -112,7 +122,7 @@ def generate_candidates(config: GenerateConfig) -> dict:
         raise ValueError(f"{config.meta_path} share ids, such as {twice}: merge the sets first")
     folder = Path(config.output_dir) / "candidates"
     if state.is_main_process:
-        _open_candidates(folder, config, metas)
+        _open_candidates(folder, config, metas, set(names))
     state.wait_for_everyone()
     started, made = time.time(), 0
     methods = _list_methods(config)
@@ -211,26 +221,39 @@ def _open_method(method: str, config: GenerateConfig, device):
     )
 
 
-def _open_candidates(folder: Path, config: GenerateConfig, metas: list[Path]) -> None:
+def _open_candidates(
+    folder: Path, config: GenerateConfig, metas: list[Path], names: set[str]
+) -> None:
     """Set aside candidates of another remover, other settings or images; note this run's.
+
+    Models and sets are compared by their content: they may have been moved. How many images are
+    used, and from which on, changes none of their removals: what is there of `names`, the ids that
+    are wanted, is kept.
 
     `drawn_from` says where the images' sets lie, for `builtin.sets.hidden_of`.
     """
-    models = [Path(sdxl.resolve_model(m)) for m in _list_methods(config) if m not in CLASSICAL]
     settings = dataclasses.asdict(config) | {
-        "weights": [hash_file(p) for m in models for p in sorted(m.glob("unet/*.safetensors"))],
+        "methods": [
+            m if m in CLASSICAL else hub.hash_model(sdxl.resolve_model(m))
+            for m in _list_methods(config)
+        ],
         "sets": [hash_file(meta) for meta in metas],
     }
-    for name in ("output_dir", "batch_size", "meta_path"):
+    for name in (
+        *("output_dir", "batch_size", "meta_path", "start", "count"),
+        *("pretrained_model_name_or_path", "also"),
+    ):
         settings.pop(name)
     marker = folder / "settings.json"
+    why = "with other settings, another remover or other images"
     if marker.is_file():
         found = read_json(marker)
         found.pop("drawn_from", None)
-        if found == settings:
-            return
-    if folder.exists():
-        logger.info("%s was made with other settings: it is now %s", folder, set_aside(folder))
+        why = why if found != settings else "of more images than are asked for"
+        if found == settings and TripletWriter(folder).done_ids <= names:
+            why = ""
+    if folder.exists() and why:
+        logger.info("%s was made %s: it is now %s", folder, why, set_aside(folder))
     write_json(marker, settings | {"drawn_from": [str(meta.resolve()) for meta in metas]})
 
 

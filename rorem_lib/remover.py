@@ -9,7 +9,8 @@
 
 Reads the sets' meta.json with the images they name, and a model. Writes in `output_dir` the
 pipeline `remover/`, `metrics.jsonl`, `train_metrics.json`, `checkpoint-<step>/` and
-`validation_images/`. Started again, it goes on from the latest checkpoint.
+`validation_images/`. Started again, it goes on from the latest checkpoint; a finished training is
+not made again.
 
 The UNet sees [noisy GT latents | mask | latents of the source with its hole blanked] and learns
 to predict the noise (or velocity, as the model's scheduler says) of GT: the image without the
@@ -33,7 +34,13 @@ from rorem_lib.models.hub import write_card
 from rorem_lib.parameters import option
 from rorem_lib.sets import resolve
 from rorem_lib.training import distributed, loop, tracking
-from rorem_lib.training.config import LoopConfig, parse_config, require_sets, run_job
+from rorem_lib.training.config import (
+    LoopConfig,
+    check_at_least,
+    parse_config,
+    require_sets,
+    run_job,
+)
 from rorem_lib.training.dataset import PictureReader, TrainingMix, TripletDataset, weigh_buckets
 from rorem_lib.training.latent_cache import open_store
 from rorem_lib.training.latents import CacheSpec, encode_pictures
@@ -168,7 +175,9 @@ class RemoverConfig(LoopConfig):
         )
 
     def __post_init__(self):
+        super().__post_init__()
         self.make_spec()  # which refuses what it cannot be
+        check_at_least(self, "resolution", 8)
         if self.lora_rank and self.trainable_modules:
             raise ValueError(
                 "lora_rank trains a LoRA and trainable_modules whole modules: take one of them"

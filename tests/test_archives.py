@@ -224,6 +224,15 @@ def test_links_and_devices_in_a_tar_are_refused(tmp_path, kind):
     _assert_nothing_left(tmp_path, "x")
 
 
+@pytest.mark.parametrize("make", [_make_tar, _make_zip])
+@pytest.mark.parametrize("names", [("a", "a/b"), ("a/b", "a")])
+def test_a_member_that_is_a_file_and_a_folder_is_refused(tmp_path, make, names):
+    path = make(tmp_path / "x", dict.fromkeys(names, b"text"))
+    with pytest.raises(ArchiveError, match="is a file in it and a folder too"):
+        extract_archive(path, tmp_path / "out")
+    _assert_nothing_left(tmp_path, "x")
+
+
 def test_links_in_a_zip_are_refused(tmp_path):
     info = zipfile.ZipInfo("thing")
     info.external_attr = (stat.S_IFLNK | 0o777) << 16

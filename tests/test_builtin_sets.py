@@ -15,7 +15,13 @@ from rorem_lib.builtin.scenes import render_scene
 from rorem_lib.builtin.sets import builtin_set, hidden_of, read_truth, write_scene_sets
 from rorem_lib.data.check import check_set
 from rorem_lib.data.pictures import TripletError
-from rorem_lib.data.triplets import load_images, read_triplets
+from rorem_lib.data.triplets import (
+    HIDDEN_MARK,
+    HIDDEN_PARTS,
+    is_hidden,
+    load_images,
+    read_triplets,
+)
 from rorem_lib.data.writer import TripletWriter
 from rorem_lib.files import hash_file, read_json, write_json
 
@@ -216,6 +222,16 @@ def test_candidates_have_the_truth_of_the_scenes_they_were_drawn_from(cache, tmp
     assert hidden_of(tmp_path / "candidates" / "meta.json") == hidden_of(pool) is not None
 
 
+def test_a_folder_called_hidden_that_is_not_marked_is_somebodys_own(tmp_path):
+    hidden = tmp_path / "hidden" / "test"
+    hidden.mkdir(parents=True)
+    assert hidden_of(tmp_path / "test" / "meta.json") is None and not is_hidden(hidden)
+    for part in HIDDEN_PARTS:  # as earlier versions left it
+        (hidden / part).mkdir()
+    assert hidden_of(tmp_path / "test" / "meta.json") == hidden
+    assert is_hidden(hidden / "truth") and not is_hidden(tmp_path / "hidden")
+
+
 # ----------------------------------------------------------------------------- nothing leaks
 
 
@@ -262,6 +278,7 @@ def test_only_pre_training_renders_scenes_besides_and_looks_at_the_pictures_alon
 
 
 def test_no_record_of_a_set_points_at_the_truth(written):
+    assert all((folder / HIDDEN_MARK).is_file() for folder in (written / "hidden").glob("*/"))
     for name in SMALL:
         for record in read_json(written / name / "meta.json"):
             assert record.keys() & {"object", "shadow", "truth"} == set()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import LCMScheduler
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from rorem_lib.data.triplets import load_images, read_triplets
@@ -83,7 +84,7 @@ def test_stock_diffusers_opens_it_and_it_changes_the_removal(
     assert names == {Path(LORA).name, "README.md"}
     pictures = load_images(read_triplets(tiny_set)[0])
     inputs = [pictures["source"]], [pictures["mask"]]
-    options = {"num_inference_steps": 4, "mixed_precision": "no"}
+    options = {"num_inference_steps": 4, "mixed_precision": "no", "resolution": 32}
     plain, fast, theirs = (sdxl.load_pipeline(str(tiny_model)) for _ in range(3))
     for pipe in (plain, theirs):
         pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
@@ -134,6 +135,9 @@ def test_four_steps_are_four_calls_of_the_unet(config, tiny_model, tiny_set, tmp
     pictures = load_images(read_triplets(tiny_set)[0])
     remove_objects(pipe, [pictures["source"]], [pictures["mask"]], num_inference_steps=4)
     assert len(calls) == 4
+    with safe_open(tmp_path / "out" / LORA, "pt") as file:
+        assert file.metadata() == {"format": "pt", sdxl.TRAINED_RESOLUTION: "32"}
+    assert sdxl.get_resolution(pipe) == 32, "the LoRA's size, not the model's 64"
 
 
 @pytest.mark.parametrize("kind", ["v_prediction", "epsilon"])

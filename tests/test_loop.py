@@ -1,6 +1,7 @@
 """The training loop: batches, clipping, stopped and resumed runs, EMA. See also `test_resume`."""
 
 import copy
+import dataclasses
 import errno
 import json
 import logging
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate import debug_launcher
+from accelerate import PartialState, debug_launcher
 from accelerate.state import AcceleratorState
 from resume_job import train
 from safetensors.torch import load_file
@@ -315,7 +316,7 @@ def _train_on_two(folder, short):
     objective = Short(config, lambda self: self.accelerator.process_index == short)
     loop.train(objective, config)
     result = {"recomputes": objective.recomputes, "trials": objective.trials}
-    Path(folder, f"{objective.accelerator.process_index}.json").write_text(json.dumps(result))
+    Path(folder, f"{PartialState().process_index}.json").write_text(json.dumps(result))
 
 
 def test_one_process_that_is_short_of_memory_decides_for_all(tmp_path):
@@ -330,6 +331,8 @@ def test_one_process_that_is_short_of_memory_decides_for_all(tmp_path):
             json.loads((tmp_path / name / "train_metrics.json").read_text())["num_processes"] == 2
         )
     assert_same(weights["enough"], weights["short"])
+    debug_launcher(_train_on_two, (str(tmp_path / "short"), 1), num_processes=2)
+    assert json.loads((tmp_path / "short" / "1.json").read_text())["trials"] == 0, "made again"
 
 
 # ---------------------------------------------------------------------------------------- resume
@@ -439,6 +442,84 @@ def test_a_named_checkpoint_is_taken_or_missed_loudly(tmp_path):
                 tmp_path / "c", resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-99")
             )
         )
+
+
+def read_files(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_finished_training_is_not_made_again(tmp_path, caplog):
+    config = make_config(tmp_path)
+    first = loop.train(Regression(config), config)
+    before = read_files(tmp_path)
+    (tmp_path / "train_metrics.json").unlink()  # as a notebook does that starts the job again
+    again = make_config(tmp_path, logging_steps=5, checkpointing_steps=1)
+    with caplog.at_level(logging.INFO):
+        assert loop.train(Regression(again, stop_at=0), again) == first
+    assert "came to its end before" in caplog.text and read_files(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"learning_rate": 1e-3}, "learning_rate was 0.01 and is 0.001"),
+        ({"max_train_steps": 4}, "max_train_steps was 10 and is 4"),
+        ({"train_batch_size": 2}, "global_batch was 4 and is 2"),
+        ({"resume_from_checkpoint": "none"}, ""),
+    ],
+)
+def test_another_training_sets_the_finished_one_aside(tmp_path, caplog, changes, words):
+    run_toy(make_config(tmp_path))
+    (tmp_path / "checkpoint-9" / "unet").mkdir(parents=True)
+    (tmp_path / "checkpoint-9" / "unet" / "weights").write_text("kept")
+    before = read_files(tmp_path)
+    with caplog.at_level(logging.INFO):
+        stop_toy(make_config(tmp_path, **changes), 2)
+    (aside,) = tmp_path.glob("finished-*")
+    assert read_files(aside) == before and words in caplog.text and str(aside) in caplog.text
+    run_toy(make_config(tmp_path, **changes))
+    assert read_files(aside) == before and (tmp_path / "model.pt").is_file()
+    assert list(tmp_path.glob("finished-*")) == [aside]
+
+
+def test_a_set_with_another_content_is_another_training(tmp_path):
+    @dataclasses.dataclass
+    class Config(LoopConfig):
+        meta_path: list[str] = dataclasses.field(default_factory=list)
+
+    given = dataclasses.asdict(make_config(tmp_path / "out", max_train_steps=1))
+    for name, text in (("a", "[]"), ("b", "[]"), ("c", "[ ]")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "meta.json").write_text(text)
+        run_toy(Config(**given, meta_path=[str(tmp_path / name)]))
+        assert len(list((tmp_path / "out").glob("finished-*"))) == (name == "c")
+
+
+def test_a_model_of_an_earlier_release_is_set_aside(tmp_path):
+    run_toy(make_config(tmp_path, max_train_steps=2))
+    model = (tmp_path / "model.pt").read_bytes()
+    (tmp_path / "training.json").unlink()
+    run_toy(make_config(tmp_path, max_train_steps=3))
+    (aside,) = tmp_path.glob("model.pt.*")
+    assert aside.read_bytes() == model
+    assert json.loads(next(tmp_path.glob("finished-*/train_metrics.json")).read_text())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_train_steps": -5},
+        {"train_batch_size": 0},
+        {"ema_decay": 1.5},
+        {"mixed_precision": "fp32"},
+        {"checkpointing_steps": -1},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_options_that_make_no_sense_are_named(tmp_path, changes):
+    ((name, value),) = changes.items()
+    with pytest.raises(ValueError, match=f"{name} is '?{value}'?: take "):
+        make_config(tmp_path, **changes)
 
 
 class Watched(Regression):

@@ -217,3 +217,17 @@ def test_a_notebook_runs_alone_on_built_in_data_or_what_the_one_before_wrote(nam
     assert meta.startswith(before)
     assert parameters["pretrained_model_name_or_path"].default == "builtin"
     assert parameters["hardware"].default == "cpu"
+
+
+@pytest.mark.parametrize("name", ["02_train_remover", "07_distill_lora"])
+def test_the_model_it_compares_with_is_the_one_that_is_trained(name):
+    """`more_options` may put another UNet or VAE in its place."""
+    notebook = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8"))
+    calls = [
+        ast.unparse(node)
+        for cell in select(notebook, "code")
+        for node in ast.walk(ast.parse(cell["source"]))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "sdxl.load_pipeline"
+    ]
+    own = [call for call in calls if "(pretrained_model_name_or_path" in call]
+    assert own and all("**parts" in call for call in own)

@@ -94,8 +94,9 @@ def test_what_is_automatic_is_none_until_someone_decides(tmp_path):
     assert read("--checkpointing auto", Options).checkpointing is None
     assert read(f"--config {path}", Options) == Options(checkpointing=True, limit=3)
     assert read(f"--config {path} --checkpointing auto --limit 4", Options) == Options(limit=4)
-    path = write(tmp_path, "checkpointing: null\nlimit: null\n")
-    assert read(f"--config {path}", Options) == Options()
+    for word in ("null", "auto"):
+        path = write(tmp_path, f"checkpointing: {word}\nlimit: null\n")
+        assert read(f"--config {path}", Options) == Options()
 
 
 @pytest.mark.parametrize(
@@ -148,6 +149,8 @@ def test_a_switch_is_turned_off_in_each_spelling():
         ("checkpointing: 1", r"checkpointing: expected bool \| None"),
         ("- rank", "expected a table"),
         ("rank: [", "not valid YAML"),
+        ("rank: 2\nlimit: 3\nrank: 4", 'not valid YAML: "rank" stands here twice'),
+        ("random_flip: auto", "random_flip: expected bool"),
         ("hub_token: x", "unknown option"),
         ("stages: {}", "unknown option stages"),
         ("upstream_options: true", "unknown option"),

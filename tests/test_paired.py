@@ -468,6 +468,13 @@ def test_patterns_that_fit_nothing_are_named_with_what_is_there(scenes, patterns
         ({"gt": "gt/{name}"}, r"gt must end in \.\* or \.png"),
         ({"mask": "masks/{name}_{origin}.png"}, "fields must not be called origin"),
         ({"source": 3}, "source must be a text"),
+        ({"mask": "masks/{name}_{score}.png"}, "fields must not be called score"),
+        ({"mask": "masks/{name}_{accepted_by}.png"}, "fields must not be called accepted_by"),
+        ({"group": "{scene.x}"}, "group has a field that is not scene or name"),
+        ({"group": "scene"}, "group has no field in braces"),
+        ({"gt": SCENES["source"]}, "two patterns are the same"),
+        ({"mask": "{Scene}/masks/{name}.png"}, "upper and lower case alone: Scene, scene"),
+        ({"mask": "masks/{number}.png", "gt": ""}, "mask has none of the source's fields"),
     ],
 )
 def test_patterns_that_mean_nothing_are_refused(change, words):

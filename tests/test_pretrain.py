@@ -108,6 +108,12 @@ def test_an_unknown_stage_is_refused(words):
         pretrain.main(words)
 
 
+def test_help_is_no_error(capsys):
+    for word in ("-h", "--help"):
+        pretrain.main([word])
+        assert capsys.readouterr().out.startswith("usage: python -m rorem_lib.pretrain")
+
+
 def test_the_command_line_runs_a_stage(tmp_path):
     pretrain.main(
         [

@@ -90,8 +90,22 @@ def test_a_model_that_does_not_say_its_size_works_at_512(tiny_model, tmp_path, c
     path.write_text(json.dumps(config | {"sample_size": 32}))
     with caplog.at_level("INFO", logger="rorem_lib"):
         silent = sdxl.load_pipeline(str(folder))
-    assert "512 px" in caplog.text and str(folder) in caplog.text
-    assert get_latent_sides(silent) == {(128, 128)}
+        assert get_latent_sides(silent, resolution=64) == {(16, 16)}
+        assert not caplog.text, "a size that is given needs no other"
+        assert get_latent_sides(silent) == {(128, 128)}
+        assert sdxl.get_resolution(silent) == 512
+    assert caplog.text.count("512 px") == 1 and str(folder) in caplog.text
+
+
+@pytest.mark.parametrize("said", ["abc", [64], {}, True, -64, 1e12, 64.0, 0])
+def test_a_size_that_cannot_be_is_not_taken(pipe, monkeypatch, caplog, said):
+    monkeypatch.setattr(
+        pipe.unet, "_internal_dict", {**pipe.unet.config, sdxl.TRAINED_RESOLUTION: said}
+    )
+    monkeypatch.setattr(pipe, "told_resolution", False, raising=False)
+    with caplog.at_level("INFO", logger="rorem_lib"):
+        assert sdxl.get_resolution(pipe) == 512
+    assert pipe.origin in caplog.text and repr(said) in caplog.text
 
 
 def test_other_programs_take_the_note_of_the_size_without_a_word(tiny_model, caplog):
@@ -198,6 +212,14 @@ def test_a_thin_mask_does_not_get_lost_in_a_smaller_picture():
     assert (thin[10, 6:39] == 255).all() and set(np.unique(thin)) == {0, 255}
 
 
+def test_an_image_longer_than_photographs_are_is_made_smaller():
+    image, mask = draw_picture(3, 2000)
+    small, _ = inpainting._fit(image, mask + 255, 64, 8)
+    assert small.shape == (8, 512, 3)
+    small, _ = inpainting._fit(*draw_picture(100, 800), 64, 8)
+    assert small.shape == (64, 512, 3)
+
+
 @pytest.mark.parametrize(
     "steps, guidance, calls, pictures", [(20, 1.0, 20, 1), (4, 1.0, 4, 1), (3, 3.0, 3, 2)]
 )
@@ -241,6 +263,10 @@ def test_mismatched_inputs_are_named(pipe):
         remove_objects(pipe, [image, image], [mask, mask[:, :30]])
     with pytest.raises(ValueError, match="resolution is -64 px"):
         remove_objects(pipe, [image], [mask], resolution=-64)
+    with pytest.raises(ValueError, match="num_inference_steps is 0: take 1 or more"):
+        remove_objects(pipe, [image], [mask], num_inference_steps=0)
+    with pytest.raises(ValueError, match="mixed_precision is 'BF16': take one of auto, no"):
+        remove_objects(pipe, [image], [mask], mixed_precision="BF16")
     assert remove_objects(pipe, [], []) == []
 
 
@@ -336,6 +362,50 @@ def test_candidates_are_drawn_at_the_resolution_asked_for(config, monkeypatch):
     config.count, config.resolution = 1, 32
     generate_candidates(config)
     assert seen == [32]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"count": -1},
+        {"start": -2},
+        {"resolution": -64},
+        {"seeds_per_image": 0},
+        {"num_inference_steps": 0},
+        {"batch_size": 0},
+        {"dilate": []},
+        {"mixed_precision": "fp32"},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_options_that_make_no_sense_are_named(changes):
+    ((name, value),) = changes.items()
+    with pytest.raises(ValueError, match=f"^{name} is .*take "):
+        GenerateConfig(**changes)
+
+
+def test_moved_models_and_more_images_go_on_where_it_was(config, tmp_path, monkeypatch):
+    seen, remove = [], removal.remove_objects
+
+    def note(pipe, images, *given, **options):
+        seen.extend(options["numbers"])
+        return remove(pipe, images, *given, **options)
+
+    monkeypatch.setattr(removal, "remove_objects", note)
+    config.start, config.count = 2, 1
+    generate_candidates(config)
+    moved = shutil.copytree(config.pretrained_model_name_or_path, tmp_path / "moved")
+    config.pretrained_model_name_or_path, config.start, config.count = str(moved), 1, 3
+    generate_candidates(config)
+    assert sorted(read_results(config)) == ["scene-1", "scene-2", "scene-3"]
+    assert seen == [2, 1, 3] and not list(Path(config.output_dir).glob("candidates.*"))
+    scheduler = moved / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(scheduler.read_text() + " ")
+    generate_candidates(config)  # the weights are the same, what is made with them may not be
+    assert seen[3:] == [1, 2, 3] and len(list(Path(config.output_dir).glob("candidates.*"))) == 1
+    config.count = 1
+    generate_candidates(config)
+    assert sorted(read_results(config)) == ["scene-1"], "a set has what was asked for"
 
 
 def test_what_other_settings_made_is_set_aside_not_deleted(config):

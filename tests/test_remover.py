@@ -83,6 +83,7 @@ def test_stock_diffusers_opens_the_remover_and_runs_it(config, tiny_set, tmp_pat
     assert trained.unet.config.sample_size * trained.vae_scale_factor == 32
     card = (tmp_path / "out" / "remover" / "README.md").read_text()
     assert "resolution: 32" in card and "32 px" in card and "10 triplets" in card
+    assert "license: openrail++" in card
 
 
 def test_all_of_the_unet_is_trained_and_nothing_else(config, tiny_model, tmp_path):
@@ -456,7 +457,7 @@ def test_wide_and_tall_pictures_are_trained_in_shapes_of_their_own(config, tmp_p
     "change, complaint",
     [
         ({"resolution": 30}, "30 px does not suit this model: take a multiple of"),
-        ({"resolution": 0}, "0 px does not suit this model: take a multiple of"),
+        ({"resolution": 0}, "resolution is 0: take 8 or more"),
         ({"resize_mode": "stretch"}, "resize_mode is 'stretch': take crop or squash"),
         ({"trainable_modules": ["attn7"]}, "no module's name ends so"),
         ({"high_resolution_share": 1.5}, "high_resolution_share is 1.5"),

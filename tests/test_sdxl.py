@@ -14,11 +14,13 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from hub_server import HubServer
+from huggingface_hub import metadata_load
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 
 from rorem_lib.data.remote import talk_to_hub
 from rorem_lib.models import sdxl
+from rorem_lib.models.hub import write_card
 from rorem_lib.pretrain import UNET
 
 
@@ -419,3 +421,16 @@ def test_a_models_folder_counts_from_the_repository_where_there_is_none(tiny_mod
     assert sdxl.resolve_model("LetsThink/RORem") == "LetsThink/RORem"
     with pytest.raises(FileNotFoundError, match="runs/nothing"):
         sdxl.resolve_model("runs/nothing")
+
+
+def test_a_trained_models_card_keeps_the_licence_of_what_it_was_trained_from(tmp_path):
+    given = {"title": "Remover", "resolution": 64, "text": "Trained."}
+    bases = {
+        "first": ("builtin", "cc0-1.0"),
+        "second": (str(tmp_path / "first"), "cc0-1.0"),
+        "silent": (str(tmp_path), "openrail++"),
+        "hub": (sdxl.BASE_MODEL, "openrail++"),
+    }
+    for name, (base, licence) in bases.items():
+        write_card(tmp_path / name, base_model=base, **given)
+        assert metadata_load(tmp_path / name / "README.md")["license"] == licence

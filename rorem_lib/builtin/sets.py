@@ -9,9 +9,9 @@
     <folder>/hidden/<set>/{truth,object,shadow}/<id>.png
 
 The hidden truth of the last three is for the simulated annotator and the evaluation alone, and is
-reached only through `read_truth`; a mark in `hidden/` makes the triplet reader refuse its files. A
-scene is a function of (role, seed, index) and every set has roles of its own, so no scene is in
-two sets.
+reached only through `read_truth`; marks in `hidden/` and in each folder of it make the triplet
+reader refuse its files. A scene is a function of (role, seed, index) and every set has roles of its
+own, so no scene is in two sets.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import numpy as np
 
 from rorem_lib.builtin import scenes
 from rorem_lib.data.pictures import TripletError, load_image, save_image
-from rorem_lib.data.triplets import HIDDEN_MARK
+from rorem_lib.data.triplets import HIDDEN_MARK, HIDDEN_PARTS, is_hidden
 from rorem_lib.data.writer import TripletWriter
 from rorem_lib.files import read_json, remove_folder, write_json, write_text
 from rorem_lib.workers import map_processes
@@ -44,7 +44,6 @@ ROLES = {
 }
 DEFAULT_SIZES = {"labelled": 600, "pool": 400, "high_resolution": 40, "test": 100}
 LICENSE = "CC0-1.0"
-PARTS = ("truth", "object", "shadow")
 _CHUNK = 100  # scenes between two reports of progress
 
 
@@ -99,10 +98,12 @@ def write_scene_sets(
     counts = {"labelled": labelled, "pool": pool, "high_resolution": high_resolution, "test": test}
     if min(*counts.values(), workers - 1) < 0:
         raise ValueError(f"sizes of sets are 0 or more, workers 1 or more: {counts}, {workers=}")
-    write_text(folder / "hidden" / HIDDEN_MARK, "Nothing in here is ever read as a triplet.\n")
     chunks = []
     for name, count in counts.items():
         _open_set(folder, name, count, seed)
+        for place in (Path(), Path(name)) if name != "labelled" else ():
+            mark = folder / "hidden" / place / HIDDEN_MARK
+            write_text(mark, "Nothing in here is ever read as a triplet.\n")
         with TripletWriter(folder / name, part="main") as writer:
             todo = [i for i in range(count) if _name(name, i) not in writer.done_ids]
         chunks += [(folder, name, seed, todo[i : i + _CHUNK]) for i in range(0, len(todo), _CHUNK)]
@@ -150,7 +151,7 @@ def _write_chunk(chunk: tuple[Path, str, int, list[int]]) -> int:
             scene = scenes.render_scene([seed, index], role=role)
             labelled = name == "labelled"
             if not labelled:  # before the record: what is in the set has its truth
-                for part in PARTS:
+                for part in HIDDEN_PARTS:
                     (hidden / part).mkdir(parents=True, exist_ok=True)
                     save_image(hidden / part / f"{scene_id}.png", getattr(scene, part))
             writer.add(
@@ -175,8 +176,9 @@ def _write_chunk(chunk: tuple[Path, str, int, list[int]]) -> int:
 def hidden_of(meta_path: str | Path) -> Path | None:
     """The folder of hidden truth that belongs to a set's `meta.json`, None if it has none.
 
-    It lies beside a set of scenes. Candidates note in `settings.json` which sets they were drawn
-    from, and their truth is that of these scenes.
+    It lies beside a set of scenes, and is marked (or has the parts that those of earlier versions
+    have): a folder of that name that is not is somebody's own. Candidates note in `settings.json`
+    which sets they were drawn from, and their truth is that of these scenes.
     """
     folder = Path(meta_path).parent
     places = [folder]
@@ -184,7 +186,7 @@ def hidden_of(meta_path: str | Path) -> Path | None:
         drawn_from = read_json(folder / "settings.json").get("drawn_from", [])
         places += [Path(path).parent for path in drawn_from]
     hidden = (place.parent / "hidden" / place.name for place in places)
-    return next((place for place in hidden if place.is_dir()), None)
+    return next((place for place in hidden if place.is_dir() and is_hidden(place)), None)
 
 
 def read_truth(hidden_dir: str | Path, scene_id: str) -> Truth:
@@ -207,7 +209,7 @@ def read_truth(hidden_dir: str | Path, scene_id: str) -> Truth:
             "the folder hidden/<set> beside the set that holds this scene"
         )
     return Truth(
-        load_image(path), *(load_image(hidden / part / path.name, "L") for part in PARTS[1:])
+        load_image(path), *(load_image(hidden / part / path.name, "L") for part in HIDDEN_PARTS[1:])
     )
 
 

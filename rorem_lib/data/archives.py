@@ -219,6 +219,8 @@ def _unpack(path: Path, stream, folder: Path, max_bytes: int, max_members: int, 
             )
         try:
             extract()
+        except (FileExistsError, IsADirectoryError, NotADirectoryError):
+            raise ArchiveError(f"{refused} is a file in it and a folder too") from None
         except (NotImplementedError, RuntimeError) as error:  # a password, an unknown method
             raise ArchiveError(f"{refused} cannot be read ({error}): unpack it by hand") from None
         if progress:

@@ -17,6 +17,7 @@ from rorem_lib.data.pictures import AGAIN, TripletError, fit_triplet, load_image
 
 META = "meta.json"
 HIDDEN_MARK = ".hidden-truth"  # a file; what lies beside and below it is never read as a triplet
+HIDDEN_PARTS = ("truth", "object", "shadow")  # what `hidden/<set>` of the built-in scenes holds
 _OWN_KEYS = {"id", "source", "mask", "GT", "group"}
 
 
@@ -105,9 +106,14 @@ def _describe_fault(meta: Path, error: Exception) -> TripletError:
 
 
 def is_hidden(folder: str | Path) -> bool:
-    """Whether a folder, or one above it, carries the mark of hidden truth."""
+    """Whether a folder, or one above it, carries the mark of hidden truth, or is a scene set's
+    `hidden/<set>` of an earlier version, which had none."""
     folder = Path(os.path.realpath(folder))
-    return any((place / HIDDEN_MARK).exists() for place in (folder, *folder.parents))
+    return any(
+        (place / HIDDEN_MARK).exists()
+        or (place.parent.name == "hidden" and all((place / p).is_dir() for p in HIDDEN_PARTS))
+        for place in (folder, *folder.parents)
+    )
 
 
 class Locator:
@@ -129,7 +135,8 @@ class Locator:
         if self._is_hidden(parent):
             raise TripletError(
                 f"{where}: {value} lies in a hidden folder (there is a file {HIDDEN_MARK} in it or "
-                "above it): the built-in scenes' truth is never read as a triplet"
+                "above it, or it is hidden/<set> of built-in scenes): their truth is never read as "
+                "a triplet"
             )
         if os.path.isabs(value):
             if not self.allow_absolute:

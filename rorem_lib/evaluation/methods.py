@@ -80,6 +80,11 @@ class Method:
                     f'method "{self.name}": {field} is one of {", ".join(choices)}, '
                     f"not {getattr(self, field)!r}"
                 )
+        for field, least in (("resolution", 0), ("num_inference_steps", 1)):
+            if getattr(self, field) < least:
+                raise ValueError(
+                    f'method "{self.name}": {field} is {getattr(self, field)}: take {least} or more'
+                )
         if not self.slug:
             raise ValueError(f"a method's name has letters or digits, not {self.name!r}")
 

@@ -1,7 +1,8 @@
-"""Model files on the Hub: whether one is there."""
+"""Model files: whether one is there, what they contain, the card beside them."""
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from huggingface_hub import (
@@ -9,10 +10,11 @@ from huggingface_hub import (
     constants,
     errors,
     hf_hub_download,
+    metadata_load,
     try_to_load_from_cache,
 )
 
-from rorem_lib.files import write_text
+from rorem_lib.files import hash_file, resolve_path, write_text
 
 
 def has_file(
@@ -53,19 +55,37 @@ def lacks_file(error: BaseException, *, local_files_only: bool = False, **_) -> 
     return False
 
 
+def hash_model(model_id: str) -> str:
+    """SHA-256 of what decides what a model's folder computes; a Hub id as it is.
+
+    Weights of UNet and VAE, and all configs. The text encoders' 3 GB are left out: no training here
+    changes them.
+    """
+    folder, total = Path(model_id), hashlib.sha256()
+    if not folder.is_dir():
+        return str(model_id)
+    patterns = [
+        f"{part}*.{end}" for part in ("", "unet/", "vae/") for end in ("safetensors", "bin")
+    ]
+    for path in sorted({p for x in (*patterns, "*.json", "*/*.json") for p in folder.glob(x)}):
+        total.update(f"{path.relative_to(folder)}\0{hash_file(path)}\n".encode())
+    return total.hexdigest()
+
+
 def write_card(folder, *, title: str, base_model: str, resolution: int, text: str) -> None:
     """Write a trained model's `README.md`, the model card that the Hub shows.
 
     Args:
         folder: the model's.
         title: what the model is.
-        base_model: what it was trained from; named in the metadata where it is a Hub id.
+        base_model: what it was trained from; named in the metadata where it is a Hub id. A
+            folder's own card gives the licence, which its descendants keep.
         resolution: side of the images it was trained on, px: the size to use it at.
         text: how it was trained.
     """
     on_hub = base_model.count("/") == 1 and not Path(base_model).exists()
     data = ModelCardData(
-        license="cc0-1.0" if base_model == "builtin" else "openrail++",
+        license="cc0-1.0" if base_model == "builtin" else _read_licence(base_model) or "openrail++",
         library_name="diffusers",
         pipeline_tag="image-to-image",
         tags=["inpainting", "object-removal", "stable-diffusion-xl"],
@@ -77,3 +97,11 @@ def write_card(folder, *, title: str, base_model: str, resolution: int, text: st
 {text} Trained at {resolution} px: bring the image's short side to that size, as the kit does.
 """
     write_text(Path(folder) / "README.md", f"---\n{data.to_yaml()}\n---\n\n{body}")
+
+
+def _read_licence(base_model: str) -> str | None:
+    """What the card in a model's folder says; None where there is none."""
+    for folder in (Path(base_model), resolve_path(base_model)):
+        if (folder / "README.md").is_file():
+            return (metadata_load(folder / "README.md") or {}).get("license")
+    return None

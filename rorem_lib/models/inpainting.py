@@ -21,10 +21,17 @@ from rorem_lib.models import sdxl
 CLASSICAL = {"telea": cv2.INPAINT_TELEA, "ns": cv2.INPAINT_NS}
 
 
+MAX_ASPECT = 8  # wider or taller than photographs are: memory grows with the long side
+
+
 def _fit(image: np.ndarray, mask: np.ndarray, resolution: int, multiple: int):
-    """Shrink or enlarge an image so that its short side is near `resolution`, sides divisible."""
+    """Shrink or enlarge an image so that its short side is near `resolution`, sides divisible.
+
+    Of an image that is longer than `MAX_ASPECT` times its short side, the long side decides: the
+    model sees it smaller.
+    """
     height, width = image.shape[:2]
-    scale = resolution / min(height, width)
+    scale = resolution / max(min(height, width), max(height, width) / MAX_ASPECT)
     sides = [max(multiple, round(side * scale / multiple) * multiple) for side in (width, height)]
     if sides == [width, height]:
         return image, mask
@@ -81,7 +88,8 @@ def remove_objects(
         images: [H, W, 3] uint8, any sizes; equal sizes share a batch.
         object_masks: [H, W], white (>= 128) is removed.
         resolution: short side at which the model works, px: images are brought to it and back; 0
-            takes what the model was trained at (`sdxl.get_resolution`).
+            takes what the model was trained at (`sdxl.get_resolution`). The long side is at most
+            `MAX_ASPECT` times as long.
         num_inference_steps: denoising steps; each costs one UNet call (two with guidance).
         guidance_scale: classifier-free guidance; 1 is off (RORem removes without guidance).
         strength: share of the noise schedule that is run; 1 starts from pure noise.
@@ -97,11 +105,14 @@ def remove_objects(
         The removals, [H, W, 3] uint8, each of its source's size.
 
     Raises:
-        ValueError: lists of unequal length, a mask of another size than its image, or a negative
-            resolution.
+        ValueError: lists of unequal length, a mask of another size than its image, or an option
+            that makes no sense, by its name.
     """
     if len(images) != len(object_masks):
         raise ValueError(f"{len(images)} images but {len(object_masks)} masks")
+    for name, value in (("num_inference_steps", num_inference_steps), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}: take 1 or more")
     if resolution < 0:
         raise ValueError(f"resolution is {resolution} px: take 0 for what the model was trained at")
     numbers = list(range(len(images))) if numbers is None else list(numbers)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from diffusers import StableDiffusionXLInpaintPipeline
+from huggingface_hub import hf_hub_download
 from peft import LoraConfig, get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from rorem_lib.models import sdxl
 
@@ -44,15 +48,23 @@ def save_lora(unet, folder: Path) -> None:
     """Write a UNet's LoRA as `load_lora_weights` of stock diffusers reads it.
 
     In peft's own names. diffusers' older names exist for the attention layers alone, and its loader
-    silently drops one kind from a file that mixes both.
+    silently drops one kind from a file that mixes both. The size that the UNet was trained at goes
+    into the file's metadata, as it goes into a UNet's config.
     """
+    metadata = {"format": "pt"}
+    if size := unet.config.get(sdxl.TRAINED_RESOLUTION):
+        metadata[sdxl.TRAINED_RESOLUTION] = str(size)
     StableDiffusionXLInpaintPipeline.save_lora_weights(
-        folder, unet_lora_layers=get_peft_model_state_dict(unet)
+        folder,
+        unet_lora_layers=get_peft_model_state_dict(unet),
+        save_function=partial(save_file, metadata=metadata),
     )
 
 
 def load_lora(pipe, folder) -> None:
     """Merge a LoRA that `save_lora` wrote into a pipeline's UNet: it costs no time then.
+
+    The pipeline then works at the size that the LoRA was trained at, where the LoRA says it.
 
     Args:
         pipe: of `sdxl.load_pipeline`.
@@ -62,10 +74,16 @@ def load_lora(pipe, folder) -> None:
         OSError: there is no `LORA_FILE` in the folder.
     """
     # Named, since diffusers refuses to look for the file itself where the network is switched off.
+    found = sdxl.resolve_model(folder)
     with sdxl.silence_libraries():
-        pipe.load_lora_weights(sdxl.resolve_model(folder), weight_name=LORA_FILE)
+        pipe.load_lora_weights(found, weight_name=LORA_FILE)
         pipe.fuse_lora(components=["unet"])
         pipe.unload_lora_weights()
+    path = Path(found, LORA_FILE) if Path(found).is_dir() else hf_hub_download(found, LORA_FILE)
+    with safe_open(path, "pt") as file:
+        size = (file.metadata() or {}).get(sdxl.TRAINED_RESOLUTION, "")
+    if size.isdecimal():
+        sdxl.set_resolution(pipe, pipe.unet, int(size))
 
 
 def merge_lora(unet) -> None:

@@ -27,6 +27,8 @@ BASE_MODEL = "diffusers/stable-diffusion-xl-1.0-inpainting-0.1"  # upstream's st
 # A leading underscore keeps other programs from warning of a key that they do not know.
 TRAINED_RESOLUTION = "_trained_resolution"
 DEFAULT_RESOLUTION = 512  # RORem's (sec. 4.1), for models that do not say it
+_SANE_RESOLUTIONS = range(8, 8193)
+PRECISIONS = ("auto", "no", "bf16", "fp16")
 MODEL_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "scheduler")
 
 
@@ -202,12 +204,7 @@ def load_pipeline(
     for name in MODEL_PARTS[:-1]:
         getattr(pipe, name).requires_grad_(False).eval()
     pipe.set_progress_bar_config(disable=True)
-    if not pipe.unet.config.get(TRAINED_RESOLUTION):
-        logger.info(
-            "%s does not say at which size it was trained: it works at %d px, or at `resolution`",
-            unet or model_id,
-            DEFAULT_RESOLUTION,
-        )
+    pipe.origin = unet or model_id  # whose size `get_resolution` asks for
     return pipe.to(device)
 
 
@@ -218,7 +215,12 @@ def choose_precision(requested: str, device="cpu") -> str:
         requested: "auto", "no", "bf16" or "fp16"; all but "auto" are returned as they are.
         device: where the model runs. On CPUs bf16 pays where there are instructions for it (AMX,
             avx512_bf16: training is 1.3 times as fast); elsewhere it is slower than float32.
+
+    Raises:
+        ValueError: another word.
     """
+    if requested not in PRECISIONS:
+        raise ValueError(f"mixed_precision is {requested!r}: take one of {', '.join(PRECISIONS)}")
     if requested != "auto":
         return requested
     if torch.device(device).type == "cuda":
@@ -228,8 +230,22 @@ def choose_precision(requested: str, device="cpu") -> str:
 
 
 def get_resolution(pipe) -> int:
-    """Short side of the images at which a pipeline works, px: what it was trained at, or 512."""
-    return int(pipe.unet.config.get(TRAINED_RESOLUTION) or DEFAULT_RESOLUTION)
+    """Short side of the images at which a pipeline works, px: what it was trained at, or 512.
+
+    Where the model does not say it, or says what cannot be, that is logged, once a pipeline.
+    """
+    said = pipe.unet.config.get(TRAINED_RESOLUTION)
+    if type(said) is int and said in _SANE_RESOLUTIONS:
+        return said
+    if not getattr(pipe, "told_resolution", False):
+        pipe.told_resolution = True
+        logger.info(
+            "%s does not say at which size it was trained%s: it works at %d px, or at `resolution`",
+            getattr(pipe, "origin", pipe.unet.config.get("_name_or_path")),
+            "" if said is None else f" ({TRAINED_RESOLUTION} is {said!r})",
+            DEFAULT_RESOLUTION,
+        )
+    return DEFAULT_RESOLUTION
 
 
 def set_resolution(pipe, unet, resolution: int) -> None:

@@ -82,7 +82,7 @@ _FIELD = re.compile(r"\{([A-Za-z_]\w*)\}", re.ASCII)
 _RORD_SCENE = re.compile(r"I-\d+_[A-Z0-9]+_[TW]\d+(?=_F\d)")
 _KEYS_OF_RECORDS = frozenset(
     "id group origin license file sha256 width height source mask GT gt inpaint mask_area phash "
-    "change_inside change_outside".split()
+    "change_inside change_outside score accepted_by remover round seed dilate".split()
 )
 
 
@@ -280,6 +280,11 @@ class PairedSource(_Paired):
         fields, own = _FIELD.findall(self.source), _FIELD.findall(self.mask)
         if any((self.source, self.mask, self.gt)) and not (fields and self.mask):
             raise ValueError("give a source with a field, such as {name}, and a mask")
+        if fields and (self.source in (self.mask, self.gt) or self.mask == self.gt):
+            raise ValueError(
+                f"source, mask and gt are files of their own, two patterns are the same: "
+                f"{self.source!r}, {self.mask!r}, {self.gt!r}"
+            )
         for option in ("source", "mask", "gt"):
             pattern = getattr(self, option)
             if pattern and not pattern.lower().endswith((".*", *SUFFIXES)):
@@ -288,12 +293,24 @@ class PairedSource(_Paired):
         for option, known in known_fields.items():
             try:
                 getattr(self, option).format(**dict.fromkeys(known, ""))
-            except (LookupError, ValueError):
+            except (LookupError, ValueError, AttributeError):
                 raise ValueError(
                     f"{option} has a field that is not {' or '.join(dict.fromkeys(known))}: "
                     f"{getattr(self, option)!r}"
                 ) from None
-        if taken := _KEYS_OF_RECORDS.intersection(fields + own):
+        if self.group and not _FIELD.search(self.group):
+            raise ValueError(
+                f"group has no field in braces: {self.group!r} would be one group of all images"
+            )
+        every = sorted({*fields, *own})
+        if twins := [name for name in every if [f.lower() for f in every].count(name.lower()) > 1]:
+            raise ValueError(f"fields differ in upper and lower case alone: {', '.join(twins)}")
+        if own and not set(own) & set(fields):
+            raise ValueError(
+                f"mask has none of the source's fields ({', '.join(fields)}): each mask would go "
+                f"with each image: {self.mask!r}"
+            )
+        if taken := sorted(_KEYS_OF_RECORDS.intersection(every)):
             raise ValueError(f"fields must not be called {', '.join(taken)}: records have these")
 
     @property

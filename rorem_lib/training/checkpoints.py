@@ -59,7 +59,7 @@ FREE_FIELDS = {
     "enable_xformers_memory_efficient_attention",
 }
 # What they come to on this hardware is compared in their place.
-_HARDWARE_FIELDS = {"train_batch_size", "gradient_accumulation_steps", "mixed_precision"}
+HARDWARE_FIELDS = {"train_batch_size", "gradient_accumulation_steps", "mixed_precision"}
 _UNET = Path("unet", "diffusion_pytorch_model.safetensors")
 _RECORD = set("step config num_processes kind global_batch precision train_size files".split())
 
@@ -413,7 +413,7 @@ def _compare_settings(checkpoint: Path, record: dict, config, training: dict) ->
     changed = [
         f"{name} was {before[name]!r} and is {now.get(name)!r}"
         for name in before
-        if name not in FREE_FIELDS | _HARDWARE_FIELDS and before[name] != now.get(name)
+        if name not in FREE_FIELDS | HARDWARE_FIELDS and before[name] != now.get(name)
     ]
     words = {
         "global_batch": "the global batch (train_batch_size x gradient_accumulation_steps x "

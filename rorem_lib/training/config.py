@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
+from rorem_lib.models import sdxl
 from rorem_lib.parameters import coerce_value, option, suggest
 from rorem_lib.training import distributed
 from rorem_lib.training.memory import tune_cpu
@@ -88,8 +89,8 @@ class LoopConfig:
     checkpoints_total_limit: int = option(5, "how many checkpoints are kept; 0 keeps all")
     resume_from_checkpoint: str = option(
         "latest",
-        "latest, none, a checkpoint folder or its name in output_dir; one of your own making, "
-        "since parts of it are pickles",
+        "latest, none (which begins anew), a checkpoint folder or its name in output_dir; one of "
+        "your own making, since parts of it are pickles",
     )
     logging_steps: int = option(
         25, "steps between lines of metrics.jsonl; 0 writes the last step's alone"
@@ -104,6 +105,48 @@ class LoopConfig:
         "logs", "the tracker's folder below output_dir (trackio has one of its own)"
     )
     seed: int = option(4, "fixes initialisation, order, noise and flips")
+
+    def __post_init__(self):
+        if not (self.max_train_steps or self.num_train_epochs):
+            raise ValueError("max_train_steps and num_train_epochs are both 0: set one of them")
+        for name in (
+            "max_train_steps",
+            "num_train_epochs",
+            "lr_warmup_steps",
+            "checkpointing_steps",
+            "checkpoints_total_limit",
+            "logging_steps",
+            "dataloader_num_workers",
+        ):
+            check_at_least(self, name, 0)
+        for name in ("train_batch_size", "gradient_accumulation_steps"):
+            check_at_least(self, name, 1)
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay is {self.ema_decay}: take 0 (none) to below 1")
+        sdxl.choose_precision(self.mixed_precision)  # which refuses what it does not know
+
+
+def check_at_least(config, name: str, least: int) -> None:
+    """Refuse a config's number that is too small, before anything is loaded.
+
+    Raises:
+        ValueError: names the option.
+    """
+    if getattr(config, name) < least:
+        raise ValueError(f"{name} is {getattr(config, name)}: take {least} or more")
+
+
+class StrictLoader(yaml.SafeLoader):
+    """Refuses the same key twice: plain YAML would silently take the last."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f'"{key}" stands here twice', node.start_mark
+                )
+        return super().construct_mapping(node, deep)
 
 
 class _Parser(HfArgumentParser):
@@ -136,8 +179,8 @@ def parse_config(cls, arguments: list[str] | None = None):
     """A config dataclass from a command line: one `--option` a field, or `--config FILE.yaml`.
 
     Options on the command line win over the file. Lists take several words or none. Switches are
-    `--x`, `--no-x` or `--x True`; a `bool | None` that is left out, `null` in the file or
-    `--x auto` on the command line, is the automatic choice.
+    `--x`, `--no-x` or `--x True`; a `bool | None` that is left out, or `auto` (in the file also
+    `null`), is the automatic choice.
 
     Args:
         cls: the dataclass. With `upstream_options: ClassVar[bool] = True` it also takes the rest
@@ -146,8 +189,8 @@ def parse_config(cls, arguments: list[str] | None = None):
 
     Raises:
         SystemExit: an unknown, mistyped or refused option, named by argparse.
-        ValueError: the file is no YAML table, has a key that is no field of `cls`, or a value of
-            another type.
+        ValueError: the file is no YAML table, has a key twice or one that is no field of `cls`, or
+            a value of another type.
         FileNotFoundError: there is no such file.
     """
     upstream = getattr(cls, "upstream_options", False)
@@ -211,7 +254,7 @@ def _read_file(path, cls, ignored, refused) -> dict:
     `HfArgumentParser.parse_yaml_file` would take any type, `1e-4` as text, and name no neighbour.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), StrictLoader) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
@@ -227,6 +270,8 @@ def _read_file(path, cls, ignored, refused) -> dict:
             f"{suggest(unknown[0], fields)}"
         )
     for name in fields & values.keys():
+        if values[name] == "auto" and hints[name] == (bool | None):  # as in words
+            values[name] = None
         try:
             values[name] = coerce_value(values[name], hints[name])
         except TypeError as error:

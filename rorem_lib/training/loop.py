@@ -12,8 +12,11 @@ import contextlib
 import dataclasses
 import logging
 import math
+import os
 import shutil
+import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,9 +27,9 @@ from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader, Dataset
 
 from rorem_lib import files
-from rorem_lib.files import replace_folder, write_json
+from rorem_lib.files import set_aside
 from rorem_lib.models import sdxl
-from rorem_lib.training import checkpoints, distributed, tracking
+from rorem_lib.training import checkpoints, distributed, finished, tracking
 from rorem_lib.training.config import LoopConfig
 from rorem_lib.training.sampler import PositionSampler
 
@@ -93,6 +96,9 @@ class Objective:
 def train(objective: Objective, config: LoopConfig) -> dict:
     """Run the whole training; resume it when the output folder holds checkpoints.
 
+    Where this very training came to its end there before, it is not made again. Another one that
+    did is set aside first, see `training.finished`.
+
     Returns:
         `{"steps", "images", "seconds", "images_per_second", "loss", "num_processes", …}`, also
         written to `<output_dir>/train_metrics.json` after the model is saved.
@@ -123,8 +129,15 @@ def train(objective: Objective, config: LoopConfig) -> dict:
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     if accelerator.device.type == "cuda":
         torch.backends.cuda.matmul.fp32_precision = "tf32" if config.allow_tf32 else "ieee"
+    version = getattr(sys.modules[type(objective).__module__], "VERSION", None)
+    record, metrics = distributed.ask_main(
+        partial(finished.open_folder, accelerator, config, version)
+    )
+    if metrics is not None:
+        _end(accelerator)
+        return metrics
     try:
-        return _Training(objective, config, accelerator).run()
+        return _Training(objective, config, accelerator, record).run()
     except (RuntimeError, MemoryError) as error:
         if objective.recomputes:  # no advice to do so
             config = dataclasses.replace(config, gradient_checkpointing=True)
@@ -157,8 +170,8 @@ def make_optimizer(config: LoopConfig, parameters, batch: int = 1) -> torch.opti
 class _Training:
     """One run: what `train` builds, steps through and saves."""
 
-    def __init__(self, objective, config, accelerator):
-        self.objective, self.accelerator = objective, accelerator
+    def __init__(self, objective, config, accelerator, record):
+        self.objective, self.accelerator, self.record = objective, accelerator, record
         set_seed(config.seed)
         objective.accelerator = accelerator
         model = objective.build_model()
@@ -247,13 +260,7 @@ class _Training:
             self._pause_at(norm)
         accelerator.wait_for_everyone()
         metrics = self._finish(line, time.time() - started)
-        accelerator.wait_for_everyone()
-        if accelerator.num_processes > 1:
-            # Gloo's thread may still need Python's lock to drop the last barrier. Freed before it
-            # had it, the process group waits for the thread, holding that lock: for ever.
-            # A pause makes that unlikely, not impossible.
-            time.sleep(0.2)
-        accelerator.end_training()
+        _end(accelerator)
         return metrics
 
     def _make_room(self, batch) -> None:
@@ -391,22 +398,35 @@ class _Training:
                 objective.save_model(model, tmp_path)
                 files.flush_folder(tmp_path)
         if accelerator.is_main_process:
-            for part in tmp_path.iterdir():
-                replace_folder(part, self.folder / part.name)
+            parts = [part.name for part in sorted(tmp_path.iterdir())]
+            for name in parts:
+                place = self.folder / name
+                if place.exists():  # of a release that noted no settings, or of this run, killed
+                    logger.info("%s was there before: it is now %s", place, set_aside(place))
+                os.replace(tmp_path / name, place)
             tmp_path.rmdir()
             files.flush(self.folder)
             metrics |= objective.metrics
             if note := getattr(self.config, "comments", ""):
                 metrics["comments"] = note
-            write_json(self.folder / "train_metrics.json", metrics)
+            finished.note(self.folder, self.record, metrics, parts)
             checkpoints.finish_checkpoints(self.config)
         return metrics
 
 
+def _end(accelerator) -> None:
+    """Take leave of the other processes and of the trackers."""
+    accelerator.wait_for_everyone()
+    if accelerator.num_processes > 1:
+        # Gloo's thread may still need Python's lock to drop the last barrier. Freed before it
+        # had it, the process group waits for the thread, holding that lock: for ever.
+        # A pause makes that unlikely, not impossible.
+        time.sleep(0.2)
+    accelerator.end_training()
+
+
 def _count_steps(config, objective):
     """The config with `max_train_steps` for its epochs."""
-    if not config.num_train_epochs:
-        raise ValueError("max_train_steps and num_train_epochs are both 0: set one of them")
     size = objective.metrics.get("train_size")
     if size is None:
         raise ValueError("these samples have no end, hence no epochs: set max_train_steps")
