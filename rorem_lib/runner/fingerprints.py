@@ -56,8 +56,8 @@ FREE = frozenset(
 
 # What a run writes about itself at the top of a stage's folder; no later stage reads it.
 RECORDS = frozenset(
-    "notebook.ipynb stage.json stage.started.json DONE metrics.json train_metrics.json training.json "
-    "config.yaml metrics.jsonl figures labels logs validation_images".split()
+    "notebook.ipynb stage.json stage.started.json DONE metrics.json train_metrics.json "
+    "training.json config.yaml metrics.jsonl figures labels logs validation_images".split()
 )
 NOTES = frozenset({"settings.json", "scenes.json"})  # how a set was made, beside its meta.json
 _PARTS = {  # of a stage's inputs, as people say it
@@ -209,9 +209,7 @@ def list_files(
 
 def is_record(name: str) -> bool:
     """Whether a file or folder at the top of a stage's folder is a run's record of itself."""
-    return (
-        name in RECORDS or name.startswith(("checkpoint-", "finished-")) or name.endswith(".log")
-    )
+    return name in RECORDS or name.startswith(("checkpoint-", "finished-")) or name.endswith(".log")
 
 
 def measure_content(path: Path, *, top: bool = False) -> dict:
