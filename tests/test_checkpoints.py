@@ -203,7 +203,7 @@ def test_other_settings_are_refused_unless_the_checkpoint_is_named(whole, tmp_pa
     (tmp_path / "checkpoint-4").symlink_to(whole / "checkpoint-4")
     with pytest.raises(ValueError, match=r"the global batch .* was 4 and is 8"):
         run(make_run(tmp_path, train_batch_size=8))
-    with pytest.raises(ValueError, match=r"learning_rate was 0.001 and is 0.1"):
+    with pytest.raises(ValueError, match=r"learning_rate.*0.001.*0.1"):
         run(make_run(tmp_path, learning_rate=0.1))
     free = {"logging_steps": 7, "logging_dir": "x", "report_to": "none", "max_train_steps": 4}
     assert run(make_run(tmp_path, **free))["first"] == 4
@@ -211,7 +211,7 @@ def test_other_settings_are_refused_unless_the_checkpoint_is_named(whole, tmp_pa
     with caplog.at_level(logging.WARNING):
         assert run(make_run(tmp_path / "b", train_batch_size=8, **named))["first"] == 4
     assert "was 4 and is 8): it goes on all the same; learning rate and" in caplog.text
-    with pytest.raises(ValueError, match="ema_decay was 0.9 and is 0.0.*cannot begin or end"):
+    with pytest.raises(ValueError, match="ema_decay.*0.9.*0.0"):
         run(make_run(tmp_path / "c", ema_decay=0.0, **named))
 
 
@@ -318,7 +318,7 @@ def test_names_by_which_a_checkpoint_is_found(whole, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="checkpoint-5 is not a complete checkpoint"):
         checkpoints.find_checkpoint(replace(config, resume_from_checkpoint="checkpoint-5"))
     for folder in (whole / "unet", whole):  # a UNet, and a folder with one in it
-        with pytest.raises(ValueError, match=f"start from it by --pretrained_unet {folder}"):
+        with pytest.raises(ValueError, match=f"--pretrained_unet {folder}"):
             checkpoints.find_checkpoint(replace(config, resume_from_checkpoint=str(folder)))
 
 

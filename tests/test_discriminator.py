@@ -165,7 +165,7 @@ def test_one_kind_of_label_is_a_clear_error(config, scored, tmp_path):
                 if triplet.extra["score"] == kind:
                     writer.add_triplet(triplet)
         config.meta_path = [str(tmp_path / f"only-{kind}")]
-        with pytest.raises(ValueError, match=f"of 5 labelled ones {number} are accepted"):
+        with pytest.raises(ValueError, match=f"5 labelled.*{number}"):
             train_discriminator(config)
 
 

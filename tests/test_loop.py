@@ -112,7 +112,7 @@ def test_epochs_are_counted_where_no_steps_are_given(tmp_path):
     assert loop.train(objective, config)["steps"] == 8  # 30 samples in batches of 4
     with pytest.raises(ValueError, match="both 0: set one of them"):
         run_toy(make_config(tmp_path / "b", max_train_steps=0))
-    with pytest.raises(ValueError, match="have no end, hence no epochs: set max_train_steps"):
+    with pytest.raises(ValueError, match="max_train_steps"):
         run_toy(make_config(tmp_path / "c", max_train_steps=0, num_train_epochs=1))
 
 
@@ -422,7 +422,7 @@ def test_where_every_checkpoint_is_torn_nothing_of_them_is_in_the_model(tmp_path
 def test_other_settings_do_not_creep_into_a_stopped_run(tmp_path):
     stop_toy(make_config(tmp_path), 5)
     changed = make_config(tmp_path, learning_rate=1e-3)
-    with pytest.raises(ValueError, match="learning_rate was 0.01 and is 0.001"):
+    with pytest.raises(ValueError, match="learning_rate.*0.01.*0.001"):
         run_toy(changed)
     longer = make_config(tmp_path, max_train_steps=12, logging_steps=2)
     _, objective = run_toy(longer)
@@ -587,7 +587,7 @@ def test_a_line_that_finds_no_room_is_missed_and_nothing_else(tmp_path, caplog, 
 @pytest.mark.parametrize("logging_steps", [1, 5])
 def test_a_loss_that_is_no_number_stops_before_it_is_kept(tmp_path, logging_steps):
     config = make_config(tmp_path, logging_steps=logging_steps)
-    with pytest.raises(FloatingPointError, match="nan at step .*lower learning_rate"):
+    with pytest.raises(FloatingPointError, match="learning_rate"):
         run_toy(config, nan_at=5)
     (checkpoint,) = checkpoints.list_checkpoints(tmp_path)
     assert checkpoint.name == "checkpoint-3"

@@ -182,7 +182,7 @@ def test_rows_in_order_read_each_row_group_once(released):
 def test_a_pool_without_gt_only_when_asked_for(released):
     source = OberSource(str(released), subset="OBER-Wild")
     (item,) = source.list_items()
-    with pytest.raises(Rejected, match="row 1 of row group 0 has no GT.*require_gt") as error:
+    with pytest.raises(Rejected, match="1.*0.*GT.*require_gt") as error:
         source.load_item(item)
     assert error.value.reason == "no GT" and source.gives_gt
     pool = OberSource(str(released), subset="OBER-Wild", require_gt=False)
@@ -193,7 +193,7 @@ def test_a_pool_without_gt_only_when_asked_for(released):
 
 
 def test_an_unknown_subset_is_refused_with_those_there_are(released):
-    with pytest.raises(SourceError, match="no subset 'OBER': take one of OBER-Cap, OBER-Sim, OB"):
+    with pytest.raises(SourceError, match="'OBER':.*OBER-Cap, OBER-Sim, OB"):
         list(OberSource(str(released), subset="OBER").list_items())
 
 
@@ -233,7 +233,7 @@ def test_pictures_in_bytes_are_converted_as_files_are(tmp_path):
     assert "test-00000-of-00001.parquet" in str(error.value) and error.value.file is None
     with pytest.raises(TripletError, match="row 0 of row group 1, input is no image"):
         source.load_item(text)
-    with pytest.raises(Rejected, match="row 1 of row group 1: the column object_mask is empty"):
+    with pytest.raises(Rejected, match="1.*1:.*object_mask"):
         source.load_item(lacking)
 
 
@@ -241,10 +241,10 @@ def test_damaged_and_foreign_files_are_named_before_the_run(released):
     path = released / "data" / "train-00001-of-00002.parquet"
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
-    with pytest.raises(SourceError, match="train-00001-of-00002.parquet is no Parquet file"):
+    with pytest.raises(SourceError, match="train-00001-of-00002.parquet"):
         next(iter(OberSource(str(released)).list_items()))
     datasets.Dataset.from_dict({"image": ["x"], "gt": ["y"]}).to_parquet(path)
-    with pytest.raises(SourceError, match="no columns input and object_mask and object_effect_ma"):
+    with pytest.raises(SourceError, match="object_mask.*object_effect_ma"):
         next(iter(OberSource(str(released)).list_items()))
 
 
@@ -253,7 +253,7 @@ def test_a_file_that_is_damaged_later_rejects_its_items(released):
     item = list(source.list_items())[6]
     path = released / "data" / "train-00001-of-00002.parquet"
     path.write_bytes(b"PAR1" + bytes(500))
-    with pytest.raises(TripletError, match="train-00001-of-00002.parquet is no Parq") as error:
+    with pytest.raises(TripletError, match="train-00001-of-00002.parquet") as error:
         source.load_item(item)
     assert error.value.file == path
     path.unlink()
@@ -315,7 +315,7 @@ def test_a_folder_is_recognised_by_its_columns_or_names(released, older, tmp_pat
     )
     assert not OberSource.recognises(other)
     assert not OberSource.recognises(tmp_path / "nowhere")
-    with pytest.raises(SourceError, match="expected data/train.*it holds 0001, 0002, b"):
+    with pytest.raises(SourceError, match="data/train.*0001, 0002"):
         (older / "train" / "b").write_text("")
         for path in (older / "train").glob("*/input_*"):
             path.unlink()

@@ -174,7 +174,7 @@ def test_the_val_sets_are_for_testing_and_rord_frames_are_grouped_by_scene(tmp_p
 def test_a_damaged_list_of_results_is_named(tmp_path):
     _make_smarteraser(tmp_path, "train", ["a.png"])
     (tmp_path / "train" / "result.json").write_text('{"a.png": ["Dog", [1, 2')
-    with pytest.raises(SourceError, match="result.json is no JSON .*download it again"):
+    with pytest.raises(SourceError, match="result.json.*JSON"):
         list(SmartEraserSource(str(tmp_path)).list_items())
 
 
@@ -189,7 +189,7 @@ def test_corne_has_masks_of_the_object_and_with_its_effect(corne):
     assert (first.extra, other.extra) == ({"mask_kind": "object"}, {"mask_kind": "with_effect"})
     assert np.array_equal(other.gt.array, _picture(12))
     assert {item.split for item in CorneSource(str(corne)).list_items()} == {"train"}
-    with pytest.raises(ValueError, match="mask must be object or effect, not 'both'"):
+    with pytest.raises(ValueError, match="'both'"):
         CorneSource(str(corne), mask="both")
 
 
@@ -198,7 +198,7 @@ def test_an_object_without_an_effect_has_no_mask_of_its_own(corne):
     source = CorneSource(str(corne))
     first, second, _ = source.list_items()
     assert np.array_equal(source.load_item(first).mask.array, _mask(1))
-    with pytest.raises(Rejected, match="mask_sam/000001.png is missing") as error:
+    with pytest.raises(Rejected, match="mask_sam/000001.png") as error:
         source.load_item(second)
     assert error.value.reason == "missing file"
 
@@ -243,7 +243,7 @@ def test_lists_that_are_not_aligned_are_refused(corne):
         bg=["bg/000000.png"],
         mask_sam=["mask_sam/000000.png", "mask_sam/000001.png"],
     )
-    with pytest.raises(SourceError, match="shot_list.txt has 2 lines.*bg_list.txt has 1 lines"):
+    with pytest.raises(SourceError, match="shot_list.txt.*2.*bg_list.txt.*1 lines"):
         list(CorneSource(str(corne)).list_items())
 
 
@@ -275,7 +275,7 @@ def test_missing_and_broken_files_reject_an_item_not_the_run(bench):
     (bench / "gt" / "照片 2.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     source = RemovalBenchSource(str(bench))
     first, second = source.list_items()
-    with pytest.raises(Rejected, match="masks/0001.png is missing.*download it again"):
+    with pytest.raises(Rejected, match="masks/0001.png"):
         source.load_item(first)
     with pytest.raises(TripletError, match="照片 2.png"):
         source.load_item(second)
@@ -430,7 +430,7 @@ def test_a_suffix_in_a_pattern_is_binding(tmp_path):
     upper = PairedSource(str(tmp_path), "{name}.png", "n/{name}.png")
     (found,) = _load(upper).values()
     assert np.array_equal(found.mask.array, _mask(5))
-    with pytest.raises(Rejected, match=r"m/b\.jpg is missing: download it again"):
+    with pytest.raises(Rejected, match=r"m/b\.jpg"):
         PairedSource(str(tmp_path), "{name}.png", "m/{name}.jpg").load_item(item)
 
 

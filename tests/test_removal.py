@@ -263,9 +263,9 @@ def test_mismatched_inputs_are_named(pipe):
         remove_objects(pipe, [image, image], [mask, mask[:, :30]])
     with pytest.raises(ValueError, match="resolution is -64 px"):
         remove_objects(pipe, [image], [mask], resolution=-64)
-    with pytest.raises(ValueError, match="num_inference_steps is 0: take 1 or more"):
+    with pytest.raises(ValueError, match="num_inference_steps.*0:.*1"):
         remove_objects(pipe, [image], [mask], num_inference_steps=0)
-    with pytest.raises(ValueError, match="mixed_precision is 'BF16': take one of auto, no"):
+    with pytest.raises(ValueError, match="mixed_precision.*'BF16'"):
         remove_objects(pipe, [image], [mask], mixed_precision="BF16")
     assert remove_objects(pipe, [], []) == []
 

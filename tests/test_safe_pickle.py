@@ -309,7 +309,7 @@ def test_a_small_pickle_takes_no_large_memory(tmp_path, data):
 def test_damaged_files_are_named(tmp_path, change):
     path = _write(tmp_path, pickle.dumps(VALUE))
     path.write_bytes(change(path.read_bytes()))
-    with pytest.raises(TripletError, match=r"附 件\.p\.zl is .*(delete it|damaged)") as caught:
+    with pytest.raises(TripletError, match=r"附 件\.p\.zl") as caught:
         load_compressed_pickle(path, LIMIT)
     assert caught.value.file == path
 

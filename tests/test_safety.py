@@ -160,9 +160,9 @@ def test_without_a_network_the_missing_model_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(
         OSError,
-        match="checker CompVis/stable-diffusion-safety-checker is in no "
+        match="CompVis/stable-diffusion-safety-checker"
         "folder, .*run once with a network",
     ):
         SafetyChecker(device="cpu")
-    with pytest.raises(OSError, match=f"the safety checker {tmp_path} "):
+    with pytest.raises(OSError, match=f"{tmp_path}"):
         SafetyChecker(str(tmp_path), device="cpu")

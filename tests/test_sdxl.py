@@ -393,7 +393,7 @@ def test_local_files_only_asks_nobody(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with pytest.raises(
         FileNotFoundError,
-        match="o/never@main is no folder .*cache .*the Hub cannot be reached or was not",
+        match="o/never@main",
     ):
         sdxl.load_pipeline("o/never", local_files_only=True)
 

@@ -23,7 +23,7 @@ def test_a_relative_path_counts_from_the_repository_where_there_is_none(tiny_set
 
 
 def test_a_notebook_that_has_not_run_yet_is_named():
-    with pytest.raises(TripletError, match="run notebooks/03_nothing.ipynb first"):
+    with pytest.raises(TripletError, match="notebooks/03_nothing.ipynb"):
         sets.resolve("runs/alone/03_nothing/candidates")
     with pytest.raises(TripletError, match="take one of builtin:labelled"):
         sets.resolve("builtin:candidates")

@@ -108,7 +108,7 @@ def test_a_loss_that_is_no_number_ends_the_training_without_a_line(accelerator, 
     tracker = make_tracker(accelerator, tmp_path)
     add(tracker, 1.0)
     add(tracker, math.nan)
-    with pytest.raises(FloatingPointError, match="loss is nan at step 7: lower learning_rate"):
+    with pytest.raises(FloatingPointError, match="7:.*learning_rate"):
         tracker.write(7, None, 0.1)
     assert not (tmp_path / "metrics.jsonl").exists()
 

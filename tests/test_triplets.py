@@ -215,7 +215,7 @@ def test_missing_sets_are_named_with_what_is_near(made, tmp_path):
 
 def test_a_damaged_meta_file_is_named(made):
     _write_meta(made, '[{"source": "a.png", \n "mask"')
-    with pytest.raises(TripletError, match="meta.json is neither JSON nor JSON lines .line 2"):
+    with pytest.raises(TripletError, match="meta.json.*JSON.*JSON.*2"):
         read_triplets(made)
 
 

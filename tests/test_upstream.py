@@ -176,7 +176,7 @@ def test_metas_are_chosen_by_file_or_set(tmp_path):
     _write_set(tmp_path / "RORD", ["0", "1"], meta="one_frame.json")
     items = _list(tmp_path, metas=["HR", "RORD/one_frame.json"])
     assert [i.id for i in items] == ["HR-0", "RORD-0", "RORD-1"]
-    with pytest.raises(SourceError, match="there is no .*gone/meta.json: metas are relative to"):
+    with pytest.raises(SourceError, match="gone/meta.json"):
         _list(tmp_path, metas=["HR", "gone/meta.json"])
 
 
@@ -273,19 +273,19 @@ def test_a_pool_has_no_gt_and_says_so(tmp_path):
 
 def test_a_damaged_meta_file_is_named(tmp_path):
     _write_set(tmp_path, ["a"], text="version https://git-lfs.github.com/spec/v1\noid 12")
-    with pytest.raises(SourceError, match="meta.json is neither JSON nor JSON lines"):
+    with pytest.raises(SourceError, match="meta.json.*JSON.*JSON"):
         _list(tmp_path)
     cut = json.dumps([_record("a")] * 50)[:-40]
     _write_set(tmp_path, ["a"], text=cut)
     items = UpstreamSource(str(tmp_path)).list_items()
     assert next(items).id == "a"
-    with pytest.raises(SourceError, match="meta.json is neither JSON nor JSON lines"):
+    with pytest.raises(SourceError, match="meta.json.*JSON.*JSON"):
         list(items)
 
 
 def test_a_folder_without_a_set_is_refused_with_what_is_there(tmp_path):
     (tmp_path / "RORem.tar.gz").write_bytes(b"x")
-    with pytest.raises(SourceError, match="expected meta.json .*unpacked.*it holds RORem.tar.gz"):
+    with pytest.raises(SourceError, match="meta.json.*RORem.tar.gz"):
         _list(tmp_path)
     with pytest.raises(SourceError, match="is no folder"):
         _list(tmp_path / "gone")

@@ -308,7 +308,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_anybody_answers(
         raise OSError(30, os.strerror(30))
 
     monkeypatch.setattr(user_study, "write_json", refuse)
-    with pytest.raises(LabelError, match=r"trials\.json cannot be written .Read-only file system"):
+    with pytest.raises(LabelError, match=r"trials\.json"):
         open_study(tmp_path / "study", make_trials(removals, "success"), triplets, "anna")
 
 
