@@ -23,8 +23,9 @@ import psutil
 
 IMPORTS = [
     "accelerate",
-    "peft",
+    "datasets",
     "diffusers",
+    "peft",
     "rorem_lib.discriminator",
     "rorem_lib.distill",
     "rorem_lib.removal",
@@ -62,13 +63,20 @@ def read_launcher_environment(config_file: Path) -> dict[str, str]:
     return {k: v for k, v in given.items() if k.startswith(("ACCELERATE_", "FSDP_"))}
 
 
-def _begin(environment, log, target, arguments):
+def run_rorem(words: list[str]) -> None:
+    """`rorem WORDS`."""
+    sys.exit(importlib.import_module("rorem_lib.runner.cli").main(words))
+
+
+def _begin(environment, log, errors, cwd, target, arguments):
     multiprocessing.set_start_method(None, force=True)  # workers start as in a user's job
     os.environ.update(environment)
-    if log is not None:
-        with open(log, "a") as stream:
-            os.dup2(stream.fileno(), 1)
-            os.dup2(stream.fileno(), 2)
+    for path, number in ((log, 1), (errors or log, 2)):
+        if path is not None:
+            with open(path, "a") as stream:
+                os.dup2(stream.fileno(), number)
+    if cwd is not None:
+        os.chdir(cwd)
     try:
         target(*arguments)
     except Exception:
@@ -85,10 +93,21 @@ class Job:
         target: a function of a module, and its arguments.
         processes: how many; with more than one each has RANK, WORLD_SIZE, ...
         log: file to which standard output and error are added.
-        environment: more variables.
+        errors: another one for standard error.
+        environment: more variables; those that a library reads when it is imported do nothing.
+        cwd: the folder it runs in.
     """
 
-    def __init__(self, target, *arguments, processes=1, log=None, environment=None):
+    def __init__(
+        self,
+        target,
+        *arguments,
+        processes=1,
+        log=None,
+        errors=None,
+        environment=None,
+        cwd=None,
+    ):
         common = COMMON | (environment or {})
         if processes > 1:
             with socket.socket() as free:
@@ -103,7 +122,9 @@ class Job:
         self.log, self.processes = log and Path(log), []
         for rank in range(processes):
             ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
-            process = context.Process(target=_begin, args=(common | ranks, log, target, arguments))
+            process = context.Process(
+                target=_begin, args=(common | ranks, log, errors, cwd, target, arguments)
+            )
             process.start()
             self.processes.append(process)
 

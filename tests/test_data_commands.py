@@ -5,10 +5,13 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from forked import Job, run_rorem
 from hub_server import HubServer
 
 from rorem_lib.data.assembly import assemble_sets
@@ -48,16 +51,25 @@ def _write_set(folder, names, seed=0, **extra):
 
 
 def _run(*words, cwd=None, **environment):
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    kept |= {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "rorem_lib.runner.cli", "data", *map(str, words)],
-        cwd=cwd,
-        text=True,
-        capture_output=True,
-        timeout=60,
-        env=kept | environment,
-    )
+    """`rorem data WORDS` to its end; in a fresh process where there is an environment to read."""
+    words = ["data", *map(str, words)]
+    if environment:
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+        kept |= {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(
+            [sys.executable, "-m", "rorem_lib.runner.cli", *words],
+            cwd=cwd,
+            text=True,
+            capture_output=True,
+            timeout=60,
+            env=kept | environment,
+        )
+    else:
+        with tempfile.TemporaryDirectory() as place:
+            out, errors = Path(place, "out"), Path(place, "errors")
+            job = Job(run_rorem, words, log=out, errors=errors, cwd=cwd)
+            code = job.wait(60)
+            done = subprocess.CompletedProcess(words, code, out.read_text(), errors.read_text())
     assert "Traceback" not in done.stderr + done.stdout, done.stderr
     return done
 

@@ -158,11 +158,7 @@ def test_other_settings_ask_again_and_without_a_checker_nothing_is_unsafe(checke
 
 def test_without_a_network_the_missing_model_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(
-        OSError,
-        match="CompVis/stable-diffusion-safety-checker"
-        "folder, .*run once with a network",
-    ):
+    with pytest.raises(OSError, match="CompVis/stable-diffusion-safety-checker"):
         SafetyChecker(device="cpu")
     with pytest.raises(OSError, match=f"{tmp_path}"):
         SafetyChecker(str(tmp_path), device="cpu")

@@ -25,7 +25,7 @@ STAGES = (
 )
 
 
-def run(*arguments, timeout=800):
+def run(*arguments, timeout=1500):
     command = [sys.executable, "-m", "rorem_lib.runner.cli", *map(str, arguments)]
     return subprocess.run(
         command,
