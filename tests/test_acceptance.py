@@ -33,6 +33,7 @@ def test_calibration_makes_probabilities_true(method):
     assert np.corrcoef(probabilities, calibration.apply(scores))[0, 1] > 0.98
 
 
+@pytest.mark.slow
 def test_platt_finds_the_line():
     scores, labels = make_scores(20_000, sharpness=2)
     calibration, _ = acceptance.calibrate_scores(scores, labels)

@@ -512,6 +512,7 @@ def test_empty_queue_says_so(tmp_path, triplets):
     assert progress["place"] is None and progress["wanted"] == 0 and progress["upcoming"] == []
 
 
+@pytest.mark.slow
 def test_labels_import_no_widgets():
     command = "import sys, rorem_lib.labels.votes; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)

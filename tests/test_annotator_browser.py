@@ -20,6 +20,8 @@ from rorem_lib.data.triplets import read_triplets
 from rorem_lib.data.writer import TripletWriter
 from rorem_lib.labels.keys import KEYS
 
+pytestmark = pytest.mark.slow
+
 playwright_api = pytest.importorskip("playwright.sync_api")
 
 

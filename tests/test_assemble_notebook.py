@@ -23,6 +23,8 @@ from rorem_lib.data.writer import TripletWriter
 from rorem_lib.files import ROOT, hash_file
 from rorem_lib.sources.registry import CLASSES, open_source
 
+pytestmark = pytest.mark.slow
+
 NOTEBOOK = ROOT / "notebooks" / "01_assemble_dataset.ipynb"
 NAMED = {"corne", "high_resolution", "mulan_decomposed", "parquet", "rord_raw"}  # the rest: auto
 APART = {"composites", "omnieraser"}  # have tests of their own

@@ -359,6 +359,7 @@ def _start(raw, out):
     )
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_gives_the_undisturbed_result(tmp_path):
     raw = tmp_path / "raw"
     records = _write_raw(raw, [f"{n:03d}" for n in range(400)])

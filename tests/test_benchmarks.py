@@ -82,6 +82,8 @@ def make_case(name, **changes):
     return replace(case, steps=1, batch=2, options=case.options | {"resolution": 64} | changes)
 
 
+@pytest.mark.slow
+@pytest.mark.benchmark
 def test_every_row_trains_the_built_in_model(tiny_result):
     rows = tiny_result["rows"]
     for name, checkpointing in ROWS.items():
@@ -99,6 +101,8 @@ def test_every_row_trains_the_built_in_model(tiny_result):
     assert all(speed > 0 for speed in tiny_result["encoding"].values())
 
 
+@pytest.mark.slow
+@pytest.mark.benchmark
 def test_what_is_not_installed_is_skipped_and_said(tiny_result):
     for table, name, package in (
         ("rows", "xformers", "xformers"),
@@ -111,6 +115,8 @@ def test_what_is_not_installed_is_skipped_and_said(tiny_result):
             assert row == {"skipped": f"{package} is not installed"}
 
 
+@pytest.mark.slow
+@pytest.mark.benchmark
 def test_memory_is_of_all_weights_and_of_a_lora(tiny_result):
     memory = tiny_result["memory"]
     assert set(memory) == {"adamw", "adamw_8bit", "lora_64"}
@@ -125,6 +131,8 @@ def test_the_whole_model_is_refused_on_a_cpu(capsys):
     assert "add --tiny" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+@pytest.mark.benchmark
 def test_the_configs_are_those_of_sdxl_inpainting(monkeypatch):
     random_training.check_architecture()
     monkeypatch.setattr(random_training, "UNET", random_training.UNET | {"in_channels": 4})
@@ -132,6 +140,8 @@ def test_the_configs_are_those_of_sdxl_inpainting(monkeypatch):
         random_training.check_architecture()
 
 
+@pytest.mark.slow
+@pytest.mark.benchmark
 def test_a_full_size_row_trains_with_sdxl_s_kind_of_vae_and_prompt(small_sdxl, monkeypatch):
     optimizers = []
 
@@ -179,6 +189,8 @@ def test_upstream_samples_both_latents_and_ours_takes_the_mode(small_sdxl):
     assert torch.equal(found["upstream"]["mask"], found["uncached"]["mask"])
 
 
+@pytest.mark.slow
+@pytest.mark.benchmark
 def test_each_row_projects_the_prompt_as_it_says(small_sdxl, tmp_path):
     for name, shared in (("own_prompts", False), ("no_checkpointing", True)):
         case = make_case(name)
@@ -300,6 +312,8 @@ def test_an_error_that_is_none_of_memory_ends_the_search():
     assert found == {"largest_batch": 0, "error": "ValueError: no"} and calls == [8]
 
 
+@pytest.mark.slow
+@pytest.mark.benchmark
 def test_a_process_that_dies_is_a_row_that_says_so():  # a fresh one, as with CUDA
     assert bench_gpu.run_apart(os._exit, 9) == {"error": "the process ended with 9"}
 

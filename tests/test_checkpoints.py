@@ -173,6 +173,7 @@ def assert_near(one, other, start, share=0.05):
     assert apart < share * moved, f"moved {moved}, apart {apart}"
 
 
+@pytest.mark.slow
 def test_two_processes_checkpoint_opens_on_one_and_the_other_way(pair, whole, tmp_path, caplog):
     pair, _ = pair
     assert list_files(pair / "two" / "checkpoint-4") == [
@@ -358,6 +359,7 @@ def killed(tmp_path_factory):
     return {place: folder for place, (folder, _) in jobs.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 def test_killed_in_a_checkpoint_it_goes_on_bit_for_bit(whole, killed, place):
     folder = killed[place]
@@ -384,6 +386,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(whole, tmp_path, size):
     assert_same(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_a_process_whose_disk_is_full_stops_both(pair):
     folder, job = pair
     assert [process.exitcode for process in job.processes] == [1, 1]

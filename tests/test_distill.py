@@ -98,6 +98,7 @@ def test_stock_diffusers_opens_it_and_it_changes_the_removal(
     assert np.abs(results[1] - results[2]).max() <= 2  # merged or not, it is the same LoRA
 
 
+@pytest.mark.slow
 def test_the_loaded_lora_predicts_what_the_trained_student_predicted(
     config, tiny_model, tmp_path, monkeypatch
 ):
@@ -230,6 +231,7 @@ def test_huber_is_below_the_square_for_large_errors(objective):
     assert objective.compute_loss(objective.model, batch)[0] < 0.5 * square
 
 
+@pytest.mark.slow
 def test_a_stopped_training_goes_on_bit_for_bit(config, tmp_path, monkeypatch):
     train_lora(config)
     config.output_dir = str(tmp_path / "stopped")

@@ -17,6 +17,8 @@ from rorem_lib.data import archives
 from rorem_lib.data.items import SourceError
 from rorem_lib.data.remote import open_remote, talk_to_hub
 
+pytestmark = pytest.mark.slow
+
 BIG = np.random.default_rng(1).bytes(34_000_000)  # the client resumes at multiples of 10 MiB
 
 

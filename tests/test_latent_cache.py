@@ -221,6 +221,7 @@ def test_a_second_opening_calls_no_vae(vae, triplets, tmp_path):
     assert_equal(first, again)
 
 
+@pytest.mark.slow
 def test_whatever_latents_depend_on_names_other_files(vae, triplets, tmp_path):
     def list_files(of=triplets, size=(32, 32), **changes):
         return frozenset(

@@ -14,6 +14,8 @@ from fake_kit import Kit, kill, wait_until
 from rorem_lib.runner import launch
 from rorem_lib.runner.launch import HARDWARE, build_command, build_environment, get_hardware
 
+pytestmark = pytest.mark.slow
+
 START = """
 import json, logging, sys
 logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")

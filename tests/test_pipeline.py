@@ -738,6 +738,7 @@ def test_a_stage_is_accepted(trained):
     assert "nothing of the stage" in kit.call("accept", "small", "other", code=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("answer", "code"), [("yes", 0), ("no", 2), ("", 2), ("y", 2)])
 def test_somebody_in_a_terminal_is_asked(trained, answer, code):
     before = trained.hash_all()
@@ -814,6 +815,7 @@ def leave_half_done(kit, worked: float) -> None:
     (kit.run_dir / "train" / "checkpoint.txt").write_text("2")
 
 
+@pytest.mark.slow
 def test_half_done_work_is_kept(finished):
     kit = finished
     leave_half_done(kit, DAY)
@@ -1004,6 +1006,7 @@ def test_what_people_said_is_not_deleted(finished):
 # ---- runs
 
 
+@pytest.mark.slow
 def test_notebooks_are_executed_in_kernels(real_kit):
     kit = real_kit
     kit.write_recipe(
@@ -1066,6 +1069,7 @@ def test_only_one_stage(kit):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("trouble", "words"),
     [
@@ -1147,6 +1151,7 @@ def test_what_people_said_is_carried_wherever_they_are_asked(kit, asked):
     assert kit.states() == {"judge": "done"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_killed_runner_leaves_nothing_and_loses_nothing(real_kit, number):
     kit = real_kit

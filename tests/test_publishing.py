@@ -498,6 +498,7 @@ def _describe(meta):
     return rows
 
 
+@pytest.mark.slow
 def test_upload_over_a_broken_connection_then_load_dataset_gives_the_same(
     hub, sets, published, tmp_path
 ):
@@ -525,6 +526,7 @@ def test_upload_over_a_broken_connection_then_load_dataset_gives_the_same(
     assert not hub.select("PUT", "") and not hub.select("POST", "/commit/")
 
 
+@pytest.mark.slow
 def test_a_killed_upload_goes_on_and_stale_shards_are_deleted(hub, published, sets, tmp_path):
     shards = _hash_shards(published)
     broken = shards[sorted(shards)[1]]

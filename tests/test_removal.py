@@ -82,6 +82,7 @@ def test_the_size_is_what_was_trained_not_what_sample_size_says(tiny_model, tmp_
     assert get_latent_sides(again) == {(24, 24)}
 
 
+@pytest.mark.slow
 def test_a_model_that_does_not_say_its_size_works_at_512(tiny_model, tmp_path, caplog):
     folder = shutil.copytree(tiny_model, tmp_path / "silent")
     path = folder / "unet" / "config.json"
@@ -117,6 +118,7 @@ def test_other_programs_take_the_note_of_the_size_without_a_word(tiny_model, cap
     assert stock.unet.config.sample_size * stock.vae_scale_factor == 64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision, vae", [("fp16", torch.float32), ("bf16", torch.bfloat16)])
 def test_lower_precision_is_the_unets_and_in_fp16_not_the_vaes(pipe, monkeypatch, precision, vae):
     """SDXL's VAE overflows in fp16; latents stay float32 between the steps."""
@@ -497,6 +499,7 @@ def test_pools_need_no_ground_truth(config, tiny_set, tmp_path):
     assert generate_candidates(config)["n_removals"] == 2
 
 
+@pytest.mark.slow
 def test_two_processes_make_what_one_makes(config):
     generate_candidates(config)
     alone = read_results(config)

@@ -99,6 +99,7 @@ def test_all_of_the_unet_is_trained_and_nothing_else(config, tiny_model, tmp_pat
         assert all(torch.equal(old[n], new[n]) for n in old), part
 
 
+@pytest.mark.slow
 def test_it_learns_its_own_triplets(config, tmp_path):
     config.max_train_steps = 25
     train_remover(config)
@@ -108,6 +109,7 @@ def test_it_learns_its_own_triplets(config, tmp_path):
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
 
 
+@pytest.mark.slow
 def test_adam_in_8_bits_trains_and_goes_on_where_it_stopped(config, tmp_path, monkeypatch):
     pytest.importorskip("bitsandbytes")
     # else the checkpoint of a finished training holds its UNet alone
@@ -202,6 +204,7 @@ def test_only_the_first_samples_are_taken_where_a_number_is_given(config, tiny_s
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["crop", "squash"])
 def test_training_without_the_cache_equals_training_from_it(config, tmp_path, mode):
     config.resize_mode, config.mask_variants, config.max_train_steps = mode, 1, 6
@@ -363,6 +366,7 @@ def test_high_resolution_comes_in_whole_steps_at_its_share(config, tiny_set):
     assert train_remover(config)["train_size"] == 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("option", "device", "kind", "wanted"),
     [
@@ -401,6 +405,7 @@ class ShortObjective(RemoverObjective):
         return loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True])
 def test_checkpointing_that_memory_asks_for_changes_no_weight(
     config, tmp_path, monkeypatch, compiled
@@ -477,6 +482,7 @@ def test_trainable_modules_leave_the_rest_as_it_is(config, tiny_model, tmp_path)
     assert changed and all("attn2.to_q" in n for n in changed)
 
 
+@pytest.mark.slow
 def test_a_lora_is_trained_alone_and_merged_into_what_is_written(config, tiny_model, tmp_path):
     config.lora_rank = 2
     metrics = train_remover(config)

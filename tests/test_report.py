@@ -264,6 +264,7 @@ def test_page_says_what_a_reader_must_know(finished):
     assert "A &lt;small&gt; run." in page
 
 
+@pytest.mark.slow
 def test_what_people_say_has_a_section_where_they_were_asked(finished, tmp_path):
     assert "What people say" not in finished[0].read_text()
     write_run(tmp_path)

@@ -28,6 +28,8 @@ from rorem_lib.remover import RemoverConfig, train_remover
 from rorem_lib.training import checkpoints, latent_cache
 from rorem_lib.training.memory import tune_cpu
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, GLOBAL_BATCH = 8, 8
 UNET = "diffusion_pytorch_model.safetensors"

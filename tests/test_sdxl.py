@@ -316,6 +316,7 @@ OPEN = """
 """
 
 
+@pytest.mark.slow
 def test_models_open_from_the_hub_and_then_without_it(hub, tiny_model, pipe, tmp_path):
     base = {"base_model": str(tiny_model)}
     calls = [
@@ -398,6 +399,7 @@ def test_local_files_only_asks_nobody(tmp_path, monkeypatch):
         sdxl.load_pipeline("o/never", local_files_only=True)
 
 
+@pytest.mark.slow
 def test_a_broken_transfer_is_no_missing_variant(tiny_model, tmp_path):
     weights = (tiny_model / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
     with HubServer().run() as hub:

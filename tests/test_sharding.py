@@ -16,6 +16,8 @@ from sharded_job import make_unet
 from rorem_lib.runner.launch import HARDWARE
 from rorem_lib.training import distributed, loop
 
+pytestmark = pytest.mark.slow
+
 FILES = {"DDP": "many_gpus", "FSDP2": "fsdp2", "ZeRO-2": "deepspeed_zero2"}
 
 

@@ -8,7 +8,11 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from rorem_lib.files import ROOT
+
+pytestmark = pytest.mark.slow
 
 STAGES = (
     "assemble",

@@ -197,6 +197,7 @@ def test_xformers_that_cannot_run_is_refused_with_the_mend(unet, monkeypatch, in
         set_attention(unet, xformers=True)
 
 
+@pytest.mark.slow
 @torch.compiler.config.patch(recompile_limit=2)
 def test_compiled_blocks_train_the_same_at_more_sizes_than_dynamo_allows(unet):
     compiled = copy.deepcopy(unet)
@@ -250,6 +251,7 @@ def test_flops_are_those_of_the_products_counted_layer_by_layer(unet):
     assert counted == sum(total)
 
 
+@pytest.mark.slow
 def test_flops_of_sdxl_inpainting_are_the_known_ones(full_size):
     assert sum(p.numel() for p in full_size.parameters()) == 2_567_478_084
     assert count_flops(full_size, 64, 64) == pytest.approx(1.589e12, rel=1e-3)
@@ -312,6 +314,7 @@ def test_checkpointing_changes_no_gradient(unet):
     assert_same(without, differentiate(unet))
 
 
+@pytest.mark.slow
 def test_the_cpu_is_tuned_without_another_rounding():
     """In a process of its own: the settings are the process's."""
     code = """
@@ -331,6 +334,7 @@ assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
 
 
+@pytest.mark.slow
 def test_the_cpu_is_left_alone_where_products_would_be_rounded():
     code = """
 import torch

@@ -95,6 +95,7 @@ def rewrite_notebook(path) -> None:
     path.write_text(json.dumps(notebook))
 
 
+@pytest.mark.slow
 def test_words_make_nothing_stale(kit):
     """Comments, docstrings and messages in every module; prose, comments, names in notebooks."""
     modules = sorted(kit.library.rglob("*.py"))
@@ -112,6 +113,7 @@ def test_words_make_nothing_stale(kit):
         assert run(kit, name) == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_job_that_changed_makes_its_stages_stale_and_what_reads_other_results(kit, recipe):
     trainings = list_stages(recipe, "02")
@@ -129,6 +131,7 @@ def test_a_job_that_changed_makes_its_stages_stale_and_what_reads_other_results(
     assert list_stale(kit, recipe) == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("job", "notebook", "there"),
     [

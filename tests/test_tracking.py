@@ -229,6 +229,7 @@ def write_lines(folder):
     accelerator.end_training()
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_line_that_one_writes(accelerator, tmp_path):
     two = tmp_path / "two"
     two.mkdir()

@@ -105,6 +105,7 @@ def test_a_worker_uses_one_core():
     assert set(map_processes(_count_threads, range(4), workers=2)) == {1}
 
 
+@pytest.mark.slow
 def test_workers_end_with_their_parent(tmp_path):
     script = tmp_path / "parent.py"
     script.write_text(
