@@ -23,14 +23,14 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 LONGEST = (
     "test_smoke.py",
     "test_resume.py",
-    "test_sharding.py",
-    "test_benchmarks.py",
     "test_annotator_browser.py",
-    "test_sdxl.py",
-    "test_removal.py",
+    "test_sharding.py",
     "test_pipeline.py",
-    "test_assembly.py",
-    "test_checkpoints.py",
+    "test_sdxl.py",
+    "test_assemble_notebook.py",
+    "test_remover.py",
+    "test_stale.py",
+    "test_data_commands.py",
 )
 
 

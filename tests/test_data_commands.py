@@ -68,7 +68,7 @@ def _run(*words, cwd=None, **environment):
         with tempfile.TemporaryDirectory() as place:
             out, errors = Path(place, "out"), Path(place, "errors")
             job = Job(run_rorem, words, log=out, errors=errors, cwd=cwd)
-            code = job.wait(60)
+            code = job.wait()
             done = subprocess.CompletedProcess(words, code, out.read_text(), errors.read_text())
     assert "Traceback" not in done.stderr + done.stdout, done.stderr
     return done
