@@ -23,6 +23,8 @@ from rorem_lib.files import ROOT
 from rorem_lib.runner import cli
 from rorem_lib.sources.upstream import UpstreamSource
 
+pytestmark = pytest.mark.slow
+
 SIZE = 32
 
 
@@ -194,7 +196,6 @@ def test_a_terminal_is_told_how_far_it_is(tmp_path, monkeypatch, capsys):
     assert "triplets" in told and told.endswith("\r")  # and the line is gone at the end
 
 
-@pytest.mark.slow
 def test_an_interruption_ends_with_130(tmp_path):
     folder = _write_set(tmp_path / "set", ["a"])
     (folder / "source/a.png").unlink()
@@ -377,7 +378,6 @@ def test_the_licence_must_be_known_and_the_default_folder_is_beside_the_set(tmp_
     assert check_set(folder) == []
 
 
-@pytest.mark.slow
 def test_without_a_hub_an_upload_says_so_and_keeps_the_shards(assembled, tmp_path):
     words = [
         "publish",
@@ -399,7 +399,6 @@ def test_without_a_hub_an_upload_says_so_and_keeps_the_shards(assembled, tmp_pat
     assert len(list((tmp_path / "out/data").glob("*.parquet"))) == 2
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("public", [False, True], ids=["private", "public"])
 def test_uploads_are_private_unless_public_is_said(assembled, tmp_path, public):
     with HubServer().run() as hub:

@@ -321,6 +321,7 @@ def test_without_a_name_it_is_asked_for(tmp_path, triplets, removals):
     assert widget.settings["annotator"] == "anna" and len(widget.settings["panes"]) == 3
 
 
+@pytest.mark.slow
 def test_the_evaluation_notebook_reads_the_answers_and_waits_for_nobody(tmp_path):
     stage = tmp_path / "stage"
     methods = [{"name": "Telea", "kind": "telea"}, {"name": "Navier-Stokes", "kind": "ns"}]
