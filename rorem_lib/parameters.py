@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from rorem_lib.files import ROOT, read_json
@@ -34,6 +35,19 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\Z")
 _TYPES = {kind.__name__: kind for kind in (bool, int, float, str, list, dict, object)} | {
     name: getattr(typing, name) for name in ("Any", "Dict", "List", "Literal", "Optional", "Union")
 }
+
+
+class StrictLoader(yaml.SafeLoader):
+    """Refuses the same key twice: plain YAML would silently take the last."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1 and key != "<<":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f'"{key}" stands here twice', node.start_mark
+                )
+        return super().construct_mapping(node, deep)
 
 
 def option(default, help: str):

@@ -29,6 +29,7 @@ import yaml
 from rorem_lib.files import ROOT
 from rorem_lib.parameters import (
     CONFIGS,
+    StrictLoader,
     coerce_value,
     read_defaults,
     read_parameters,
@@ -81,19 +82,6 @@ class Recipe:
     seed: int | None
     stages: tuple[StageRow, ...]
     path: Path
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses the same key twice: plain YAML would drop the first of two stages silently."""
-
-    def construct_mapping(self, node, deep=False):
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1 and key != "<<":
-                raise yaml.constructor.ConstructorError(
-                    None, None, f'"{key}" stands here twice', node.start_mark
-                )
-        return super().construct_mapping(node, deep)
 
 
 def get_recipe(name_or_path) -> Path:
@@ -164,7 +152,7 @@ def read_recipe(
     """
     path = get_recipe(name_or_path)
     try:
-        table = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        table = yaml.load(path.read_text(encoding="utf-8"), StrictLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(path, [f"not valid YAML: {error}"]) from error
     if not isinstance(table, dict) or not isinstance(table.get("stages"), dict):

@@ -15,7 +15,7 @@ import yaml
 from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
 from rorem_lib.models import sdxl
-from rorem_lib.parameters import coerce_value, option, suggest
+from rorem_lib.parameters import StrictLoader, coerce_value, option, suggest
 from rorem_lib.training import distributed
 from rorem_lib.training.memory import tune_cpu
 
@@ -134,19 +134,6 @@ def check_at_least(config, name: str, least: int) -> None:
     """
     if getattr(config, name) < least:
         raise ValueError(f"{name} is {getattr(config, name)}: take {least} or more")
-
-
-class StrictLoader(yaml.SafeLoader):
-    """Refuses the same key twice: plain YAML would silently take the last."""
-
-    def construct_mapping(self, node, deep=False):
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f'"{key}" stands here twice', node.start_mark
-                )
-        return super().construct_mapping(node, deep)
 
 
 class _Parser(HfArgumentParser):
