@@ -295,7 +295,7 @@ function render({ model, el }) {
     if (own < done) parts.push(`${own} yours`);
     if (accepted + rejected) parts.push(`${Math.round((100 * accepted) / (accepted + rejected))} % accepted`);
     if (skipped) parts.push(`${skipped} skipped`);
-    if (rate) parts.push(`${Math.round(rate)} a minute`);
+    if (rate) parts.push(`${Math.round(rate)} per minute`);
     if (left && state.place !== null) parts.push(left < 90 ? `${Math.round(left)} s left` : `${Math.round(left / 60)} min left`);
     if (agreement) parts.push(`agreement α ${agreement.alpha?.toFixed(2) ?? "–"} on ${agreement.n} shared`);
     figures.textContent = [...parts, annotator].join("  ·  ");
