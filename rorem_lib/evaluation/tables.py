@@ -156,7 +156,7 @@ def make_method_table(methods: Sequence[Mapping], source: Mapping | None = None)
                 "PSNR background (dB)": format_number(m.get("psnr_background")),
                 "SSIM hole": format_number(m.get("ssim_hole"), 3),
                 **({"LPIPS hole": format_number(m.get("lpips_hole"), 4)} if lpips else {}),
-                "s an image": format_number(m.get("seconds_per_image"), 4),
+                "s per image": format_number(m.get("seconds_per_image"), 4),
                 "UNet calls": format_number(m.get("unet_calls"), 0),
             }
             for m in [*rows, *methods]
