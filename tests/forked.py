@@ -2,7 +2,7 @@
 
 A process of its own imports for five to nine seconds before it does anything. These are forks of
 one process that has imported everything and done nothing else (multiprocessing's fork server).
-What a user's launcher does is tested with the real launcher, once for each job.
+accelerate's own launcher starts a training in test_resume, and fake jobs in test_launch.
 """
 
 import contextlib
@@ -47,7 +47,10 @@ def run_job(module: str, words: list[str]) -> None:
 @functools.cache
 def read_launcher_environment(config_file: Path) -> dict[str, str]:
     """What accelerate's launcher, given a hardware file, tells the processes it starts."""
-    show = "import json, os; print('ENVIRONMENT', json.dumps(dict(os.environ)))"
+    # less than a pipe takes at once, so that the two lines do not mix
+    show = """import json, os
+given = {k: v for k, v in os.environ.items() if k.startswith(("ACCELERATE_", "FSDP_"))}
+print("ENVIRONMENT " + json.dumps(given))"""
     done = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config_file)]
         + ["--num_processes", "2", "--main_process_port", "0"]
@@ -59,8 +62,7 @@ def read_launcher_environment(config_file: Path) -> dict[str, str]:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     (line, _) = [x for x in done.stdout.splitlines() if x.startswith("ENVIRONMENT ")]
-    given = json.loads(line.removeprefix("ENVIRONMENT "))
-    return {k: v for k, v in given.items() if k.startswith(("ACCELERATE_", "FSDP_"))}
+    return json.loads(line.removeprefix("ENVIRONMENT "))
 
 
 def run_rorem(words: list[str]) -> None:
