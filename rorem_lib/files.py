@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -52,6 +53,7 @@ def write_text(path, text: str | Iterable[str]) -> Path:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(tmp_path, path)
+        flush(path.parent)
     except OSError as error:
         raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
     finally:
@@ -60,8 +62,16 @@ def write_text(path, text: str | Iterable[str]) -> Path:
 
 
 def write_json(path, value) -> Path:
-    """Write `value` as indented JSON, atomically (see `write_text`)."""
-    return write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    """Write `value` as indented JSON, atomically (see `write_text`).
+
+    Raises:
+        ValueError: it holds NaN or infinity, which JSON has no word for (`clean_metrics`).
+    """
+    try:
+        text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"{path} is not written: {error}") from error
+    return write_text(path, text + "\n")
 
 
 def replace_folder(tmp_path, path) -> Path:
@@ -84,6 +94,11 @@ def set_aside(path) -> Path:
     target = next(path.with_name(name) for name in names if not path.with_name(name).exists())
     os.rename(path, target)
     return target
+
+
+def is_filled(path: Path) -> bool:
+    """Whether something lies at a path: a file, a link, or a folder with anything in it."""
+    return any(path.iterdir()) if path.is_dir() else os.path.lexists(path)
 
 
 def remove_folder(path) -> None:
@@ -112,9 +127,24 @@ def read_json(path):
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist") from None
     try:
-        return json.loads(text)
+        return parse_json(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON (line {error.lineno}: {error.msg})") from error
+
+
+def parse_json(text: str | bytes):
+    """`json.loads`, without the NaN and the infinities that Python alone reads and writes.
+
+    Raises:
+        json.JSONDecodeError: it is no JSON.
+    """
+
+    def refuse(name):
+        found = text.decode() if isinstance(text, bytes) else text
+        place = re.search(rf"(?<![\w\"])-?{name.lstrip('-')}(?![\w\"])", found)
+        raise json.JSONDecodeError(f"{name} is no JSON", found, place.start() if place else 0)
+
+    return json.loads(text, parse_constant=refuse)
 
 
 def hash_file(path) -> str:
@@ -135,6 +165,10 @@ def flush(path: Path) -> None:
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
+    except OSError as error:
+        # some network file systems have no word for it, and keep a folder's names themselves
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not os.path.isdir(path):
+            raise
     finally:
         os.close(number)
 
@@ -144,6 +178,27 @@ def flush_folder(folder: Path) -> None:
     below = sorted(folder.rglob("*"))
     for path in [p for p in below if p.is_file()] + [p for p in below if p.is_dir()] + [folder]:
         flush(path)
+
+
+def flush_disk(folder: Path) -> None:
+    """Have all that was written so far to the file system of `folder` on its disk.
+
+    One call, whatever the number of files: each `flush` makes the disk empty its cache.
+
+    Raises:
+        OSError: what was written cannot be kept; names the folder.
+    """
+    library = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(library, "syncfs"):  # not Linux
+        os.sync()
+        return
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        if library.syncfs(number):
+            code = ctypes.get_errno()
+            raise OSError(code, f"cannot flush {folder}: {os.strerror(code)}")
+    finally:
+        os.close(number)
 
 
 @contextlib.contextmanager
