@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import errno
+import fcntl
 import hashlib
 import itertools
 import json
+import logging
 import math
 import os
 import re
 import shutil
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+logger = logging.getLogger(__name__)
+
 ROOT = Path(__file__).resolve().parents[1]
+LOCK = ".lock"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # How libraries that do not raise OSError say that a file could not be written to its end.
 _FULL_WORDS = re.compile(
@@ -46,6 +53,7 @@ def write_text(path, text: str | Iterable[str]) -> Path:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(tmp_path, path)
+        flush(path.parent)
     except OSError as error:
         raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
     finally:
@@ -54,8 +62,16 @@ def write_text(path, text: str | Iterable[str]) -> Path:
 
 
 def write_json(path, value) -> Path:
-    """Write `value` as indented JSON, atomically (see `write_text`)."""
-    return write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    """Write `value` as indented JSON, atomically (see `write_text`).
+
+    Raises:
+        ValueError: it holds NaN or infinity, which JSON has no word for (`clean_metrics`).
+    """
+    try:
+        text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"{path} is not written: {error}") from error
+    return write_text(path, text + "\n")
 
 
 def replace_folder(tmp_path, path) -> Path:
@@ -78,6 +94,11 @@ def set_aside(path) -> Path:
     target = next(path.with_name(name) for name in names if not path.with_name(name).exists())
     os.rename(path, target)
     return target
+
+
+def is_filled(path: Path) -> bool:
+    """Whether something lies at a path: a file, a link, or a folder with anything in it."""
+    return any(path.iterdir()) if path.is_dir() else os.path.lexists(path)
 
 
 def remove_folder(path) -> None:
@@ -106,9 +127,24 @@ def read_json(path):
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist") from None
     try:
-        return json.loads(text)
+        return parse_json(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON (line {error.lineno}: {error.msg})") from error
+
+
+def parse_json(text: str | bytes):
+    """`json.loads`, without the NaN and the infinities that Python alone reads and writes.
+
+    Raises:
+        json.JSONDecodeError: it is no JSON.
+    """
+
+    def refuse(name):
+        found = text.decode() if isinstance(text, bytes) else text
+        place = re.search(rf"(?<![\w\"])-?{name.lstrip('-')}(?![\w\"])", found)
+        raise json.JSONDecodeError(f"{name} is no JSON", found, place.start() if place else 0)
+
+    return json.loads(text, parse_constant=refuse)
 
 
 def hash_file(path) -> str:
@@ -129,6 +165,10 @@ def flush(path: Path) -> None:
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
+    except OSError as error:
+        # some network file systems have no word for it, and keep a folder's names themselves
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not os.path.isdir(path):
+            raise
     finally:
         os.close(number)
 
@@ -138,6 +178,65 @@ def flush_folder(folder: Path) -> None:
     below = sorted(folder.rglob("*"))
     for path in [p for p in below if p.is_file()] + [p for p in below if p.is_dir()] + [folder]:
         flush(path)
+
+
+def flush_disk(folder: Path) -> None:
+    """Have all that was written so far to the file system of `folder` on its disk.
+
+    One call, whatever the number of files: each `flush` makes the disk empty its cache.
+
+    Raises:
+        OSError: what was written cannot be kept; names the folder.
+    """
+    library = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(library, "syncfs"):  # not Linux
+        os.sync()
+        return
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        if library.syncfs(number):
+            code = ctypes.get_errno()
+            raise OSError(code, f"cannot flush {folder}: {os.strerror(code)}")
+    finally:
+        os.close(number)
+
+
+@contextlib.contextmanager
+def lock_folder(folder) -> Iterator[None]:
+    """A block in which no other process works in `folder`, which is made if it is missing.
+
+    A process that is at work holds the file `.lock` in it; the kernel lets go of it when the
+    process ends, in any way. A file system without locks gets a warning, and the work goes on.
+
+    Raises:
+        BlockingIOError: another process is at work there; says its pid, its host and since when.
+    """
+    path = Path(folder) / LOCK
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab+", buffering=0) as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                stream.seek(0)
+                who = stream.read().decode(errors="replace") or "another process"
+                raise BlockingIOError(
+                    f"{who} is at work in {folder}: wait for it, end it, or choose another folder"
+                ) from None
+            logger.warning(
+                "%s cannot be locked (%s): see that no other process works there",
+                folder,
+                error.strerror,
+            )
+        with contextlib.suppress(OSError):  # a full disk; the lock itself stands
+            stream.truncate(0)
+            stream.write(
+                f"process {os.getpid()} on {socket.gethostname()}, since {format_time()},".encode()
+            )
+        try:
+            yield
+        finally:
+            stream.truncate(0)
 
 
 def format_time(seconds: float | None = None) -> str:

@@ -25,9 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rorem_lib.data import masks
-from rorem_lib.data.triplets import load_images, read_triplets
-from rorem_lib.data.writer import TripletWriter
-from rorem_lib.files import hash_file, read_json, set_aside, write_json
+from rorem_lib.data.pictures import TripletError
+from rorem_lib.data.triplets import check_ids, load_images, read_triplets
+from rorem_lib.data.writer import TripletWriter, claim_set
+from rorem_lib.files import hash_file, is_filled, read_json, set_aside, write_json
 from rorem_lib.models import hub, sdxl
 from rorem_lib.models.inpainting import CLASSICAL, inpaint_classical, remove_objects
 from rorem_lib.parameters import option
@@ -98,7 +99,9 @@ def generate_candidates(config: GenerateConfig) -> dict:
         `{"n_images", "n_removals", "seconds", "removals_per_second", "num_processes"}`.
 
     Raises:
-        ValueError: there is no `meta_path`, there are no images, or two of the sets share ids.
+        ValueError: there is no `meta_path`, there are no images, two of the sets share ids, or an
+            id cannot name files.
+        TripletError: `candidates` is read, or holds something that no such job wrote.
     """
     from accelerate import PartialState
 
@@ -120,6 +123,7 @@ def generate_candidates(config: GenerateConfig) -> dict:
     if len(set(names)) < len(names):
         twice = Counter(names).most_common(1)[0][0]
         raise ValueError(f"{config.meta_path} share ids, such as {twice}: merge the sets first")
+    check_ids(names)
     folder = Path(config.output_dir) / "candidates"
     if state.is_main_process:
         _open_candidates(folder, config, metas, set(names))
@@ -148,20 +152,8 @@ def generate_candidates(config: GenerateConfig) -> dict:
                     [n * config.seeds_per_image + k for _, k, n in part],
                 )
                 for (triplet, k, _), result in zip(part, removed):
-                    extra = {
-                        **triplet.extra,
-                        "remover": method,
-                        "seed": k,
-                        "dilate": _get_dilation(k, config),
-                        "group": triplet.group,
-                    }
-                    writer.add(
-                        id=_name(triplet, k, config),
-                        source=triplet.source,
-                        mask=triplet.mask,
-                        gt=result,
-                        **extra,
-                    )
+                    extra = {"remover": method, "seed": k, "dilate": _get_dilation(k, config)}
+                    writer.add_triplet(triplet, id=_name(triplet, k, config), gt=result, **extra)
                 made += len(part)
                 rate = made / (time.time() - started)
                 logger.info(
@@ -232,6 +224,7 @@ def _open_candidates(
 
     `drawn_from` says where the images' sets lie, for `builtin.sets.hidden_of`.
     """
+    _refuse_foreign(folder, metas)
     settings = dataclasses.asdict(config) | {
         "methods": [
             m if m in CLASSICAL else hub.hash_model(sdxl.resolve_model(m))
@@ -255,6 +248,21 @@ def _open_candidates(
     if folder.exists() and why:
         logger.info("%s was made %s: it is now %s", folder, why, set_aside(folder))
     write_json(marker, settings | {"drawn_from": [str(meta.resolve()) for meta in metas]})
+    claim_set(folder, known=True)
+
+
+def _refuse_foreign(folder: Path, metas: list[Path]) -> None:
+    for meta in metas:
+        if meta.resolve().is_relative_to(folder.resolve()):
+            raise TripletError(
+                f"{meta} lies in {folder}, where the candidates are written: choose another "
+                "output_dir"
+            )
+    if is_filled(folder) and not (folder / "settings.json").is_file():
+        raise TripletError(
+            f"{folder} holds something that is no set of candidates (there is no settings.json): "
+            "choose another output_dir, or move it away"
+        )
 
 
 def _name(triplet, k: int, config: GenerateConfig) -> str:

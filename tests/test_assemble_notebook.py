@@ -294,3 +294,16 @@ def test_what_cannot_be_assembled_is_said_in_the_notebook(changes, words, tmp_pa
         if output["output_type"] == "error"
     ]
     assert len(errors) == 1 and words in errors[0]["evalue"]
+
+
+def test_raw_data_in_the_output_folder_is_left_alone(tmp_path):
+    """RORD's third layout has a folder `test`, as the assembled sets have."""
+    raw_data.write_raw("rord_preprocessed", tmp_path)
+    before = {p: hash_file(p) for p in tmp_path.rglob("*") if p.is_file()}
+    assert any("test" in path.parts for path in before)
+    with pytest.raises(CellFailed, match="choose an output folder outside of what is read"):
+        run(tmp_path, source="auto", input_dir=str(tmp_path))
+    assert {path: hash_file(path) for path in before} == before
+    with pytest.raises(CellFailed, match="test holds something that is no scene set"):
+        run(tmp_path, source="scenes", labelled=1, pool=1, high_resolution=1, test_size=1)
+    assert {path: hash_file(path) for path in before} == before

@@ -297,6 +297,123 @@ def test_other_settings_begin_anew_and_a_foreign_set_is_left_alone(tmp_path):
     assert len(read_triplets(tmp_path / "mine/labelled")) == 1
 
 
+@pytest.mark.parametrize(
+    "place, assembled",
+    [
+        *((x, False) for x in ("test", "labelled", "pool", "rejected.jsonl", "assembly.json")),
+        *((x, True) for x in ("test", "pool")),
+    ],
+)
+def test_what_others_keep_in_the_output_folder_is_left_alone(tmp_path, place, assembled):
+    """RORD's third layout keeps raw images in `test/`; an output folder may be anything."""
+    _write_raw(tmp_path / "raw", ["a"])
+    out, source = tmp_path / "out", UpstreamSource(str(tmp_path / "raw"))
+    if assembled:
+        assemble_sets(source, out)
+    if "." in place:
+        out.mkdir()
+        (out / place).write_text('{"mine": 1}')
+    else:
+        _write_raw(out / place / "scene", ["0001"])
+    before = _hash_tree(out)
+    for changes in ({}, {"max_side": 48}):
+        with pytest.raises(TripletError, match=f"{place} was not assembled here"):
+            assemble_sets(source, out, **changes)
+    assert _hash_tree(out) == before
+
+
+@pytest.mark.parametrize("out", [".", "raw", "raw/out", "raw/../raw", "link"])
+def test_an_output_that_is_an_input_or_lies_in_it_is_refused(tmp_path, out):
+    raw = tmp_path / "raw" if out != "." else tmp_path / "labelled"
+    _write_raw(raw, ["a"])
+    (tmp_path / "link").symlink_to(raw)
+    before = _hash_tree(tmp_path)
+    with pytest.raises(TripletError, match="choose an output folder outside"):
+        assemble_sets(UpstreamSource(str(raw)), tmp_path / out)
+    assert _hash_tree(tmp_path) == before
+    with pytest.raises(TripletError, match="choose an output folder outside"):  # nor test against
+        assemble_sets(
+            UpstreamSource(str(_make_raw(tmp_path))),
+            tmp_path / "out",
+            evaluation_sets=[str(tmp_path / "out/test/meta.json")],
+        )
+
+
+def _make_raw(folder):
+    _write_raw(folder / "another", ["a"])
+    return folder / "another"
+
+
+def test_what_others_put_into_a_set_stays_when_it_is_assembled_anew(tmp_path):
+    _write_raw(tmp_path / "raw", ["a", "b"])
+    source = UpstreamSource(str(tmp_path / "raw"))
+    assemble_sets(source, tmp_path / "out")
+    for name in ("notes.txt", "source/mine.txt"):
+        (tmp_path / "out/labelled" / name).write_text("mine")
+    assert assemble_sets(source, tmp_path / "out", limit=1).counts == {"labelled": 1}
+    for name in ("notes.txt", "source/mine.txt"):
+        assert (tmp_path / "out/labelled" / name).read_text() == "mine"
+    assert not (tmp_path / "out/labelled/source/b.png").exists()
+
+
+def test_two_assemblies_into_one_folder_at_once(tmp_path):
+    _write_raw(tmp_path / "raw", ["a"])
+    source = UpstreamSource(str(tmp_path / "raw"))
+
+    def begin_another(_):
+        with pytest.raises(BlockingIOError, match=f"process {os.getpid()} on .*/out"):
+            assemble_sets(source, tmp_path / "out")
+        seen.append(True)
+
+    seen = []
+    assert assemble_sets(source, tmp_path / "out", progress=begin_another).counts["labelled"] == 1
+    assert seen == [True]
+
+
+def test_what_a_lost_power_emptied_is_assembled_anew(tmp_path, caplog):
+    _write_raw(tmp_path / "raw", [f"{n:02d}" for n in range(20)])
+    source = UpstreamSource(str(tmp_path / "raw"))
+    config = {"max_side": 48, "filters": FilterConfig(duplicate_distance=-1)}
+    assemble_sets(source, tmp_path / "out", **config)
+    whole = _hash_tree(tmp_path / "out")
+    for n in range(19):  # all but one, a part of each
+        part = ("source", "mask", "GT")[n % 3]
+        os.truncate(tmp_path / f"out/labelled/{part}/{n:02d}.png", 0)
+    assert assemble_sets(source, tmp_path / "out", **config).counts == {"labelled": 20}
+    assert "files of 19 triplets are not what was written" in caplog.text
+    assert _hash_tree(tmp_path / "out") == whole
+    assert check_set(tmp_path / "out/labelled", hashes=True) == []
+
+
+def test_nan_in_a_record_is_no_value_and_infinity_is_a_bad_record(tmp_path, caplog):
+    records = _write_raw(tmp_path / "raw", ["a", "b", "c"])
+    _write_meta(tmp_path / "raw", records)
+
+    class Scored(UpstreamSource):
+        def load_item(self, item):
+            pictures = super().load_item(item)
+            score = {"a": float("nan"), "b": np.float64("inf"), "c": 0.5}[item.id]
+            pictures.extra |= {"score": score, "deep": [1.0]}
+            return pictures
+
+    for _ in range(2):  # and again, when it is finished
+        result = assemble_sets(Scored(str(tmp_path / "raw")), tmp_path / "out")
+        found = {t.id: t.extra.get("score") for t in read_triplets(result.sets["labelled"])}
+        assert found == {"a": None, "c": 0.5}
+        assert result.reasons == {"bad record": 1}
+        assert "score is inf" in _reasons(tmp_path / "out")["b"]["message"]
+    assert caplog.text.count("score is NaN in 1 records") == 1
+
+
+def test_an_id_that_cannot_name_files_is_a_rejection(tmp_path):
+    records = _write_raw(tmp_path / "raw", ["a", "b"])
+    records[0]["id"] = "字" * 80
+    _write_meta(tmp_path / "raw", records)
+    result = assemble_sets(UpstreamSource(str(tmp_path / "raw")), tmp_path / "out")
+    assert sum(result.counts.values()) + sum(result.reasons.values()) == 2
+    assert check_set(tmp_path / "out/labelled") == []
+
+
 def test_shrunk_masks_keep_thin_lines(tmp_path):
     _write_raw(tmp_path / "raw", ["a"])
     thin = _mask() * 0

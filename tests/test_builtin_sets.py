@@ -134,12 +134,13 @@ def test_a_set_of_another_version_is_written_anew(tmp_path, monkeypatch):
     sizes = {"labelled": 2, "pool": 0, "high_resolution": 0, "test": 0}
     write_scene_sets(tmp_path, seed=1, **sizes)
     source = tmp_path / "labelled" / "source" / "labelled-000001.png"
-    source.write_bytes(b"of an earlier version")
+    earlier = b"of an earlier version".ljust(source.stat().st_size)
+    source.write_bytes(earlier)
     write_scene_sets(tmp_path, seed=1, **sizes)
-    assert source.read_bytes() == b"of an earlier version"
+    assert source.read_bytes() == earlier
     monkeypatch.setattr(sets, "VERSION", 99)
     write_scene_sets(tmp_path, seed=1, **sizes)
-    assert source.read_bytes() != b"of an earlier version"
+    assert source.read_bytes() != earlier
 
 
 def test_a_set_of_another_kind_is_not_overwritten(tmp_path):
@@ -148,6 +149,40 @@ def test_a_set_of_another_kind_is_not_overwritten(tmp_path):
     with pytest.raises(TripletError, match="no scene set: choose another folder"):
         write_scene_sets(tmp_path, **SMALL)
     assert (tmp_path / "pool" / "meta.json").exists()
+
+
+@pytest.mark.parametrize("place", ["test", "labelled", "hidden", "hidden/pool"])
+def test_folders_of_others_are_left_alone(tmp_path, place):
+    (tmp_path / place / "0001").mkdir(parents=True)
+    (tmp_path / place / "0001" / "frame.png").write_bytes(b"raw")
+    with pytest.raises(TripletError, match=f"{place.partition('/')[0]}.* choose another folder"):
+        write_scene_sets(tmp_path, **SMALL)
+    files = [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()]
+    assert files == [f"{place}/0001/frame.png"]
+
+
+def test_what_others_put_into_a_set_of_scenes_stays_when_it_is_written_anew(tmp_path):
+    sizes = {"labelled": 2, "pool": 2, "high_resolution": 0, "test": 0}
+    write_scene_sets(tmp_path, seed=1, **sizes)
+    mine = [tmp_path / "pool/notes.txt", tmp_path / "hidden/pool/truth/mine.png"]
+    for path in mine:
+        path.write_text("mine")
+    write_scene_sets(tmp_path, seed=2, **sizes)
+    assert [path.read_text() for path in mine] == ["mine"] * 2
+
+
+def test_scenes_that_a_lost_power_emptied_are_rendered_anew(tmp_path):
+    sizes = {"labelled": 2, "pool": 3, "high_resolution": 0, "test": 0}
+    write_scene_sets(tmp_path, seed=1, **sizes)
+    whole = _hashes(tmp_path)
+    for path in (
+        "labelled/GT/labelled-000001.png",
+        "pool/mask/pool-000000.png",
+        "hidden/pool/truth/pool-000002.png",
+    ):
+        os.truncate(tmp_path / path, 0)
+    write_scene_sets(tmp_path, seed=1, **sizes)
+    assert _hashes(tmp_path) == whole
 
 
 @pytest.mark.parametrize("wrong", [{"pool": -1}, {"workers": 0}])

@@ -186,6 +186,16 @@ def test_paths_that_leave_the_set_are_faults_unless_allowed(tmp_path):
         assert done.returncode == (1 if faults else 0)
 
 
+def test_hash_names_files_that_are_not_those_that_were_written(tmp_path):
+    folder = _write_set(tmp_path / "set", ["a", "b"])
+    save_image(folder / "source/b.png", _picture(9))
+    done = _run("check", folder, "--workers", 1)
+    assert (done.returncode, done.stdout) == (0, f"{folder}: 2 triplets, all sound\n")
+    done = _run("check", folder, "--workers", 1, "--hash")
+    assert done.returncode == 1 and f"{folder}: 2 triplets, 1 faulty\n" in done.stdout
+    assert done.stdout.startswith(f"{folder}/source/b.png is not the file that was written")
+
+
 def test_a_terminal_is_told_how_far_it_is(tmp_path, monkeypatch, capsys):
     folder = _write_set(tmp_path / "set", ["a", "b"])
     assert cli.main(["data", "check", str(folder), "--workers", "1"]) == 0
@@ -293,6 +303,23 @@ def test_merging_into_one_of_the_inputs_loses_nothing(tmp_path, place):
         assert sorted(found.values()) == [0, 1, 10, 11]
 
 
+@pytest.mark.parametrize("name", ["../home/precious.txt", "{}/home/precious.txt"])
+def test_merging_into_a_set_of_others_deletes_nothing(tmp_path, name):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/precious.txt").write_text("mine")
+    target = _write_set(tmp_path / "downloaded", ["a"])
+    record = {"id": "precious", "source": name.format(tmp_path), "mask": "mask/a.png"}
+    (target / "meta.json").write_text(json.dumps([record]))
+    first = _write_set(tmp_path / "one", ["b"])
+    done = _run("merge", target, first, "--workers", 1)  # even where it says to be the kit's own
+    assert done.returncode == 0 and (tmp_path / "home/precious.txt").read_text() == "mine"
+    (target / ".rorem-set").unlink()
+    before = (target / "meta.json").read_bytes()
+    done = _run("merge", target, first, "--workers", 1)
+    assert done.returncode == 1 and "choose another folder" in done.stderr
+    assert (target / "meta.json").read_bytes() == before
+
+
 # -------------------------------------------------------------------------------------- publish
 
 
@@ -378,6 +405,16 @@ def test_the_licence_must_be_known_and_the_default_folder_is_beside_the_set(tmp_
     assert check_set(folder) == []
 
 
+def test_a_folder_with_a_card_of_others_is_not_published_into(tmp_path):
+    folder = _write_set(tmp_path / "set", ["a"], license="CC0-1.0")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/README.md").write_text("mine")
+    done = _run("publish", folder, "--repo-id", "me/x", "--output-dir", tmp_path / "out")
+    assert done.returncode == 1 and "README.md" in done.stderr
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["README.md"]
+    assert (tmp_path / "out/README.md").read_text() == "mine"
+
+
 def test_without_a_hub_an_upload_says_so_and_keeps_the_shards(assembled, tmp_path):
     words = [
         "publish",
@@ -448,7 +485,7 @@ def test_the_current_folder_and_a_meta_file_can_be_published(tmp_path):
 def test_help_names_every_command_and_option():
     for words, parts in (
         ([], ["check", "merge", "publish", "open every image"]),
-        (["check"], ["folder", "--allow-absolute", "--allow-outside", "--workers"]),
+        (["check"], ["folder", "--allow-absolute", "--allow-outside", "--hash", "--workers"]),
         (["merge"], ["folder", "sets", "--workers"]),
         (
             ["publish"],

@@ -153,7 +153,8 @@ def _write_set(folder, *names):
 
 
 def _list_files(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    """The files of a set, but for the mark that it is the writer's."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("[!.]*") if path.is_file())
 
 
 def _files_of(*names):
@@ -180,7 +181,7 @@ def test_a_set_is_the_same_whatever_the_order_the_journals_and_the_interruptions
                 writer.close()
         TripletWriter(folder).close()
         folds.add((folder / "meta.json").read_bytes())
-        assert sorted(path.name for path in folder.iterdir()) == ["mask", "meta.json", "source"]
+        assert sorted(p.name for p in folder.glob("[!.]*")) == ["mask", "meta.json", "source"]
     assert len(folds) == 1
     assert [record["round"] for record in json.loads(folds.pop())] == [97, 98, 99]
 

@@ -24,6 +24,7 @@ from rorem_lib.runner.fingerprints import (
 )
 from rorem_lib.runner.notebook_code import describe_code
 from rorem_lib.runner.recipes import RecipeError, read_recipe
+from rorem_lib.runner import stage as stage_module
 from rorem_lib.runner.stage import start_stage
 
 DAY = 86400.0
@@ -1234,6 +1235,34 @@ def test_stage_alone_writes_its_own_records(tmp_path, monkeypatch):
     assert (tmp_path / "DONE").read_text().startswith("alone ")
     assert json.loads((tmp_path / "stage.json").read_text())["stage"] == "alone"
     assert clean_metrics({1: (tmp_path,)}) == {"1": [str(tmp_path)]}
+
+
+def test_what_done_promises_is_on_the_disk_before(tmp_path, monkeypatch):
+    monkeypatch.delenv("ROREM_BATCH", raising=False)
+    seen = []
+
+    def flush(folder):
+        seen.append((folder.name, (folder / "DONE").exists(), (folder / "image.png").exists()))
+
+    for module in (stage_module, run_folder):
+        monkeypatch.setattr(module, "flush_disk", flush)
+    stage = start_stage(tmp_path / "alone", notebook="none")
+    (tmp_path / "run").mkdir()
+    for folder in (tmp_path / "alone", tmp_path / "run"):
+        (folder / "image.png").write_bytes(b"x")
+    stage.finish({})
+    run_folder.close_folder(tmp_path / "run", {}, {})
+    assert seen == [("alone", False, True), ("run", False, True)]
+    assert (tmp_path / "alone/DONE").exists() and (tmp_path / "run/DONE").exists()
+
+
+def test_a_folder_of_others_keeps_its_metrics(tmp_path, monkeypatch):
+    """Where somebody gives the folder of his raw data as the stage's."""
+    for name in ("metrics.json", "DONE"):
+        (tmp_path / name).write_text("mine")
+    start_stage(tmp_path, notebook="none")
+    assert sorted(p.read_text() for p in tmp_path.iterdir()) == ["mine", "mine"]
+    assert not (tmp_path / "metrics.json").exists() and not (tmp_path / "DONE").exists()
 
 
 def test_recipes_in_the_repository_are_valid(tmp_path):

@@ -491,6 +491,48 @@ def test_bad_sets_are_errors(config, tiny_set):
         generate_candidates(config)
 
 
+def test_what_others_keep_in_candidates_is_left_alone(config):
+    folder = Path(config.output_dir) / "candidates"
+    folder.mkdir(parents=True)
+    (folder / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="no set of candidates"):
+        generate_candidates(config)
+    assert [p.name for p in folder.parent.rglob("*") if p.is_file()] == ["mine.txt"]
+
+
+def test_candidates_are_not_made_of_themselves(config):
+    config.count = 2
+    generate_candidates(config)
+    before = read_results(config)
+    config.meta_path = [str(Path(config.output_dir) / "candidates" / "meta.json")]
+    with pytest.raises(ValueError, match="choose another output_dir"):
+        generate_candidates(config)
+    assert read_results(config).keys() == before.keys()
+
+
+def test_ids_that_cannot_name_files_are_told_before_any_removal(config, tmp_path, monkeypatch):
+    records = json.loads(Path(config.meta_path[0]).read_text())
+    folder = shutil.copytree(Path(config.meta_path[0]).parent, tmp_path / "foreign")
+    records[7]["id"] = "字" * 80
+    (folder / "meta.json").write_text(json.dumps(records))
+    config.meta_path = [str(folder)]
+    monkeypatch.setattr(removal, "remove_objects", None)
+    with pytest.raises(ValueError, match="cannot name a triplet's files"):
+        generate_candidates(config)
+    assert not Path(config.output_dir).exists()
+
+
+def test_a_candidate_that_a_lost_power_emptied_is_made_anew(config):
+    config.count = 3
+    generate_candidates(config)
+    before = read_results(config)
+    (Path(config.output_dir) / "candidates/GT/scene-1.png").write_bytes(b"")
+    generate_candidates(config)
+    after = read_results(config)
+    assert after.keys() == before.keys()
+    assert_near(after["scene-1"], before["scene-1"])
+
+
 def test_pools_need_no_ground_truth(config, tiny_set, tmp_path):
     with TripletWriter(tmp_path / "pool") as writer:
         for triplet in read_triplets(tiny_set)[:2]:

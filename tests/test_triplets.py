@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -20,6 +21,7 @@ from rorem_lib.data.pictures import (
 )
 from rorem_lib.data.triplets import HIDDEN_MARK, load_images, read_triplets, resolve_meta
 from rorem_lib.data.writer import TripletWriter, merge_sets
+from rorem_lib.files import hash_file
 
 
 def _picture(seed=0, size=24):
@@ -462,6 +464,93 @@ def test_check_goes_on_after_bad_records_and_wants_gt_in_all_or_none(made):
     assert check_set(made) == []
 
 
+def test_files_that_were_exchanged_are_found_by_their_hash(tmp_path):
+    with TripletWriter(tmp_path / "set") as writer:
+        for name in "abc":
+            writer.add(id=name, source=_picture(), mask=_mask(), gt=_picture(1))
+    assert check_set(tmp_path / "set", hashes=True) == []
+    save_image(tmp_path / "set/source/a.png", _picture(9))  # another image, as sound as the first
+    mask = tmp_path / "set/mask/c.png"
+    moved = _mask()
+    moved[20, 20] = 255
+    save_image(mask, moved)
+    assert check_set(tmp_path / "set") == []
+    problems = check_set(tmp_path / "set", hashes=True)
+    assert [p.file for p in problems] == [tmp_path / "set/source/a.png", mask]
+    assert "record 3" in problems[1].reason
+
+
+def test_the_sha256_of_a_foreign_record_is_that_of_its_source(made, caplog):
+    records = [_record(n, sha256=hash_file(made / f"source/{n}.png")) for n in "ab"]
+    _write_meta(made, records)
+    assert check_set(made, hashes=True) == [] and "4 files have no hash" in caplog.text
+    records[1]["sha256"] = "0" * 64
+    _write_meta(made, records)
+    (problem,) = check_set(made, hashes=True)
+    assert problem.file == made / "source/b.png" and check_set(made) == []
+
+
+def _scene(number, size=64):
+    """A photo's noise, a box in it that is gone in the GT, and its mask, drawn a bit larger."""
+    rng = np.random.default_rng(number)
+    gt = np.clip(rng.normal(120, 20, (size, size, 3)), 0, 255).astype(np.uint8)
+    top, left = rng.integers(4, size // 2, 2)
+    source, mask = gt.copy(), np.zeros((size, size), np.uint8)
+    source[top : top + 20, left : left + 24] = rng.integers(0, 256, 3)
+    mask[top - 2 : top + 22, left - 2 : left + 26] = 255
+    return source, mask, gt
+
+
+def _write_scenes(folder, change, count=6, *, pool=False):
+    with TripletWriter(folder) as writer:
+        for number in range(count):
+            source, mask, gt = change(number, *_scene(number))
+            writer.add(id=str(number), source=source, mask=mask, gt=None if pool else gt)
+    return folder
+
+
+def test_inverted_masks_are_a_fault_of_the_set(tmp_path):
+    folder = _write_scenes(tmp_path / "all", lambda n, s, m, g: (s, 255 - m, g))
+    (problem,) = check_set(folder)
+    assert problem.file == folder / "meta.json"
+    assert "masks are inverted in 6 of 6 triplets" in problem.reason
+    half = _write_scenes(tmp_path / "half", lambda n, s, m, g: (s, m if n % 2 else 255 - m, g))
+    assert check_set(half) == []  # each of them alone may be meant
+
+
+def test_exchanged_sources_and_masks_are_a_fault_of_the_set(tmp_path):
+    def exchange(n, source, mask, gt):
+        return np.repeat(mask[..., None], 3, axis=2), cv2.cvtColor(source, cv2.COLOR_RGB2GRAY), gt
+
+    for pool in (False, True):
+        folder = _write_scenes(tmp_path / f"pool-{pool}", exchange, pool=pool)
+        (problem,) = check_set(folder)
+        assert "6 of 6 sources are black and white" in problem.reason
+
+
+def test_ordinary_sets_are_no_exchanged_or_inverted_ones(tmp_path, caplog):
+    def grow(n, source, mask, gt):  # all but a corner
+        large = np.full_like(mask, 255)
+        large[:20, :20] = 0
+        return source, large, gt
+
+    def draw(n, source, mask, gt):  # a scanned page: black on white
+        page = np.where(source > 140, 255, 0).max(axis=2, keepdims=True).astype(np.uint8)
+        page = np.repeat(page, 3, axis=2)
+        return page, mask, np.where(mask[..., None] > 0, 255, page).astype(np.uint8)
+
+    def darken(n, source, mask, gt):  # another exposure all over
+        return source, mask, gt // 2
+
+    for change in (grow, draw, darken, lambda n, s, m, g: (s, m, s)):
+        assert check_set(_write_scenes(tmp_path / f"set{id(change)}", change)) == []
+    assert check_set(_write_scenes(tmp_path / "pool", grow, pool=True)) == []
+    assert not caplog.text
+    inverted = _write_scenes(tmp_path / "ring", lambda n, s, m, g: (s, 255 - m, g), pool=True)
+    assert check_set(inverted) == []  # a pool has no GT to know it by: a word, and no fault
+    assert "6 of 6 masks are white along the whole border" in caplog.text
+
+
 # -------------------------------------------------------------------------------------- writing
 
 
@@ -480,7 +569,7 @@ def test_writer_keeps_extras_and_sorts_by_id(tmp_path):
             )
     assert [t.id for t in read_triplets(tmp_path)] == ["a", "b", "c"]
     assert read_triplets(tmp_path)[0].extra == {"score": 1.0, "seed": 3}
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["GT", "mask", "meta.json", "source"]
+    assert sorted(p.name for p in tmp_path.glob("[!.]*")) == ["GT", "mask", "meta.json", "source"]
     assert not list(tmp_path.rglob("*.partial"))
 
 

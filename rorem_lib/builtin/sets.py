@@ -29,8 +29,8 @@ import numpy as np
 from rorem_lib.builtin import scenes
 from rorem_lib.data.pictures import TripletError, load_image, save_image
 from rorem_lib.data.triplets import HIDDEN_MARK, HIDDEN_PARTS, is_hidden
-from rorem_lib.data.writer import TripletWriter
-from rorem_lib.files import read_json, remove_folder, write_json, write_text
+from rorem_lib.data.writer import TripletWriter, claim_set, clear_set
+from rorem_lib.files import flush, is_filled, lock_folder, read_json, write_json, write_text
 from rorem_lib.workers import map_processes
 
 logger = logging.getLogger(__name__)
@@ -91,13 +91,22 @@ def write_scene_sets(
         Scenes in each set, by its name.
 
     Raises:
-        ValueError: a negative number, or a folder that holds a set of another kind.
+        ValueError: a negative number, or a folder that holds something else than these sets.
+        BlockingIOError: another process writes there.
         OSError: a file cannot be written.
     """
     folder = Path(folder)
     counts = {"labelled": labelled, "pool": pool, "high_resolution": high_resolution, "test": test}
     if min(*counts.values(), workers - 1) < 0:
         raise ValueError(f"sizes of sets are 0 or more, workers 1 or more: {counts}, {workers=}")
+    for name in counts:
+        _read_settings(folder, name)  # which refuses what others have there
+    with lock_folder(folder):
+        _write_sets(folder, counts, seed, workers, progress)
+    return counts
+
+
+def _write_sets(folder: Path, counts: dict[str, int], seed: int, workers: int, progress) -> None:
     chunks = []
     for name, count in counts.items():
         _open_set(folder, name, count, seed)
@@ -105,7 +114,8 @@ def write_scene_sets(
             mark = folder / "hidden" / place / HIDDEN_MARK
             write_text(mark, "Nothing in here is ever read as a triplet.\n")
         with TripletWriter(folder / name, part="main") as writer:
-            todo = [i for i in range(count) if _name(name, i) not in writer.done_ids]
+            done = {x for x in writer.done_ids if _has_truth(folder / "hidden" / name, x)}
+            todo = [i for i in range(count) if _name(name, i) not in done]
         chunks += [(folder, name, seed, todo[i : i + _CHUNK]) for i in range(0, len(todo), _CHUNK)]
     total = sum(counts.values())
     done = total - sum(len(chunk[3]) for chunk in chunks)
@@ -115,26 +125,55 @@ def write_scene_sets(
             progress(done, total)
     for name in counts:
         TripletWriter(folder / name).close()
-    return counts
+
+
+def _has_truth(hidden: Path, scene_id: str) -> bool:
+    """Whether a scene's hidden truth is there too, where its set has one; no lost power emptied
+    it."""
+    files = [hidden / part / f"{scene_id}.png" for part in HIDDEN_PARTS]
+    return hidden.name == "labelled" or all(f.is_file() and f.stat().st_size for f in files)
+
+
+def _read_settings(folder: Path, name: str) -> dict | None:
+    """What a set of scenes was written with, None if nothing is there yet.
+
+    Raises:
+        TripletError: something else is in the way of the set, or of its hidden truth.
+    """
+    marker = folder / name / "scenes.json"
+    found = read_json(marker) if marker.is_file() else None
+    found = found if isinstance(found, dict) and "count" in found else None
+    hidden = folder / "hidden"
+    places = [] if found else [folder / name]
+    if name != "labelled" and not any(map(is_hidden, [hidden, *hidden.glob("*/")])):
+        places.append(hidden)
+    elif name != "labelled" and not is_hidden(hidden / name):
+        places.append(hidden / name)
+    for place in places:
+        if is_filled(place):
+            raise TripletError(
+                f"{place} holds something that is no scene set: choose another folder, or move "
+                "that away"
+            )
+    return found
 
 
 def _open_set(folder: Path, name: str, count: int, seed: int) -> None:
-    """Clear what another seed, size or `VERSION` left; note what is written now."""
-    marker = folder / name / "scenes.json"
+    """Clear what another seed, size or `VERSION` left, file by file; note what is written now."""
     wanted = {"seed": seed, "count": count, "version": VERSION}
-    found = read_json(marker) if marker.is_file() else None
+    found = _read_settings(folder, name)
     if found == wanted:
+        claim_set(folder / name, known=True)
         return
-    if found is None and (folder / name / "meta.json").exists():
-        raise TripletError(
-            f"{folder / name} holds a set that is no scene set: choose another "
-            "folder, or move that set away"
-        )
-    for old in (folder / name, folder / "hidden" / name):
-        if old.exists():
-            logger.info("%s has other settings now: it is written anew", old)
-        remove_folder(old)
-    write_json(marker, wanted)
+    if found:
+        logger.info("%s has other settings now: it is written anew", folder / name)
+        claim_set(folder / name, known=True)
+        ids = [_name(name, index) for index in range(found["count"])]
+        for part in HIDDEN_PARTS:
+            for scene_id in ids:
+                (folder / "hidden" / name / part / f"{scene_id}.png").unlink(missing_ok=True)
+        clear_set(folder / name, ids=ids)
+    write_json(folder / name / "scenes.json", wanted)
 
 
 def _name(name: str, index: int) -> str:
@@ -250,6 +289,7 @@ def _make_once(folder: Path, make) -> Path:
     try:
         make(tmp_path)
         os.rename(tmp_path, folder)
+        flush(folder.parent)
     except OSError as error:
         if not folder.is_dir():  # else another process was faster, and its set is the same
             raise OSError(

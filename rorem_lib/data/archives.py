@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rorem_lib.data.pictures import AGAIN
-from rorem_lib.files import read_json, replace_folder, write_json
+from rorem_lib.files import flush_disk, read_json, replace_folder, write_json
 
 MARKER = ".extracted.json"  # in the folder: which archive it was unpacked from
 _NAME = re.compile(
@@ -141,6 +141,7 @@ def extract_archive(
         partial.mkdir(parents=True)
         with io.BufferedReader(_Parts(parts), _CHUNK) as stream:
             _unpack(path, stream, partial, max_bytes, max_members, progress)
+        flush_disk(partial)
         write_json(partial / MARKER, state)
         replace_folder(partial, folder)
     except ArchiveError:

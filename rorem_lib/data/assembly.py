@@ -27,14 +27,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rorem_lib.data.conversion import Job, convert_chunk, wait_for_space
+from rorem_lib.data.conversion import MISSING, Job, convert_chunk, wait_for_space
 from rorem_lib.data.filters import Checker, FilterConfig, reject_duplicates, reject_unsafe
 from rorem_lib.data.items import Item, Pictures, Rejected, Source, SourceError
 from rorem_lib.data.journal import Journal, JournalIndex, write_lines
 from rorem_lib.data.pictures import TripletError
-from rorem_lib.data.triplets import META, read_records
-from rorem_lib.data.writer import TripletWriter
-from rorem_lib.files import read_json, remove_folder, write_json
+from rorem_lib.data.triplets import read_records
+from rorem_lib.data.writer import OWNED, TripletWriter, clear_set, has_records
+from rorem_lib.files import is_filled, lock_folder, read_json, write_json
 from rorem_lib.workers import Progress, group_chunks, map_processes
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def assemble_sets(
 ) -> Assembly:
     """Turn a source into triplet sets.
 
-    A folder that was assembled with other settings is assembled anew.
+    A folder that was assembled with other settings is assembled anew; what others keep in it stays.
 
     Args:
         source: an importer with its options.
@@ -100,6 +100,8 @@ def assemble_sets(
 
     Raises:
         SourceError: the source has not the layout that its importer expects.
+        TripletError: the sets' folders hold, or are, something that was not assembled here.
+        BlockingIOError: another process assembles in this folder.
         OSError: a file cannot be written; names it. Started again, the work goes on.
     """
     folder, evaluation_sets = Path(folder), [str(meta) for meta in evaluation_sets]
@@ -118,13 +120,18 @@ def assemble_sets(
         "safety": getattr(safety, "model_id", ""),
         "evaluation_sets": evaluation_sets,
     }
-    _claim_folder(folder, settings)
-    writers = {name: TripletWriter(folder / name) for name in _SETS if (folder / name).exists()}
-    rejections = Journal(folder / "rejected.jsonl")
-    choose = functools.partial(_choose_set, source=source, fraction=test_share, seed=seed)
-    items = itertools.islice(source.list_items(), limit or None)
-    _work_off(job, items, choose, writers, rejections, workers, progress)
-    return _finish(job, settings, writers, rejections, evaluation_sets, safety)
+    _refuse_inputs(folder, [source.folder, *evaluation_sets])
+    _read_settings(folder)  # which refuses what others have there, before anything is written
+    with lock_folder(folder):
+        _claim_folder(folder, settings)
+        writers = {
+            name: TripletWriter(folder / name) for name in _SETS if has_records(folder / name)
+        }
+        rejections = Journal(folder / "rejected.jsonl")
+        choose = functools.partial(_choose_set, source=source, fraction=test_share, seed=seed)
+        items = itertools.islice(source.list_items(), limit or None)
+        _work_off(job, items, choose, writers, rejections, workers, progress)
+        return _finish(job, settings, writers, rejections, evaluation_sets, safety)
 
 
 def describe_filters(folder: str | Path) -> str:
@@ -199,8 +206,10 @@ def _work_off(
             (job, [(item, choose(item)) for item in chunk]) for chunk in group_chunks(todo, _CHUNK)
         )
         state = Progress("items", total, done=len(done), active=False)
+        missing = Counter()
         for outcome in map_processes(convert_chunk, chunks, workers=workers):
             for name, record in outcome.records:
+                missing.update(record.pop(MISSING, ()))
                 if name not in writers:
                     writers[name] = TripletWriter(job.folder / name)
                 wait_for_space(functools.partial(writers[name].add_record, record), job.patience)
@@ -211,23 +220,60 @@ def _work_off(
             state.note = f", {bad:,} rejected"
             if progress:
                 progress(state)
+    for key, count in missing.items():
+        logger.warning("%s is NaN in %d records: they are kept without it", key, count)
 
 
 # ------------------------------------------------------------------------------------ settings
 
 
-def _claim_folder(folder: Path, settings: dict) -> None:
-    """Note the settings; clear what others left."""
+def _refuse_inputs(folder: Path, inputs: Iterable[str | Path]) -> None:
+    """Refuse to write into what is read, or to read what was written there before."""
+    folder = folder.resolve()
+    for given in inputs:
+        path = Path(given).resolve()
+        path = path.parent if path.is_file() else path
+        written = [folder / name for name in _SETS]
+        if (
+            path == folder
+            or path in folder.parents
+            or any(path == place or place in path.parents for place in written)
+        ):
+            raise TripletError(
+                f"{folder} is written to and {given} is read, and one lies in the other: choose an "
+                "output folder outside of what is read"
+            )
+
+
+def _read_settings(folder: Path) -> dict | None:
+    """With which settings a folder was assembled, None if nothing is there yet.
+
+    Raises:
+        TripletError: something that was not assembled is in the way.
+    """
     marker = folder / "assembly.json"
-    found = read_json(marker)["settings"] if marker.is_file() else None
+    record = read_json(marker) if marker.is_file() else None
+    found = record.get("settings") if isinstance(record, dict) else None
+    for path in (marker, *_list_notes(folder), *(folder / name for name in _SETS)):
+        ours = found and (path.name not in _SETS or (path / OWNED).exists())
+        if is_filled(path) and not ours:
+            raise TripletError(
+                f"{path} was not assembled here: choose another folder than {folder}, or move away "
+                "what it holds (so too a set of an earlier version)"
+            )
+    return found
+
+
+def _list_notes(folder: Path) -> list[Path]:
+    return [folder / "rejected.jsonl", folder / "safety.jsonl"]
+
+
+def _claim_folder(folder: Path, settings: dict) -> None:
+    """Note the settings; clear what an assembly with other ones left, and nothing else."""
+    found = _read_settings(folder)
     settings = json.loads(json.dumps(settings))  # as it comes back from a file: tuples are lists
     if found == settings:
         return
-    if found is None and any((folder / name / META).exists() for name in _SETS):
-        raise TripletError(
-            f"{folder} holds sets that were not assembled here: choose another "
-            "folder, or move them away"
-        )
     if found:
         changed = [key for key in settings if found.get(key) != settings[key]]
         logger.info(
@@ -235,12 +281,12 @@ def _claim_folder(folder: Path, settings: dict) -> None:
             folder,
             ", ".join(changed),
         )
-    for name in (*_SETS, "rejected.jsonl", "safety.jsonl"):
-        old = folder / name
-        if old.is_file():
-            old.unlink()
-        remove_folder(old)
-    write_json(marker, {"settings": settings})
+        for name in _SETS:
+            if (folder / name / OWNED).exists():
+                clear_set(folder / name)
+        for path in _list_notes(folder):
+            path.unlink(missing_ok=True)
+    write_json(folder / "assembly.json", {"settings": settings})
 
 
 def _choose_set(item: Item, *, source: Source, fraction: float, seed: int) -> str:

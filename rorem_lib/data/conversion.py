@@ -25,10 +25,13 @@ from rorem_lib.data.items import (
 )
 from rorem_lib.data.masks import binarise_mask
 from rorem_lib.data.pictures import TripletError
-from rorem_lib.data.writer import write_files
+from rorem_lib.data.triplets import BYTES_SHA256
+from rorem_lib.data.writer import describe_file, write_files
 from rorem_lib.files import hash_file
 
 logger = logging.getLogger(__name__)
+
+MISSING = "missing"  # beside a record's keys on its way to the set: keys that were NaN
 
 
 @dataclass(frozen=True)
@@ -125,9 +128,25 @@ def _write(item: Item, pictures: Pictures, measured: dict, folder: Path, source:
         "width": width,
         "height": height,
     }
+    digests = {}
     if "sha256" not in pictures.extra:
-        known["sha256"] = hash_file(pictures.origin_file)
-    return write_files(folder, id=item.id, **values, **{**known, **pictures.extra, **measured})
+        known["sha256"] = digests[pictures.origin_file] = hash_file(pictures.origin_file)
+    files = {part: picture.file for part, picture in parts.items() if picture and picture.file}
+    noted = {part: describe_file(file, digests.get(file)) for part, file in files.items()}
+    missing = [key for key, value in pictures.extra.items() if _is_nan(value)]
+    skipped = {*missing, BYTES_SHA256}
+    extra = {**known, **pictures.extra, **measured}
+    extra = {key: value for key, value in extra.items() if key not in skipped}
+    try:
+        record = write_files(folder, id=item.id, **values, **extra, bytes_sha256=noted)
+    except TripletError as error:  # an id that names no file, an infinite score
+        raise Rejected("bad record", f"{pictures.origin_file}: {error}") from None
+    return record | ({MISSING: missing} if missing else {})
+
+
+def _is_nan(value) -> bool:
+    """What tables hold where there is no value."""
+    return isinstance(value, (float, np.floating)) and bool(np.isnan(value))
 
 
 def _shorten(path: Path, source: Source) -> str:

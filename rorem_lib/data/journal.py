@@ -14,7 +14,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from rorem_lib.files import write_text
+from rorem_lib.files import parse_json, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +37,12 @@ class Journal:
 
         Raises:
             OSError: the disk refuses; the file holds whole lines only, or one torn at its end.
+            ValueError: the object holds NaN or infinity, which are no JSON; nothing is written.
         """
+        line = _format_line(record)
         if self._stream is None:
             self._stream = open(self.path, "ab", buffering=0)
             self._stream.truncate(_find_end(self.path))
-        line = json.dumps(record, ensure_ascii=False, default=lambda v: v.item()) + "\n"
         end = self._stream.tell()
         data = line.encode()
         try:
@@ -60,6 +61,16 @@ class Journal:
             self._stream = None
 
 
+def _format_line(record: dict) -> str:
+    try:
+        text = json.dumps(
+            record, ensure_ascii=False, allow_nan=False, default=lambda value: value.item()
+        )
+    except ValueError as error:
+        raise ValueError(f"record {record.get('id')} cannot be written: {error}") from error
+    return text + "\n"
+
+
 def _find_end(path: Path) -> int:
     """The length of a file's whole lines."""
     size = path.stat().st_size
@@ -75,13 +86,16 @@ def _find_end(path: Path) -> int:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, dict]]:
-    """(offset, object) of every whole line that has an id; a torn one is skipped with a warning."""
+    """(offset, object) of every whole line that has an id; others are skipped with a warning.
+
+    Such are what a kill or a lost power has torn, and lines with NaN of an earlier version.
+    """
     with open(path, "rb") as stream:
         offset = 0
         for line in stream:
             if line.endswith(b"\n"):
                 try:
-                    record = json.loads(line)
+                    record = parse_json(line)
                     record["id"]
                     yield offset, record
                 except (ValueError, KeyError, TypeError):
@@ -145,7 +159,7 @@ def write_list(path: str | Path, records: Iterable[dict]) -> Path:
         comma = ""
         yield "["
         for record in records:
-            yield f"{comma}\n {json.dumps(record, ensure_ascii=False)}"
+            yield f"{comma}\n {_format_line(record)[:-1]}"
             comma = ","
         yield "\n]\n" if comma else "]\n"
 
@@ -154,4 +168,4 @@ def write_list(path: str | Path, records: Iterable[dict]) -> Path:
 
 def write_lines(path: str | Path, records: Iterable[dict]) -> Path:
     """As `write_list`, as JSON lines."""
-    return write_text(path, (json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    return write_text(path, map(_format_line, records))

@@ -231,8 +231,11 @@ def _place_window(shares: np.ndarray, length: float, center: bool) -> int:
     return int(best[np.argmin(np.abs(best - room / 2))])
 
 
-def save_image(path: str | Path, image: np.ndarray) -> None:
+def save_image(path: str | Path, image: np.ndarray) -> np.ndarray:
     """Write [H, W, 3] or [H, W] uint8 as PNG, fast compression, never half-written.
+
+    Returns:
+        The file's bytes, [N] uint8.
 
     Raises:
         TripletError: another type or shape.
@@ -245,6 +248,7 @@ def save_image(path: str | Path, image: np.ndarray) -> None:
     image = np.ascontiguousarray(image[..., ::-1] if image.ndim == 3 else image)  # cv2 has BGR
     data = cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1]
     _put_file(Path(path), lambda tmp_path: tmp_path.write_bytes(data))
+    return data
 
 
 def link_file(original: str | Path, path: Path) -> None:

@@ -28,7 +28,7 @@ from rorem_lib.data.items import SourceError
 from rorem_lib.data.pictures import TripletError
 from rorem_lib.data.remote import talk_to_hub
 from rorem_lib.data.triplets import Triplet, iter_triplets, load_images, resolve_meta
-from rorem_lib.files import read_json, write_json, write_text
+from rorem_lib.files import flush_disk, read_json, write_json, write_text
 from rorem_lib.workers import group_chunks
 
 logger = logging.getLogger(__name__)
@@ -121,6 +121,7 @@ def publish_sets(
                 progress(done, total)
     title = title or repo_id.split("/")[-1]
     card = make_card(shards, title=title, repo_id=repo_id, acceptance=acceptance, filters=filters)
+    flush_disk(folder)
     write_text(folder / "README.md", card)
     return folder
 
@@ -272,12 +273,15 @@ def _list_some(names: list[str]) -> str:
 
 def _clear(folder: Path, digests: dict[str, str]) -> None:
     """Delete shards of other records; refuse to share the folder with somebody else's files."""
-    old = read_json(folder / NOTE) if (folder / NOTE).is_file() else {}
+    noted = (folder / NOTE).is_file()
+    old = read_json(folder / NOTE) if noted else {}
     found = sorted((folder / "data").glob("*.parquet"))
     foreign = [str(path) for path in found if path.name not in old]
+    if not noted and (folder / "README.md").exists():
+        foreign.append(str(folder / "README.md"))
     if foreign:
         raise TripletError(
-            f"{folder} holds Parquet files of something else: choose another "
+            f"{folder} holds Parquet files or a card of something else: choose another "
             f"folder, or move them away: {_list_some(foreign)}"
         )
     (folder / "README.md").unlink(missing_ok=True)  # with it a folder is complete

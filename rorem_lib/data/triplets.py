@@ -5,8 +5,10 @@ from __future__ import annotations
 import codecs
 import functools
 import json
+import math
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,7 +20,9 @@ from rorem_lib.data.pictures import AGAIN, TripletError, fit_triplet, load_image
 META = "meta.json"
 HIDDEN_MARK = ".hidden-truth"  # a file; what lies beside and below it is never read as a triplet
 HIDDEN_PARTS = ("truth", "object", "shadow")  # what `hidden/<set>` of the built-in scenes holds
-_OWN_KEYS = {"id", "source", "mask", "GT", "group"}
+BYTES_SHA256 = "bytes_sha256"
+_OWN_KEYS = {"id", "source", "mask", "GT", "group", BYTES_SHA256}
+_LONGEST_ID = 200  # bytes; a file's name has 255, and needs an ending and a second name beside it
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class Triplet:
         gt: the image without the object, or a removal; None in an unlabelled pool.
         group: scene, video or original image (default: the id); a split never cuts a group.
         extra: every other key of the record (`score` as a float, `origin`, `license`, ...).
+        bytes_sha256: what the files held when they were written (see `writer.write_files`); ""
+            where the record does not say.
     """
 
     id: str
@@ -40,6 +46,7 @@ class Triplet:
     gt: Path | None
     group: str
     extra: dict = field(default_factory=dict)
+    bytes_sha256: str = ""
 
 
 # ------------------------------------------------------------------------------- reading records
@@ -74,7 +81,7 @@ def read_records(meta: Path) -> Iterator:
     They are read one by one: a list of 200,000 takes no more memory than one of 10.
 
     Raises:
-        TripletError: it is neither; names the file and the line.
+        TripletError: it is neither; names the file and the line, or the record that holds NaN.
     """
     with open(meta, "rb") as stream:
         if stream.read(3) != codecs.BOM_UTF8:
@@ -97,12 +104,57 @@ def _describe_fault(meta: Path, error: Exception) -> TripletError:
     """Where a meta file stops being JSON; only then is it worth reading it a second time."""
     where = str(error).splitlines()[0]
     try:
-        json.loads(meta.read_text(encoding="utf-8-sig"))
+        text = meta.read_text(encoding="utf-8-sig")
+        if found := _find_constant(text):
+            return TripletError(
+                f"{meta}, record {found[0]}: {found[1]} is no JSON: put null in its place, or take "
+                "the key away",
+                file=meta,
+            )
+        json.loads(text)
     except json.JSONDecodeError as found:
         where = f"line {found.lineno}: {found.msg}"
     except UnicodeDecodeError as found:
         where = f"byte {found.start} is no UTF-8"
     return TripletError(f"{meta} is neither JSON nor JSON lines ({where}): {AGAIN}")
+
+
+def _find_constant(text: str) -> tuple[int, str] | None:
+    """The number of the first record with NaN or infinity, and which; Python alone writes them."""
+    found = []
+    decoder = json.JSONDecoder(parse_constant=found.append)
+    place, number = 0, 0
+    while (place := re.compile(r"[\s,\[\]]*").match(text, place).end()) < len(text):
+        number += 1
+        try:
+            place = decoder.raw_decode(text, place)[1]
+        except ValueError:
+            return None
+        if found:
+            return number, found[0]
+    return None
+
+
+def check_id(name: str) -> None:
+    """Refuse an id that cannot name a triplet's files, as the writer does.
+
+    Raises:
+        TripletError: it is empty, has a `/` or a leading dot, is no UTF-8, or has more than 200
+            bytes.
+    """
+    size = len(name.encode(errors="surrogatepass"))
+    if not 0 < size <= _LONGEST_ID or re.search("^[.]|[/\0\ud800-\udfff]", name):
+        raise TripletError(
+            f"the id {ascii(name) if not name.isprintable() else repr(name)} cannot name a "
+            f"triplet's files: take 1 to {_LONGEST_ID} bytes (it has {size}) without '/' and "
+            "without a leading dot. A record without an id has its source's file name: add one"
+        )
+
+
+def check_ids(names: Iterable[str]) -> None:
+    """`check_id` of all that a job will write, before it begins."""
+    for name in names:
+        check_id(name)
 
 
 def is_hidden(folder: str | Path) -> bool:
@@ -194,12 +246,16 @@ def parse_record(record, number: int, locator: Locator, require_gt: bool | None)
     extra = {k: v for k, v in record.items() if k not in _OWN_KEYS | set(keys.values())}
     if extra.get("score") is not None:
         try:
-            extra["score"] = float(extra["score"])
+            score = float(extra["score"])
         except (TypeError, ValueError):
-            raise TripletError(f"{where}: the score {extra['score']!r} is no number") from None
+            score = math.nan
+        if not math.isfinite(score):  # a text may say "nan"
+            raise TripletError(f"{where}: the score {extra['score']!r} is no number")
+        extra["score"] = score
     name = str(record["id"]) if record.get("id") is not None else paths["source"].stem
     group = str(record["group"]) if record.get("group") is not None else name
-    return Triplet(name, paths["source"], paths["mask"], paths["gt"], group, extra)
+    content = str(record.get(BYTES_SHA256) or "")
+    return Triplet(name, paths["source"], paths["mask"], paths["gt"], group, extra, content)
 
 
 def read_triplets(

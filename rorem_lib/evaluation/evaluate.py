@@ -22,7 +22,7 @@ from rorem_lib.builtin.sets import read_truth
 from rorem_lib.data.pictures import load_image
 from rorem_lib.data.triplets import Triplet, load_images, read_triplets
 from rorem_lib.evaluation.methods import SOURCE, Method, MethodRun, run_method
-from rorem_lib.files import write_json, write_text
+from rorem_lib.files import clean_metrics, write_json, write_text
 from rorem_lib.intervals import wilson_interval
 
 logger = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ def evaluate(
     ]
     source = summarise_method(results[results.method == SOURCE])
     write_text(output_dir / "results.csv", results.to_csv(index=False))
-    write_json(output_dir / "methods.json", summaries)
+    write_json(output_dir / "methods.json", clean_metrics(summaries))
     return Evaluation(
         results,
         summaries,

@@ -23,8 +23,15 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     check.add_argument(
         "--allow-outside", action="store_true", help="accept paths that leave the set's folder"
     )
+    check.add_argument(
+        "--hash",
+        action="store_true",
+        help="also name files that are not those that were written (reads every byte again)",
+    )
     merge = commands.add_parser("merge", help="make one set of several, their files reused")
-    merge.add_argument("folder", help="the new set's folder; a set that is there is replaced")
+    merge.add_argument(
+        "folder", help="the new set's folder; a merged set that is there is replaced"
+    )
     merge.add_argument("sets", nargs="+", help="sets to merge")
     publish = commands.add_parser(
         "publish", help="write Parquet shards and a dataset card, and upload them if asked to"
@@ -113,6 +120,7 @@ def _check(options) -> int:
                     progress=lambda checked, bar=bar: bar.update(checked - bar.n),
                     allow_absolute=options.allow_absolute,
                     allow_outside=options.allow_outside,
+                    hashes=options.hash,
                 )
         except TripletError as error:  # no list at all; there may be sets after it
             print(f"rorem: {error}", file=sys.stderr)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from rorem_lib.files import format_time, read_json, write_json, write_text
+from rorem_lib.files import flush_disk, format_time, read_json, write_json, write_text
 from rorem_lib.runner.fingerprints import (
     describe_change,
     digest,
@@ -354,8 +354,12 @@ def open_folder(row: StageRow, inputs: dict, folder: Path, *, keep: bool = False
 
 
 def close_folder(folder: Path, inputs: dict, record: dict) -> None:
-    """Mark a stage as finished: `stage.json`, then DONE; a kill in between leaves it half-done."""
+    """Mark a stage as finished: `stage.json`, then DONE; a kill in between leaves it half-done.
+
+    What the stage wrote is on the disk before.
+    """
     fingerprint = digest(inputs)
+    flush_disk(folder)
     write_json(folder / "stage.json", record | {"inputs": inputs, "fingerprint": fingerprint})
     write_text(folder / "DONE", fingerprint + "\n")
 

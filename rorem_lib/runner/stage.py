@@ -18,8 +18,10 @@ from pathlib import Path
 from rorem_lib.files import (
     ROOT,
     clean_metrics,
+    flush_disk,
     format_time,
     resolve_path,
+    set_aside,
     write_json,
     write_text,
 )
@@ -128,6 +130,7 @@ class Stage:
         come to its end.
         """
         if not self.batch and not (self.folder / STARTED).exists():
+            flush_disk(self.folder)  # what DONE promises
             write_json(self.folder / "metrics.json", clean_metrics(metrics))
             ended = time.time()
             write_json(
@@ -166,8 +169,12 @@ def start_stage(
     batch = os.environ.get("ROREM_BATCH") == "1"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        ours = any((folder / name).exists() for name in (STARTED, "stage.json"))
         for name in ("DONE", "metrics.json"):
-            (folder / name).unlink(missing_ok=True)
+            if ours:
+                (folder / name).unlink(missing_ok=True)
+            elif (folder / name).exists():  # of raw data, say, where output_dir is their folder
+                logger.info("%s is now %s", folder / name, set_aside(folder / name))
     except OSError as error:
         raise OSError(
             error.errno,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import math
 import os
 import sys
 import typing
@@ -204,6 +205,9 @@ def parse_config(cls, arguments: list[str] | None = None):
         values["max_train_steps"] = given.get("max_train_steps", 0)
     elif values.get("num_train_epochs"):
         values.setdefault("max_train_steps", 0)
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):  # no JSON could hold it
+            raise ValueError(f"{name} is {value}: take a finite number")
     return cls(**values)
 
 
