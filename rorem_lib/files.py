@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import hashlib
 import itertools
 import json
+import logging
 import math
 import os
 import re
 import shutil
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+logger = logging.getLogger(__name__)
+
 ROOT = Path(__file__).resolve().parents[1]
+LOCK = ".lock"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # How libraries that do not raise OSError say that a file could not be written to its end.
 _FULL_WORDS = re.compile(
@@ -138,6 +144,44 @@ def flush_folder(folder: Path) -> None:
     below = sorted(folder.rglob("*"))
     for path in [p for p in below if p.is_file()] + [p for p in below if p.is_dir()] + [folder]:
         flush(path)
+
+
+@contextlib.contextmanager
+def lock_folder(folder) -> Iterator[None]:
+    """A block in which no other process works in `folder`, which is made if it is missing.
+
+    A process that is at work holds the file `.lock` in it; the kernel lets go of it when the
+    process ends, in any way. A file system without locks gets a warning, and the work goes on.
+
+    Raises:
+        BlockingIOError: another process is at work there; says its pid, its host and since when.
+    """
+    path = Path(folder) / LOCK
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab+", buffering=0) as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                stream.seek(0)
+                who = stream.read().decode(errors="replace") or "another process"
+                raise BlockingIOError(
+                    f"{who} is at work in {folder}: wait for it, end it, or choose another folder"
+                ) from None
+            logger.warning(
+                "%s cannot be locked (%s): see that no other process works there",
+                folder,
+                error.strerror,
+            )
+        with contextlib.suppress(OSError):  # a full disk; the lock itself stands
+            stream.truncate(0)
+            stream.write(
+                f"process {os.getpid()} on {socket.gethostname()}, since {format_time()},".encode()
+            )
+        try:
+            yield
+        finally:
+            stream.truncate(0)
 
 
 def format_time(seconds: float | None = None) -> str:
