@@ -14,7 +14,9 @@ from rorem_lib import files
 
 def test_a_folder_is_worked_in_by_one_process_at_a_time(tmp_path):
     folder = tmp_path / "job"
-    code = "import sys; from rorem_lib.files import lock_folder\nwith lock_folder(sys.argv[1]): pass"
+    code = (
+        "import sys; from rorem_lib.files import lock_folder\nwith lock_folder(sys.argv[1]): pass"
+    )
     with files.lock_folder(folder):
         second = subprocess.run(
             [sys.executable, "-c", code, str(folder)], capture_output=True, text=True
