@@ -37,7 +37,7 @@ from torch.utils.data import Dataset
 from rorem_lib.data.triplets import Triplet, load_images, read_triplets
 from rorem_lib.files import read_json, write_json
 from rorem_lib.models import sdxl
-from rorem_lib.models.lora import LORA_FILE
+from rorem_lib.models.lora import LORA_FILE, check_keys
 from rorem_lib.parameters import option
 from rorem_lib.sets import resolve_all
 from rorem_lib.training import distributed, latent_cache, loop
@@ -147,6 +147,7 @@ class Discriminator(nn.Module):
             "head_channels": head_channels,
             **origin,
         }
+        self.place = f"the discriminator on {origin.get('base_model')}"  # for messages
         self.pipe = [pipe]  # in a list: its other parts are not this module's parameters
         unet = pipe.unet
         unet.up_blocks = nn.ModuleList()
@@ -219,6 +220,7 @@ class Discriminator(nn.Module):
 
         Raises:
             FileNotFoundError: the folder is not a discriminator's.
+            ValueError: its adapters do not fit its settings.
         """
         folder = Path(model_id)
         if not folder.is_dir() and not folder.is_absolute() and str(model_id).count("/") == 1:
@@ -235,8 +237,11 @@ class Discriminator(nn.Module):
             head_channels=settings["head_channels"],
             origin={k: settings.get(k) for k in ("base_model", "revision", "resolution")},
         )
-        set_peft_model_state_dict(model.unet, load_file(folder / LORA_FILE))
+        adapters = load_file(folder / LORA_FILE)
+        check_keys(folder / LORA_FILE, adapters, get_peft_model_state_dict(model.unet))
+        set_peft_model_state_dict(model.unet, adapters)
         model.head.load_state_dict(load_file(folder / HEAD_FILE))
+        model.place = str(model_id)
         device = device or distributed.get_device()
         model.pipe[0].vae.to(device)
         return model.to(device).eval()
@@ -271,6 +276,19 @@ class _ScoredLatents(Dataset):
 class DiscriminatorObjective(loop.Objective):
     """Binary cross-entropy on people's decisions."""
 
+    content = None
+
+    def list_scored(self) -> list[Triplet]:
+        """The triplets that people have judged."""
+        metas = resolve_all(self.config.meta_path)
+        return [t for t in read_triplets(metas) if t.extra.get("score") is not None]
+
+    def hash_images(self):
+        """Of the judged triplets; their hashes are kept for the latent cache."""
+        triplets = self.list_scored()
+        self.content = latent_cache.hash_triplets(triplets, self.config.latent_cache_dir)
+        return latent_cache.summarise_content(triplets, self.content)
+
     def build_model(self):
         config = self.config
         pipe = sdxl.load_pipeline(
@@ -295,9 +313,7 @@ class DiscriminatorObjective(loop.Objective):
         return model.train()
 
     def make_dataset(self):
-        config = self.config
-        metas = resolve_all(config.meta_path)
-        triplets = [t for t in read_triplets(metas) if t.extra.get("score") is not None]
+        config, triplets = self.config, self.list_scored()
         labels = np.array([float(t.extra["score"] >= 0.5) for t in triplets])
         if len(set(labels.tolist())) < 2:
             raise ValueError(
@@ -316,7 +332,9 @@ class DiscriminatorObjective(loop.Objective):
                 parts=("gt", "source"), resize_mode="squash", flipped=config.random_flip
             ),
             root=config.latent_cache_dir,
+            content=self.content,
         )
+        self.content = None
         return _ScoredLatents(store, labels, config)
 
     def compute_loss(self, model, batch):
@@ -349,13 +367,17 @@ def score_triplets(
 
     Args:
         batch_size: removals a forward pass; 0 takes the pixels of 8 at 512 px, at most 64 removals.
+
+    Raises:
+        FloatingPointError: a score is not a number; names the discriminator and the removal.
     """
     device = discriminator.embeds.device
     size = discriminator.settings["resolution"]
     batch_size = batch_size or max(1, min(64, 8 * 512**2 // size**2))
     scores = []
     for begin in range(0, len(triplets), batch_size):
-        pictures = [load_images(t, size=size) for t in triplets[begin : begin + batch_size]]
+        part = triplets[begin : begin + batch_size]
+        pictures = [load_images(t, size=size) for t in part]
         source, removal = (
             sdxl.encode_images(
                 discriminator.vae, sdxl.to_tensor(np.stack([p[name] for p in pictures])).to(device)
@@ -365,6 +387,12 @@ def score_triplets(
         mask = torch.as_tensor(np.stack([p["mask"] for p in pictures]) >= 128)[:, None]
         mask = sdxl.shrink_mask(mask.to(device), source)
         scores.append(torch.sigmoid(discriminator(removal, mask, source)).cpu())
+        if not (sound := scores[-1].isfinite()).all():
+            bad = part[int(sound.int().argmin())]
+            raise FloatingPointError(
+                f"{discriminator.place} gives {bad.gt} no score but NaN: its weights are damaged, "
+                "train it again or take another one"
+            )
     return torch.cat(scores).numpy() if scores else np.zeros(0, np.float32)
 
 

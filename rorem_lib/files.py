@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCK = ".lock"
+_locks: set = set()  # open files that this process holds a lock by
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # How libraries that do not raise OSError say that a file could not be written to its end.
 _FULL_WORDS = re.compile(
@@ -228,6 +229,7 @@ def lock_folder(folder) -> Iterator[None]:
                 folder,
                 error.strerror,
             )
+        _locks.add(stream)
         with contextlib.suppress(OSError):  # a full disk; the lock itself stands
             stream.truncate(0)
             stream.write(
@@ -236,7 +238,19 @@ def lock_folder(folder) -> Iterator[None]:
         try:
             yield
         finally:
+            _locks.discard(stream)
             stream.truncate(0)
+
+
+def _drop_locks() -> None:
+    """In a process that was forked, such as a data loader's: it must not hold what its parent holds
+    for longer than the parent lives."""
+    for stream in _locks:
+        stream.close()
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_drop_locks)
 
 
 def format_time(seconds: float | None = None) -> str:

@@ -17,24 +17,27 @@ own, so a removal does not depend on the batch it was in, nor on how many proces
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from rorem_lib.data import masks
 from rorem_lib.data.pictures import TripletError
 from rorem_lib.data.triplets import check_ids, load_images, read_triplets
 from rorem_lib.data.writer import TripletWriter, claim_set
-from rorem_lib.files import hash_file, is_filled, read_json, set_aside, write_json
+from rorem_lib.files import hash_file, is_filled, lock_folder, read_json, set_aside, write_json
 from rorem_lib.models import hub, sdxl
 from rorem_lib.models.inpainting import CLASSICAL, inpaint_classical, remove_objects
 from rorem_lib.parameters import option
 from rorem_lib.sets import resolve_all
 from rorem_lib.training import distributed
 from rorem_lib.training.config import check_at_least, parse_config, require_sets, run_job
+from rorem_lib.training.latent_cache import hash_triplets, summarise_content
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +102,8 @@ def generate_candidates(config: GenerateConfig) -> dict:
         `{"n_images", "n_removals", "seconds", "removals_per_second", "num_processes"}`.
 
     Raises:
+        BlockingIOError: another process generates in this folder.
+        FloatingPointError: a remover gives numbers that are not finite; names it and the image.
         ValueError: there is no `meta_path`, there are no images, two of the sets share ids, or an
             id cannot name files.
         TripletError: `candidates` is read, or holds something that no such job wrote.
@@ -124,11 +129,21 @@ def generate_candidates(config: GenerateConfig) -> dict:
         twice = Counter(names).most_common(1)[0][0]
         raise ValueError(f"{config.meta_path} share ids, such as {twice}: merge the sets first")
     check_ids(names)
+    with contextlib.ExitStack() as stack:
+        lock = lock_folder(config.output_dir)
+        distributed.ask_main(partial(stack.enter_context, lock))
+        return _generate(config, state, metas, triplets, wanted)
+
+
+def _generate(config: GenerateConfig, state, metas, triplets, wanted) -> dict:
+    """`generate_candidates` of `wanted`, in a folder in which no other process is at work."""
     folder = Path(config.output_dir) / "candidates"
-    if state.is_main_process:
-        _open_candidates(folder, config, metas, set(names))
-    state.wait_for_everyone()
-    started, made = time.time(), 0
+    content = hash_triplets([replace(t, gt=None) for t in triplets])
+    images = {
+        _name(t, k, config): summarise_content([replace(t, gt=None)], content) for t, k, _ in wanted
+    }
+    distributed.ask_main(partial(_open_candidates, folder, config, metas, images))
+    started, made = time.monotonic(), 0
     methods = _list_methods(config)
     with TripletWriter(folder, part=f"rank{state.process_index}") as writer:
         mine = [
@@ -150,12 +165,13 @@ def generate_candidates(config: GenerateConfig) -> dict:
                     [p["source"] for p in pictures],
                     wide,
                     [n * config.seeds_per_image + k for _, k, n in part],
+                    [str(t.source) for t, _, _ in part],
                 )
                 for (triplet, k, _), result in zip(part, removed):
                     extra = {"remover": method, "seed": k, "dilate": _get_dilation(k, config)}
                     writer.add_triplet(triplet, id=_name(triplet, k, config), gt=result, **extra)
                 made += len(part)
-                rate = made / (time.time() - started)
+                rate = made / max(time.monotonic() - started, 1e-9)
                 logger.info(
                     "%d of %d removals  %.1f per second  %d s left",
                     made,
@@ -166,7 +182,7 @@ def generate_candidates(config: GenerateConfig) -> dict:
     state.wait_for_everyone()
     if state.is_main_process:
         TripletWriter(folder).close()
-    seconds = time.time() - started
+    seconds = max(time.monotonic() - started, 1e-9)
     metrics = {
         "n_images": len(triplets),
         "n_removals": len(wanted),
@@ -190,15 +206,15 @@ def _get_dilation(k: int, config: GenerateConfig) -> int:
 
 
 def _open_method(method: str, config: GenerateConfig, device):
-    """A method as a function of sources, masks and noise numbers."""
+    """A method as a function of sources, masks, noise numbers and the images' names."""
     if method in CLASSICAL:
-        return lambda sources, object_masks, _: [
+        return lambda sources, object_masks, *_: [
             inpaint_classical(source, mask, method=method)
             for source, mask in zip(sources, object_masks, strict=True)
         ]
     own = method == config.pretrained_model_name_or_path
     pipe = sdxl.load_pipeline(method, device=device, revision=own and config.revision or None)
-    return lambda sources, object_masks, numbers: remove_objects(
+    return lambda sources, object_masks, numbers, names: remove_objects(
         pipe,
         sources,
         object_masks,
@@ -208,21 +224,25 @@ def _open_method(method: str, config: GenerateConfig, device):
         strength=config.strength,
         seed=config.seed,
         numbers=numbers,
+        names=names,
         batch_size=config.batch_size,
         mixed_precision=config.mixed_precision,
     )
 
 
 def _open_candidates(
-    folder: Path, config: GenerateConfig, metas: list[Path], names: set[str]
+    folder: Path, config: GenerateConfig, metas: list[Path], images: dict[str, str]
 ) -> None:
     """Set aside candidates of another remover, other settings or images; note this run's.
 
-    Models and sets are compared by their content: they may have been moved. How many images are
-    used, and from which on, changes none of their removals: what is there of `names`, the ids that
-    are wanted, is kept.
+    Models, sets and images are compared by their content: they may have been moved, and an image
+    may have been overwritten in place. How many images are used, and from which on, changes none of
+    their removals: what is there of the ids that are wanted is kept.
 
     `drawn_from` says where the images' sets lie, for `builtin.sets.hidden_of`.
+
+    Args:
+        images: the content of source and mask of each candidate that is wanted, by its id.
     """
     _refuse_foreign(folder, metas)
     settings = dataclasses.asdict(config) | {
@@ -242,12 +262,13 @@ def _open_candidates(
     if marker.is_file():
         found = read_json(marker)
         found.pop("drawn_from", None)
-        why = why if found != settings else "of more images than are asked for"
-        if found == settings and TripletWriter(folder).done_ids <= names:
-            why = ""
+        noted = found.pop("images", {})  # a release before this one noted none
+        if found == settings:
+            why = _find_foreign(TripletWriter(folder).done_ids, noted, images)
     if folder.exists() and why:
         logger.info("%s was made %s: it is now %s", folder, why, set_aside(folder))
-    write_json(marker, settings | {"drawn_from": [str(meta.resolve()) for meta in metas]})
+    drawn_from = [str(meta.resolve()) for meta in metas]
+    write_json(marker, settings | {"drawn_from": drawn_from, "images": images})
     claim_set(folder, known=True)
 
 
@@ -263,6 +284,14 @@ def _refuse_foreign(folder: Path, metas: list[Path]) -> None:
             f"{folder} holds something that is no set of candidates (there is no settings.json): "
             "choose another output_dir, or move it away"
         )
+
+
+def _find_foreign(done: set[str], noted: dict[str, str], images: dict[str, str]) -> str:
+    """Why the candidates `done` of equal settings cannot stay, or "" where they can."""
+    if not done <= images.keys():
+        return "of more images than are asked for"
+    changed = sorted(name for name in done if noted.get(name, images[name]) != images[name])
+    return f"of images that have changed since, such as {changed[0]}'s" if changed else ""
 
 
 def _name(triplet, k: int, config: GenerateConfig) -> str:

@@ -174,13 +174,13 @@ def run(options: dict) -> dict:
     structure = distributed.copy_structure(accelerator, model)
     model, optimizer = distributed.prepare(accelerator, model, optimizer, config)
     scheduler = get_scheduler("linear", optimizer, num_training_steps=100, num_warmup_steps=0)
-    accelerator.register_for_checkpointing(scheduler)
+    states = {"scheduler": scheduler}
     trained = distributed.list_trained(model)
     ema = None
     if config.ema_decay:
-        ema = distributed.Average(trained, decay=config.ema_decay)
-        accelerator.register_for_checkpointing(ema)
-    step = first = checkpoints.load_checkpoint(accelerator, config, optimizer, train_size=24)
+        states["ema"] = ema = distributed.Average(trained, decay=config.ema_decay)
+    kept = {"states": states, "train_size": 24}
+    step = first = checkpoints.load_checkpoint(accelerator, config, optimizer, **kept)
     states = {"before": copy_state(accelerator, model)}
     result = {
         "kind": kind,
@@ -218,7 +218,7 @@ def run(options: dict) -> dict:
         if step % config.checkpointing_steps == 0:
             if "full" in options and step == 2 * config.checkpointing_steps:
                 fill_disk(accelerator, *options["full"])
-            checkpoints.save_checkpoint(accelerator, config, step, train_size=24)
+            checkpoints.save_checkpoint(accelerator, config, step, **kept)
     states["after"] = copy_state(accelerator, model)
     whole = distributed.gather_model(accelerator, model, structure, ema)
     if accelerator.is_main_process:

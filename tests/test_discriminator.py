@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from rorem_lib import discriminator as module
 from rorem_lib.data.triplets import load_images, read_triplets
@@ -259,6 +259,35 @@ def test_what_is_no_discriminator_is_named(tmp_path, tiny_model):
     for folder in (tmp_path, tiny_model, tmp_path / "missing"):
         with pytest.raises(FileNotFoundError, match="holds no discriminator"):
             Discriminator.from_pretrained(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "numbers"),
+    [
+        (lambda name: name, None),
+        (lambda name: f"base_model.model.{name}", r" 0 of its (\d+) .* \1 are unexp.* \1 are miss"),
+        (lambda name: name if "lora_A" in name else None, r" 0 are unexp.* are missing .*lora_B"),
+    ],
+)
+def test_adapters_that_do_not_fit_are_refused_with_their_numbers(small, tmp_path, change, numbers):
+    small.save_pretrained(tmp_path)
+    path = tmp_path / module.LORA_FILE
+    adapters = {change(name): tensor for name, tensor in load_file(path).items()}
+    adapters.pop(None, None)
+    save_file(adapters, path)
+    if numbers is None:
+        Discriminator.from_pretrained(str(tmp_path))
+        return
+    with pytest.raises(ValueError, match=f"{path} .*{numbers}"):
+        Discriminator.from_pretrained(str(tmp_path))
+
+
+def test_a_score_that_is_no_number_names_discriminator_and_removal(small, scored, tmp_path):
+    with torch.no_grad():
+        small.unet.conv_in.weight[0, 0, 0, 0] = torch.nan
+    removal = read_triplets(scored)[0].gt
+    with pytest.raises(FloatingPointError, match=f"{small.place}.*{removal}"):
+        score_triplets(small.eval(), read_triplets(scored))
 
 
 def test_its_settings_say_what_it_was_made_of(config, tmp_path, tiny_model):

@@ -3,8 +3,10 @@
 import copy
 import dataclasses
 import errno
+import itertools
 import json
 import logging
+import os
 import resource
 import sys
 from collections import Counter
@@ -19,6 +21,7 @@ from resume_job import train
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
 
+from rorem_lib.files import LOCK, lock_folder
 from rorem_lib.remover import RemoverConfig
 from rorem_lib.training import checkpoints, loop, tracking
 from rorem_lib.training.config import LoopConfig
@@ -445,7 +448,8 @@ def test_a_named_checkpoint_is_taken_or_missed_loudly(tmp_path):
 
 
 def read_files(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    paths = [p for p in folder.rglob("*") if p.is_file() and p.name != LOCK]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in paths}
 
 
 def test_a_finished_training_is_not_made_again(tmp_path, caplog):
@@ -493,6 +497,59 @@ def test_a_set_with_another_content_is_another_training(tmp_path):
         (tmp_path / name / "meta.json").write_text(text)
         run_toy(Config(**given, meta_path=[str(tmp_path / name)]))
         assert len(list((tmp_path / "out").glob("finished-*"))) == (name == "c")
+
+
+def test_a_folder_is_trained_in_by_one_process_at_a_time(tmp_path):
+    config, built = make_config(tmp_path), []
+
+    class Noting(Regression):
+        def build_model(self):
+            built.append(1)
+            return super().build_model()
+
+    with lock_folder(tmp_path):
+        with pytest.raises(BlockingIOError, match=str(os.getpid())):
+            loop.train(Noting(config), config)
+    assert not built and list_names(tmp_path) == [LOCK]
+    loop.train(Noting(config), config)
+    assert built and (tmp_path / "model.pt").is_file()
+
+
+def list_names(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_a_half_done_training_whose_folder_was_moved_goes_on(tmp_path):
+    """Its model was in the folder too: its content decides, not where it lies."""
+
+    @dataclasses.dataclass
+    class Config(LoopConfig):
+        init_from: str = ""
+
+    def make(folder):
+        (folder / "base").mkdir(parents=True, exist_ok=True)
+        (folder / "base" / "config.json").write_text("{}")
+        given = dataclasses.asdict(make_config(folder / "out"))
+        return Config(**given, init_from=str(folder / "base"))
+
+    whole, _ = run_toy(make(tmp_path / "whole"))
+    stop_toy(make(tmp_path / "before"), 5)
+    (tmp_path / "before").rename(tmp_path / "after")
+    moved = make(tmp_path / "after")
+    (tmp_path / "after" / "base" / "config.json").write_text("{} ")
+    with pytest.raises(ValueError, match="init_from"):
+        run_toy(moved)
+    resumed, objective = run_toy(make(tmp_path / "after"))
+    assert len(objective.seen) == 7
+    assert_same(whole, resumed)
+
+
+def test_a_clock_that_is_set_back_takes_no_seconds_away(tmp_path, monkeypatch):
+    moments = itertools.count(2e9, -3600)
+    monkeypatch.setattr("time.time", lambda: next(moments))
+    config = make_config(tmp_path)
+    assert 0 < loop.train(Regression(config), config)["seconds"] < 600
+    assert all(line["seconds_left"] >= 0 for line in read_lines(tmp_path))
 
 
 def test_a_model_of_an_earlier_release_is_set_aside(tmp_path):

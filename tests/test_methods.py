@@ -1,12 +1,15 @@
 """Methods: what a removal costs, how it is kept, and when it is made anew."""
 
 import os
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderTiny
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 
 from rorem_lib.data.pictures import load_image, save_image
 from rorem_lib.data.triplets import Triplet, read_triplets
@@ -115,10 +118,11 @@ def test_what_changed_is_made_anew(model, triplets, tmp_path):
     run_method(method, triplets, tmp_path / "r")
     path = tmp_path / "r/telea/scene-0.png"
     before = path.stat().st_mtime_ns
+    os.utime(triplets[0].source)  # it is younger, and what it was
     run_method(method, triplets, tmp_path / "r")
     assert path.stat().st_mtime_ns == before
     save_image(triplets[0].source, np.zeros((64, 64, 3), np.uint8))
-    os.utime(triplets[0].source, ns=(before + 10**9,) * 2)
+    os.utime(triplets[0].source, ns=(1, 1))  # it is older, and another
     run_method(method, triplets, tmp_path / "r")
     assert load_image(path).max() == 0
 
@@ -131,9 +135,51 @@ def test_what_changed_is_made_anew(model, triplets, tmp_path):
     assert path.read_bytes() != before
     weights = next(model.glob("unet/*.safetensors"))
     stamp = path.stat().st_mtime_ns
-    os.utime(weights, ns=(1, 1))  # trained again: other weights under the same name
+    os.utime(weights, ns=(1, 1))  # copied, not trained again
+    run_method(other, triplets[:1], tmp_path / "r")
+    assert path.stat().st_mtime_ns == stamp
+    state = load_file(weights)
+    state["conv_out.bias"] += 1  # trained again: other weights under the same name
+    save_file(state, weights)
+    os.utime(weights, ns=(1, 1))
     run_method(other, triplets[:1], tmp_path / "r")
     assert path.stat().st_mtime_ns > stamp
+
+
+def test_another_set_with_equal_names_and_older_times_gets_removals_of_its_own(triplets, tmp_path):
+    method = Method("telea", kind="telea")
+    run_method(method, triplets, tmp_path / "r")
+    (tmp_path / "other").mkdir()
+    others = []
+    for number, triplet in enumerate(triplets):
+        source = tmp_path / "other" / triplet.source.name
+        save_image(source, np.full((64, 64, 3), 40 * number, np.uint8))
+        os.utime(source, ns=(1, 1))
+        others.append(replace(triplet, source=source))
+    found = read_all(run_method(method, others, tmp_path / "r"))
+    assert [found[t.id].mean() for t in others] == pytest.approx([0, 40, 80, 120, 160], abs=2)
+
+
+def test_the_place_in_the_set_is_part_of_what_a_removal_is_made_of(model, triplets, tmp_path):
+    method = Method("m", model=str(model), num_inference_steps=1)
+    first = read_all(run_method(method, triplets[:2], tmp_path / "r", batch_size=2))
+    turned = read_all(run_method(method, triplets[1::-1], tmp_path / "r", batch_size=2))
+    alone = read_all(run_method(method, triplets[1::-1], tmp_path / "alone", batch_size=2))
+    for name in first:
+        assert np.array_equal(turned[name], alone[name])
+        assert not np.array_equal(turned[name], first[name])
+
+
+def test_numbers_that_are_not_finite_name_the_model_and_the_image(model, triplets, tmp_path):
+    broken = shutil.copytree(model, tmp_path / "broken")
+    weights = next(broken.glob("unet/*.safetensors"))
+    state = load_file(weights)
+    state["conv_in.weight"][0, 0, 0, 0] = float("nan")
+    save_file(state, weights)
+    method = Method("m", model=str(broken), num_inference_steps=1)
+    with pytest.raises(FloatingPointError, match=f"{broken}.*{triplets[0].source}"):
+        run_method(method, triplets, tmp_path / "r", batch_size=2)
+    assert not list((tmp_path / "r" / "m").glob("*.png"))
 
 
 def test_classical_methods_touch_the_hole_alone(triplets, tmp_path):

@@ -1022,6 +1022,25 @@ def test_notebooks_are_executed_in_kernels(real_kit):
     assert kit.states() == {"make": "done", "train": "done"}
 
 
+def test_a_clock_that_is_set_back_takes_no_seconds_away(kit):
+    path = kit.library / "runner" / "execution.py"
+    path.write_text(
+        f"""import time
+{path.read_text()}
+_execute = execute_notebook
+def execute_notebook(*given, **options):
+    now = time.time
+    time.time = lambda: now() - 3600
+    return _execute(*given, **options)
+"""
+    )
+    kit.call("run", "small")
+    for stage in map(kit.read, kit.states()):
+        assert 0 <= stage["seconds"] < 600 and stage["started"] <= stage["finished"]
+    record = json.loads((kit.run_dir / "run.json").read_text())
+    assert 0 <= record["runs"][-1]["seconds"] < 600
+
+
 def test_a_run_its_records_and_its_report(first_run, finished):
     kit, output = finished, first_run[1]
     assert "train | step 4" in output and "make | making 5 plain" in output
@@ -1227,13 +1246,16 @@ def test_stage_alone_writes_its_own_records(tmp_path, monkeypatch):
 
     (tmp_path / "DONE").write_text("old")
     stage = start_stage(tmp_path, notebook="none")
+    now = stage.started
+    monkeypatch.setattr("time.time", lambda: now - 3600)  # a clock that was set back
     assert not (tmp_path / "DONE").exists() and not stage.batch
     stage.save_figure(Figure(), "empty")
     stage.finish({"a": np.float32(0.5), "b": [np.int64(2)], "c": float("nan")})
     assert json.loads((tmp_path / "metrics.json").read_text()) == {"a": 0.5, "b": [2], "c": None}
     assert (tmp_path / "figures" / "empty.png").stat().st_size > 0
     assert (tmp_path / "DONE").read_text().startswith("alone ")
-    assert json.loads((tmp_path / "stage.json").read_text())["stage"] == "alone"
+    record = json.loads((tmp_path / "stage.json").read_text())
+    assert record["stage"] == "alone" and 0 <= record["seconds"] < 600
     assert clean_metrics({1: (tmp_path,)}) == {"1": [str(tmp_path)]}
 
 

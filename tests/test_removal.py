@@ -1,6 +1,9 @@
 """Inference: any size in, the same size out; noise by number; candidate sets that go on."""
 
+import itertools
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -10,10 +13,13 @@ import pytest
 import torch
 import yaml
 from forked import Job, run_job
+from safetensors.torch import load_file, save_file
 
 from rorem_lib import removal
+from rorem_lib.data.pictures import load_image
 from rorem_lib.data.triplets import load_images, read_triplets
 from rorem_lib.data.writer import TripletWriter
+from rorem_lib.files import lock_folder
 from rorem_lib.models import inpainting, sdxl
 from rorem_lib.models.inpainting import remove_objects
 from rorem_lib.removal import GenerateConfig, generate_candidates
@@ -420,6 +426,133 @@ def test_what_other_settings_made_is_set_aside_not_deleted(config):
     (old,) = read_triplets(aside)
     assert np.array_equal(load_images(old)["gt"], first)
     assert not np.array_equal(read_results(config)["scene-0"], first)
+
+
+def copy_set(tiny_set, folder):
+    """A set with files of its own, not linked to others."""
+    with TripletWriter(folder) as writer:
+        for triplet in read_triplets(tiny_set)[:2]:
+            pictures = load_images(triplet)
+            writer.add(id=triplet.id, source=pictures["source"], mask=pictures["mask"])
+    return folder
+
+
+@pytest.mark.parametrize("part", ["source", "mask"])
+def test_an_image_that_was_overwritten_in_place_gets_a_new_candidate(
+    config, tiny_set, tmp_path, part
+):
+    """The candidates' files are hard links to the pool's: both change at once."""
+    config.meta_path = [str(copy_set(tiny_set, tmp_path / "pool"))]
+    generate_candidates(config)
+    first = read_results(config)
+    triplet = read_triplets(tmp_path / "pool", require_gt=False)[1]
+    path = getattr(triplet, part)
+    assert path.stat().st_nlink > 1
+    linked = tmp_path / "linked.png"
+    linked.hardlink_to(path)
+    before = path.stat()
+    image = load_image(linked, "RGB" if part == "source" else "L")
+    ok, data = cv2.imencode(".png", image[::-1])
+    linked.write_bytes(data)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    generate_candidates(config)
+    (aside,) = Path(config.output_dir).glob("candidates.*")
+    second = read_results(config)
+    assert np.array_equal(load_images(read_triplets(aside)[0])["gt"], first["scene-0"])
+    assert np.array_equal(second["scene-0"], first["scene-0"])
+    assert not np.array_equal(second["scene-1"], first["scene-1"])
+
+
+def test_candidates_of_an_earlier_release_stay(config, caplog):
+    config.count = 1
+    generate_candidates(config)
+    marker = Path(config.output_dir) / "candidates" / "settings.json"
+    noted = json.loads(marker.read_text())
+    del noted["images"]  # it noted none
+    marker.write_text(json.dumps(noted))
+    first = read_results(config)
+    config.count = 2
+    generate_candidates(config)
+    assert np.array_equal(read_results(config)["scene-0"], first["scene-0"])
+    assert not list(Path(config.output_dir).glob("candidates.*"))
+    assert sorted(json.loads(marker.read_text())["images"]) == ["scene-0", "scene-1"]
+
+
+def test_a_folder_is_generated_in_by_one_process_at_a_time(config, monkeypatch):
+    monkeypatch.setattr(removal, "_open_method", None)  # nothing is loaded before
+    with lock_folder(config.output_dir):
+        with pytest.raises(BlockingIOError, match=str(os.getpid())):
+            generate_candidates(config)
+    assert not (Path(config.output_dir) / "candidates").exists()
+
+
+def test_a_clock_that_is_set_back_takes_no_seconds_away(config, monkeypatch, caplog):
+    moments = itertools.count(2e9, -3600)
+    monkeypatch.setattr("time.time", lambda: next(moments))
+    config.count = 2
+    with caplog.at_level("INFO", logger="rorem_lib"):
+        metrics = generate_candidates(config)
+    assert metrics["seconds"] > 0 and metrics["removals_per_second"] > 0
+    assert not re.search(r"-\d+ s left", caplog.text)
+
+
+# ---------------------------------------------------------------------- numbers that are not finite
+
+
+@pytest.fixture
+def broken(tiny_model, tmp_path):
+    """A model with one weight that is NaN."""
+    folder = shutil.copytree(tiny_model, tmp_path / "broken")
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    state = load_file(weights)
+    state["conv_in.weight"][0, 0, 0, 0] = float("nan")
+    save_file(state, weights)
+    return folder
+
+
+def test_one_nan_in_a_model_is_an_error_that_names_it_and_the_image(broken, config, tiny_set):
+    image, mask = draw_picture(64, 64)
+    pipe = sdxl.load_pipeline(str(broken))
+    with pytest.raises(FloatingPointError, match=f"{broken}.*image 0"):
+        remove_objects(pipe, [image], [mask], **QUICK)
+    with pytest.raises(FloatingPointError, match=f"{broken}.*lake.jpg"):
+        remove_objects(pipe, [image], [mask], names=["lake.jpg"], **QUICK)
+    config.pretrained_model_name_or_path = str(broken)
+    source = read_triplets(tiny_set)[0].source
+    with pytest.raises(FloatingPointError, match=f"{broken}.*{source}"):
+        generate_candidates(config)
+    assert not TripletWriter(Path(config.output_dir) / "candidates").done_ids
+
+
+@pytest.mark.parametrize("finite", [True, False])
+def test_a_vae_that_overflows_in_half_precision_decodes_again_in_float32(
+    tiny_model, monkeypatch, finite
+):
+    pipe = sdxl.load_pipeline(str(tiny_model), dtype=torch.bfloat16)
+    image, mask = draw_picture(64, 64)
+    (whole,) = remove_objects(pipe, [image], [mask], **QUICK)
+    decode, seen = type(pipe.vae).decode, []
+
+    def overflow(self, latents, *args, **options):
+        seen.append(self.dtype)
+        decoded = decode(self, latents, *args, **options)
+        if self.dtype == torch.bfloat16 or not finite:
+            decoded[0][:] = float("inf")
+        return decoded
+
+    monkeypatch.setattr(type(pipe.vae), "decode", overflow)
+    before = pipe.vae.__dict__.keys()
+    if finite:
+        (result,) = remove_objects(pipe, [image], [mask], **QUICK)
+        assert np.abs(result.astype(int) - whole).mean() < 4  # bf16 has 8 bits
+    else:
+        with pytest.raises(FloatingPointError):
+            remove_objects(pipe, [image], [mask], **QUICK)
+    assert seen == [torch.bfloat16, torch.float32] and pipe.vae.dtype == torch.bfloat16
+    assert pipe.vae.__dict__.keys() == before
+
+
+# ------------------------------------------------------------------------------------------------
 
 
 def test_a_stopped_generation_goes_on(config, monkeypatch):

@@ -1,6 +1,8 @@
 """The remover: what its loss sees, that it learns, and that stock diffusers opens the result."""
 
 import json
+import os
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -97,6 +99,67 @@ def test_all_of_the_unet_is_trained_and_nothing_else(config, tiny_model, tmp_pat
             load_file(f / f"{part}.safetensors") for f in (tiny_model, tmp_path / "out" / "remover")
         )
         assert all(torch.equal(old[n], new[n]) for n in old), part
+
+
+def copy_set(tiny_set, folder):
+    """A set with files of its own, not linked to others."""
+    with TripletWriter(folder) as writer:
+        for triplet in read_triplets(tiny_set)[:4]:
+            writer.add(id=triplet.id, **load_images(triplet))
+    return folder
+
+
+def exchange_images(folder):
+    """The images under other names, with the times as they were, written through hard links."""
+    paths = [triplet.gt for triplet in read_triplets(folder)]
+    before = [(path.read_bytes(), path.stat()) for path in paths]
+    for number, path in enumerate(paths):
+        link = folder.with_name("linked.png")
+        link.hardlink_to(path)
+        link.write_bytes(before[number ^ 1][0])
+        link.unlink()
+        os.utime(path, ns=(before[number][1].st_atime_ns, before[number][1].st_mtime_ns))
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_resumed_training_refuses_other_images(
+    config, tiny_set, tmp_path, monkeypatch, caplog, cached
+):
+    folder = copy_set(tiny_set, tmp_path / "set")
+    config.meta_path, config.cache_latents = [str(folder)], cached
+    config.checkpointing_steps, calls, compute = 1, [], RemoverObjective.compute_loss
+
+    def stop_in_third(self, model, batch):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return compute(self, model, batch)
+
+    monkeypatch.setattr(RemoverObjective, "compute_loss", stop_in_third)
+    with pytest.raises(KeyboardInterrupt):
+        train_remover(config)
+    exchange_images(folder)
+    with pytest.raises(ValueError, match="checkpoint-2 .*the images were others"):
+        train_remover(config)
+    exchange_images(folder)  # as they were
+    moved = shutil.move(folder, tmp_path / "moved")
+    assert train_remover(replace(config, meta_path=[str(moved)]))["resumed_at"] == 2
+    exchange_images(moved)
+    with caplog.at_level("INFO"):
+        again = replace(config, meta_path=[str(moved)])
+        assert train_remover(again)["resumed_at"] == 0, "other images are another training"
+    (aside,) = (tmp_path / "out").glob("finished-*")
+    assert (aside / "remover").is_dir() and "the images were others" in caplog.text
+    assert train_remover(again)["resumed_at"] == 0 and len(calls) == 2 + 1 + 1 + 3
+
+
+def test_a_finished_training_that_noted_no_images_is_kept(config, tmp_path):
+    first = train_remover(config)
+    file = tmp_path / "out" / "training.json"
+    noted = json.loads(file.read_text())
+    del noted["inputs"]["images"]
+    file.write_text(json.dumps(noted))
+    assert train_remover(config) == first and not list((tmp_path / "out").glob("finished-*"))
 
 
 @pytest.mark.slow
@@ -215,7 +278,7 @@ def test_training_without_the_cache_equals_training_from_it(config, tmp_path, mo
     config.latent_cache_dir = str(tmp_path / "unused")
     train_remover(config)
     direct = read_run(tmp_path / "direct")
-    assert not (tmp_path / "unused").exists()
+    assert not list((tmp_path / "unused").rglob("*.safetensors"))
     np.testing.assert_allclose(direct[0], cached[0], rtol=2**-8)
     start = load_file(Path(config.pretrained_model_name_or_path) / UNET_FILE.partition("/")[2])
     moved = sum((cached[1][n] - start[n]).square().sum() for n in start) ** 0.5

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 
 from rorem_lib.builtin.scenes import render_scene
 from rorem_lib.data.writer import TripletWriter
+from rorem_lib.files import LOCK
 from rorem_lib.remover import RemoverConfig, train_remover
 from rorem_lib.training import checkpoints, latent_cache
 from rorem_lib.training.memory import tune_cpu
@@ -188,7 +189,7 @@ def list_states(folder):
     return sorted(
         p.name
         for p in Path(folder).iterdir()
-        if p.name.startswith((".", "checkpoint", "remover", "train_metrics"))
+        if p.name.startswith((".", "checkpoint", "remover", "train_metrics")) and p.name != LOCK
     )
 
 

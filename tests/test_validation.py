@@ -128,6 +128,14 @@ def test_a_scene_is_what_stock_removal_gives_at_this_size(make, pipe):
         assert np.array_equal(row[1], picture)
 
 
+def test_removals_that_are_not_finite_do_not_stop_a_training(make, pipe, caplog):
+    with torch.no_grad():
+        pipe.unet.conv_out.weight[0, 0, 0, 0] = torch.nan
+    made = make()
+    assert made(pipe.unet, 7) == {} and "step 7" in caplog.text
+    assert not list(made.folder.glob("step_*.png"))
+
+
 def test_equal_weights_give_equal_grids_and_other_weights_others(make, pipe):
     made = make()
     first = made(pipe.unet, 1)

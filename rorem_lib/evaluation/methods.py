@@ -20,12 +20,14 @@ import numpy as np
 import torch
 from diffusers import LCMScheduler
 
+from rorem_lib.data.journal import Journal, read_lines
 from rorem_lib.data.pictures import save_image
 from rorem_lib.data.triplets import Triplet, load_images
 from rorem_lib.files import read_json, write_json
-from rorem_lib.models import sdxl
+from rorem_lib.models import hub, sdxl
 from rorem_lib.models.inpainting import inpaint_classical, remove_objects
 from rorem_lib.models.lora import load_lora
+from rorem_lib.training.latent_cache import hash_triplets
 
 logger = logging.getLogger(__name__)
 
@@ -145,12 +147,17 @@ def run_method(
 
     A removal's noise depends on its place in `triplets` alone, the same for every method. One
     batch warms up untimed; the time is the median over full batches, images' files not included.
-    Removals of another model, other settings, another batch size or an older source are made anew.
+    Removals of another model, other settings, another batch size, another source, mask or place are
+    made anew: content decides, not names or times.
 
     Args:
-        folder: removals are written to `<folder>/<slug>/<id>.png`, times to `timing.json` there.
+        folder: removals are written to `<folder>/<slug>/<id>.png`, what they were made of to
+            `made.jsonl` and times to `timing.json` there.
         batch_size: images a batch, by default for 512 px; take the same for every method.
         device: where removers run; "" takes a GPU if there is one.
+
+    Raises:
+        FloatingPointError: a model gives numbers that are not finite; names it and the image.
     """
     folder = Path(folder) / method.slug
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -160,7 +167,11 @@ def run_method(
         "device": device,
         "control": None,
         "row": None,
-        "files": [_stamp_model(place) for place in (method.model, method.lora)]
+        "files": [
+            hub.hash_model(sdxl.resolve_model(place))
+            for place in (method.model, method.lora)
+            if place
+        ]
         if method.kind == "remover"
         else [],
     }
@@ -171,37 +182,51 @@ def run_method(
         folder.mkdir(parents=True)
         write_json(folder / "timing.json", timing)
     paths = {t.id: folder / f"{_name_file(t.id)}.png" for t in triplets}
-    waiting = [(n, t) for n, t in enumerate(triplets) if not _is_fresh(paths[t.id], t)]
+    made, inputs = Journal(folder / "made.jsonl"), _describe_inputs(triplets)
+    known = {row["id"]: row for _, row in read_lines(made.path)} if made.path.exists() else {}
+    waiting = [
+        (n, t)
+        for n, t in enumerate(triplets)
+        if known.get(t.id) != inputs[n] or not paths[t.id].is_file()
+    ]
     if waiting:
         remove, take_calls = _open_method(method, device)
         for start in range(0, len(waiting), batch_size):
             part = waiting[start : start + batch_size]
             pictures = [load_images(replace(t, gt=None)) for _, t in part]
-            inputs = [p["source"] for p in pictures], [p["mask"] for p in pictures]
+            given = (
+                [p["source"] for p in pictures],
+                [p["mask"] for p in pictures],
+                [n for n, _ in part],
+                [str(t.source) for _, t in part],
+            )
             if start == 0:
-                remove(*inputs, [n for n, _ in part], steps=min(2, method.num_inference_steps))
+                remove(*given, steps=min(2, method.num_inference_steps))
             take_calls()
             began = time.perf_counter()
-            removed = remove(*inputs, [n for n, _ in part])
+            removed = remove(*given)
             seconds = time.perf_counter() - began
-            for (_, triplet), picture in zip(part, removed, strict=True):
+            for (n, triplet), picture in zip(part, removed, strict=True):
                 save_image(paths[triplet.id], picture)
+                made.append(inputs[n])
             timing["batches"].append(
                 {"n": len(part), "seconds": round(seconds, 5), "unet_calls": take_calls()}
             )
             write_json(folder / "timing.json", timing)
             logger.info("%s: %d of %d removals", method.name, start + len(part), len(waiting))
+    made.close()
     return MethodRun(paths, *_summarise_timing(timing["batches"], batch_size))
 
 
 def _open_method(method: Method, device: str) -> tuple[Callable, Callable]:
-    """The method as a function of sources, masks and noise numbers, and its UNet calls' counter.
+    """The method as a function of sources, masks, noise numbers and names, and its UNet calls'
+    counter.
 
     The counter says how often the UNet has seen an image since it was last asked.
     """
     if method.kind != "remover":
 
-        def remove(sources, masks, numbers, steps=None):
+        def remove(sources, masks, numbers, names, steps=None):
             return [
                 inpaint_classical(s, m, method=method.kind)
                 for s, m in zip(sources, masks, strict=True)
@@ -223,7 +248,7 @@ def _open_method(method: Method, device: str) -> tuple[Callable, Callable]:
         seen, calls[0] = calls[0], 0
         return seen
 
-    def remove(sources, masks, numbers, steps=None):
+    def remove(sources, masks, numbers, names, steps=None):
         return remove_objects(
             pipe,
             sources,
@@ -234,24 +259,12 @@ def _open_method(method: Method, device: str) -> tuple[Callable, Callable]:
             strength=method.strength,
             seed=method.seed,
             numbers=numbers,
+            names=names,
             batch_size=len(sources),
         )
 
     pipe.unet.register_forward_pre_hook(count, with_kwargs=True)
     return remove, take_calls
-
-
-def _stamp_model(place: str) -> str:
-    """A model folder's content by names, sizes and times; a Hub id stands for itself."""
-    folder = Path(sdxl.resolve_model(place)) if place else Path()
-    if not place or not folder.is_dir():
-        return place
-    files = sorted(
-        (str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns)
-        for p in folder.rglob("*")
-        if p.is_file()
-    )
-    return hashlib.sha256(repr(files).encode()).hexdigest()
 
 
 def _read_timing(path: Path, stamp: dict) -> dict | None:
@@ -263,10 +276,19 @@ def _read_timing(path: Path, stamp: dict) -> dict | None:
         return None
 
 
-def _is_fresh(path: Path, triplet: Triplet) -> bool:
-    return path.is_file() and path.stat().st_mtime_ns >= max(
-        triplet.source.stat().st_mtime_ns, triplet.mask.stat().st_mtime_ns
-    )
+def _describe_inputs(triplets: Sequence[Triplet]) -> list[dict]:
+    """What each removal is made of: the place that numbers its noise, the content of source and
+    mask."""
+    content = hash_triplets([replace(t, gt=None) for t in triplets])
+    return [
+        {
+            "id": t.id,
+            "place": n,
+            "source": content[t.source]["sha256"],
+            "mask": content[t.mask]["sha256"],
+        }
+        for n, t in enumerate(triplets)
+    ]
 
 
 def _name_file(name: str) -> str:

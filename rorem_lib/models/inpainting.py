@@ -7,6 +7,7 @@ own, so a removal does not depend on the batch it was in.
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import cv2
 import numpy as np
@@ -75,6 +76,7 @@ def remove_objects(
     strength: float = 1.0,
     seed: int = 0,
     numbers: list[int] | None = None,
+    names: list[str] | None = None,
     batch_size: int = 8,
     dilate: int = 0,
     paste_back: bool = False,
@@ -95,6 +97,7 @@ def remove_objects(
         strength: share of the noise schedule that is run; 1 starts from pure noise.
         seed: fixes all noise.
         numbers: what each image's noise is numbered; by default its place in the list.
+        names: what each image is called in errors; by default its place in the list.
         batch_size: images a forward pass; the default is for 512 px.
         dilate: widens the masks by so many pixels.
         paste_back: keep the source's own pixels outside the (dilated) mask; shadows then stay.
@@ -107,6 +110,7 @@ def remove_objects(
     Raises:
         ValueError: lists of unequal length, a mask of another size than its image, or an option
             that makes no sense, by its name.
+        FloatingPointError: a removal is not finite; names the model and the image.
     """
     if len(images) != len(object_masks):
         raise ValueError(f"{len(images)} images but {len(object_masks)} masks")
@@ -151,6 +155,7 @@ def remove_objects(
                     output_type="np",
                     generator=[make_generator(seed, numbers[i]) for i in batch],
                 ).images
+            _check_finite(pipe, removed, [names[i] if names else f"image {i}" for i in batch])
             for i, picture in zip(batch, (removed * 255).round().astype(np.uint8)):
                 mask, image, _ = fitted[i]
                 results[i] = _put_back(images[i], mask, image, picture)
@@ -161,13 +166,21 @@ def remove_objects(
     return results
 
 
+def _check_finite(pipe, removed: np.ndarray, names: list[str]) -> None:
+    """Refuse what would become black pixels: removals [B, H, W, 3] with NaN or infinity."""
+    for picture, name in zip(removed, names):
+        if not np.isfinite(picture).all():
+            raise FloatingPointError(
+                f"{getattr(pipe, 'origin', 'the model')} gives numbers that are not finite for "
+                f"{name}: its weights are damaged (train or download it again), or they overflow "
+                "in mixed_precision fp16 (take bf16 or no)"
+            )
+
+
 @contextlib.contextmanager
 def _compute_in(pipe, precision: str):
     """The pipeline's work in a lower precision. What the UNet gives stays float32, else some
     schedulers round the latents between steps; so does the VAE in fp16, where SDXL's overflows."""
-    if precision == "no":
-        yield
-        return
 
     def lower(method, used):
         def call(x, *args, **options):
@@ -177,16 +190,49 @@ def _compute_in(pipe, precision: str):
         return call
 
     unet, vae = pipe.unet, pipe.vae
-    own = unet.__dict__.get("forward")
-    unet.forward = convert_outputs_to_fp32(lower(unet.forward, precision))
-    for name in ("encode", "decode"):
-        setattr(vae, name, lower(getattr(vae, name), "no" if precision == "fp16" else precision))
+    for_vae = "no" if precision == "fp16" else precision
+    decode, again = lower(vae.decode, for_vae), lower(vae.decode, "no")
+    with contextlib.ExitStack() as stack:
+        if precision != "no":
+            forward = convert_outputs_to_fp32(lower(unet.forward, precision))
+            stack.enter_context(_replace(unet, "forward", forward))
+        stack.enter_context(_replace(vae, "encode", lower(vae.encode, for_vae)))
+        decode = functools.partial(_decode, vae, decode, again)
+        stack.enter_context(_replace(vae, "decode", decode))
+        yield
+
+
+@contextlib.contextmanager
+def _replace(module, name: str, method):
+    own = module.__dict__.get(name)
+    setattr(module, name, method)
     try:
         yield
     finally:
-        del unet.forward, vae.encode, vae.decode
+        delattr(module, name)
         if own is not None:
-            unet.forward = own
+            setattr(module, name, own)
+
+
+def _decode(vae, decode, again, latents, *args, **options):
+    """`decode`, or where a VAE in half precision overflows `again`, its weights in float32.
+
+    An image that is not finite then, or whose latents were not, is NaN: else what comes after would
+    clip infinity to white.
+    """
+    decoded, dtype = decode(latents, *args, **options), vae.dtype
+    sound = latents.isfinite().flatten(1).all(1)
+    if sound.all() and not decoded[0].isfinite().all():
+        with sdxl.silence_libraries():  # diffusers remarks on every change of precision
+            try:
+                vae.to(torch.float32)
+                decoded = again(latents.float(), *args, **options)
+            finally:
+                vae.to(dtype)
+    sound &= decoded[0].isfinite().flatten(1).all(1)
+    if not sound.all():
+        decoded[0][~sound] = torch.nan
+    return decoded
 
 
 def inpaint_classical(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 
+import torch
 from diffusers import StableDiffusionXLInpaintPipeline
+from diffusers.utils import convert_unet_state_dict_to_peft
 from huggingface_hub import hf_hub_download
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import safe_open
@@ -14,6 +18,8 @@ from safetensors.torch import save_file
 from rorem_lib.models import sdxl
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+# What tools put before the names of a UNet's layers; `transformer.` only where such a layer exists.
+PREFIXES = ("base_model.model.", "unet.", "transformer.")
 LORA_TARGETS = [
     "to_q",
     "to_k",
@@ -62,28 +68,102 @@ def save_lora(unet, folder: Path) -> None:
 
 
 def load_lora(pipe, folder) -> None:
-    """Merge a LoRA that `save_lora` wrote into a pipeline's UNet: it costs no time then.
+    """Merge a LoRA into a pipeline's UNet: it costs no time then.
 
-    The pipeline then works at the size that the LoRA was trained at, where the LoRA says it.
+    Of the kit, peft, diffusers or kohya's trainer: what their names begin with is known. The
+    pipeline then works at the size that the LoRA was trained at, where the LoRA says it.
 
     Args:
-        pipe: of `sdxl.load_pipeline`.
+        pipe: of `sdxl.load_pipeline`; where the LoRA is refused, it stays as it was.
         folder: its folder or Hub id.
 
     Raises:
         OSError: there is no `LORA_FILE` in the folder.
+        ValueError: tensors that do not fit the UNet, or that are missing; says how many.
     """
-    # Named, since diffusers refuses to look for the file itself where the network is switched off.
     found = sdxl.resolve_model(folder)
-    with sdxl.silence_libraries():
-        pipe.load_lora_weights(found, weight_name=LORA_FILE)
-        pipe.fuse_lora(components=["unet"])
-        pipe.unload_lora_weights()
     path = Path(found, LORA_FILE) if Path(found).is_dir() else hf_hub_download(found, LORA_FILE)
     with safe_open(path, "pt") as file:
-        size = (file.metadata() or {}).get(sdxl.TRAINED_RESOLUTION, "")
+        names, size = list(file.keys()), (file.metadata() or {}).get(sdxl.TRAINED_RESOLUTION, "")
+    with sdxl.silence_libraries():
+        state, alphas, metadata = _read_lora(pipe, found, path, names)
+        check_keys(path, state, _list_wanted(pipe.unet, state))
+        pipe.load_lora_into_unet(
+            {f"unet.{name}": tensor for name, tensor in state.items()},
+            network_alphas=alphas,
+            unet=pipe.unet,
+            metadata=metadata,
+            _pipeline=pipe,
+            low_cpu_mem_usage=True,  # no random start, which would draw from torch's generator
+        )
+        pipe.fuse_lora(components=["unet"])
+        pipe.unload_lora_weights()
     if size.isdecimal():
         sdxl.set_resolution(pipe, pipe.unet, int(size))
+
+
+def check_keys(path, found: Collection[str], wanted: Collection[str]) -> None:
+    """Refuse adapters of which libraries would drop a part without a word.
+
+    Args:
+        path: their file.
+        found: the names of its tensors.
+        wanted: those that the model has places for.
+
+    Raises:
+        ValueError: they are not the same; says how many fit, are left over and are missing.
+    """
+    found, wanted = set(found), set(wanted)
+    over, missing = sorted(found - wanted), sorted(wanted - found)
+    if over or missing or not found:
+        raise ValueError(
+            f"{path} does not fit this model: {len(found & wanted)} of its {len(found)} tensors "
+            f"match, {len(over)} are unexpected{_give_example(over)} and {len(missing)} are "
+            f"missing{_give_example(missing)}"
+        )
+
+
+def _give_example(names: list[str]) -> str:
+    return f" (such as {names[0]})" if names else ""
+
+
+def _read_lora(pipe, found: str, path, names: list[str]) -> tuple[dict, dict | None, dict | None]:
+    """A LoRA's tensors by the names that peft gives them in a UNet, kohya's scales, and the
+    settings it was trained with, as `load_lora_into_unet` wants both."""
+    try:  # the file is named, since without a network diffusers refuses to look for it itself
+        state, alphas, metadata = pipe.lora_state_dict(
+            found, weight_name=LORA_FILE, unet_config=pipe.unet.config, return_lora_metadata=True
+        )
+    except (KeyError, ValueError, IndexError):  # of diffusers' translation of kohya's names
+        check_keys(path, names, ())
+        raise
+    check_keys(path, names, [name for name in names if "dora_scale" not in name])  # it drops them
+    plain = {}
+    for name, tensor in state.items():
+        while prefix := next((p for p in PREFIXES if name.startswith(p)), ""):
+            name = name.removeprefix(prefix)
+        plain[name] = tensor
+    return convert_unet_state_dict_to_peft(plain), alphas, metadata
+
+
+def _list_wanted(unet, state: dict) -> set[str]:
+    """The names of tensors that a LoRA like this has in a UNet: a pair for each layer of a kind
+    (its name without the blocks' numbers) of which the file has one that fits."""
+    fitting, layers = set(), {}
+    for name, module in unet.named_modules():
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+            pair = [f"{name}.lora_{letter}.weight" for letter in "AB"]
+            down, up = map(state.get, pair)
+            layers[name] = pair
+            if down is not None and down.shape[1:] == module.weight.shape[1:]:
+                fitting.add(_name_kind(name))
+            if up is not None and up.shape[0] == module.weight.shape[0]:
+                fitting.add(_name_kind(name))
+    return {key for name, pair in layers.items() if _name_kind(name) in fitting for key in pair}
+
+
+def _name_kind(layer: str) -> str:
+    return re.sub(r"\.\d+\.", ".#.", layer)
 
 
 def merge_lora(unet) -> None:

@@ -190,7 +190,8 @@ class _Run:
         self.recipe, self.run_dir, self.only, self.keep = recipe, run_dir, only, keep
         self.agree, self.agreed, self.progress = agree, set(), progress
         self.outputs = Outputs(run_dir, keep=True)
-        self.began, self.ran, self.skipped, self.earlier = time.time(), [], [], []
+        self.began, self.clock = time.time(), time.monotonic()  # a clock may be set back meanwhile
+        self.ran, self.skipped, self.earlier = [], [], []
 
     def run(self, from_stage: str | None) -> dict:
         rows, total, needed = self.recipe.stages, len(self.recipe.stages), ()
@@ -303,7 +304,7 @@ class _Run:
 
     def record(self, **more) -> None:
         """Bring `run.json` up to date; a killed run keeps the seconds of its finished stages."""
-        path, seconds = self.run_dir / "run.json", round(time.time() - self.began, 2)
+        path, seconds = self.run_dir / "run.json", round(time.monotonic() - self.clock, 2)
         run = {"started": format_time(self.began), "ran": self.ran, "seconds": seconds}
         runs = [*self.earlier, run]
         taken = {
@@ -378,7 +379,7 @@ def run_stage(
     Raises:
         StageFailed: the notebook failed, its kernel died, or it ended without its metrics.
     """
-    folder, began = run_dir / row.name, time.time()
+    folder, began, clock = run_dir / row.name, time.time(), time.monotonic()
     started = open_folder(row, inputs, folder, keep=keep)
     shown = os.path.relpath(run_dir, ROOT) if run_dir.is_relative_to(ROOT) else str(run_dir)
     folders = {name: f"{shown}/{name}" for name in row.upstream}
@@ -410,12 +411,12 @@ def run_stage(
         ended = {
             "state": "waiting" if failure.waiting else "failed",
             "error": failure.error.partition("\n")[0][:300],
-            "worked": started["worked"] + time.time() - began,
+            "worked": started["worked"] + time.monotonic() - clock,
         }
         write_json(folder / STARTED, started | ended)
         raise
-    ended = time.time()
-    seconds = started["worked"] + ended - began
+    here = time.monotonic() - clock
+    seconds = started["worked"] + here
     close_folder(
         folder,
         inputs,
@@ -427,7 +428,7 @@ def run_stage(
             **describe_environment(),
             "seconds": round(seconds, 2),
             "started": format_time(began),
-            "finished": format_time(ended),
+            "finished": format_time(began + here),
             "accepted": started["accepted"],
         },
     )

@@ -82,6 +82,7 @@ class Stage:
     batch: bool
     parameters: dict = field(default_factory=dict)
     started: float = field(default_factory=time.time)
+    clock: float = field(default_factory=time.monotonic)  # the other may be set back meanwhile
 
     def save_figure(self, figure, name: str) -> Path:
         """Write a matplotlib figure to `figures/<name>.png` and show it under the cell."""
@@ -132,7 +133,7 @@ class Stage:
         if not self.batch and not (self.folder / STARTED).exists():
             flush_disk(self.folder)  # what DONE promises
             write_json(self.folder / "metrics.json", clean_metrics(metrics))
-            ended = time.time()
+            seconds = time.monotonic() - self.clock
             write_json(
                 self.folder / "stage.json",
                 {
@@ -140,9 +141,9 @@ class Stage:
                     "notebook": self.notebook,
                     "parameters": clean_metrics(self.parameters),
                     **describe_environment(),
-                    "seconds": round(ended - self.started, 2),
+                    "seconds": round(seconds, 2),
                     "started": format_time(self.started),
-                    "finished": format_time(ended),
+                    "finished": format_time(self.started + seconds),
                 },
             )
             write_text(self.folder / "DONE", f"alone {datetime.now(UTC).isoformat()}\n")

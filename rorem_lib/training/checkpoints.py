@@ -1,10 +1,12 @@
 """Checkpoints of a training: written beside and renamed, checked before they are loaded.
 
-`<output_dir>/checkpoint-<step>` holds the weights, everything else that accelerate knows of a
-training (optimizer, scheduler, EMA, gradient scaler, each process's random state) and, written
-last, `step.json`. The weights are `unet/` in diffusers' layout where a UNet is trained, else
+`<output_dir>/checkpoint-<step>` holds the weights, what accelerate knows of a training (optimizer,
+gradient scaler, each process's random state), the weights' average in `ema.safetensors` and,
+written last, `step.json` with the settings, the content of what was read and where the schedule
+stands. The weights are `unet/` in diffusers' layout where a UNet is trained, else
 `model.safetensors`; of a model with adapters, the trained parameters alone. Neither depends on the
-number of processes. ZeRO-2 and FSDP2 keep accelerate's own divided files.
+number of processes. ZeRO-2 and FSDP2 keep accelerate's own divided files. What accelerate keeps as
+pickles is read so that none can run code (`pickles`).
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -24,13 +26,14 @@ import torch
 from accelerate.utils import set_seed
 from diffusers import UNet2DConditionModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import CheckpointException
 
 from rorem_lib import files
 from rorem_lib.files import read_json, remove_folder, replace_folder, write_json
 from rorem_lib.models import sdxl
-from rorem_lib.training import distributed
+from rorem_lib.models.lora import check_keys
+from rorem_lib.training import distributed, pickles
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +63,15 @@ FREE_FIELDS = {
 }
 # What they come to on this hardware is compared in their place.
 HARDWARE_FIELDS = {"train_batch_size", "gradient_accumulation_steps", "mixed_precision"}
+# Their content is compared in the place of their paths (`finished.hash_inputs`).
+SETS = ("meta_path", "high_resolution_meta_path")
+MODELS = (
+    "pretrained_model_name_or_path",
+    "pretrained_unet",
+    "pretrained_vae_model_name_or_path",
+    "vae",
+    "init_from",
+)
 _UNET = Path("unet", "diffusion_pytorch_model.safetensors")
 _RECORD = set("step config num_processes kind global_batch precision train_size files".split())
 
@@ -83,13 +95,24 @@ def _get_step(checkpoint: Path) -> int:
 # ------------------------------------------------------------------------------------------ write
 
 
-def save_checkpoint(accelerator, config, step: int, *, train_size: int | None = None) -> None:
+def save_checkpoint(
+    accelerator,
+    config,
+    step: int,
+    *,
+    states: Mapping,
+    train_size: int | None = None,
+    inputs: dict | None = None,
+) -> None:
     """Write `checkpoint-<step>` and remove those that are too many. For all processes at once.
 
     A killed run leaves either the whole checkpoint under its name or none.
 
     Args:
+        states: what else a training goes on from, by name, each with a `state_dict` of plain
+            values, and tensors in its list `shadow_params`.
         train_size: samples of an epoch, where they have an end.
+        inputs: the content of what was read, of `finished.hash_inputs`.
 
     Raises:
         OSError: (ENOSPC) the disk is full; what was written of it is removed, the last good
@@ -102,12 +125,15 @@ def save_checkpoint(accelerator, config, step: int, *, train_size: int | None = 
     accelerator.wait_for_everyone()  # none writes before it is cleared
     with writing(accelerator, tmp_path, together=not distributed.is_divided(accelerator)):
         _save_state(accelerator, tmp_path)
+        plain = _save_own(accelerator, states, tmp_path)
     record = {
         "step": step,
         "config": dataclasses.asdict(config),
         "num_processes": accelerator.num_processes,
         "kind": distributed.get_kind(accelerator),
         **_describe_training(accelerator, config, train_size),
+        "inputs": inputs,
+        "states": plain,
     }
     with writing(accelerator, tmp_path):
         if accelerator.is_main_process:
@@ -194,6 +220,19 @@ def _save_weights(accelerator, models, weights, folder) -> None:
                 module.save_pretrained(Path(folder, "unet"), max_shard_size="1TB")
     else:
         weights[0] = module.state_dict()
+
+
+def _save_own(accelerator, states: Mapping, folder: Path) -> dict:
+    """The tensors of `states` to `<name>.safetensors`; returns the rest, for `step.json`."""
+    plain = {}
+    for name, part in states.items():
+        state = part.state_dict()  # on all processes: it may have to be gathered
+        tensors = state.pop("shadow_params", [])
+        plain[name] = state
+        if tensors and accelerator.is_main_process:
+            numbered = {str(n): tensor.contiguous() for n, tensor in enumerate(tensors)}
+            save_file(numbered, folder / f"{name}.safetensors")
+    return plain
 
 
 def _has_adapters(module) -> bool:
@@ -306,18 +345,29 @@ def _holds_only_unet(checkpoint: Path) -> bool:
     return checkpoint.is_dir() and [p.name for p in checkpoint.iterdir()] == ["unet"]
 
 
-def load_checkpoint(accelerator, config, optimizer, *, train_size: int | None = None) -> int:
+def load_checkpoint(
+    accelerator,
+    config,
+    optimizer,
+    *,
+    states: Mapping,
+    train_size: int | None = None,
+    inputs: dict | None = None,
+) -> int:
     """Load the newest checkpoint that can be read, or the named one; its step, 0 without one.
 
     Args:
         optimizer: as `distributed.prepare` returned it.
+        states: as `save_checkpoint` had them; they are set to what they were.
         train_size: samples of an epoch now, where they have an end.
+        inputs: the content of what is read now.
 
     Raises:
         FileNotFoundError, ValueError: see `find_checkpoint`.
         FileNotFoundError: a process does not see the main one's checkpoint.
-        ValueError: other settings, another global batch, precision or number of samples (a
-            warning where it is named), or another kind of sharding.
+        ValueError: other settings, images or models, another global batch, precision or number of
+            samples (a warning where it is named), another kind of sharding, or a file that would
+            run code.
     """
     checkpoint = distributed.ask_main(partial(find_checkpoint, config))
     if checkpoint is None:
@@ -328,8 +378,9 @@ def load_checkpoint(accelerator, config, optimizer, *, train_size: int | None = 
             "output_dir has to be a folder that all processes share"
         )
     record = _read_checkpoint(checkpoint)
+    pickles.check_pickles(checkpoint)
     _compare_settings(
-        checkpoint, record, config, _describe_training(accelerator, config, train_size)
+        checkpoint, record, config, _describe_training(accelerator, config, train_size), inputs
     )
     same = record["num_processes"] == accelerator.num_processes
     _compare_kind(checkpoint, record, distributed.get_kind(accelerator), same)
@@ -337,11 +388,17 @@ def load_checkpoint(accelerator, config, optimizer, *, train_size: int | None = 
     scaler = accelerator.scaler
     if not (checkpoint / "scaler.pt").is_file():  # it was made in another precision
         accelerator.scaler = None
+    if "states" not in record:  # of a release that gave them to accelerate
+        accelerator.register_for_checkpointing(*states.values())
     try:
-        accelerator.load_state(str(checkpoint))
+        with pickles.refusing_code():
+            accelerator.load_state(str(checkpoint))
     finally:
         handle.remove()
         accelerator.scaler = scaler
+        accelerator._custom_objects.clear()  # there is no public way; they are saved by `_save_own`
+    if "states" in record:
+        _load_own(states, record, checkpoint)
     if not distributed.is_divided(accelerator):
         _lay_out_moments(optimizer, checkpoint)
     # counted in micro-batches, of which a step may have another number now
@@ -365,13 +422,23 @@ def _load_weights(accelerator, models, folder) -> None:
     module = models[0] = accelerator.unwrap_model(models[0])
     if _has_adapters(module):
         models.clear()
-        found, wanted = load_file(Path(folder, "model.safetensors")), _select_trained(module)
-        if found.keys() != wanted.keys():
-            raise ValueError(f"{folder}: its adapters are not those of this training")
+        path = Path(folder, "model.safetensors")
+        found = load_file(path)
+        check_keys(path, found, _select_trained(module))
         module.load_state_dict(found, strict=False)
     elif isinstance(module, UNet2DConditionModel):
         models.clear()
         module.load_state_dict(load_file(Path(folder, _UNET)))
+
+
+def _load_own(states: Mapping, record: dict, checkpoint: Path) -> None:
+    """The counterpart of `_save_own`."""
+    for name, part in states.items():
+        state, path = dict(record["states"][name]), checkpoint / f"{name}.safetensors"
+        if path.is_file():
+            tensors = load_file(path)
+            state["shadow_params"] = [tensors[str(n)] for n in range(len(tensors))]
+        part.load_state_dict(state)
 
 
 def _lay_out_moments(optimizer, checkpoint: Path) -> None:
@@ -407,14 +474,32 @@ def _read_checkpoint(checkpoint: Path) -> dict:
     return record
 
 
-def _compare_settings(checkpoint: Path, record: dict, config, training: dict) -> None:
-    """Refuse to go on with other settings unawares; where the checkpoint is named, warn."""
+def describe_content(before: dict, now: dict) -> list[str]:
+    """Which of the `finished.hash_inputs` differ, in words; earlier releases noted no images."""
+    names = (before.keys() | now.keys()) - ({"images"} - before.keys())
+    return [
+        "the images were others (the same files with another content, or other files)"
+        if name == "images"
+        else f"{name} had another content"
+        for name in sorted(names)
+        if before.get(name) != now.get(name)
+    ]
+
+
+def _compare_settings(
+    checkpoint: Path, record: dict, config, training: dict, inputs: dict | None
+) -> None:
+    """Refuse to go on with other settings or data unawares; where the checkpoint is named, warn."""
     before, now = record["config"], json.loads(json.dumps(dataclasses.asdict(config)))
+    by_content = {*SETS, *MODELS} if record.get("inputs") and inputs else set()
+    free = FREE_FIELDS | HARDWARE_FIELDS | by_content
     changed = [
         f"{name} was {before[name]!r} and is {now.get(name)!r}"
         for name in before
-        if name not in FREE_FIELDS | HARDWARE_FIELDS and before[name] != now.get(name)
+        if name not in free and before[name] != now.get(name)
     ]
+    if by_content:
+        changed += describe_content(record["inputs"], inputs)
     words = {
         "global_batch": "the global batch (train_batch_size x gradient_accumulation_steps x "
         "processes)",
@@ -428,7 +513,7 @@ def _compare_settings(checkpoint: Path, record: dict, config, training: dict) ->
     ]
     if not changed:
         return
-    text = f"{checkpoint} was made with other settings ({'; '.join(changed)}): "
+    text = f"{checkpoint} was made with other settings or data ({'; '.join(changed)}): "
     if config.resume_from_checkpoint == "latest":
         raise ValueError(
             text + "delete it to begin anew, choose another output_dir, or name it "

@@ -90,8 +90,8 @@ class LoopConfig:
     checkpoints_total_limit: int = option(5, "how many checkpoints are kept; 0 keeps all")
     resume_from_checkpoint: str = option(
         "latest",
-        "latest, none (which begins anew), a checkpoint folder or its name in output_dir; one of "
-        "your own making, since parts of it are pickles",
+        "latest, none (which begins anew), a checkpoint folder or its name in output_dir; one "
+        "whose pickles would run code is refused",
     )
     logging_steps: int = option(
         25, "steps between lines of metrics.jsonl; 0 writes the last step's alone"

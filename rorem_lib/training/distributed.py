@@ -281,12 +281,14 @@ class Average(EMAModel):
     def state_dict(self) -> dict:
         return {**super().state_dict(), "shadow_params": [_gather(p) for p in self.shadow_params]}
 
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:
-        before = self.shadow_params
-        super().load_state_dict(state_dict)
-        self.shadow_params = [
-            _divide(whole, like) for whole, like in zip(self.shadow_params, before, strict=True)
-        ]
+        """Take over a state; the average stays on its device, divided and laid out as it is."""
+        numbers = dict(state_dict)
+        loaded = numbers.pop("shadow_params")
+        super().load_state_dict(numbers)
+        for shadow, whole in zip(self.shadow_params, loaded, strict=True):
+            shadow.copy_(_divide(whole, shadow))
 
 
 def _gather(tensor: torch.Tensor) -> torch.Tensor:

@@ -24,22 +24,16 @@ from rorem_lib.training import checkpoints, distributed
 logger = logging.getLogger(__name__)
 
 RECORD, METRICS = "training.json", "train_metrics.json"
-_SETS = ("meta_path", "high_resolution_meta_path")
-_MODELS = (
-    "pretrained_model_name_or_path",
-    "pretrained_unet",
-    "pretrained_vae_model_name_or_path",
-    "vae",
-    "init_from",
-)
 # Fields that a training may be resumed with other values of, but that make it another one.
 _STEPS = {"max_train_steps", "num_train_epochs"}
 _NOT_COMPARED = (
-    (checkpoints.FREE_FIELDS - _STEPS) | checkpoints.HARDWARE_FIELDS | {*_SETS, *_MODELS}
+    (checkpoints.FREE_FIELDS - _STEPS)
+    | checkpoints.HARDWARE_FIELDS
+    | {*checkpoints.SETS, *checkpoints.MODELS}
 )
 
 
-def open_folder(accelerator, config, version) -> tuple[dict, dict | None]:
+def open_folder(accelerator, config, version, images: str | None) -> tuple[dict, dict | None]:
     """Look whether this very training came to its end in `output_dir`; set another one aside.
 
     For the main process alone (`distributed.ask_main`), before anything is loaded.
@@ -47,6 +41,7 @@ def open_folder(accelerator, config, version) -> tuple[dict, dict | None]:
     Args:
         config: the run's `LoopConfig`, as it was given.
         version: of the job's module.
+        images: of the job's `Objective.hash_images`.
 
     Returns:
         What is noted of this training, for `note`; the metrics of the finished one, None where it
@@ -58,7 +53,7 @@ def open_folder(accelerator, config, version) -> tuple[dict, dict | None]:
         "config": json.loads(json.dumps(dataclasses.asdict(config))),
         "global_batch": distributed.count_global_batch(accelerator, config),
         "precision": distributed.get_precision(accelerator),
-        "inputs": _hash_inputs(config),
+        "inputs": hash_inputs(config, images),
     }
     if not (folder / RECORD).is_file():
         if (folder / METRICS).is_file():  # of a release that noted no settings
@@ -91,13 +86,14 @@ def note(folder: Path, record: dict, metrics: dict, parts: list[str]) -> None:
     write_json(folder / METRICS, metrics)
 
 
-def _hash_inputs(config) -> dict:
-    """The content of the sets and models that a config names, whatever their paths are."""
-    found = {}
-    for name in _SETS:
+def hash_inputs(config, images: str | None) -> dict:
+    """The content of the sets and models that a config names, whatever their paths are; `images`
+    is of the job's `Objective.hash_images`."""
+    found = {} if images is None else {"images": images}
+    for name in checkpoints.SETS:
         if paths := getattr(config, name, None):
             found[name] = [hash_file(resolve(path)) for path in paths]
-    for name in _MODELS:
+    for name in checkpoints.MODELS:
         if model := getattr(config, name, None):
             found[name] = hub.hash_model(sdxl.resolve_model(model))
     return found
@@ -123,11 +119,7 @@ def _compare(found: dict, record: dict, kind) -> list[str]:
         for name in ("version", "global_batch", "precision")
         if found[name] != record[name]
     ]
-    changed += [
-        f"{name} has another content"
-        for name in sorted(found["inputs"].keys() | record["inputs"].keys())
-        if found["inputs"].get(name) != record["inputs"].get(name)
-    ]
+    changed += checkpoints.describe_content(found["inputs"], record["inputs"])
     named = now["resume_from_checkpoint"]
     if named != "latest" and named != before["resume_from_checkpoint"]:
         changed.append(f"resume_from_checkpoint is {named!r}")

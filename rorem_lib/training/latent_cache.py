@@ -39,7 +39,7 @@ from rorem_lib.data.journal import Journal, read_lines
 from rorem_lib.data.pictures import TripletError, read_size
 from rorem_lib.data.triplets import Triplet
 from rorem_lib.files import hash_file, write_json
-from rorem_lib.training.distributed import ask_main, failing_together
+from rorem_lib.training.distributed import ask_main, failing_together, get_device
 from rorem_lib.training.latents import (
     DTYPES,
     CacheSpec,
@@ -61,6 +61,10 @@ _open_shard = functools.partial(safetensors.safe_open, framework="pt")
 def cache_root() -> Path:
     """Where caches live: `$ROREM_CACHE`, by default `~/.cache/rorem`."""
     return Path(os.environ.get("ROREM_CACHE", "~/.cache/rorem")).expanduser() / "latents"
+
+
+def _choose_root(root: Path | str) -> Path:
+    return Path(root).expanduser() if root else cache_root()
 
 
 def read_sizes(triplets: Sequence[Triplet]) -> list[tuple[int, int]]:
@@ -176,6 +180,7 @@ def open_store(
     root: Path | str = "",
     batch_size: int = 32,
     shard_size: int = 256,
+    content: Mapping[Path, dict] | None = None,
 ) -> LatentStore:
     """Open the latents of `triplets`, computing what is missing first.
 
@@ -191,6 +196,7 @@ def open_store(
         root: the folder of all caches, one that all processes see; `cache_root()` by default.
         batch_size: images an encoding at up to 512 x 512 px, fewer of larger ones.
         shard_size: triplets a file.
+        content: of `hash_triplets`, where that was asked for before.
 
     Raises:
         TripletError: a file is missing, truncated or of another size than its triplet.
@@ -203,11 +209,10 @@ def open_store(
     triplets, sizes = list(triplets), [(int(h), int(w)) for h, w in sizes]
     if len(triplets) != len(sizes):
         raise ValueError(f"{len(triplets)} triplets but {len(sizes)} sizes")
-    root, state = Path(root).expanduser() if root else cache_root(), PartialState()
+    root, state = _choose_root(root), PartialState()
     with failing_together():
         folder = root / _name_kind(root, vae, spec, write=state.is_main_process)
-    files = [path for t in triplets for path in (t.source, t.mask, t.gt)]
-    content = dict(zip(files, hash_files(files, root / "index")))
+    content = content or hash_triplets(triplets, root)
     plan, store = _plan_shards(triplets, sizes, content, folder, shard_size, spec)
 
     def list_missing():
@@ -287,7 +292,9 @@ def hash_files(paths: Sequence[Path], folder: Path, *, threads: int = 8) -> list
         OSError: the hashes cannot be kept; names the file.
         RuntimeError: another process failed.
     """
-    state, names = PartialState(), [os.path.abspath(path) for path in paths]
+    # A process that is the first to ask decides here whether accelerate stays on the CPU.
+    state = PartialState(cpu=get_device() == "cpu")
+    names = [os.path.abspath(path) for path in paths]
     place = hashlib.sha256(os.fsencode(os.path.commonpath(names) if names else "")).hexdigest()
     journal, unique = Journal(folder / f"{place[:16]}.jsonl"), list(dict.fromkeys(names))
     with ThreadPoolExecutor(threads) as pool:
@@ -307,6 +314,33 @@ def hash_files(paths: Sequence[Path], folder: Path, *, threads: int = 8) -> list
             progress.add(len(chunk))
     journal.close()
     return [found[ascii(name)] for name in names]
+
+
+def hash_triplets(triplets: Sequence[Triplet], root: Path | str = "") -> dict[Path, dict[str, str]]:
+    """What `hash_files` says of all images of triplets, by their paths.
+
+    Args:
+        triplets: with or without GT.
+        root: the folder of all caches; `cache_root()` by default.
+
+    Raises:
+        TripletError, OSError, RuntimeError: as `hash_files`.
+    """
+    files = list(dict.fromkeys(path for t in triplets for path in _list_files(t)))
+    return dict(zip(files, hash_files(files, _choose_root(root) / "index")))
+
+
+def summarise_content(triplets: Iterable[Triplet], content: Mapping[Path, dict]) -> str:
+    """SHA-256 of the images of triplets in their order, of what `hash_triplets` found."""
+    total = hashlib.sha256()
+    for triplet in triplets:
+        for path in _list_files(triplet):
+            total.update(content[path]["sha256"].encode())
+    return total.hexdigest()
+
+
+def _list_files(triplet: Triplet) -> list[Path]:
+    return [path for path in (triplet.source, triplet.mask, triplet.gt) if path]
 
 
 def _list_known(journal: Path, names: list[str], pool) -> list[dict]:
@@ -365,7 +399,7 @@ def _plan_shards(triplets, sizes, content, folder, shard_size, spec):
     for size, indices in by_size.items():
         for chunk in group_chunks(indices, shard_size):
             members = [triplets[i] for i in chunk]
-            files = [path for t in members for path in (t.source, t.mask, t.gt)]
+            files = [path for t in members for path in _list_files(t)]
             text = f"{size} {[content[file]['sha256'] for file in files]}"
             name = hashlib.sha256(text.encode()).hexdigest()[:24]
             path = folder / name[:2] / f"{name}.safetensors"

@@ -62,6 +62,10 @@ class Objective:
         """Samples an optimizer step, over all processes and micro-batches."""
         return distributed.count_global_batch(self.accelerator, self.config)
 
+    def hash_images(self) -> str | None:
+        """SHA-256 of the images that are trained on, by their content; None where there are none.
+        It is called on every process at once, before anything is loaded."""
+
     def build_model(self) -> torch.nn.Module:
         """The module whose `requires_grad` parameters are trained, in float32."""
         raise NotImplementedError
@@ -104,6 +108,7 @@ def train(objective: Objective, config: LoopConfig) -> dict:
         written to `<output_dir>/train_metrics.json` after the model is saved.
 
     Raises:
+        BlockingIOError: another process trains in this folder.
         FileNotFoundError: a checkpoint was named that does not exist.
         FloatingPointError: the loss is no longer finite.
         MemoryError: the memory does not suffice; says what to lower.
@@ -129,9 +134,18 @@ def train(objective: Objective, config: LoopConfig) -> dict:
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     if accelerator.device.type == "cuda":
         torch.backends.cuda.matmul.fp32_precision = "tf32" if config.allow_tf32 else "ieee"
+    with contextlib.ExitStack() as stack:
+        lock = files.lock_folder(config.output_dir)
+        distributed.ask_main(partial(stack.enter_context, lock))
+        return _train_here(objective, config, accelerator)
+
+
+def _train_here(objective: Objective, config: LoopConfig, accelerator) -> dict:
+    """`train`, in a folder in which no other process is at work."""
     version = getattr(sys.modules[type(objective).__module__], "VERSION", None)
+    images = objective.hash_images()
     record, metrics = distributed.ask_main(
-        partial(finished.open_folder, accelerator, config, version)
+        partial(finished.open_folder, accelerator, config, version, images)
     )
     if metrics is not None:
         _end(accelerator)
@@ -192,7 +206,7 @@ class _Training:
             num_warmup_steps=config.lr_warmup_steps,
             num_training_steps=config.max_train_steps,
         )
-        accelerator.register_for_checkpointing(self.scheduler)
+        self.states = {"scheduler": self.scheduler}
         # after `prepare`: a sharded model has other parameters than the one that was built
         self.trained = distributed.list_trained(self.model)
         self.count = sum(p.numel() for p in self.trained)
@@ -202,15 +216,13 @@ class _Training:
             self.ema = distributed.Average(
                 self.trained, decay=config.ema_decay, foreach=accelerator.device.type == "cuda"
             )
-            accelerator.register_for_checkpointing(self.ema)
+            self.states["ema"] = self.ema
         self.first = self.step = checkpoints.load_checkpoint(
             accelerator,
             config,
             self.optimizer,
-            train_size=objective.metrics.get("train_size"),
+            **self._describe_state(),
         )
-        if self.ema is not None:
-            self.ema.to(accelerator.device)
         self.validate = objective.make_validation()
         if self.validate is not None and distributed.get_kind(accelerator) == "FSDP2":
             logger.warning(
@@ -228,7 +240,7 @@ class _Training:
 
     def run(self) -> dict:
         config, accelerator, objective = self.config, self.accelerator, self.objective
-        started = time.time()
+        started = time.monotonic()
         on_gpu = accelerator.device.type == "cuda"
         loader = DataLoader(
             self.dataset,
@@ -259,7 +271,7 @@ class _Training:
                 self.tracker.begin()
             self._pause_at(norm)
         accelerator.wait_for_everyone()
-        metrics = self._finish(line, time.time() - started)
+        metrics = self._finish(line, time.monotonic() - started)
         _end(accelerator)
         return metrics
 
@@ -347,8 +359,16 @@ class _Training:
                     self.accelerator,
                     config,
                     step,
-                    train_size=self.objective.metrics.get("train_size"),
+                    **self._describe_state(),
                 )
+
+    def _describe_state(self) -> dict:
+        """What checkpoints keep besides the model and its optimizer."""
+        return {
+            "states": self.states,
+            "train_size": self.objective.metrics.get("train_size"),
+            "inputs": self.record["inputs"],
+        }
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import logging
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from rorem_lib.models import sdxl
 from rorem_lib.models.inpainting import remove_objects
 from rorem_lib.sets import choose_preview, resolve
 from rorem_lib.training import distributed, tracking
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "validation_images"
 CELL = 512  # px; larger images are shrunk in the grid
@@ -84,21 +87,26 @@ class Validation:
             step: names the grid.
 
         Returns:
-            `validation_psnr_hole`, the mean over scenes with GT in dB; nothing where none has GT.
+            `validation_psnr_hole`, the mean over scenes with GT in dB; nothing where none has GT,
+            or where a removal is not finite (a warning).
 
         Raises:
             OSError: the grid cannot be written; names the file.
         """
         unet = extract_model_from_parallel(model, keep_torch_compile=False)
-        removals = remove_scenes(
-            self.pipe,
-            unet,
-            self.scenes,
-            side=self.side,
-            seed=self.config.seed,
-            num_inference_steps=self.num_inference_steps,
-            precision=distributed.get_precision(self.accelerator),
-        )
+        try:
+            removals = remove_scenes(
+                self.pipe,
+                unet,
+                self.scenes,
+                side=self.side,
+                seed=self.config.seed,
+                num_inference_steps=self.num_inference_steps,
+                precision=distributed.get_precision(self.accelerator),
+            )
+        except FloatingPointError as error:  # an overflow in fp16: the loss decides of a training
+            logger.warning("no removals of step %d: %s", step, error)
+            return {}
         scores = {
             scene.name: round(metrics.psnr_hole(removal, scene.gt, scene.mask), 4)
             for scene, removal in zip(self.scenes, removals)
@@ -227,6 +235,7 @@ def remove_scenes(
             pipe,
             [scene.source for scene in scenes],
             [scene.mask for scene in scenes],
+            names=[scene.name for scene in scenes],
             resolution=side,
             seed=seed,
             batch_size=batch_size,
