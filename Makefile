@@ -29,6 +29,10 @@ test: .venv/.dev browser ## run the tests (those of the benchmarks with ARGS="-m
 		-n 2 --dist loadfile --no-loadscope-reorder --durations=25 -m "not benchmark" $(ARGS)
 
 lab: .venv/.core ## open JupyterLab on the notebooks
+	@if [ "$$(id -u)" = 0 ]; then \
+		echo "You are root: JupyterLab is started with --allow-root, and whoever has its address" \
+			"with the token is root too."; \
+	fi
 	@JUPYTER_CONFIG_PATH="$(CURDIR)$${JUPYTER_CONFIG_PATH:+:$$JUPYTER_CONFIG_PATH}" \
 		$(BIN)/python -m jupyterlab --LabApp.default_url=/lab/tree/notebooks \
 		$$([ "$$(id -u)" != 0 ] || echo --allow-root) $(ARGS)
@@ -90,7 +94,8 @@ browser:
 		if command -v $$name >/dev/null; then exit 0; fi; \
 	done; \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-		echo "Installing chromium for the browser tests ..."; \
+		echo "No Chromium, and you are root: apt-get installs chromium and fonts-dejavu-core on" \
+			"this machine, for the browser tests ..."; \
 		export DEBIAN_FRONTEND=noninteractive; \
 		apt-get update -qq && apt-get install -qq -y --no-install-recommends \
 			chromium fonts-dejavu-core >/dev/null && exit 0; \

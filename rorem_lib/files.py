@@ -31,6 +31,9 @@ _FULL_WORDS = re.compile(
     r"|file write failed|unexpected pos",
     re.IGNORECASE,
 )
+# Absolute paths in a text: two folders or more, so that `/m/01g317`, a class, is none.
+_PATH = re.compile(r"(?<![\w:/.~-])(?:file://|~)?(?:/[^/\s\"'`<>|,;:()]+){3,}")
+_WINDOWS_PATH = re.compile(r"(?<!\w)(?:[A-Za-z]:|\\)\\[^\s\"'`<>|,;:()]+")
 
 
 def resolve_path(path) -> Path:
@@ -257,6 +260,31 @@ def format_time(seconds: float | None = None) -> str:
     """A moment (default: now) as UTC in ISO 8601, to the second."""
     moment = datetime.now(UTC) if seconds is None else datetime.fromtimestamp(seconds, UTC)
     return moment.isoformat(timespec="seconds")
+
+
+def hide_paths(value):
+    """`value` for publication: of absolute paths of files, in texts too, the last two names.
+
+    So `/home/anna/runs/human_1/remover` becomes `human_1/remover`. Lists and tables are opened.
+    """
+    if isinstance(value, dict):
+        return {key: hide_paths(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [hide_paths(part) for part in value]
+    if not isinstance(value, str):
+        return value
+    alone = value.startswith(("/", "~/", "file://")) and value.count("/") > 1
+    if alone and "\n" not in value and " /" not in value:  # its names may hold spaces
+        return _hide_path(value)
+    for pattern in (_PATH, _WINDOWS_PATH):
+        value = pattern.sub(lambda match: _hide_path(match[0]), value)
+    return value
+
+
+def _hide_path(text: str) -> str:
+    if text.count("/") == 2 and not os.path.exists(text):  # /m/01g317 is a class
+        return text
+    return "/".join(re.split(r"[/\\]", text.rstrip("/\\"))[-2:]).lstrip("/")
 
 
 def clean_metrics(value):

@@ -127,20 +127,33 @@ def read_parameters(notebook: Path) -> dict[str, Parameter]:
         ValueError: the cell is no plain list of assignments with literal values.
     """
     source = next((c["source"] for c in read_cells(notebook) if "parameters" in c["tags"]), "")
+    try:
+        return parse_parameters(source)
+    except ValueError as error:
+        raise ValueError(f"{notebook}: the parameters cell can't be read: {error}") from error
+
+
+def parse_parameters(source: str) -> dict[str, Parameter]:
+    """The parameters that a cell's text assigns, by name.
+
+    Raises:
+        ValueError: it is no plain list of assignments with literal values.
+    """
     found = {}
     try:
-        for node in ast.parse(source).body:
-            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value:
-                name, kind = node.target.id, ast.unparse(node.annotation)
-            elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-                name, kind = node.targets[0].id, ""
-            elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-                continue  # a docstring
-            else:
-                raise ValueError(f"line {node.lineno} is no `name: type = value`")
-            found[name] = Parameter(name, kind, ast.literal_eval(node.value))
-    except (SyntaxError, ValueError) as error:
-        raise ValueError(f"{notebook}: the parameters cell can't be read: {error}") from error
+        body = ast.parse(source).body
+    except SyntaxError as error:
+        raise ValueError(error) from error
+    for node in body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value:
+            name, kind = node.target.id, ast.unparse(node.annotation)
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name, kind = node.targets[0].id, ""
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            continue  # a docstring
+        else:
+            raise ValueError(f"line {node.lineno} is no `name: type = value`")
+        found[name] = Parameter(name, kind, ast.literal_eval(node.value))
     return found
 
 

@@ -6,11 +6,15 @@ safe for colour-blind readers (Okabe and Ito).
 
 from __future__ import annotations
 
+import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import cv2
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import PercentFormatter
 
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE, GREY = (
@@ -24,6 +28,8 @@ BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE, GREY = (
     "#CC79A7",
     "#8a8a8a",
 )
+MOST_REASONS = 9  # that a figure names; people may write what they like
+OTHERS = "other reasons"
 REASON_COLOURS = {
     "incomplete removal": BLACK,
     "object left": BLACK,
@@ -34,12 +40,29 @@ REASON_COLOURS = {
     "blurred": SKY,
     "shadow left": PURPLE,
     "other": GREY,
+    OTHERS: GREY,
 }
+
+
+class PlainFigure(Figure):
+    """A figure whose texts are shown as they stand: names and reasons with `$` are no formulas."""
+
+    def draw(self, renderer):
+        with rc_context({"text.parse_math": False}):  # for the labels that drawing makes
+            for text in self.findobj(Text):
+                text.set_parse_math(False)
+            super().draw(renderer)
+
+
+def shorten(text: str) -> str:
+    """What somebody wrote, for a legend: on one line, at most 60 characters."""
+    text = textwrap.shorten(text, 60, placeholder=" …") or "…"
+    return text if not text.startswith("_") else f" {text}"  # legends leave out such labels
 
 
 def make_axes(width: float, height: float, columns: int = 1, rows: int = 1, **options):
     """A figure of inches and its bare axes [rows * columns]."""
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    figure = PlainFigure(figsize=(width, height), layout="constrained", facecolor="white")
     axes = figure.subplots(rows, columns, squeeze=False, **options).ravel()
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
@@ -96,7 +119,7 @@ def plot_grid(
             canvas[top : top + tall, left : left + cell] = _fit_cell(picture, cell, tall)
     dpi, head, side = 100, 22 * bool(column_titles), 78 * bool(row_titles)
     height, width = canvas.shape[0] + head, canvas.shape[1] + side
-    figure = Figure(figsize=(width / dpi, height / dpi), dpi=dpi, facecolor="white")
+    figure = PlainFigure(figsize=(width / dpi, height / dpi), dpi=dpi, facecolor="white")
     axis = figure.add_axes((side / width, 0, canvas.shape[1] / width, canvas.shape[0] / height))
     axis.imshow(canvas, interpolation="none", aspect="auto")
     axis.set_axis_off()
@@ -279,27 +302,19 @@ def plot_label_summary(labels: Sequence) -> Figure:
         counts = [sum(x.label == answer for x in labels if x.annotator == who) for who in people]
         axes[0].barh(names, counts, left=left, color=colour, label=answer, edgecolor="white")
         left += counts
-    given = [label.reason or "no reason given" for label in labels if label.label == "reject"]
+    rejected = [(x.annotator, x.reason or "no reason given") for x in labels if x.label == "reject"]
+    common = [name for name, _ in Counter(name for _, name in rejected).most_common(MOST_REASONS)]
+    given = Counter((who, name if name in common else OTHERS) for who, name in rejected)
+    total = Counter(label.annotator for label in labels)
     left = np.zeros(len(people))
-    for reason in sorted(set(given), key=lambda x: -given.count(x)):
-        counts = np.array(
-            [
-                sum(
-                    (x.reason or "no reason given") == reason
-                    for x in labels
-                    if x.annotator == who and x.label == "reject"
-                )
-                for who in people
-            ]
-        )
-        total = np.maximum(1, [sum(x.annotator == who for x in labels) for who in people])
-        fraction = counts / total
+    for reason in [*common, OTHERS] if any(name == OTHERS for _, name in given) else common:
+        fraction = np.array([given[who, reason] / total[who] for who in people])
         axes[1].barh(
             names,
             fraction,
             left=left,
             color=REASON_COLOURS.get(reason, YELLOW),
-            label=reason,
+            label=shorten(reason),
             edgecolor="white",
         )
         left += fraction

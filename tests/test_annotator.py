@@ -3,6 +3,7 @@
 import gc
 import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from PIL import ExifTags, Image
 
 from rorem_lib.data.triplets import load_images, read_triplets
 from rorem_lib.data.writer import TripletWriter
+from rorem_lib.labels import log as label_log
 from rorem_lib.labels import widget as annotator
 from rorem_lib.labels.keys import KEYS
 from rorem_lib.labels.log import LabelError, LabelLog, read_labels
@@ -107,7 +109,7 @@ def test_only_the_picture_on_show_is_labelled(session):
         assert answer["kind"] == "state" and answer["place"] == 1
     assert decisions(session) == [("c0", "accept")]
     answer = session.ask(kind="label", label="reject", place=0, id="c0", ms=1)
-    assert "labelled already (accept)" in answer["notice"]
+    assert "already has a label (accept)" in answer["notice"]
 
 
 def test_collecting_garbage_passes_over_what_is_older_than_the_widget(tmp_path, triplets):
@@ -176,13 +178,18 @@ def test_label_of_a_removal_that_changed_is_asked_for_again(session, tmp_path, t
     assert Session(tmp_path / "labels", triplets).state["id"] == "c0"
 
 
-def test_what_cannot_be_saved_does_not_move_the_picture(session):
+def test_what_cannot_be_saved_does_not_move_the_picture(session, monkeypatch):
     session.press("accept")
-    aside = session.log.path.rename(session.log.path.with_suffix(".aside"))
-    session.log.path.symlink_to("/dev/full")
+    really_open = os.open
+    monkeypatch.setattr(label_log.os, "open", lambda *_: really_open("/dev/full", os.O_RDWR))
     answer = session.press("reject")
     assert answer["kind"] == "failed" and "No space left" in answer["message"]
     assert session.widget.measure_progress()["place"] == 1
+    monkeypatch.undo()
+    aside = session.log.path.rename(session.log.path.with_suffix(".aside"))
+    session.log.path.symlink_to(aside)
+    answer = session.press("reject")
+    assert answer["kind"] == "failed" and "symbolic link" in answer["message"]
     session.log.path.unlink()
     aside.rename(session.log.path)
     assert session.press("reject")["place"] == 2
@@ -263,12 +270,12 @@ def test_a_name_at_work_in_two_places_is_noticed(tmp_path, triplets):
     first.press("accept")
     first.press("reject")
     answer = second.press("reject")  # c0, which the first has accepted
-    assert answer["notice"].startswith("not taken: this name was at work elsewhere")
+    assert answer["notice"].startswith("not saved: another notebook")
     assert answer["id"] == "c2" and decisions(second) == [("c0", "accept"), ("c1", "reject")]
     second.press("skip")
     second.undo()
     answer = first.undo()  # before it knows of what the second has done
-    assert answer["notice"].startswith("nothing taken back: this name was at work elsewhere")
+    assert answer["notice"].startswith("nothing taken back: another notebook")
     assert decisions(first) == decisions(second) == [("c0", "accept"), ("c1", "reject")]
     assert first.undo()["id"] == "c1"
 

@@ -288,14 +288,14 @@ def test_labelling_by_keyboard_in_jupyterlab(page, lab, folder):
     assert me.saved == expected and before != undone
     expected.append((me.press("1"), "reject", "incomplete removal"))
 
-    # a full disk is told, and the image stays until it is saved
+    # what can't be saved is told, and the image stays until it is saved
     me.focus()
     aside = me.log.rename(me.log.with_suffix(".aside"))
     me.log.symlink_to("/dev/full")
     before = me.shown
     page.keyboard.press("a")
     page.wait_for_selector(f"{ROOT_SELECTOR}[data-save=failed]")
-    assert "No space left" in me.widget.locator(".message").inner_text() and me.shown == before
+    assert "symbolic link" in me.widget.locator(".message").inner_text() and me.shown == before
     me.log.unlink()
     aside.rename(me.log)
     expected.append((me.press("a"), "accept", None))

@@ -1,11 +1,16 @@
 """Figures: each draws what it is given, bears missing values, and keeps a method's colour."""
 
+import io
+
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.text import Text
 
 from rorem_lib import plots
+from rorem_lib.data.figures import plot_candidates, plot_mask_areas, plot_rejections
 from rorem_lib.evaluation import figures
+from rorem_lib.labels.log import Label
 
 METHODS = [
     {"name": "Telea", "kind": "telea"},
@@ -176,3 +181,54 @@ def test_families_and_comparisons():
     ]
     figure = figures.plot_comparisons(comparisons)
     assert shows(figure, plots.BLUE) and shows(figure, plots.GREY)
+
+
+HOSTILE = r"a $\foo{ b $x_1$ _c_ <b>&amp; \alpha % #"
+
+
+def test_names_and_reasons_are_never_formulas():
+    """Each figure with a text that mathtext would choke on, or set as a formula."""
+    name = HOSTILE
+    method = METHODS[4] | {"name": name, "n": 10, "failures": {name: 3, f"_{name}": 1}}
+    method |= {"success_rate": 0.5, "success_interval": [0.2, 0.8], "psnr_hole": 20.0}
+    pair = {"first": name, "second": name, "difference": 1, "low": 0, "high": 2, "significant": 1}
+    shares = {"prefers_first": 0.3, "same": 0.3, "prefers_second": 0.4}
+    labels = [Label(f"c{n}", "reject", name, reason=reason) for n, reason in enumerate([name, "_"])]
+    picture = np.zeros((8, 8, 3), np.uint8)
+    drawn = [
+        plots.plot_grid([[picture]], column_titles=[name], row_titles=[name], captions=[[name]]),
+        plots.plot_losses({name: [{"step": 1, "loss": 1.0}]}),
+        plots.plot_scores([0.5], 0.5, title=name),
+        plots.plot_label_summary(labels),
+        plot_rejections({name: 3}, kept=1),
+        plot_mask_areas({name: [0.5, 0.6]}),
+        plot_candidates([]),
+        figures.plot_success([method]),
+        figures.plot_rounds([method]),
+        figures.plot_failures([method]),
+        figures.plot_families(pd.DataFrame({name: [0.5]}, index=[name])),
+        figures.plot_comparisons([pair]),
+        figures.plot_preferences([pair | shares]),
+    ]
+    for figure in drawn:
+        render(figure)
+        figure.savefig(io.BytesIO(), bbox_inches="tight")
+        texts = [text for text in figure.findobj(Text) if "foo" in text.get_text()]
+        assert texts or figure is drawn[6]
+        assert all("$" in text.get_text() and not text.get_parse_math() for text in texts)
+    legend = drawn[3].axes[1].get_legend().get_texts()
+    assert [text.get_text() for text in legend] == [plots.shorten(name), " _"]
+
+
+def test_a_legend_names_the_most_frequent_reasons():
+    """What people write themselves may be long, and as many texts as labels."""
+    reasons = ["blur"] * 3 + [f"{n}\n" + "long " * 999 for n in range(40)]
+    labels = [Label(f"c{n}", "reject", "anna", reason=x) for n, x in enumerate(reasons)]
+    figure = plots.plot_label_summary(labels)
+    legend = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
+    assert len(legend) == plots.MOST_REASONS + 1
+    assert (legend[0], legend[-1]) == ("blur", plots.OTHERS)
+    assert max(map(len, legend)) <= 60 and not any("\n" in text for text in legend)
+    widths = [bar.get_width() for bars in figure.axes[1].containers for bar in bars]
+    assert sum(widths) == pytest.approx(1)
+    assert render(figure).shape[1] < 2000

@@ -1,5 +1,6 @@
 """The label log survives crashes; votes, agreement, order, import and export."""
 
+import csv
 import json
 import logging
 import os
@@ -141,11 +142,39 @@ def test_killed_writer_loses_nothing_it_has_confirmed(tmp_path):
         assert ids[-1] == "after" and len(ids) - 1 - len(confirmed) in (0, 1)
 
 
-def test_full_disk_is_an_error_and_leaves_no_label(tmp_path):
-    full = LabelLog(tmp_path, "full")
-    full.path.symlink_to("/dev/full")
+def test_full_disk_is_an_error_and_leaves_no_label(tmp_path, monkeypatch):
+    full, really_open = LabelLog(tmp_path, "full"), os.open
+    monkeypatch.setattr(label_log.os, "open", lambda *_: really_open("/dev/full", os.O_RDWR))
     with pytest.raises(LabelError, match="not saved.*No space left"):
         full.append("c1", "accept")
+
+
+def test_a_log_that_is_a_link_is_never_written_through(tmp_path):
+    diary = tmp_path / "diary.txt"
+    diary.write_text("dear diary\n")
+    log = LabelLog(tmp_path / "labels", "anna")
+    log.append("c1", "accept")
+    aside = log.path.rename(tmp_path / "aside.jsonl")
+    log.path.symlink_to(diary)
+    for write in (
+        lambda: log.append("c2", "accept"),
+        lambda: log.undo(vote("c1", "accept")),
+        log.was_continued,
+        lambda: LabelLog(tmp_path / "labels", "anna"),
+    ):
+        with pytest.raises(LabelError, match="labels-anna.jsonl is a symbolic link"):
+            write()
+    assert diary.read_text() == "dear diary\n"
+    log.path.unlink()
+    log.path.symlink_to(tmp_path / "nowhere")  # nor is its target made
+    with pytest.raises(LabelError, match="symbolic link"):
+        log.append("c2", "accept")
+    assert not (tmp_path / "nowhere").exists()
+    log.path.unlink()
+    aside.rename(log.path)
+    (tmp_path / "linked").symlink_to(tmp_path / "labels")  # folders may be on another disk
+    LabelLog(tmp_path / "linked", "anna").append("c3", "accept")
+    assert [x.id for x in log.read()] == ["c1", "c3"]
 
 
 def test_disk_that_fills_up_within_a_line(tmp_path, monkeypatch):
@@ -202,6 +231,9 @@ def test_what_is_no_decision_is_refused(tmp_path):
     for item_id, answer in (("c1", "maybe"), ("", "accept"), (7, "accept")):
         with pytest.raises(LabelError, match="no decision"):
             log.append(item_id, answer)
+    for unreadable in ({"note": 2024}, {"content": 5}, {"reason": ["blur"]}, {"ms": "12"}):
+        with pytest.raises(LabelError, match=f"c1.*{next(iter(unreadable))}"):
+            log.append("c1", "accept", **unreadable)
     assert not log.path.exists()
 
 
@@ -681,6 +713,148 @@ def test_label_studio_words_are_read_by_the_name_of_their_question(tmp_path):
     import_labels(path, tmp_path / "min")
     (label,) = read_labels(tmp_path / "min")
     assert (label.id, label.label, label.annotator, label.ms) == ("c0", "accept", "3", 1500)
+
+
+EXCEL = """ID;Label;Reason;Note
+c0;1,0;;ümlaut
+c1;"0,25";blur;"=1+2, no more"
+c2.png;;;
+"""
+STUDIO = """image,id,decision,reason,annotator,annotation_id,created_at,updated_at,lead_time
+/data/upload/1/0a1b2c3d-c0.png,11,accept,,a@x.org,1,2026-01-01T12:00:00.5Z,2026-01-02T12:00:00Z,2.5
+/data/local-files/?d=set/c1.png,12,reject,"{""choices"": [""blur"", ""shadow left""]}",a@x.org,2,,,1
+/data/upload/1/0a1b2c3d-c2.png,13,,,b@x.org,3,,,1
+"""
+ONE_QUESTION = """candidate,choice,annotator,id,lead_time
+c0,accept,a@x.org,1,2.5
+c1,"{""choices"": [""reject"", ""blur"", ""shadow left""]}",a@x.org,2,1
+c2,,b@x.org,3,1
+"""
+PRODIGY = [
+    {"image": "data:image/png;base64,AAAA", "path": "set/GT/c0.png", "answer": "accept",
+     "_task_hash": 1, "_annotator_id": "run-anna", "_timestamp": 1767268800},
+    {"id": "c1", "answer": "accept", "_task_hash": 2, "accept": ["reject", "blur", "shadow left"],
+     "options": [{"id": "reject", "text": "Reject"}]},
+    {"image": "c2.png", "answer": "ignore", "_task_hash": 3},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "encoding"),
+    [
+        ("excel.csv", EXCEL, "utf-8"),
+        ("excel.csv", EXCEL, "utf-8-sig"),
+        ("excel.csv", EXCEL, "utf-16"),
+        ("excel.csv", f"sep=;\r\n{EXCEL}", "utf-8-sig"),
+        ("unicode.TSV", EXCEL.replace(";", "\t"), "utf-16-le"),
+        ("studio.csv", STUDIO, "utf-8"),
+        ("question.csv", ONE_QUESTION, "utf-8"),
+        ("prodigy.jsonl", "\n".join(map(json.dumps, PRODIGY)), "utf-8"),
+        ("prodigy.jsonl", "\r\n".join(map(json.dumps, PRODIGY)) + "\r\n", "utf-16"),
+        ("prodigy.json", json.dumps(PRODIGY), "utf-16"),
+    ],
+)
+def test_label_files_that_people_have(candidates, tmp_path, name, text, encoding):
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    triplets = read_triplets(candidates)
+    counts = import_labels(tmp_path / name, tmp_path / "labels", "me", triplets=triplets)
+    assert counts == {"read": 3, "written": 3, "unknown": 0}
+    found = {x.id: x for x in read_labels(tmp_path / "labels")}
+    assert {k: x.label for k, x in found.items()} == {"c0": "accept", "c1": "reject", "c2": "skip"}
+    assert split_stale(found.values(), triplets)[1] == []
+    if name.startswith(("excel", "unicode")):
+        assert (found["c0"].note, found["c1"].note) == ("ümlaut", "=1+2, no more")
+        assert [x.reason for x in found.values()] == [None, "blur", None]
+    else:
+        assert found["c1"].reason == "blur, shadow left"
+    if name == "studio.csv":
+        assert [x.annotator for x in found.values()] == ["a@x.org", "a@x.org", "b@x.org"]
+        assert (found["c0"].time, found["c0"].ms) == ("2026-01-01T12:00:00.500000+00:00", 2500)
+    if name.startswith("prodigy"):
+        assert (found["c0"].annotator, found["c1"].annotator) == ("run-anna", "me")
+        assert found["c0"].time == "2026-01-01T12:00:00.000000+00:00"
+
+
+def test_prodigy_confirms_what_a_label_says(tmp_path):
+    lines = [
+        {"id": "c0", "label": "bad", "answer": "accept", "_task_hash": 1},
+        {"id": "c1", "label": "bad", "answer": "reject", "_task_hash": 2},
+        {"id": "c2", "label": "GOOD", "answer": "reject", "_task_hash": 3},
+        {"id": "c3", "label": "REMOVED", "answer": "accept", "_task_hash": 4},
+    ]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    import_labels(tmp_path / "p.jsonl", tmp_path / "labels")
+    said = [x.label for x in read_labels(tmp_path / "labels")]
+    assert said == ["reject", "accept", "reject", "accept"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("a.csv", b"name;verdict\nc0;yes\n", ["columns are name, verdict", "id", "label"]),
+        ("a.csv", b"annotation_id,image,verdict\n1,c0.png,yes\n", ["image, verdict", "decision"]),
+        ("a.csv", "id,label,note\nc0,yes,Gr\u00fcn\n".encode("cp1252"), ["byte 23 ", "UTF-8"]),
+        ("a.json", b'[{"image": "c0.png", "verdict": "yes"}]', ["image, verdict", "decision"]),
+        ("a.json", b'[{"label": "yes", "name": "c0"}]', ["label, name", "candidate"]),
+        ("a.json", b"[" * 100_000, ["nested"]),
+        ("a.jsonl", b'{"id": "c0", "label": "yes"}\n{"id": "c1", "la', ["record 2"]),
+        ("a.csv", b'id,label\nc0,yes\n"' + b"x" * 200_000, ["no table"]),
+        ("a.xlsx", b"PK\x03\x04", ["CSV"]),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_told_by_what_it_holds(tmp_path, name, data, words):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(LabelError) as caught:
+        import_labels(tmp_path / name, tmp_path / "labels")
+    message = str(caught.value)
+    assert name in message and all(word in message for word in words), message
+    assert len(message) < 500 + len(str(tmp_path))  # not the file's bytes
+    assert read_labels(tmp_path / "labels") == []
+
+
+def test_a_record_with_an_id_is_not_known_by_its_source(candidates, tmp_path):
+    """`c0-s1` is another removal of the image that `c0` is one of."""
+    rows = [{"id": "c0-s1", "source": "a/c0.png", "label": "no"}, {"id": "c1", "label": "yes"}]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    triplets = read_triplets(candidates)
+    counts = import_labels(tmp_path / "a.json", tmp_path / "labels", triplets=triplets)
+    assert counts == {"read": 2, "written": 1, "unknown": 1}
+    assert [x.id for x in read_labels(tmp_path / "labels")] == ["c1"]
+
+
+def test_what_an_import_reports_is_what_a_reader_finds(tmp_path):
+    def bring(**more):
+        row = {"id": "c1", "label": "no", "annotator": "ben"} | more
+        path = tmp_path / "labels.json"
+        path.write_text(json.dumps([{"id": "c0", "label": "yes"}, row]))
+        return import_labels(path, tmp_path / "labels", "anna")["written"]
+
+    for odd in ({"content": 5}, {"order": 3}, {"ms": 1e400}, {"ms": "soon"}, {"time": 5}):
+        with pytest.raises(LabelError, match=r"label 2 in the file \(c1\)"):
+            bring(**odd)
+        assert not (tmp_path / "labels").exists()
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "labels-ben.jsonl").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(LabelError, match="symbolic link"):
+        bring()
+    assert standing(tmp_path / "labels") == []  # nor is anna's written
+    (tmp_path / "labels" / "labels-ben.jsonl").unlink()
+    assert bring(note=2024, reason=["blur", 7]) == 2
+    anna, ben = read_labels(tmp_path / "labels")
+    assert (anna.id, ben.note, ben.reason) == ("c0", "2024", "blur, 7")
+
+
+def test_no_cell_of_an_exported_table_is_a_formula(tmp_path):
+    texts = ["=1+2", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "'=1", "''=1", "'quoted'", "-"]
+    labels = [vote(f"={n}", "reject", note=x, reason=x, ms=-5) for n, x in enumerate(texts)]
+    path = export_labels(labels, tmp_path / "labels.csv")
+    with open(path, newline="", encoding="utf-8") as stream:
+        cells = [cell for line in csv.reader(stream) for cell in line]
+    assert [x for x in cells if x[:1] in tuple("=+-@\t\r")] == ["-5"] * len(texts)  # a number
+    assert "'quoted'" in cells and "'=1+2" in cells and "'=0" in cells
+    import_labels(path, tmp_path / "labels")
+    found = read_labels(tmp_path / "labels")
+    assert [(x.id, x.note, x.reason) for x in found] == [(x.id, x.note, x.reason) for x in labels]
 
 
 def test_import_again_after_the_candidates_were_made_anew(candidates, tmp_path):

@@ -111,6 +111,50 @@ def test_error_carries_forty_lines_and_the_other_ranks(tmp_path):
     assert "train-rank1.log" in told and "ran out of memory" in told
 
 
+def test_the_first_error_is_told_whatever_follows(tmp_path, monkeypatch):
+    log = tmp_path / "train.log"
+    log.write_text("".join(f"traceback of the launcher {i}\n" for i in range(100)))
+    (tmp_path / "train-rank1.log").write_text("Connection closed by peer\n")
+
+    def fail(rank, error):
+        monkeypatch.setenv("RANK", rank)
+        try:
+            raise error
+        except Exception:
+            launch.note_error(tmp_path)
+
+    fail("1", ValueError("/sets/a\udcff.png is truncated:\ndownload it again"))
+    fail("0", RuntimeError("Connection closed by peer"))
+    told = launch.describe_failure("remover", 1, log, 0)
+    first, second, *rest = told.splitlines()
+    assert "failed with exit code 1" in first and first.endswith(
+        r"rank 1: ValueError: /sets/a\udcff.png is truncated: download it again"
+    )
+    assert "train.log" in second and "train-rank1.log" in second
+    assert "Traceback" in rest[0] and "Connection closed" not in told
+    assert "launcher" not in told and told.count("\n") < 40
+    (tmp_path / launch.FIRST_ERROR).write_text("")  # a full disk
+    assert "launcher 99" in launch.describe_failure("remover", 1, log, 0)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_of_several_processes_the_one_that_failed_first_is_told(kit, rank):
+    """The other one notices a moment later, and the launcher tells forty lines of its own."""
+    failing = TWINS.replace(
+        "    total =",
+        f"    if accelerator.process_index == {rank}:\n"
+        "        raise OSError('/sets/a.png: image file is truncated')\n    total =",
+    )
+    (kit.library / "trainer.py").write_text(failing)
+    output = finish(start(kit, hardware="cpu_two_processes"))
+    (told,) = [line for line in output.splitlines() if line.startswith("JobError")]
+    assert f"rank {rank}: OSError: /sets/a.png: image file is truncated" in told
+    record = kit.root / "runs" / "job" / launch.FIRST_ERROR
+    (kit.library / "trainer.py").write_text(TWINS)  # what an earlier run left is not told again
+    assert record.exists() and "metrics" in finish(start(kit, hardware="cpu_two_processes"))
+    assert not record.exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_job_ends_with_who_started_it(kit, number):
     process = start(kit, "max_train_steps=600, pause=0.1")

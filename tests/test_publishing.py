@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -209,6 +210,56 @@ def test_one_known_license_is_the_cards(tmp_path):
     assert (header["license"], header["pretty_name"]) == ("cc0-1.0", "Ours")
     assert "license_name" not in header
     assert pq.read_table(out / "data").column("license").to_pylist() == ["CC0-1.0"] * 2
+
+
+def test_nothing_in_a_record_becomes_markup_in_the_card(tmp_path):
+    bad = "x |\n\n# Owned\n<script>alert(1)</script> [a](javascript:b) `c` **d** _e_ | y"
+    folder = _write_set(
+        tmp_path / "set", 2, origin=bad, license=bad, accepted_by=bad, remover=bad, **{"class": bad}
+    )
+    out = _publish({"train": folder}, tmp_path / "out", title=f"My {bad}")
+    text = (out / "README.md").read_text()
+    head, body = text.split("---\n", 2)[1:]
+    assert yaml.safe_load(head)["license_name"] == bad
+    assert "<script" not in body and "\n# Owned" not in body
+    assert body.count("&lt;script&gt;") >= 6  # title, origin, license, accepted by, remover, class
+    rows = [line for line in body.splitlines() if "Owned" in line and line.startswith("|")]
+    assert len(rows) == 3  # licences, accepted, classes: a row each
+    for row in rows:
+        cells = re.split(r"(?<!\\)[|]", row)[1:-1]
+        assert cells[-1].strip() == "2" and len(cells) in (2, 3, 4)
+        assert r"\[a\](javascript:b) \`c\` \*\*d\*\* \_e\_ \|" in row
+    for repo in ('me/x", split="y', "me/x\n# Owned", "/home/me/x", "me/x`"):
+        with pytest.raises(TripletError, match="repository"):
+            _publish({"train": folder}, tmp_path / "out", repo_id=repo)
+
+
+def test_no_absolute_path_is_published(tmp_path):
+    secret = tmp_path / "anna"
+    folder = _write_set(
+        secret / "set",
+        3,
+        remover=str(secret / "runs" / "human_1" / "remover"),
+        group=str(secret / "video 1"),
+        place={"file": [str(secret / "a b" / "c.jpg")], "class": "/m/01g317"},
+        caption=f"made of {secret}/x/y.png, and/or C:\\Users\\anna\\z.png; https://a.org/b/c/d",
+    )
+    out = _publish(
+        {"train": folder},
+        tmp_path / "out",
+        acceptance=f"By the model in `{secret}/runs/rorem`.",
+        filters=f"Those of {secret}/assembly.json.",
+    )
+    (shard,) = (out / "data").iterdir()
+    (row, *_) = pq.read_table(shard).to_pylist()
+    extra = json.loads(row["extra"])
+    assert (row["remover"], row["group"]) == ("human_1/remover", "anna/video 1")
+    assert extra["place"] == {"file": ["a b/c.jpg"], "class": "/m/01g317"}
+    assert extra["caption"] == "made of x/y.png, and/or anna/z.png; https://a.org/b/c/d"
+    text = (out / "README.md").read_text()
+    assert "`runs/rorem`" in text and "Those of anna/assembly.json." in text
+    for data in (text.encode(), shard.read_bytes(), str(pq.read_schema(shard).metadata).encode()):
+        assert str(tmp_path).encode() not in data and b"C:\\" not in data
 
 
 def test_the_same_sets_give_the_same_bytes_and_finished_shards_are_kept(sets, published, tmp_path):

@@ -86,6 +86,11 @@ def test_stock_diffusers_opens_the_remover_and_runs_it(config, tiny_set, tmp_pat
     card = (tmp_path / "out" / "remover" / "README.md").read_text()
     assert "resolution: 32" in card and "32 px" in card and "10 triplets" in card
     assert "license: openrail++" in card
+    written = (tmp_path / "out" / "remover").rglob("*")
+    texts = [p.read_text() for p in written if p.suffix in (".json", ".md", ".txt")]
+    assert len(texts) > 5 and not any(
+        config.pretrained_model_name_or_path in text for text in texts
+    )
 
 
 def test_all_of_the_unet_is_trained_and_nothing_else(config, tiny_model, tmp_path):

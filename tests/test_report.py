@@ -264,6 +264,22 @@ def test_page_says_what_a_reader_must_know(finished):
     assert "A &lt;small&gt; run." in page
 
 
+def test_no_name_becomes_markup(tmp_path, monkeypatch):
+    bad = '"><img src=x onerror=alert(1)> # $\\foo{$ {{ 7 * 7 }}'
+    monkeypatch.setitem(METHODS[4], "name", bad)
+    monkeypatch.setitem(COMPARISONS[0], "first", bad)
+    stages = [(*s[:2], bad if s[2] == "human 1" else s[2], *s[3:]) for s in STAGES]
+    monkeypatch.setitem(METHODS[3], "row", bad)
+    write_run(tmp_path, stages)
+    recipe = make_recipe(stages)
+    recipe.name = recipe.description = bad
+    page = report.write_report(tmp_path, recipe).read_text()
+    links = Links(page)
+    assert links.open == [] and "x" not in links.found
+    assert page.count("onerror=alert(1)&gt;") >= 6 and "<img src=x" not in page
+    assert "{{ 7 * 7 }}" in page  # no template either
+
+
 @pytest.mark.slow
 def test_what_people_say_has_a_section_where_they_were_asked(finished, tmp_path):
     assert "What people say" not in finished[0].read_text()

@@ -1,5 +1,6 @@
 """The SDXL-inpainting stack: what opens, what does not, conditioning, latents."""
 
+import json
 import logging
 import shutil
 
@@ -436,3 +437,25 @@ def test_a_trained_models_card_keeps_the_licence_of_what_it_was_trained_from(tmp
     for name, (base, licence) in bases.items():
         write_card(tmp_path / name, base_model=base, **given)
         assert metadata_load(tmp_path / name / "README.md")["license"] == licence
+
+
+def test_a_card_and_the_configs_beside_it_name_no_folder(tmp_path):
+    for name, origin in (
+        ("model_index.json", "/home/anna/runs/x/remover"),
+        ("unet/config.json", "runs/x/remover/unet"),
+        ("vae/config.json", "madebyollin/sdxl-vae-fp16-fix"),
+        ("text_encoder/config.json", None),
+    ):
+        path = tmp_path / "remover" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"size": 8} | ({"_name_or_path": origin} if origin else {})))
+    base = tmp_path / "base"
+    base.mkdir()
+    write_card(tmp_path / "remover", title="T", base_model=str(base), resolution=8, text="x")
+    card = (tmp_path / "remover" / "README.md").read_text()
+    assert str(tmp_path) not in card and "base_model" not in card
+    found = {p.parent.name: json.loads(p.read_text()) for p in tmp_path.rglob("*.json")}
+    assert found["remover"] == found["unet"] == found["text_encoder"] == {"size": 8}
+    assert found["vae"]["_name_or_path"] == "madebyollin/sdxl-vae-fp16-fix"
+    write_card(tmp_path / "remover", title="T", base_model="a/b", resolution=8, text="x")
+    assert "base_model: a/b" in (tmp_path / "remover" / "README.md").read_text()

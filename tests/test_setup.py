@@ -209,6 +209,7 @@ case "$1 $2" in
   "-m pip") echo "$@" >> calls
     if [ -n "$FAKE_KILL" ] && [[ "$*" == *"$FAKE_KILL"* ]]; then kill -9 $PPID; fi
     exit ${{FAKE_PIP_STATUS:-0}} ;;
+  "-m jupyterlab") echo "$@" >> calls ;;
 esac
 """
 
@@ -227,7 +228,7 @@ def checkout(tmp_path):
         # A make that runs these tests leaves its own flags in the environment.
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
         return subprocess.run(
-            ["make", f"PYTHON={tmp_path / 'python'}", target],
+            [shutil.which("make"), f"PYTHON={tmp_path / 'python'}", target],
             cwd=folder,
             env=inherited | environment,
             capture_output=True,
@@ -238,6 +239,22 @@ def checkout(tmp_path):
     run_make.folder = folder
     run_make.read_calls = lambda: (folder / "calls").read_text().splitlines()
     return run_make
+
+
+@pytest.mark.parametrize("user", [0, 1000])
+def test_make_tells_root_what_it_does_as_root(checkout, tmp_path, user):
+    write_program(tmp_path / "tools" / "id", f"#!/bin/bash\necho {user}\n")
+    lab = checkout("lab", PATH=f"{tmp_path / 'tools'}:{os.environ['PATH']}")
+    assert lab.returncode == 0, lab.stderr
+    words = checkout.read_calls()[-1].split()
+    assert words[:2] == ["-m", "jupyterlab"] and ("--allow-root" in words) == (user == 0)
+    assert len([x for x in lab.stdout.splitlines() if "--allow-root" in x]) == (user == 0)
+
+    write_program(tmp_path / "tools" / "apt-get", f"#!/bin/bash\n: > '{tmp_path}/apt'\nexit 1\n")
+    browser = checkout("browser", PATH=str(tmp_path / "tools"))
+    assert browser.returncode == 0 and "the browser tests will not run" in browser.stderr
+    assert (tmp_path / "apt").exists() == (user == 0)
+    assert len([x for x in browser.stdout.splitlines() if "apt-get" in x]) == (user == 0)
 
 
 def make_older(path: Path) -> None:

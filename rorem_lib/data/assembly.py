@@ -145,7 +145,9 @@ def describe_filters(folder: str | Path) -> str:
         kept, limits = sum(found["counts"].values()), found["settings"]["filters"]
     except (FileNotFoundError, KeyError):  # no assembly, or not finished
         return ""
-    rows = [f"| {reason} | {count:,} |" for reason, count in found["rejected"].items()]
+    from rorem_lib.data.card import lay_table  # pandas and pyarrow, which assembling spares
+
+    rows = [[reason, f"{count:,}"] for reason, count in found["rejected"].items()]
     shown = ", ".join(f"`{name}` {value}" for name, value in limits.items())
     return "\n".join(
         [
@@ -153,7 +155,7 @@ def describe_filters(folder: str | Path) -> str:
             + (", and Stable Diffusion's safety checker" if found["settings"]["safety"] else "")
             + f". {kept:,} items were kept"
             + ("; rejected were:\n" if rows else "."),
-            *(["| reason | items |", "| --- | --- |", *rows] if rows else []),
+            *([lay_table(["reason", "items"], rows)] if rows else []),
         ]
     )
 

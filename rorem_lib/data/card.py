@@ -6,7 +6,9 @@ kit's.
 
 from __future__ import annotations
 
+import html
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from rorem_lib.data.summary import CLASS_KEYS
+from rorem_lib.files import hide_paths
 
 # Identifiers that the Hub knows; any other licence is "other" there, and named.
 HUB_LICENSES = set(
@@ -81,21 +84,21 @@ def make_card(
     card = DatasetCard.from_template(
         data,
         template_path=str(Path(__file__).with_name("card.md")),
-        title=title,
+        title=escape_markdown(title),
         repo_id=repo_id,
         total=len(rows),
         first=next(iter(splits)),
-        splits=_lay_table(
+        splits=lay_table(
             ["split", "triplets", "shards"],
             [[name, info[name].num_examples, len(shards)] for name, shards in splits.items()],
         ),
         licenses=_count(rows, splits, {"origin": "origin", "license": "licence"}),
-        acceptance=acceptance.strip() or "Not described.",
-        filters=filters.strip() or "None were noted.",
+        acceptance=hide_paths(acceptance).strip() or "Not described.",
+        filters=hide_paths(filters).strip() or "None were noted.",
         accepted=_count(
             rows, splits, {"accepted_by": "accepted by", "remover": "remover", "round": "round"}, 30
         ),
-        areas=_lay_table(
+        areas=lay_table(
             ["split", *(f"{q:.0%}" for q in QUANTILES)],
             [[split, *(f"{area:.2%}" for area in areas.loc[split])] for split in splits],
         ),
@@ -120,11 +123,17 @@ def _count(
     order = counts.sum(axis=1).sort_values(ascending=False, kind="stable").index
     lines = counts.loc[order].reset_index().values.tolist()
     more = f"\n\nand {len(lines) - limit} more" if limit and len(lines) > limit else ""
-    return _lay_table([*heads.values(), *counts], lines[:limit]) + more if lines else ""
+    return lay_table([*heads.values(), *counts], lines[:limit]) + more if lines else ""
 
 
-def _lay_table(head: Sequence, rows: list[list]) -> str:
-    return "\n".join(
-        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |"
-        for line in [head, ["---"] * len(head), *rows]
-    )
+def lay_table(head: Sequence, rows: list[list]) -> str:
+    """A Markdown table; what stands in its cells is text, whatever it holds."""
+    lines = [[escape_markdown(str(cell)) for cell in line] for line in [head, *rows]]
+    lines.insert(1, ["---"] * len(head))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def escape_markdown(text: str) -> str:
+    """A text on one line that Markdown shows as it stands: no heading, link, cell or HTML of it."""
+    text = html.escape(" ".join(text.split()), quote=False)
+    return re.sub(r"[\\`*\[\]|~$]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)

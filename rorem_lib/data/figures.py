@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from rorem_lib.data.items import Pictures
 from rorem_lib.data.masks import outline_mask
 from rorem_lib.data.triplets import Triplet, load_images
-from rorem_lib.plots import BLUE, GREY, ORANGE, SKY, VERMILION, make_axes, plot_grid
+from rorem_lib.plots import BLUE, GREY, ORANGE, SKY, VERMILION, PlainFigure, make_axes, plot_grid
 
 
 def plot_sheet(triplets: Sequence[Triplet], *, title: str = "", columns: int = 8) -> Figure:
@@ -186,7 +186,7 @@ def plot_candidates(
         cell: side of an image in pixels.
     """
     if not triplets:
-        figure = Figure(figsize=(4, 0.5), facecolor="white")
+        figure = PlainFigure(figsize=(4, 0.5), facecolor="white")
         figure.text(0.5, 0.5, "there are none", ha="center", va="center", color=GREY)
         return figure
     shown = [load_images(triplet) for triplet in triplets]

@@ -28,12 +28,12 @@ from rorem_lib.data.items import SourceError
 from rorem_lib.data.pictures import TripletError
 from rorem_lib.data.remote import talk_to_hub
 from rorem_lib.data.triplets import Triplet, iter_triplets, load_images, resolve_meta
-from rorem_lib.files import flush_disk, read_json, write_json, write_text
+from rorem_lib.files import flush_disk, hide_paths, read_json, write_json, write_text
 from rorem_lib.workers import group_chunks
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2  # raise it when what a shard holds changes
+VERSION = 3  # raise it when what a shard holds changes
 NOTE = ".publishing.json"  # {shard: hash of what it holds}; not published
 IMAGES = ("source", "mask", "GT")
 TYPES = {  # of the records' keys that are columns; the others are in `extra`
@@ -61,7 +61,8 @@ def publish_sets(
 ) -> Path:
     """Write sets as `data/<split>-00000-of-00001.parquet` ... and a dataset card, `README.md`.
 
-    Image files are embedded as they are. Every image is opened once, to be sure and to measure it
+    Image files are embedded as they are. Of paths on this machine, such as the remover's folder,
+    the last two names are published. Every image is opened once, to be sure and to measure it
     (columns `width`, `height` in px, `mask_area` 0 to 1). Killed and started again it goes on:
     finished shards whose records and files are still the same are kept. The same sets give the same
     bytes.
@@ -82,11 +83,17 @@ def publish_sets(
 
     Raises:
         TripletError: a set is missing, all are empty, files are missing or unsound, licences are
-            missing, some records of a split have a GT and others none, a split's name, or the
-            folder has other Parquet files. Nothing of the shard at fault is written.
+            missing, some records of a split have a GT and others none, a split's name, `repo_id`,
+            or the folder has other Parquet files. Nothing of the shard at fault is written.
         OSError: the disk is full or refuses.
     """
+    from huggingface_hub.utils import validate_repo_id
+
     folder = Path(folder)
+    try:
+        validate_repo_id(repo_id)
+    except ValueError as error:
+        raise TripletError(f"{repo_id!r} is no repository, owner/name: {error}") from None
     wrong = [split for split in sets if not re.fullmatch(r"\w+", split)]
     if wrong:
         raise TripletError(
@@ -323,10 +330,10 @@ def _read_row(triplet: Triplet, license: str) -> dict | TripletError:
         mask = load_images(triplet)["mask"]
     except TripletError as error:
         return error
-    row = {"id": triplet.id, "group": triplet.group}
+    row = {"id": triplet.id, "group": hide_paths(triplet.group)}
     for key, path in zip(IMAGES, (triplet.source, triplet.mask, triplet.gt)):
         row[key] = path and {"bytes": path.read_bytes(), "path": path.name}
-    extra = dict(triplet.extra)
+    extra = hide_paths(triplet.extra)  # such as the remover's folder
     extra["license"] = extra.get("license") or license
     for key, kind in TYPES.items():
         row[key] = extra.pop(key) if type(extra.get(key)) is kind else None

@@ -22,6 +22,7 @@ from rorem_lib.plots import (
     REASON_COLOURS,
     VERMILION,
     make_axes,
+    shorten,
 )
 
 _ROUNDS = ("#9bd0f2", "#00365a")  # the first round's blue and the last one's
@@ -75,7 +76,7 @@ def _blend(first: str, last: str, count: int) -> list[str]:
 
 
 def plot_success(methods: Sequence[Mapping], *, judge: str = "simulated annotator") -> Figure:
-    """Success rates of all methods: an annotator (dot, 95 %), the discriminator (diamond).
+    """Success rates of all methods: an annotator (dot, 95%), the discriminator (diamond).
 
     Args:
         methods: dicts with `name`, `success_rate` and `success_interval` by the `judge`, and
@@ -112,7 +113,7 @@ def plot_success(methods: Sequence[Mapping], *, judge: str = "simulated annotato
     axis.set_ylim(len(methods) - 0.5, -0.5)
     axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axis.set_xlim(left=0)
-    axis.plot([], [], "o-", color=BLACK, label=f"{judge}, 95 % interval")
+    axis.plot([], [], "o-", color=BLACK, label=f"{judge}, 95% interval")
     if any(method.get("success_rate_discriminator") is not None for method in methods):
         axis.plot([], [], "D", color=GREY, markerfacecolor="none", label="discriminator")
     axis.set_xlabel("success rate")
@@ -142,7 +143,7 @@ def plot_rounds(rounds: Sequence[Mapping]) -> Figure:
             color=BLUE,
             marker="o",
             capsize=3,
-            label="simulated annotator, 95 % interval",
+            label="simulated annotator, 95% interval",
         )
     guessed = [
         (p, r["success_rate_discriminator"])
@@ -194,7 +195,7 @@ def plot_failures(methods: Sequence[Mapping]) -> Figure:
             fraction,
             left=left,
             color=colour,
-            label=reason,
+            label=shorten(reason),
             edgecolor="white",
             linewidth=0.5,
         )
@@ -237,7 +238,7 @@ def plot_families(table) -> Figure:
 
 
 def plot_comparisons(comparisons: Sequence[Mapping]) -> Figure:
-    """Paired differences in success with 95 % intervals, in points.
+    """Paired differences in success with 95% intervals, in points.
 
     Args:
         comparisons: dicts with `first`, `second`, `difference`, `low`, `high` and `significant`.

@@ -239,7 +239,7 @@ def describe_findings(summary: Mapping) -> list[str]:
     if len(rounds) > 1:
         said.append(
             "Success after each round, judged by the simulated annotator: "
-            + ", ".join(f"{r['name']} {100 * r['success_rate']:.1f} %" for r in rounds)
+            + ", ".join(f"{r['name']} {100 * r['success_rate']:.1f}%" for r in rounds)
             + "."
         )
     for (first, second, measure), c in by_pair.items():
@@ -277,9 +277,9 @@ def describe_findings(summary: Mapping) -> list[str]:
     judge = summary["discriminator"]
     if judge["accepted_precision"] is not None and judge["candidates_success_rate"]:
         said.append(
-            f"Automatic acceptance kept {100 * judge['accepted_share']:.0f} % of the last round's "
-            f"candidates; {100 * judge['accepted_precision']:.0f} % of what it kept is good, of "
-            f"all candidates {100 * judge['candidates_success_rate']:.0f} %."
+            f"Automatic acceptance kept {100 * judge['accepted_share']:.0f}% of the last round's "
+            f"candidates; {100 * judge['accepted_precision']:.0f}% of what it kept is good, of "
+            f"all candidates {100 * judge['candidates_success_rate']:.0f}%."
         )
     return said
 

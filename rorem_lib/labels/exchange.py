@@ -1,4 +1,4 @@
-"""Labels in and out: CSV, Label Studio, scored triplet sets; and the set that labels make."""
+"""Labels in and out, and the set that labels make; `foreign` reads the files that people have."""
 
 from __future__ import annotations
 
@@ -14,22 +14,17 @@ import numpy as np
 
 from rorem_lib.data.triplets import read_triplets, resolve_meta
 from rorem_lib.data.writer import TripletWriter
-from rorem_lib.files import read_json, write_json, write_text
+from rorem_lib.files import write_json, write_text
+from rorem_lib.labels.foreign import find_word, guard_cell, read_rows
 from rorem_lib.labels.log import (
     Label,
     LabelError,
     LabelLog,
     check_name,
+    find_fault,
     hash_content,
     read_events,
-    replay_events,
 )
-
-WORDS = {
-    "accept": {"accept", "accepted", "1", "1.0", "yes", "true", "good", "success"},
-    "reject": {"reject", "rejected", "0", "0.0", "no", "false", "bad", "failure"},
-    "skip": {"skip", "skipped", "unsure", ""},
-}
 
 
 def import_labels(
@@ -38,43 +33,34 @@ def import_labels(
     """Take over labels that were made elsewhere; what is there already is not written twice.
 
     Args:
-        path: `.jsonl` (label logs), `.csv` (columns `id`, `label`, optionally `annotator`,
-            `reason`, `note`, `time` in ISO 8601, UTC where it does not say, `ms`), or `.json`: a
-            triplet set's `meta.json` with `score` (0..1, at least 0.5 is an acceptance) or a Label
-            Studio export (JSON or JSON-MIN).
+        path: a label log, a table, a scored triplet set, or what Label Studio or Prodigy exported:
+            see `foreign.read_rows`. A score is 0..1, at least 0.5 is an acceptance; a time is ISO
+            8601, UTC where it does not say. Of several reasons all are kept.
         folder: the label folder.
         annotator: who it was, where the file does not say.
-        triplets: the candidates; labels of others are left out and counted. Empty: all are kept.
+        triplets: the candidates; labels of others are left out and counted. A file's ids may then
+            be names of images, with or without their folder and `.png`. Empty: all are kept.
 
     Returns:
         read, written and unknown: numbers of labels.
 
     Raises:
-        LabelError: the file is of no known form, holds no label or a value that is none, or none of
-            its labels fits the candidates. Nothing is written then.
+        LabelError: the file is of no known form, holds no label or a value that no reader would
+            take, or none of its labels fits the candidates. Nothing is written then.
     """
-    path, ending = Path(path), Path(path).suffix.lower()
-    try:
-        if ending == ".jsonl":
-            if not path.exists():
-                raise FileNotFoundError(f"{path} does not exist")
-            found = [asdict(label) for label in replay_events(read_events(path))]
-        elif ending == ".csv":
-            with open(path, newline="", encoding="utf-8-sig") as stream:
-                found = list(csv.DictReader(stream))
-        elif ending == ".json":
-            found = [row for entry in read_json(path) for row in _read_entry(entry)]
-        else:
-            raise ValueError(f"a file that ends in {ending!r}: is import_path set?")
-        if not found:
-            raise ValueError("there is no label in it")
-        labels = [_make_label(row, annotator, place) for place, row in enumerate(found, 1)]
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise LabelError(
-            f"cannot import {path}: {error!r}. Wanted is a label log (.jsonl), a CSV with id and "
-            "label, a meta.json with score, or a Label Studio export"
-        ) from error
+    path = Path(path)
     contents = {triplet.id: hash_content(triplet.gt) for triplet in triplets}
+    try:
+        rows = read_rows(path)
+        if not rows:
+            raise ValueError("there is no label in it")
+        labels = [_make_label(row, annotator, contents, n) for n, row in enumerate(rows, 1)]
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, OSError) as error:
+        what = str(error) if isinstance(error, (ValueError, OSError)) else repr(error)
+        raise LabelError(
+            f"cannot import {path}: {what}. Read are label logs (.jsonl), tables (.csv) with an id "
+            "and a label, meta.json with scores, and what Label Studio and Prodigy export"
+        ) from error
     known = [x for x in labels if not contents or x.id in contents]
     if labels and not known:
         raise LabelError(
@@ -90,8 +76,9 @@ def import_labels(
         label = replace(label, content=label.content or contents.get(label.id, ""))
         if _name_event(asdict(label)) not in there:
             fresh[label.annotator].append(label)
+    opened = {name: LabelLog(folder, name) for name in fresh}  # all of them, before one is written
     for name, given in fresh.items():
-        LabelLog(folder, name).append_many(sorted(given, key=lambda label: label.time))
+        opened[name].append_many(sorted(given, key=lambda label: label.time))
     written = sum(map(len, fresh.values()))
     return {"read": len(labels), "written": written, "unknown": len(labels) - len(known)}
 
@@ -100,82 +87,55 @@ def _name_event(event: dict) -> tuple:
     return tuple(event.get(x) for x in ("annotator", "id", "label", "reason", "repeat", "content"))
 
 
-def _read_entry(entry: dict) -> list[dict]:
-    """One entry of a JSON list: of a triplet set, or a Label Studio task (JSON or JSON-MIN)."""
-    data = entry.get("data", entry)
-    item_id = data.get("candidate") or data.get("id") or Path(data["source"]).stem
-    if "annotations" not in entry:
-        label = next((data[x] for x in ("score", "decision", "choice") if x in data), None)
-        row = {**data, "id": item_id, "label": label}
-        if "lead_time" in data:  # JSON-MIN
-            row |= {"ms": 1000 * (data["lead_time"] or 0), "time": data.get("created_at")}
-        return [row]
-    rows = []
-    for given in entry["annotations"]:
-        who = given.get("completed_by")
-        who = who.get("email") or who.get("id") if isinstance(who, dict) else who
-        row = {"id": item_id, "ms": 1000 * (given.get("lead_time") or 0), "label": "skip"}
-        row |= {"annotator": who, "time": given.get("created_at"), **(given.get("meta") or {})}
-        results = given.get("result", []) if not given.get("was_cancelled") else []
-        for result in results:
-            row["note"] = " ".join(result["value"].get("text", [])) or row.get("note")
-        rows.append(row | _read_choices(results, item_id))
-    return rows
+def _make_label(row: Mapping, annotator: str, known: Collection[str], place: int) -> Label:
+    """A label as its log will hold it.
 
-
-def _read_choices(results: list[dict], item_id: str) -> dict:
-    """Label and reason among the choices of one annotation; neither where none was made."""
-    given = [
-        (result.get("from_name"), choice)
-        for result in results
-        for choice in result["value"].get("choices", [])
-    ]
-    said = [choice for name, choice in given if name == "decision"]
-    said = said or [x for name, x in given if name != "reason" and _find_word(x)]
-    if given and not said:
-        raise ValueError(f"the choices for {item_id}, {[x for _, x in given]}, hold no decision")
-    reasons = [choice for name, choice in given if choice not in said]
-    return ({"label": said[0]} if said else {}) | ({"reason": reasons[-1]} if reasons else {})
-
-
-def _find_word(value) -> str | None:
-    word = str(value).strip().lower()
-    return next((label for label, words in WORDS.items() if word in words), None)
-
-
-def _make_label(row: Mapping, annotator: str, place: int) -> Label:
-    label, time = _find_word(row["label"]), row.get("time") or ""
+    Raises:
+        ValueError: a value is none, or of a type that no reader takes.
+    """
+    name = next((x for x in row["names"] if x in known), row["names"][0])
     try:
-        if label is None:
-            score = float(row["label"])
-            if not 0 <= score <= 1:
-                raise ValueError(f"{row['label']} is no score between 0 and 1")
-            label = "accept" if score >= 0.5 else "reject"
-        if not row["id"]:
-            raise ValueError("the id is empty")
-        if time:
-            moment = datetime.fromisoformat(time)
-            moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-            time = moment.astimezone(UTC).isoformat(timespec="microseconds")
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"label {place} in the file ({row['id']}): {error}") from error
-    return Label(
-        id=str(row["id"]),
-        label=label,
-        annotator=str(row.get("annotator") or annotator),
-        reason=row.get("reason") or None,
-        note=row.get("note") or None,
-        time=time,
-        ms=round(float(row.get("ms") or 0)),
-        content=row.get("content") or "",
-        order=row.get("order") or row.get("label_order") or "imported",
-        simulated=str(row.get("simulated")).lower() == "true",
-        repeat=str(row.get("repeat")).lower() == "true",
-    )
+        label = Label(
+            id=name,
+            label=find_word(row["label"]) or _judge_score(row["label"]),
+            annotator=str(row.get("annotator") or annotator),
+            reason=row.get("reasons") or None,
+            note=row.get("note") or None,
+            time=_read_time(row.get("time")),
+            ms=round(float(row.get("ms") or 0)),
+            content=row.get("content") or "",
+            order=row.get("order") or row.get("label_order") or "imported",
+            simulated=str(row.get("simulated")).lower() == "true",
+            repeat=str(row.get("repeat")).lower() == "true",
+        )
+        if fault := find_fault({"event": "label", **asdict(label)}):
+            raise ValueError(fault)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"label {place} in the file ({name}): {error}") from error
+    return label
+
+
+def _judge_score(value) -> str:
+    score = float(str(value).replace(",", "."))  # as Excel writes it where the comma is decimal
+    if not 0 <= score <= 1:
+        raise ValueError(f"{value} is no score between 0 and 1")
+    return "accept" if score >= 0.5 else "reject"
+
+
+def _read_time(value) -> str:
+    """A moment in ISO 8601 as UTC; "" where there is none."""
+    if not value:
+        return ""
+    moment = datetime.fromisoformat(value)
+    moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    return moment.astimezone(UTC).isoformat(timespec="microseconds")
 
 
 def export_labels(labels: Iterable[Label], path: str | Path, *, triplets: Iterable = ()) -> Path:
     """Write labels as `.csv`, or as `.json` in Label Studio's form (one task an item).
+
+    In the table a text that a spreadsheet would take for a formula begins with an apostrophe, which
+    an import takes away again.
 
     Args:
         labels: labels that stand.
@@ -185,11 +145,9 @@ def export_labels(labels: Iterable[Label], path: str | Path, *, triplets: Iterab
     path, rows = Path(path), [asdict(label) for label in labels]
     if path.suffix == ".csv":
         stream = io.StringIO(newline="")
-        writer = csv.DictWriter(
-            stream, [field.name for field in fields(Label)], lineterminator="\n"
-        )
+        writer = csv.DictWriter(stream, [field.name for field in fields(Label)])
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({name: guard_cell(x) for name, x in row.items()} for row in rows)
         return write_text(path, stream.getvalue())
     if path.suffix != ".json":
         raise ValueError(f"{path}: labels are exported as .csv or .json (Label Studio)")

@@ -10,6 +10,7 @@ once can lose labels there, as appends of two clients overwrite each other on NF
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import logging
@@ -87,7 +88,8 @@ class LabelLog:
         annotator: 1 to 64 letters, digits, `_`, `.`, `@`, `+` or `-`; it names the file.
 
     Raises:
-        LabelError: the name cannot name a file, or the folder cannot be made.
+        LabelError: the name cannot name a file, its file is a symbolic link, or the folder cannot
+            be made.
     """
 
     def __init__(self, folder: str | Path, annotator: str):
@@ -98,6 +100,7 @@ class LabelLog:
         self._size = 0
         with _explain(self.path):
             self.folder.mkdir(parents=True, exist_ok=True)
+        self._refuse_link()  # before somebody labels, not after
 
     def append(
         self, item_id: str, label: str, *, content_file: str | Path | None = None, **values
@@ -114,7 +117,8 @@ class LabelLog:
             The label as it was written, annotator and time filled in.
 
         Raises:
-            LabelError: it is not on the disk (full, read-only, ...), or not a decision.
+            LabelError: it is not on the disk (full, read-only, a link, ...), or not a decision, or
+                a value has a type that no reader takes.
         """
         if content_file is not None:
             values["content"] = hash_content(content_file)
@@ -128,7 +132,11 @@ class LabelLog:
             known = label.label in DECISIONS + PREFERENCES
             if not known or not isinstance(label.id, str) or not label.id:
                 raise LabelError(f"{label} is no decision: label must be one of {DECISIONS}")
-        self._write([{"event": "label", **asdict(label)} for label in kept])
+        events = [{"event": "label", **asdict(label)} for label in kept]
+        for event in events:
+            if fault := find_fault(event):
+                raise LabelError(f"not saved: the label of {event['id']} can't be kept: {fault}")
+        self._write(events)
         return kept
 
     def undo(self, label: Label) -> None:
@@ -150,15 +158,22 @@ class LabelLog:
         the same name in a second notebook.
 
         Raises:
-            LabelError: the log is shorter than it was, or gone: what it held is lost from here.
+            LabelError: the log is shorter than it was, or gone: what it held is lost from here. Or
+                a link stands in its place.
         """
+        self._refuse_link()
         size = self._measure()
-        if size < self._size and not self.path.is_char_device():  # a device has no size
+        if size < self._size:
             raise LabelError(
                 f"not saved: {self.path} is gone, or was cut: it held {self._size} bytes and now "
                 f"holds {size}. Bring the folder back (is the disk mounted?), then run this again"
             )
         return size > self._size
+
+    def _refuse_link(self) -> None:
+        with _explain(self.path):
+            if self.path.is_symlink():
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
 
     def _measure(self) -> int:
         try:
@@ -194,6 +209,11 @@ def _explain(path: Path):
     try:
         yield
     except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise LabelError(
+                f"not saved: {path} is a symbolic link, and labels are written to no other file "
+                "than their own. Put the file itself in its place, or label under another name"
+            ) from error
         gone = isinstance(error, FileNotFoundError)
         mend = "Bring the folder back" if gone else "Free some space or make the folder writable"
         raise LabelError(
@@ -204,9 +224,10 @@ def _explain(path: Path):
 
 def _append_bytes(path: Path, data: bytes) -> int:
     """Returns how many bytes longer the file is, once they are on the disk."""
-    # Opened anew for each line: a log that was moved away or replaced is never written blindly.
-    new = not path.exists()
-    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0)
+    # Opened anew for each line: a log that was moved away or replaced is never written blindly, nor
+    # is another file through a link in its place.
+    new = not os.path.lexists(path)
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
     descriptor = os.open(path, flags, 0o644)
     try:
         start = os.fstat(descriptor).st_size
@@ -244,17 +265,23 @@ def read_events(path: str | Path) -> list[dict]:
         lines = Path(path).read_bytes().split(b"\n")
     except FileNotFoundError:
         return []
+    return parse_events(lines, path)
+
+
+def parse_events(lines: Iterable[bytes | str], path: str | Path) -> list[dict]:
+    """The events among a log's lines; `path` is named in the warning about the others."""
     events, torn = [], 0
     for line in lines:
-        try:
-            event = json.loads(line) if line.strip() else None
-        except ValueError:
-            torn += 1
+        if not line.strip():
             continue
-        if _is_event(event):
-            events.append(event)
-        elif event is not None:
+        try:
+            event = json.loads(line)
+        except (ValueError, RecursionError):
+            event = None
+        if find_fault(event):
             torn += 1
+        else:
+            events.append(event)
     if torn:
         logger.warning("%s: %d torn or foreign line(s) skipped", path, torn)
     return events
@@ -268,11 +295,16 @@ _TYPES = {
 }
 
 
-def _is_event(event) -> bool:
-    known = isinstance(event, dict) and event.get("event") in ("label", "undo") and event.get("id")
-    return bool(known) and all(
-        isinstance(event[name], kind) for name, kind in _TYPES.items() if name in event
-    )
+def find_fault(event) -> str:
+    """Why no reader takes this for an event of a log; "" where all do. Writers ask it too."""
+    if not isinstance(event, dict) or event.get("event") not in ("label", "undo"):
+        return "it is neither a label nor an undo"
+    if not event.get("id"):
+        return "it has no id"
+    for name, kind in _TYPES.items():
+        if name in event and not isinstance(event[name], kind):
+            return f"{name} can't be {event[name]!r}"
+    return ""
 
 
 def replay_events(events: Iterable[dict]) -> list[Label]:

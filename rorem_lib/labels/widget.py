@@ -54,6 +54,7 @@ LOOK_EVERY = 25
 # Seconds after an answer before images are made or sent that it would have to wait for: until it
 # is on screen, and, of an annotator whose next key comes by then, until it has left.
 SOON, AT_ONCE = 0.03, 0.003
+ELSEWHERE = "another notebook has labelled under this name, and its labels are loaded now"
 
 
 class Annotator(anywidget.AnyWidget):
@@ -199,10 +200,10 @@ class Annotator(anywidget.AnyWidget):
         if place != self._place or content["id"] != self._queue[place].id:
             # The browser is behind, for example with two views open: nothing is written blindly.
             known = self._decided.get(place)
-            return f"not taken: this image is labelled already ({known.label})" if known else ""
+            return f"not saved: this image already has a label ({known.label})" if known else ""
         if self._log.was_continued():
             self._catch_up()
-            return "not taken: this name was at work elsewhere; its labels are here now"
+            return f"not saved: {ELSEWHERE}; decide this image again"
         if content["label"] not in self._choices:
             raise LabelError(f"{content['label']!r} is no decision")
         item = self._queue[place]
@@ -236,7 +237,7 @@ class Annotator(anywidget.AnyWidget):
             return ""  # pressed again before the first answer came
         if self._log.was_continued():
             self._catch_up()
-            return "nothing taken back: this name was at work elsewhere; its labels are here now"
+            return f"nothing taken back: {ELSEWHERE}"
         if not self._decided:
             return "there is nothing to undo"
         place = next(reversed(self._decided))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from pathlib import Path
 
 from huggingface_hub import (
@@ -14,7 +16,7 @@ from huggingface_hub import (
     try_to_load_from_cache,
 )
 
-from rorem_lib.files import hash_file, resolve_path, write_text
+from rorem_lib.files import hash_file, read_json, resolve_path, write_text
 
 
 def has_file(
@@ -75,6 +77,8 @@ def hash_model(model_id: str) -> str:
 def write_card(folder, *, title: str, base_model: str, resolution: int, text: str) -> None:
     """Write a trained model's `README.md`, the model card that the Hub shows.
 
+    In the configs beside it diffusers notes the folder that the model was loaded from: that goes.
+
     Args:
         folder: the model's.
         title: what the model is.
@@ -83,20 +87,30 @@ def write_card(folder, *, title: str, base_model: str, resolution: int, text: st
         resolution: side of the images it was trained on, px: the size to use it at.
         text: how it was trained.
     """
-    on_hub = base_model.count("/") == 1 and not Path(base_model).exists()
     data = ModelCardData(
         license="cc0-1.0" if base_model == "builtin" else _read_licence(base_model) or "openrail++",
         library_name="diffusers",
         pipeline_tag="image-to-image",
         tags=["inpainting", "object-removal", "stable-diffusion-xl"],
-        base_model=base_model if on_hub else None,
+        base_model=base_model if _is_on_hub(base_model) else None,
         resolution=resolution,
     )
     body = f"""# {title}
 
 {text} Trained at {resolution} px: bring the image's short side to that size, as the kit does.
 """
+    for config in [*Path(folder).glob("model_index.json"), *Path(folder).glob("*/config.json")]:
+        content = read_json(config)
+        if not _is_on_hub(content.get("_name_or_path", "owner/name")):
+            del content["_name_or_path"]
+            write_text(config, json.dumps(content, indent=2, sort_keys=True) + "\n")
     write_text(Path(folder) / "README.md", f"---\n{data.to_yaml()}\n---\n\n{body}")
+
+
+def _is_on_hub(model: str) -> bool:
+    """Whether a model's name is an id on the Hub: `owner/name`, and no folder here."""
+    named = re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith(".")
+    return bool(named) and not resolve_path(model).exists() and not Path(model).exists()
 
 
 def _read_licence(base_model: str) -> str | None:

@@ -9,6 +9,7 @@ the notebook's kernel is killed, in any way, the kernel (Linux) kills the whole 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import io
@@ -22,6 +23,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import yaml
@@ -33,6 +35,7 @@ from rorem_lib.runner.stage import FINISHED_JOBS, STARTED
 
 logger = logging.getLogger(__name__)
 HARDWARE = ROOT / "notebooks" / "recipes" / "accelerate"
+FIRST_ERROR = "first-error.log"  # in a failed job's folder
 _PR_SET_PDEATHSIG = 1
 _OUT_OF_MEMORY = (
     "out of memory",
@@ -50,7 +53,8 @@ class JobChanged(RuntimeError):
 
 
 class JobError(RuntimeError):
-    """A job that failed; the message ends with the last 40 lines of its log."""
+    """A job that failed; the message ends with the first error of any of its processes, or with the
+    end of its log where none was noted."""
 
 
 def die_with_parent() -> None:
@@ -189,6 +193,7 @@ def launch_job(
                 raise JobChanged(f"{module} finished before with other settings: {changes}")
             logger.info("%s finished before; it is now %s", module, supersede_job(folder))
     result.unlink(missing_ok=True)
+    (folder / FIRST_ERROR).unlink(missing_ok=True)
     write_text(path, text)
     options = {"hardware": hardware, "num_processes": num_processes}
     plain = shlex.join(build_command(module, path, **options, tied=False))
@@ -294,16 +299,24 @@ def stop_group(process: subprocess.Popen, *, patience: float = 10.0) -> None:
 
 
 def describe_failure(module: str, code: int, log: Path, start: int) -> str:
-    """What a failed job's user reads: the reason, then the last 40 lines of this run's log."""
+    """What a failed job's user reads: the reason, then its first error or the end of its logs.
+
+    Args:
+        module: the job's, below `rorem_lib`.
+        code: how its process ended.
+        log: its `train.log`; the other processes' logs and the first error are beside it.
+        start: where in the log this run begins, in bytes.
+    """
     with open(log, "rb") as stream:
         stream.seek(start)
         text = stream.read().decode(errors="replace")
-    lines = text.splitlines()
+    lines, logs = text.splitlines(), [log]
     for other in sorted(log.parent.glob("train-rank*.log")):
         if other.stat().st_mtime >= log.stat().st_mtime - 60 and other.stat().st_size:
             rank = other.read_text(errors="replace").splitlines()[-20:]
             lines = [*lines[-20:], f"---- {other.name}", *rank]
             text += "\n".join(rank)
+            logs.append(other)
     if code in (-9, 137) or any(sign in text for sign in _OUT_OF_MEMORY):
         reason = (
             "ran out of memory (or was killed from outside): lower train_batch_size and "
@@ -313,8 +326,27 @@ def describe_failure(module: str, code: int, log: Path, start: int) -> str:
         reason = "ended without writing train_metrics.json"
     else:
         reason = f"failed with exit code {code}"
-    tail = "\n".join(lines[-40:])
-    return f"the job rorem_lib.{module} {reason}. The end of {log}:\n{tail}"
+    head = f"the job rorem_lib.{module} {reason}. "
+    try:
+        cause, *trace = (log.parent / FIRST_ERROR).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):  # a process that is killed notes nothing
+        return head + f"The end of {log}:\n" + "\n".join(lines[-40:])
+    where = f"(All that it wrote is in {', '.join(map(str, logs))}.)"
+    return "\n".join([f"{head}The first error: {cause}", where, *trace[-38:]])
+
+
+def note_error(folder: Path) -> None:
+    """Keep the error being handled in `FIRST_ERROR`, unless another process has kept one there.
+
+    Of several processes one fails, and the others a moment later, since it is gone. torch's
+    launcher compares their errors' times in whole seconds, and so often names another.
+    """
+    error = traceback.TracebackException(*sys.exc_info())
+    cause = " ".join("".join(error.format_exception_only()).split())
+    who = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+    text = f"{who}{cause}\n{''.join(error.format())}"
+    with contextlib.suppress(OSError), open(folder / FIRST_ERROR, "xb") as file:
+        file.write(text.encode("utf-8", "backslashreplace"))
 
 
 def _follow(process, log: Path, start: int, metrics: Path, *, title: str) -> None:
@@ -396,7 +428,12 @@ def main() -> None:
         )
         os.dup2(file, 1)
         os.dup2(file, 2)
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except Exception:
+        if folder and module.startswith("rorem_lib."):  # not accelerate's, which only says so
+            note_error(Path(folder))
+        raise
 
 
 if __name__ == "__main__":

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import time
@@ -32,6 +34,7 @@ STARTED = "stage.started.json"
 # How the runner tells `launch_job` what to do where a job finished with other settings: "keep" the
 # result, "replace" it, or "ask" (stop, so that the runner asks).
 FINISHED_JOBS = "ROREM_FINISHED_JOBS"
+INJECTED = "# Parameters\n"  # how the cell begins in which papermill assigns what it was given
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy", "papermill")
 
 
@@ -43,7 +46,9 @@ def describe_environment() -> dict:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
-    commit = _ask_git("rev-parse", "HEAD")
+    place = _ask_git("rev-parse", "--show-toplevel")
+    # A copy of the kit inside another repository has that one's commit, which says nothing of it.
+    commit = _ask_git("rev-parse", "HEAD") if place and Path(place).resolve() == ROOT else None
     changes = _ask_git("status", "--porcelain", "--untracked-files=no") if commit else None
     return {
         "versions": versions,
@@ -53,6 +58,8 @@ def describe_environment() -> dict:
 
 
 def _ask_git(*arguments: str) -> str | None:
+    # In a hook of git these name the repository that the hook is of.
+    hidden = {"GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR"}
     try:
         answer = subprocess.run(
             ["git", "-C", str(ROOT), *arguments],
@@ -60,6 +67,7 @@ def _ask_git(*arguments: str) -> str | None:
             text=True,
             timeout=20,
             stdin=subprocess.DEVNULL,
+            env={name: value for name, value in os.environ.items() if name not in hidden},
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
@@ -156,6 +164,8 @@ def start_stage(
 ) -> Stage:
     """Open a stage's folder and take back what an earlier run of it said about being finished.
 
+    The notebook's parameters are checked first, see `check_parameters`.
+
     Args:
         output_dir: the folder, relative to the repository root or absolute; made if missing.
         notebook: the notebook's name without ending, such as "02_train_remover".
@@ -164,8 +174,11 @@ def start_stage(
         free: parameters that count for nothing in this stage; found there too.
 
     Raises:
+        ValueError: a parameter is unknown, or its value is of another type.
         OSError: the folder can't be made or written.
     """
+    values = inspect.currentframe().f_back.f_globals
+    parameters = check_parameters(notebook, values)
     folder = resolve_path(output_dir)
     batch = os.environ.get("ROREM_BATCH") == "1"
     try:
@@ -189,16 +202,70 @@ def start_stage(
         log.addHandler(handler)
         log.setLevel(logging.INFO)
         log.propagate = False
-    return Stage(folder, notebook, batch, _collect_parameters(notebook, inspect.currentframe()))
+    if "pandas" in sys.modules:  # a name with two $ in a table is no formula
+        sys.modules["pandas"].set_option("display.html.use_mathjax", False)
+    return Stage(folder, notebook, batch, parameters)
 
 
-def _collect_parameters(notebook: str, frame) -> dict:
-    """The values the calling notebook has under its parameters' names."""
-    from rorem_lib.parameters import read_parameters
+def check_parameters(notebook: str, values: dict) -> dict:
+    """Check a notebook's parameters against its parameters cell, and fit their values to its types.
+
+    `rorem run` does so before a notebook starts. Papermill started by hand hands on whatever is
+    typed, and in JupyterLab the cell may be edited. Papermill assigns the values in a cell of their
+    own, which IPython's history shows.
+
+    Args:
+        notebook: the notebook's name without ending.
+        values: its globals; what is fitted (`3` where a float is wanted) is put back there.
+
+    Returns:
+        The parameters' values by name; empty where no parameters cell is known.
+
+    Raises:
+        ValueError: an unknown name, with the nearest known one, or a value of another type. All of
+            them are named.
+    """
+    from rorem_lib.parameters import coerce_value, parse_parameters, read_parameters, suggest
 
     try:
-        names = read_parameters(ROOT / "notebooks" / f"{notebook}.ipynb")
-    except (OSError, ValueError):  # renamed, or half-edited: the record alone suffers
-        return {}
-    values = frame.f_back.f_globals
-    return {name: values[name] for name in names if name in values}
+        known = read_parameters(ROOT / "notebooks" / f"{notebook}.ipynb")
+    except (OSError, ValueError):  # renamed, or half-edited
+        known = {}
+    given: set[str] = set()
+    for source in values.get("In", []):
+        injected = source.startswith(INJECTED)
+        try:
+            cell = parse_parameters(re.sub(r"float\('-?(inf|nan)'\)", "0.0", source))
+        except ValueError:  # another cell
+            continue
+        if injected:
+            given |= cell.keys()
+        elif "output_dir" in cell:  # as it ran: a copy of the notebook may have more parameters
+            known |= cell
+    problems = [
+        f'there is no parameter "{name}"{suggest(name, known)}'
+        for name in sorted(given - known.keys() if known else ())
+    ]
+    found = {}
+    for name, parameter in known.items():
+        if name in values:
+            try:
+                found[name] = coerce_value(values[name], parameter.kind)
+            except TypeError as error:
+                hint = _explain_papermill(name, values[name], parameter.kind, name in given)
+                problems.append(f"{name}: {error}{hint}")
+    if problems:
+        raise ValueError(f"the parameters of {notebook} are wrong: " + "; ".join(problems))
+    values |= found
+    return found
+
+
+def _explain_papermill(name: str, value, kind: str, given: bool) -> str:
+    """How to hand papermill what its `-p` reads as another type; "" for a cell edited by hand."""
+    if not given:
+        return ""
+    if kind == "str":
+        return f" (papermill's -p reads numbers: give a text as it stands with -r {name} TEXT)"
+    if kind.startswith("list") and not isinstance(value, list):
+        return f" (papermill takes a list with -y '{name}: {json.dumps([value])}')"
+    return " (papermill's -p takes True and False)" if kind == "bool" else ""
