@@ -1,27 +1,28 @@
 """Metrics of one removal against the truth, one a function.
 
 Images are uint8 [H, W, 3], masks and effect maps uint8 [H, W]; white (>= 128) in a mask is the
-hole. All PSNRs are in dB over 0..255. No metric here says whether a removal is good: PSNR prefers a
-blurred mean, so success is judged apart (see `rorem_lib.evaluation.evaluate`).
+hole. All PSNRs are in dB over 0..255, infinite where nothing differs; `mean_psnr` counts such
+images apart. No metric here says whether a removal is good: PSNR prefers a blurred mean, so success
+is judged apart (see `rorem_lib.evaluation.evaluate`).
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Iterable
 
 import numpy as np
 from skimage.metrics import structural_similarity
 
 logger = logging.getLogger(__name__)
 
-PSNR_LIMIT = 100.0  # dB given to identical images, so that means stay finite
 EFFECT_LEVEL = 8  # grey levels by which a shadow or reflection must change a pixel to count
 EFFECT_PIXELS = 20  # with fewer such pixels there is no shadow to measure
 
 
 def psnr(a: np.ndarray, b: np.ndarray, where: np.ndarray | None = None) -> float:
-    """Peak signal-to-noise ratio in dB, at most `PSNR_LIMIT`.
+    """Peak signal-to-noise ratio in dB; infinite where no pixel differs.
 
     Args:
         a, b: uint8 images of the same shape.
@@ -38,7 +39,18 @@ def psnr(a: np.ndarray, b: np.ndarray, where: np.ndarray | None = None) -> float
     if error.size == 0:
         raise ValueError("PSNR of no pixels: the mask or region is empty")
     mean = error.mean()
-    return PSNR_LIMIT if mean == 0 else float(min(PSNR_LIMIT, 10 * np.log10(255**2 / mean)))
+    return float("inf") if mean == 0 else float(10 * np.log10(255**2 / mean))
+
+
+def mean_psnr(values: Iterable[float]) -> tuple[float | None, int]:
+    """Mean in dB over the images that differ (None without one), and how many are identical.
+
+    An identical region has no PSNR: any number in its place would decide the mean.
+    """
+    values = np.array(list(values), dtype=np.float64)
+    differing = values[np.isfinite(values)]
+    mean = float(differing.mean()) if differing.size else None
+    return mean, int(np.isposinf(values).sum())
 
 
 def psnr_hole(result: np.ndarray, truth: np.ndarray, mask: np.ndarray) -> float:
@@ -70,7 +82,7 @@ def psnr_background(
 ) -> float | None:
     """PSNR in dB outside the mask and outside the object's effect: what must stay as it was.
 
-    On the built-in scenes a method that leaves these pixels alone has `PSNR_LIMIT`. None if no
+    On the built-in scenes a method that leaves these pixels alone is infinitely near. None if no
     such pixel exists.
     """
     region = mask < 128
@@ -115,12 +127,13 @@ def load_lpips(net: str = "alex"):
 
     Returns:
         (network, ""), or (None, why not): torchvision is missing, or the weights are neither in
-        torch's cache nor can be downloaded. A random network is never handed out.
+        torch's cache nor can be downloaded. A random network is never handed out. The network takes
+        two batches [N, 3, H, W] in -1..1 and returns a map of distances [N, 1, H, W].
     """
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
     try:
-        return LearnedPerceptualImagePatchSimilarity(net_type=net, reduction="mean").eval(), ""
+        network = LearnedPerceptualImagePatchSimilarity(net_type=net).net
     except ModuleNotFoundError as error:
         return None, (
             f"LPIPS ({net}) was not measured: {error}. Install the torchvision that "
@@ -131,24 +144,34 @@ def load_lpips(net: str = "alex"):
             f"LPIPS ({net}) was not measured: its published weights are neither cached "
             f"nor could they be downloaded ({error})"
         )
+    network.spatial = True  # as `lpips.LPIPS(spatial=True)`; the metric's own interface hides it
+    return network.eval(), ""
 
 
 def lpips_hole(
     result: np.ndarray, truth: np.ndarray, mask: np.ndarray, *, net: str = "alex"
 ) -> float | None:
-    """LPIPS distance (0 = the same) of the truth to the truth with the result in its hole.
+    """LPIPS distance (0 = the same) in the hole: its map's mean there.
 
-    Outside the hole both are the truth, so only the filling is measured ("masked LPIPS").
+    The truth is compared with the truth that has the result in its hole, so only the filling is
+    measured. A mean over the whole image would say how small the hole is.
 
     Returns:
         None where the network's published weights can't be had (`load_lpips` says why).
+
+    Raises:
+        ValueError: the mask is empty.
     """
     import torch
 
+    hole = mask >= 128
+    if not hole.any():
+        raise ValueError("LPIPS of no pixels: the mask is empty")
     network, _ = load_lpips(net)
     if network is None:
         return None
-    pasted = np.where((mask >= 128)[..., None], result, truth)
+    pasted = np.where(hole[..., None], result, truth)
     pair = torch.from_numpy(np.stack([pasted, truth])).permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
-        return float(network(pair[:1], pair[1:]))
+        distances = network(pair[:1], pair[1:])[0, 0]
+    return float(distances[torch.from_numpy(hole)].mean())

@@ -119,6 +119,13 @@ def write_report(run_dir, recipe):
     return path
 """
 
+SEEDS = """
+def write_seeds_report(folder, name, runs):
+    folder.mkdir(exist_ok=True)
+    made = [(run / 'make' / 'metrics.json').read_text() for run in runs.values()]
+    (folder / 'report.html').write_text(f"{name} {list(runs)} {made}")
+"""
+
 TRAINER = """
 import argparse, json, os, signal, sys, time
 from dataclasses import dataclass
@@ -173,6 +180,7 @@ MODULES = {
     "labels": "class LabelsMissing(RuntimeError):\n    pass\n",
     "evaluation/__init__": "",
     "evaluation/report": REPORT,
+    "evaluation/seeds": SEEDS,
 }
 
 NOTEBOOKS = {

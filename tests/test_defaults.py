@@ -16,6 +16,7 @@ from rorem_lib.data.filters import FilterConfig
 from rorem_lib.discriminator import DiscriminatorConfig, train_discriminator
 from rorem_lib.distill import DistillConfig, train_lora
 from rorem_lib.evaluation.methods import make_methods
+from rorem_lib.evaluation.tables import list_pairs
 from rorem_lib.files import ROOT
 from rorem_lib.models import sdxl
 from rorem_lib.parameters import CONFIGS, read_defaults, read_parameters
@@ -415,6 +416,20 @@ def test_the_papers_recipe_trains_the_papers_batches_steps_and_rounds(paper):
     assert stages["human_1_candidates"]["num_inference_steps"] == 50
     methods = make_methods(stages["evaluation"]["methods"])
     assert {m.num_inference_steps for m in methods if m.scheduler == "default"} == {50}
+
+
+@pytest.mark.parametrize("name", ["demo", "paper"])
+def test_the_distilled_model_has_its_controls(name):
+    """The same remover without the LoRA: its own scheduler in 4, 2 and 1 steps, and LCM's."""
+    (given,) = (r.parameters for r in read_recipe(name).stages if r.name == "evaluation")
+    methods = make_methods(given["methods"])
+    (student,) = (m for m in methods if m.lora)
+    controls = [m for m in methods if m.model == student.model and m.control]
+    assert all(m.row == student.row and not m.lora for m in controls)
+    found = {(m.scheduler == "lcm", m.num_inference_steps) for m in controls}
+    assert found == {(True, 4), (False, 4), (False, 2), (False, 1)}
+    pairs = list_pairs([vars(m) for m in methods])
+    assert {(student.name, m.name) for m in controls} <= set(pairs)
 
 
 # --------------------------------------------------------------------- defaults without an import

@@ -15,6 +15,7 @@ from rorem_lib.evaluation import evaluate as evaluation
 from rorem_lib.evaluation.evaluate import audit_acceptance, collect_cases, evaluate
 from rorem_lib.evaluation.methods import BASELINES, Method, MethodRun, make_methods
 from rorem_lib.files import read_json
+from rorem_lib.intervals import wilson_interval
 from rorem_lib.plots import plot_grid
 
 COUNT = 12
@@ -63,11 +64,13 @@ def test_truth_succeeds_and_the_untouched_source_fails(sets, meta_path, tmp_path
     best, telea, worst = found.methods
     assert best["success_rate"] == 1 and worst["success_rate"] == 0
     assert 0 <= telea["success_rate"] < 1
-    assert best["psnr_hole"] == 100 and best["failures"] == {}
+    assert best["psnr_hole"] is None and best["failures"] == {}
+    assert best["identical"]["psnr_hole"] == best["identical"]["psnr_background"] == COUNT
+    assert telea["identical"] == {**found.source["identical"], "psnr_hole": 0}
     assert sum(telea["failures"].values()) + telea["success_rate"] * COUNT == pytest.approx(COUNT)
     assert (best["seconds_per_image"], best["unet_calls"], telea["unet_calls"]) == (0.5, 20, 0)
     assert found.source["psnr_shadow"] == worst["psnr_shadow"] == telea["psnr_shadow"]
-    assert found.source["psnr_hole"] < telea["psnr_hole"] < best["psnr_hole"]
+    assert found.source["psnr_hole"] < telea["psnr_hole"]
     assert best["n"] == COUNT and 0 < best["n_shadow"] < COUNT
 
 
@@ -98,6 +101,28 @@ def test_results_stand_in_the_files(meta_path, tmp_path):
     written = read_json(tmp_path / "methods.json")
     assert [m["name"] for m in written] == ["Telea", "NS"] and written == found.methods
     assert written[0]["success_interval"][0] <= written[0]["success_rate"]
+    assert written[0]["n_groups"] == 5 and {"group", "judge_rest"} <= set(results)
+
+
+def test_images_of_one_scene_count_as_a_group():
+    rng = np.random.default_rng(0)
+    scenes = rng.random(50) < 0.6
+    rows = pd.DataFrame(
+        {
+            "group": [f"scene {n // 10}" for n in range(500)],
+            "accept": np.repeat(scenes, 10).astype(object),
+            "accept_discriminator": np.repeat(scenes, 10).astype(float),
+            "reason": None,
+            **{name: np.nan for name in evaluation.MEASURES},
+        }
+    )
+    grouped = evaluation.summarise_method(rows)
+    alone = evaluation.summarise_method(rows.assign(group=[str(n) for n in range(500)]))
+    assert (grouped["n"], grouped["n_groups"], alone["n_groups"]) == (500, 50, 500)
+    assert alone["success_interval"] == pytest.approx(wilson_interval(10 * scenes.sum(), 500))
+    for key in ("success_interval", "discriminator_interval"):
+        widths = [np.diff(summary[key])[0] for summary in (alone, grouped)]
+        assert widths[1] > 2.5 * widths[0]
 
 
 def test_measures_match_the_pictures(meta_path, tmp_path):

@@ -27,6 +27,16 @@ METHODS = [
         "row": "distillation",
         "control": True,
     },
+    *(
+        {
+            "name": f"own scheduler {steps}",
+            "kind": "remover",
+            "num_inference_steps": steps,
+            "row": "distillation",
+            "control": True,
+        }
+        for steps in (4, 2, 1)
+    ),
 ]
 
 
@@ -52,6 +62,11 @@ def test_every_method_has_a_colour_of_its_own():
     assert colours["base"] == plots.BLACK and colours["control"] == plots.VERMILION
     many = [{"name": str(n), "kind": "remover"} for n in range(20)]
     assert len(figures.assign_colours(many)) == 20
+
+
+def test_controls_of_the_distillation_are_few_step_variants():
+    assert [figures.is_fast(m) for m in METHODS] == [False] * 6 + [True] * 5
+    assert not figures.is_fast({"name": "base", "num_inference_steps": 2, "row": "base"})
 
 
 def test_rounds_get_darker():

@@ -37,6 +37,7 @@ from rorem_lib.labels.votes import (
     find_fair,
     list_adjudication,
     merge_votes,
+    score_votes,
 )
 
 
@@ -290,6 +291,10 @@ def test_merge_policies():
     assert single["tie"] == "accept" and len(single) == 4
     assert merge_votes(labels, min_votes=2).keys() == {"both", "most"}
     assert find_conflicts(labels) == ["tie", "most"]
+    assert score_votes(labels) == {"both": 1, "tie": 0.5, "most": 0, "skipped": 0}
+    assert score_votes(labels, "unanimous")["most"] == 0.5
+    settled = [*labels, vote("tie", "reject", "c", order="adjudication")]
+    assert score_votes(settled)["tie"] == 0
     with pytest.raises(ValueError, match="policy 'most' is unknown"):
         merge_votes(labels, "most")
 

@@ -3,11 +3,12 @@
 import os
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderTiny, EulerDiscreteScheduler
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
@@ -85,12 +86,22 @@ def test_lora_and_lcm_change_the_removal(model, triplets, tmp_path):
         plain,
         Method("lcm", model=str(model), num_inference_steps=4, scheduler="lcm"),
         Method("lora", model=str(model), num_inference_steps=4, lora=str(tmp_path / "lora")),
+        Method("trailing", model=str(model), num_inference_steps=4, scheduler="trailing"),
     ]
     runs = [run_method(m, triplets[:2], tmp_path / "r", batch_size=2) for m in variants]
-    assert [run.unet_calls for run in runs] == [4, 4, 4]
+    assert [run.unet_calls for run in runs] == [4, 4, 4, 4]
     pictures = [np.stack(list(read_all(run).values())) for run in runs]
     assert not np.array_equal(pictures[0], pictures[1])
     assert not np.array_equal(pictures[0], pictures[2])
+    assert np.array_equal(pictures[0], pictures[3])  # this model's own spacing is trailing
+
+
+def test_few_steps_of_a_trailing_scheduler_begin_at_the_noise():
+    pipe = SimpleNamespace(scheduler=EulerDiscreteScheduler(timestep_spacing="leading"))
+    for kind, first in (("default", 0), ("trailing", 999)):
+        methods_module.set_scheduler(pipe, kind)
+        pipe.scheduler.set_timesteps(1)
+        assert pipe.scheduler.timesteps.tolist() == [first]
 
 
 def test_a_stopped_run_goes_on_and_gives_the_same(model, triplets, tmp_path, monkeypatch):
@@ -207,7 +218,7 @@ def test_methods_are_checked_before_anything_runs():
         ([{"name": "a b"}, {"name": "A-B"}], "names of their own"),
         ([{"name": "Source"}], "names of their own"),
         ([{"name": "x", "kind": "lama"}], "telea, ns, remover"),
-        ([{"name": "x", "scheduler": "ddim"}], "default, lcm"),
+        ([{"name": "x", "scheduler": "ddim"}], "default, trailing, lcm"),
     ):
         with pytest.raises(ValueError, match=message):
             make_methods(rows)

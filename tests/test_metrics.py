@@ -29,9 +29,19 @@ def test_psnr_of_bytes_does_not_wrap_around():
     assert metrics.psnr(a, b) == metrics.psnr(b, a) == pytest.approx(10 * np.log10(255**2 / 240**2))
 
 
-def test_psnr_of_equal_pictures_is_finite():
+def test_identical_pictures_are_counted_apart_from_the_mean():
     a = np.zeros((4, 4, 3), np.uint8)
-    assert metrics.psnr(a, a) == metrics.PSNR_LIMIT
+    assert metrics.psnr(a, a) == np.inf
+    assert metrics.mean_psnr([20, np.inf, 30, np.inf]) == (25, 2)
+    assert metrics.mean_psnr([np.inf]) == (None, 1) and metrics.mean_psnr([]) == (None, 0)
+
+
+def test_nearly_equal_pictures_have_no_limit():
+    a = np.zeros((4096, 1024, 3), np.uint8)
+    b = a.copy()
+    b[0, 0, 0] = 1  # one grey level of 12 million
+    found = metrics.psnr(a, b)
+    assert found == pytest.approx(10 * np.log10(255**2 * a.size)) and found > 100
 
 
 def test_psnr_refuses_other_shapes_and_empty_regions():
@@ -47,19 +57,19 @@ def test_each_region_sees_its_own_error_alone(scene):
     result = truth.copy()
     result[mask >= 128] += 10
     assert metrics.psnr_hole(result, truth, mask) == pytest.approx(10 * np.log10(255**2 / 100))
-    assert metrics.psnr_shadow(result, truth, shadow, mask) == metrics.PSNR_LIMIT
-    assert metrics.psnr_background(result, truth, mask, shadow) == metrics.PSNR_LIMIT
+    assert metrics.psnr_shadow(result, truth, shadow, mask) == np.inf
+    assert metrics.psnr_background(result, truth, mask, shadow) == np.inf
     result = truth.copy()
     result[16:22, 8:16] -= 40  # the shadow is left where the mask does not reach
-    assert metrics.psnr_hole(result, truth, mask) == metrics.PSNR_LIMIT
+    assert metrics.psnr_hole(result, truth, mask) == np.inf
     assert metrics.psnr_shadow(result, truth, shadow, mask) == pytest.approx(
         10 * np.log10(255**2 / 1600)
     )
-    assert metrics.psnr_background(result, truth, mask, shadow) == metrics.PSNR_LIMIT
-    assert metrics.psnr_background(result, truth, mask) < metrics.PSNR_LIMIT
+    assert metrics.psnr_background(result, truth, mask, shadow) == np.inf
+    assert metrics.psnr_background(result, truth, mask) < np.inf
     result = truth.copy()
     result[0, 0] = 0
-    assert metrics.psnr_background(result, truth, mask, shadow) < metrics.PSNR_LIMIT
+    assert metrics.psnr_background(result, truth, mask, shadow) < np.inf
 
 
 def test_shadow_needs_twenty_pixels_outside_the_mask(scene):
@@ -68,7 +78,7 @@ def test_shadow_needs_twenty_pixels_outside_the_mask(scene):
     shadow[20, :19] = 40
     assert metrics.psnr_shadow(truth, truth, shadow, mask) is None
     shadow[20, :20] = 40
-    assert metrics.psnr_shadow(truth, truth, shadow, mask) == metrics.PSNR_LIMIT
+    assert metrics.psnr_shadow(truth, truth, shadow, mask) == np.inf
     shadow[20, :20] = 8  # not more than 8 grey levels: nobody sees it
     assert metrics.psnr_shadow(truth, truth, shadow, mask) is None
 
@@ -125,10 +135,66 @@ def test_lpips_says_why_it_is_missing(monkeypatch, scene):
     metrics.load_lpips.cache_clear()
 
 
-def test_lpips_looks_at_the_hole_alone(monkeypatch, scene):
+@pytest.fixture
+def local_lpips(monkeypatch):
+    """In place of the network: the absolute difference, blurred over 3 px, as a map."""
+    import torch
+
+    def compare(a, b):
+        assert a.shape == b.shape == (1, 3, *a.shape[2:]) and a.abs().max() <= 1
+        return torch.nn.functional.avg_pool2d((a - b).abs().mean(1, keepdim=True), 3, 1, 1)
+
+    monkeypatch.setattr(metrics, "load_lpips", lambda net: (compare, ""))
+
+
+def test_lpips_looks_at_the_hole_alone(local_lpips, scene):
     truth, mask, _ = scene
-    monkeypatch.setattr(metrics, "load_lpips", lambda net: (lambda a, b: (a - b).abs().sum(), ""))
     result = 255 - truth
     result[mask >= 128] = truth[mask >= 128]
     assert metrics.lpips_hole(result, truth, mask) == 0
     assert metrics.lpips_hole(255 - truth, truth, mask) > 0
+    with pytest.raises(ValueError, match="empty"):
+        metrics.lpips_hole(truth, truth, np.zeros((32, 32), np.uint8))
+
+
+def test_lpips_does_not_fall_with_the_size_of_the_picture(local_lpips, scene):
+    truth, mask, _ = scene
+    found = [
+        metrics.lpips_hole(
+            np.pad(255 - truth, ((0, rows), (0, rows), (0, 0))),
+            np.pad(truth, ((0, rows), (0, rows), (0, 0))),
+            np.pad(mask, (0, rows)),
+        )
+        for rows in (0, 32, 200)
+    ]
+    assert found == pytest.approx([found[0]] * 3) and found[0] > 0.1
+
+
+def test_the_real_network_returns_a_map(monkeypatch):
+    """torchmetrics' own network, its backbone without weights: what `spatial` does to it."""
+    import torch
+    from torchmetrics.functional.image import lpips
+
+    class Backbone(torch.nn.Module):
+        def __init__(self, **_):
+            super().__init__()
+            self.layers = torch.nn.ModuleList(
+                torch.nn.Conv2d(3, c, 3, stride=2, padding=1) for c in (64, 192, 384, 256, 256)
+            )
+
+        def forward(self, x):
+            return [layer(x) for layer in self.layers]
+
+    monkeypatch.setattr(lpips, "Alexnet", Backbone)
+    monkeypatch.setattr("torchmetrics.image.lpip._TORCHVISION_AVAILABLE", True)
+    metrics.load_lpips.cache_clear()
+    torch.manual_seed(0)
+    truth = np.full((48, 40, 3), 90, np.uint8)
+    mask = np.zeros((48, 40), np.uint8)
+    mask[8:20, 8:20] = 255
+    network, reason = metrics.load_lpips("alex")
+    pair = torch.zeros(2, 1, 3, 48, 40)
+    assert reason == "" and network(*pair).shape == (1, 1, 48, 40)
+    other = metrics.lpips_hole(255 - truth, truth, mask)
+    assert metrics.lpips_hole(truth, truth, mask) == 0 < other
+    metrics.load_lpips.cache_clear()

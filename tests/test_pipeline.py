@@ -15,6 +15,7 @@ from fake_kit import Kit, wait_until, write_notebook
 from rorem_lib.files import clean_metrics
 from rorem_lib.parameters import coerce_value, fill_config, read_defaults, read_parameters
 from rorem_lib.runner import cli, fingerprints, recipes, run_folder
+from rorem_lib.runner import stage as stage_module
 from rorem_lib.runner.fingerprints import (
     hash_content,
     measure_content,
@@ -24,7 +25,6 @@ from rorem_lib.runner.fingerprints import (
 )
 from rorem_lib.runner.notebook_code import describe_code
 from rorem_lib.runner.recipes import RecipeError, read_recipe
-from rorem_lib.runner import stage as stage_module
 from rorem_lib.runner.stage import start_stage
 
 DAY = 86400.0
@@ -1077,6 +1077,38 @@ def test_a_run_its_records_and_its_report(first_run, finished):
     assert output.count("unchanged") == 3  # make, other, and the last line's
     assert "2 run, 2 unchanged" in output and report.read_text() == "small small "
     assert "train | pid" in output and "begins at step 0" in output
+
+
+def test_a_recipe_runs_once_a_seed_and_ends_in_one_report(kit):
+    runs, page = kit.root / "runs", kit.root / "runs" / "small-seeds" / "report.html"
+    stopped = kit.call("run", "small", "--seeds", "4", "5", "--set", "train.trouble=raise", code=1)
+    assert "run small --set train.trouble=raise --seeds 4 5" in stopped
+    assert not page.exists() and not (runs / "small-seed5").exists()
+    output = kit.call("run", "small", "--seeds", "4", "5")
+    assert "small-seed4: 2 run, 2 unchanged" in output and "small-seed5: 4 run" in output
+    assert f"report over the seeds: {os.path.join('runs', 'small-seeds', 'report.html')}" in output
+    made = {s: json.loads((runs / f"small-seed{s}/make/metrics.json").read_text()) for s in (4, 5)}
+    assert (made[4]["seed"], made[5]["seed"]) == (4, 5)
+    assert page.read_text().startswith("small [4, 5] ") and not (runs / "small").exists()
+    again = kit.call("run", "small", "--seeds", "4", "5")
+    assert again.count("0 run, 4 unchanged") == 2
+    status = kit.call("status", "small", "--seeds", "4", "5", "6")
+    assert "small-seed5: 4 stages, 4 done" in status and "over the seeds" in status
+    assert "small-seed6: 4 stages, 0 done" in status
+    only = kit.call("run", "small", "--seeds", "6", "--only", "make")
+    assert "over the seeds" in only and page.read_text().startswith("small [4, 5] ")
+
+
+def test_seeds_and_the_commands_that_go_with_them(kit):
+    kit.call("run", "small", "--seeds", "4", "5")
+    changed = ("small", "--set", "train.max_train_steps=3", "--seeds", "4", "5")
+    status = kit.call("status", *changed)
+    assert "accept small train --set train.max_train_steps=3 --seeds 5\n" in status
+    kit.call("accept", "small", "train", *changed[1:])
+    assert "train: accepted" not in kit.call("accept", "small", "train", *changed[1:])
+    assert "0 folders" in kit.call("clean", "small", "--seeds", "4", "5")
+    assert "given twice" in kit.call("run", "small", "--seeds", "4", "4", code=2)
+    assert "not allowed" in kit.call("run", "small", "--seeds", "4", "--seed", "5", code=2)
 
 
 def test_only_one_stage(kit):

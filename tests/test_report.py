@@ -70,7 +70,9 @@ def make_method(name, rate, **more):
         "success_rate_discriminator": rate + 0.02,
         "psnr_hole": 20 + rate,
         "psnr_shadow": 19.0,
-        "psnr_background": 30.0,
+        "psnr_background": 36 - 2 * rate,
+        "identical": {"psnr_hole": 0, "psnr_shadow": 0, "psnr_background": 3},
+        "n_groups": 10,
         "ssim_hole": 0.7,
         "seconds_per_image": 0.1,
         "unet_calls": 20.0,
@@ -100,6 +102,23 @@ COMPARISONS = [
         "only_first": 20,
         "only_second": 5,
         "n": 100,
+        "n_groups": 10,
+        "p_adjusted": 0.012,
+        "significant": True,
+    },
+    {
+        "first": "automation 1 <final>",
+        "second": "initialization",
+        "measure": "psnr_background",
+        "difference": -0.4,
+        "low": -0.5,
+        "high": -0.3,
+        "p_value": 1e-9,
+        "only_first": None,
+        "only_second": None,
+        "n": 97,
+        "n_groups": 10,
+        "p_adjusted": 3e-9,
         "significant": True,
     },
     {
@@ -109,10 +128,12 @@ COMPARISONS = [
         "difference": 3.1,
         "low": 2.5,
         "high": 3.6,
-        "p_value": None,
+        "p_value": 1e-7,
         "only_first": None,
         "only_second": None,
         "n": 40,
+        "n_groups": 10,
+        "p_adjusted": 2e-7,
         "significant": True,
     },
 ]
@@ -256,8 +277,9 @@ def test_page_says_what_a_reader_must_know(finished):
     page = finished[0].read_text()
     text = re.sub(r"\s+", " ", re.sub("<[^>]*>", "", page))
     assert "simulated annotator" in text and "success, simulated annotator (%)" in text
-    assert "+15.0 points (+5.0 to +25.0), p = 0.004, significant" in text
-    assert "nearer the truth than the untouched source: +3.1 dB" in text
+    assert "+15.0 points (+5.0 to +25.0), p = 0.012 adjusted" in text and "significant" in text
+    assert "nearer the truth than the untouched source: +3.10 dB" in text
+    assert "35.20 (3 identical)" in text and "p (Holm)" in text
     assert "labels and success rates come from a simulated annotator" in text
     assert "40 (40 %)" in text and "with uncommitted changes" in text
     assert "automation 1 &lt;final&gt;" in page and "<final>" not in page  # names are escaped
@@ -278,6 +300,20 @@ def test_no_name_becomes_markup(tmp_path, monkeypatch):
     assert links.open == [] and "x" not in links.found
     assert page.count("onerror=alert(1)&gt;") >= 6 and "<img src=x" not in page
     assert "{{ 7 * 7 }}" in page  # no template either
+
+
+def test_the_page_says_if_the_background_falls_with_the_rounds(finished):
+    summary = finished[1]
+    said = [x for x in report.describe_findings(summary) if "background" in x]
+    assert len(said) == 1 and "initialization 35.4, human 1 35.2, automation 1 35.0 dB" in said[0]
+    assert "-0.40 dB, -0.50 to -0.30" in said[0]
+    for change in ({"significant": False}, {"difference": 0.4}):
+        changed = [
+            c | change if c["measure"] == "psnr_background" else c for c in summary["comparisons"]
+        ]
+        other = report.describe_findings(summary | {"comparisons": changed})
+        assert not [x for x in other if "background" in x]
+    assert {r["name"]: r["psnr_background"] for r in summary["rounds"]}["base"] == 35.8
 
 
 @pytest.mark.slow

@@ -23,11 +23,11 @@ from rorem_lib.data.pictures import load_image
 from rorem_lib.data.triplets import Triplet, load_images, read_triplets
 from rorem_lib.evaluation.methods import SOURCE, Method, MethodRun, run_method
 from rorem_lib.files import clean_metrics, write_json, write_text
-from rorem_lib.intervals import wilson_interval
+from rorem_lib.intervals import rate_interval
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1  # raise it when the same methods get other figures
+VERSION = 2  # raise it when the same methods get other figures
 MEASURES = ("psnr_hole", "psnr_shadow", "psnr_background", "ssim_hole", "lpips_hole")
 
 
@@ -38,7 +38,8 @@ class Evaluation:
     Attributes:
         results: one row a method and image (`results.csv`), the untouched source included.
         methods: one dict a method, rates from 0 to 1 (`methods.json`).
-        source: the untouched source's measures, the zero of every PSNR.
+        source: the untouched source's measures, the zero of every PSNR, and `identical` (see
+            `summarise_method`).
         paths: method name -> id -> removal's file.
     """
 
@@ -118,7 +119,7 @@ def evaluate(
     return Evaluation(
         results,
         summaries,
-        {k: source[k] for k in MEASURES},
+        {k: source[k] for k in (*MEASURES, "identical")},
         {name: run.paths for name, run in runs.items()},
     )
 
@@ -180,16 +181,18 @@ def _add_scores(results, triplets, runs, discriminator, calibration, threshold) 
 
 
 def summarise_method(rows: pd.DataFrame, accept_rates: Sequence[float] = (1.0, 0.0)) -> dict:
-    """One method's rates (0..1) with 95 % Wilson intervals, and its measures' means.
+    """One method's rates (0..1) with 95% intervals over groups, and its measures' means.
 
     `share_discriminator` is what the discriminator accepts, `success_rate_discriminator` the rate
-    that follows (`acceptance.estimate_rate`). A measure that no image has is None.
+    that follows (`acceptance.estimate_rate`). A measure that no image has is None. The mean of a
+    PSNR is over the images that differ from the truth; `identical` counts the others, by measure.
     """
-    summary: dict = {"n": len(rows)}
+    summary: dict = {"n": len(rows), "n_groups": rows["group"].nunique()}
     for key, column in (("success", "accept"), ("discriminator", "accept_discriminator")):
-        answers = rows[column].dropna().astype(bool) if column in rows else pd.Series(dtype=bool)
-        found = float(answers.mean()) if len(answers) else None
-        ends = wilson_interval(int(answers.sum()), len(answers)) if len(answers) else None
+        judged = rows.dropna(subset=column) if column in rows else rows[:0]
+        answers = judged[column].astype(float) if len(judged) else []
+        found = float(answers.mean()) if len(judged) else None
+        ends = rate_interval(answers, judged["group"]) if len(judged) else None
         if key == "success":
             summary["success_rate"] = found
         else:
@@ -199,9 +202,13 @@ def summarise_method(rows: pd.DataFrame, accept_rates: Sequence[float] = (1.0, 0
             )
             ends = ends and [estimate_rate(end, *accept_rates) for end in ends]
         summary[f"{key}_interval"] = ends and list(ends)
+    summary["identical"] = {}
     for name in MEASURES:
         values = pd.to_numeric(rows[name]).dropna()
-        summary[name] = float(values.mean()) if len(values) else None
+        if name.startswith("psnr"):
+            summary[name], summary["identical"][name] = metrics.mean_psnr(values)
+        else:
+            summary[name] = float(values.mean()) if len(values) else None
     summary["n_shadow"] = int(pd.to_numeric(rows["psnr_shadow"]).notna().sum())
     summary["failures"] = {str(k): int(v) for k, v in rows["reason"].value_counts().items()}
     return summary
@@ -252,6 +259,7 @@ def collect_cases(
 
 def _describe_result(row: pd.Series) -> str:
     words = [] if pd.isna(row.psnr_hole) else [f"{row.psnr_hole:.1f} dB"]
+    words = ["identical"] if row.psnr_hole == np.inf else words
     return "\n".join(words + ([row.reason] if isinstance(row.reason, str) else []))
 
 
@@ -293,10 +301,10 @@ def audit_acceptance(candidates, hidden_dir, accepted, *, sample: int = 200, see
                         read_truth(hidden_dir, item),
                     ).accept
                 )
-        good = sum(verdicts[ids[i]] for i in drawn)
+        answers = [verdicts[ids[i]] for i in drawn]
         audit |= {
-            name: good / len(drawn) if len(drawn) else None,
-            f"{name}_interval": list(wilson_interval(good, len(drawn))),
-            f"{name}_n": len(drawn),
+            name: float(np.mean(answers)) if answers else None,
+            f"{name}_interval": list(rate_interval(answers, [by_id[ids[i]].group for i in drawn])),
+            f"{name}_n": len(answers),
         }
     return audit

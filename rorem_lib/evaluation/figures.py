@@ -25,6 +25,7 @@ from rorem_lib.plots import (
     shorten,
 )
 
+FEW_STEPS = 4  # a distilled model's
 _ROUNDS = ("#9bd0f2", "#00365a")  # the first round's blue and the last one's
 _SPARE = ("#44AA99", "#882255", "#999933", "#AA4499", "#661100", "#88CCEE")
 
@@ -38,7 +39,7 @@ def assign_colours(methods: Sequence[Mapping]) -> dict[str, str]:
     rounds = [
         m["name"]
         for m in methods
-        if m.get("row") and not m.get("control") and m["row"] != "base" and not _is_fast(m)
+        if m.get("row") and not m.get("control") and m["row"] != "base" and not is_fast(m)
     ]
     shades = _blend(*_ROUNDS, len(rounds))
     colours, spare = {}, list(_SPARE)
@@ -48,7 +49,7 @@ def assign_colours(methods: Sequence[Mapping]) -> dict[str, str]:
             colour = shades[rounds.index(name)]
         elif kind in ("telea", "ns"):
             colour = ORANGE if kind == "telea" else PURPLE
-        elif _is_fast(method):
+        elif is_fast(method):
             colour = GREEN if method.get("lora") else "#B8A500"
         elif method.get("control"):
             colour = VERMILION
@@ -62,8 +63,11 @@ def assign_colours(methods: Sequence[Mapping]) -> dict[str, str]:
     return colours
 
 
-def _is_fast(method: Mapping) -> bool:
-    return bool(method.get("lora")) or method.get("scheduler") == "lcm"
+def is_fast(method: Mapping) -> bool:
+    """Whether a method is a few-step variant of another model: a LoRA, LCM scheduling, or the
+    model's own scheduler in at most `FEW_STEPS` as a control of these."""
+    few = bool(method.get("control")) and (method.get("num_inference_steps") or 50) <= FEW_STEPS
+    return few or bool(method.get("lora")) or method.get("scheduler") == "lcm"
 
 
 def _blend(first: str, last: str, count: int) -> list[str]:
@@ -255,7 +259,7 @@ def plot_comparisons(comparisons: Sequence[Mapping]) -> Figure:
         fontsize=8,
     )
     axis.set_ylim(len(comparisons) - 0.5, -0.5)
-    axis.set_xlabel("difference in success, points (blue: p < 0.05)")
+    axis.set_xlabel("difference in success, points (blue: p < 0.05, adjusted for the table)")
     return figure
 
 

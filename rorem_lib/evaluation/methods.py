@@ -32,7 +32,7 @@ from rorem_lib.training.latent_cache import hash_triplets
 logger = logging.getLogger(__name__)
 
 KINDS = ("telea", "ns", "remover")
-SCHEDULERS = ("default", "lcm")
+SCHEDULERS = ("default", "trailing", "lcm")
 BASELINES = (  # in miniature: what a remover is compared with, and the model it starts from
     {"name": "Telea", "kind": "telea"},
     {"name": "Navier-Stokes", "kind": "ns"},
@@ -51,7 +51,8 @@ class Method:
         model: `builtin`, a folder or a Hub id; removers only.
         revision: the Hub revision.
         lora: folder of LoRA weights laid over the model; "" for none.
-        scheduler: "default" (the model's own) or "lcm".
+        scheduler: "default" (the model's own), "trailing" (the same, its first step at the noisiest
+            timestep, which few steps need) or "lcm".
         resolution: short side at which the model works, px; 0 takes what it was trained at.
         num_inference_steps: denoising steps.
         guidance_scale: classifier-free guidance; 1 is off, as RORem removes.
@@ -236,8 +237,7 @@ def _open_method(method: Method, device: str) -> tuple[Callable, Callable]:
     pipe = sdxl.load_pipeline(method.model, revision=method.revision or None, device=device)
     if method.lora:
         load_lora(pipe, method.lora)
-    if method.scheduler == "lcm":
-        pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    set_scheduler(pipe, method.scheduler)
     calls = [0]
 
     def count(module, arguments, keywords):
@@ -265,6 +265,15 @@ def _open_method(method: Method, device: str) -> tuple[Callable, Callable]:
 
     pipe.unet.register_forward_pre_hook(count, with_kwargs=True)
     return remove, take_calls
+
+
+def set_scheduler(pipe, kind: str) -> None:
+    """Give a pipeline one of `SCHEDULERS`, with the training's noise schedule."""
+    if kind == "lcm":
+        pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    elif kind == "trailing":
+        config = {**pipe.scheduler.config, "timestep_spacing": "trailing"}
+        pipe.scheduler = type(pipe.scheduler).from_config(config)
 
 
 def _read_timing(path: Path, stamp: dict) -> dict | None:

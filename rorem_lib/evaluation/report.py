@@ -33,12 +33,15 @@ METHOD_KEYS = (
     "unet_calls",
     "success_interval",
     "psnr_background",
+    "identical",
     "ssim_hole",
+    "lpips_hole",
     "kind",
     "row",
     "control",
     "num_inference_steps",
     "n",
+    "n_groups",
 )
 DISCRIMINATOR_KEYS = ("auc", "candidates_success_rate", "accepted_precision", "accepted_share")
 
@@ -157,6 +160,8 @@ def collect_rounds(stages: list[StageRecord]) -> list[dict]:
                         "success_rate",
                         "success_rate_discriminator",
                         "psnr_hole",
+                        "psnr_background",
+                        "identical",
                         "success_interval",
                     )
                 },
@@ -250,19 +255,21 @@ def describe_findings(summary: Mapping) -> list[str]:
             or not (other.get("control") or other.get("kind") == "telea")
         ):
             continue
-        verdict = "significant" if c["significant"] else "not significant"
+        verdict = "significant" if c["significant"] else "not separable"
+        p = c.get("p_adjusted", c["p_value"])
         said.append(
-            f"{first} against {second}: {c['difference']:+.1f} points ({c['low']:+.1f} to "
-            f"{c['high']:+.1f}), p = {c['p_value']:.2g}, {verdict}."
+            f"{first} against {second}: {c['difference']:+.1f} points ({tables.format_ends(c)}), "
+            f"p = {p:.2g} adjusted for all comparisons, {verdict}."
         )
     for (first, second, measure), c in by_pair.items():
         if measure == "psnr_shadow":
             side = "nearer" if c["difference"] > 0 else "further from"
             said.append(
                 f"Where the shadow lies outside of the mask, {first} is {side} the truth "
-                f"than the untouched {second}: {c['difference']:+.1f} dB "
-                f"({c['low']:+.1f} to {c['high']:+.1f})."
+                f"than the untouched {second}: {tables.format_difference(c)} "
+                f"({tables.format_ends(c)})."
             )
+    said += _describe_background(summary)
     gaps = [
         (abs(m["success_rate"] - m["success_rate_discriminator"]), m["name"])
         for m in methods.values()
@@ -284,6 +291,24 @@ def describe_findings(summary: Mapping) -> list[str]:
     return said
 
 
+def _describe_background(summary: Mapping) -> list[str]:
+    """That what should stay as it was falls from round to round, if it does."""
+    measured = {
+        r["name"]: r["psnr_background"]
+        for r in summary["rounds"]
+        if r.get("psnr_background") is not None and r["name"] != "base"
+    }
+    change = [c for c in summary["comparisons"] if c["measure"] == "psnr_background"]
+    if not change or not change[0]["significant"] or change[0]["difference"] >= 0:
+        return []
+    values = ", ".join(f"{name} {value:.1f}" for name, value in measured.items())
+    return [
+        "Outside of hole and shadow the removals drift away from the source with the rounds: PSNR "
+        f"of the background {values} dB ({change[0]['first']} against {change[0]['second']} "
+        f"{tables.format_difference(change[0])}, {tables.format_ends(change[0])})."
+    ]
+
+
 def write_report(run_dir: Path, recipe) -> Path:
     """Write `summary.json` and `report.html` to `run_dir`.
 
@@ -301,49 +326,50 @@ def write_report(run_dir: Path, recipe) -> Path:
     methods = evaluation.metrics["methods"] if evaluation else []
     study = summary["user_study"]
     versions = next((_read(s.folder / "stage.json") for s in reversed(stages) if s.done), {})
-    page = (
-        Environment(
-            loader=PackageLoader("rorem_lib.evaluation", ""),
-            autoescape=True,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
-        .get_template("report.html")
-        .render(
-            recipe=recipe,
-            summary=summary,
-            written=format_time(),
-            versions=versions,
-            rate=tables.format_rate,
-            number=tables.format_number,
-            findings=describe_findings(summary),
-            round_table=_to_html(tables.make_round_table(summary["rounds"]), summary["rounds"]),
-            method_table=_to_html(tables.make_method_table(methods, summary["source"]), methods),
-            comparison_table=_to_html(
-                tables.make_comparison_table(summary["comparisons"]), summary["comparisons"]
-            ),
-            study_table=_to_html(tables.make_study_table(study), [study]) if study else "",
-            study_figures=_embed_figures(evaluation, "user_study") if study else [],
-            pictures=_draw_figures(summary, methods),
-            cases=_embed_figures(evaluation, "cases_best", "cases_median", "cases_worst"),
-            failures=_embed_figures(evaluation, "failures"),
-            families=_embed_figures(evaluation, "families"),
-            acceptances=[
-                (s, _embed_figures(s, "scores", "best_accepted", "worst_accepted"))
-                for s in _take(stages, "06_auto_annotate")
-            ],
-            calibrations=[
-                (s, _draw_calibration(s)) for s in _take(stages, "05_train_discriminator")
-            ],
-            losses=_draw_losses(stages),
-            stages=[_describe_stage(s, run_dir) for s in stages],
-        )
+    page = render_page(
+        "report.html",
+        recipe=recipe,
+        summary=summary,
+        written=format_time(),
+        versions=versions,
+        rate=tables.format_rate,
+        number=tables.format_number,
+        findings=describe_findings(summary),
+        round_table=to_html(tables.make_round_table(summary["rounds"]), summary["rounds"]),
+        method_table=to_html(tables.make_method_table(methods, summary["source"]), methods),
+        comparison_table=to_html(
+            tables.make_comparison_table(summary["comparisons"]), summary["comparisons"]
+        ),
+        study_table=to_html(tables.make_study_table(study), [study]) if study else "",
+        study_figures=_embed_figures(evaluation, "user_study") if study else [],
+        pictures=_draw_figures(summary, methods),
+        cases=_embed_figures(evaluation, "cases_best", "cases_median", "cases_worst"),
+        failures=_embed_figures(evaluation, "failures"),
+        families=_embed_figures(evaluation, "families"),
+        acceptances=[
+            (s, _embed_figures(s, "scores", "best_accepted", "worst_accepted"))
+            for s in _take(stages, "06_auto_annotate")
+        ],
+        calibrations=[(s, _draw_calibration(s)) for s in _take(stages, "05_train_discriminator")],
+        losses=_draw_losses(stages),
+        stages=[_describe_stage(s, run_dir) for s in stages],
     )
     write_json(run_dir / SUMMARY_FILE, summary)
     return write_text(run_dir / REPORT_FILE, page)
 
 
-def _to_html(table, rows) -> str:
+def render_page(template: str, **values) -> str:
+    """A page from one of this folder's templates; what goes into it is escaped."""
+    pages = Environment(
+        loader=PackageLoader("rorem_lib.evaluation", ""),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return pages.get_template(template).render(values)
+
+
+def to_html(table, rows) -> str:
     """A table as HTML, its texts escaped; empty where there is nothing to show."""
     if not rows:
         return ""

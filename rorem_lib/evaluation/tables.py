@@ -6,6 +6,7 @@ sees. Whoever judged stands in the column's name: the simulated annotator is no 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
@@ -13,8 +14,9 @@ import numpy as np
 import pandas as pd
 
 from rorem_lib.builtin.scenes import NEW
+from rorem_lib.evaluation.figures import is_fast
 from rorem_lib.evaluation.methods import SOURCE
-from rorem_lib.intervals import compare_paired, wilson_interval
+from rorem_lib.intervals import LEVEL, adjust_holm, compare_paired, rate_interval
 
 SUCCESS = "success, simulated annotator (%)"
 GUESSED = "success, discriminator (%)"
@@ -27,11 +29,6 @@ MISSING = "–"
 def list_rounds(methods: Sequence[Mapping]) -> list[Mapping]:
     """The methods that are rows of Table 1, in their order: no controls, no few-step variants."""
     return [m for m in methods if m.get("row") and not m.get("control") and not is_fast(m)]
-
-
-def is_fast(method: Mapping) -> bool:
-    """Whether a method is a few-step variant of another model: a LoRA, or LCM scheduling."""
-    return bool(method.get("lora")) or method.get("scheduler") == "lcm"
 
 
 def choose_final(methods: Sequence[Mapping]) -> Mapping | None:
@@ -63,61 +60,65 @@ def list_pairs(methods: Sequence[Mapping]) -> list[tuple[str, str]]:
 
 
 def compare_methods(
-    results: pd.DataFrame,
-    pairs: Sequence[tuple[str, str]],
-    *,
-    measure: str = "accept",
-    seed: int = 0,
+    results: pd.DataFrame, pairs: Sequence[tuple[str, str]], *, measure: str = "accept"
 ) -> list[dict]:
     """Paired comparisons on the images both methods have.
 
     Args:
-        results: `evaluate`'s, one row a method and image.
+        results: `evaluate`'s, one row a method and image; without a `group` each image is one.
         pairs: (first, second) names.
-        measure: a column: "accept" (in points), or a measure such as "psnr_hole" (in dB).
+        measure: a column: "accept" (in points), or a measure such as "psnr_hole" (in dB), of which
+            images that are identical to the truth are left out.
 
     Returns:
-        One dict a pair: `first`, `second`, `measure`, the fields of `intervals.Comparison`, and
-        `significant`. Pairs without common images are left out.
+        One dict a pair: `first`, `second`, `measure`, the fields of `intervals.Comparison`, and as
+        one family `p_adjusted` and `significant` (see `adjust_family`). Pairs without common images
+        are left out.
     """
-    columns = results.pivot(index="id", columns="method", values=measure)
+    columns = results.pivot(index="id", columns="method", values=measure).astype(float)
+    columns = columns.replace(np.inf, np.nan)
+    groups = results.assign(group=results.get("group", results["id"]))
+    groups = groups.drop_duplicates("id").set_index("id")["group"]
     comparisons = []
     for first, second in pairs:
         if first not in columns or second not in columns:
             continue
-        both = columns[[first, second]].dropna().astype(float)
+        both = columns[[first, second]].dropna()
         if len(both):
-            comparison = compare_paired(both[first], both[second], seed=seed)
+            comparison = compare_paired(both[first], both[second], groups[both.index])
             comparisons.append(
-                {
-                    "first": first,
-                    "second": second,
-                    "measure": measure,
-                    **asdict(comparison),
-                    "significant": comparison.significant,
-                }
+                {"first": first, "second": second, "measure": measure, **asdict(comparison)}
             )
-    return comparisons
+    return adjust_family(comparisons)
 
 
-def compare_all(evaluation, *, seed: int = 0) -> list[dict]:
-    """The comparisons a report needs: `list_pairs` in success, and the final model's PSNRs.
+def adjust_family(comparisons: Sequence[dict]) -> list[dict]:
+    """The comparisons of one table with Holm's `p_adjusted`, and whether that is `significant`."""
+    adjusted = adjust_holm([c["p_value"] for c in comparisons])
+    return [
+        c | {"p_adjusted": p, "significant": p < 1 - LEVEL}
+        for c, p in zip(comparisons, adjusted, strict=True)
+    ]
+
+
+def compare_all(evaluation) -> list[dict]:
+    """The comparisons a report needs, one family: success of `list_pairs`, the final model's PSNRs.
 
     Args:
         evaluation: an `evaluate.Evaluation`.
     """
     methods, results = evaluation.methods, evaluation.results
-    comparisons = compare_methods(results, list_pairs(methods), seed=seed)
+    comparisons = compare_methods(results, list_pairs(methods))
     final = choose_final(methods)
     if final is not None:
+        name, trained = final["name"], [m for m in list_rounds(methods) if m["row"] != "base"]
         others = [m["name"] for m in methods if m["kind"] != "remover" or m.get("control")]
-        comparisons += compare_methods(
-            results, [(final["name"], o) for o in others], measure="psnr_hole", seed=seed
-        )
-        comparisons += compare_methods(
-            results, [(final["name"], SOURCE)], measure="psnr_shadow", seed=seed
-        )
-    return comparisons
+        comparisons += compare_methods(results, [(name, o) for o in others], measure="psnr_hole")
+        comparisons += compare_methods(results, [(name, SOURCE)], measure="psnr_shadow")
+        if len(trained) > 1:  # whether the rounds cost what should stay as it was
+            pair = (trained[-1]["name"], trained[0]["name"])
+            comparisons += compare_methods(results, [pair], measure="psnr_background")
+    return adjust_family(comparisons)
 
 
 # ------------------------------------------------------------------------------------- tables
@@ -136,6 +137,15 @@ def format_number(value: float | None, digits: int = 2) -> str:
     return MISSING if value is None else f"{value:,.{digits}f}"
 
 
+def format_psnr(row: Mapping, name: str) -> str:
+    """A mean PSNR in dB with the number of identical images that it leaves out."""
+    count = (row.get("identical") or {}).get(name)
+    if not count:
+        return format_number(row.get(name))
+    mean = row.get(name)
+    return f"identical ({count})" if mean is None else f"{mean:.2f} ({count} identical)"
+
+
 def make_method_table(methods: Sequence[Mapping], source: Mapping | None = None) -> pd.DataFrame:
     """Table 2 in miniature: methods by metrics, the untouched source as the first row.
 
@@ -151,9 +161,9 @@ def make_method_table(methods: Sequence[Mapping], source: Mapping | None = None)
                 "method": m["name"],
                 SUCCESS: format_rate(m.get("success_rate"), m.get("success_interval")),
                 GUESSED: format_rate(m.get("success_rate_discriminator")),
-                "PSNR hole (dB)": format_number(m.get("psnr_hole")),
-                "PSNR shadow (dB)": format_number(m.get("psnr_shadow")),
-                "PSNR background (dB)": format_number(m.get("psnr_background")),
+                "PSNR hole (dB)": format_psnr(m, "psnr_hole"),
+                "PSNR shadow (dB)": format_psnr(m, "psnr_shadow"),
+                "PSNR background (dB)": format_psnr(m, "psnr_background"),
                 "SSIM hole": format_number(m.get("ssim_hole"), 3),
                 **({"LPIPS hole": format_number(m.get("lpips_hole"), 4)} if lpips else {}),
                 "s per image": format_number(m.get("seconds_per_image"), 4),
@@ -170,8 +180,8 @@ def make_round_table(rounds: Sequence[Mapping]) -> pd.DataFrame:
 
     Args:
         rounds: dicts with `name`, `candidates`, `accepted`, `train_size`, `success_rate`,
-            `success_interval`, `success_rate_discriminator`, `psnr_hole`; None or missing where a
-            round has none.
+            `success_interval`, `success_rate_discriminator`, `psnr_hole`, `psnr_background` and
+            `identical`; None or missing where a round has none.
     """
     table = pd.DataFrame(
         [
@@ -187,7 +197,8 @@ def make_round_table(rounds: Sequence[Mapping]) -> pd.DataFrame:
                 "training size": format_number(r.get("train_size"), 0),
                 SUCCESS: format_rate(r.get("success_rate"), r.get("success_interval")),
                 GUESSED: format_rate(r.get("success_rate_discriminator")),
-                "PSNR hole (dB)": format_number(r.get("psnr_hole")),
+                "PSNR hole (dB)": format_psnr(r, "psnr_hole"),
+                "PSNR background (dB)": format_psnr(r, "psnr_background"),
             }
             for r in rounds
         ],
@@ -199,41 +210,60 @@ def make_round_table(rounds: Sequence[Mapping]) -> pd.DataFrame:
             SUCCESS,
             GUESSED,
             "PSNR hole (dB)",
+            "PSNR background (dB)",
         ],
     )
     return table.set_index("round")
 
 
+MEASURE_NAMES = {
+    "accept": "success, simulated annotator",
+    "psnr_hole": "PSNR hole",
+    "psnr_shadow": "PSNR shadow",
+    "psnr_background": "PSNR background",
+}
+
+
 def make_comparison_table(comparisons: Sequence[Mapping]) -> pd.DataFrame:
-    """Paired comparisons: differences with 95 % bootstrap intervals, McNemar's exact p."""
-    names = {
-        "accept": "success, simulated annotator",
-        "psnr_hole": "PSNR hole",
-        "psnr_shadow": "PSNR shadow",
-    }
+    """Paired comparisons: differences with 95% intervals, p, and p adjusted for the table.
+
+    A difference whose adjusted p is not below 0.05 is called "not separable" in its own cell.
+    """
     return pd.DataFrame(
         [
             {
                 "first": c["first"],
                 "minus": c["second"],
-                "measure": names.get(c["measure"], c["measure"]),
-                "difference": f"{c['difference']:+.1f} points"
-                if c["p_value"] is not None
-                else f"{c['difference']:+.2f} dB",
-                "95 % interval": (
-                    f"{c['low']:+.1f} to {c['high']:+.1f}"
-                    if c["p_value"] is not None
-                    else f"{c['low']:+.2f} to {c['high']:+.2f}"
-                ),
-                "p (McNemar)": _format_p(c["p_value"]),
+                "measure": MEASURE_NAMES.get(c["measure"], c["measure"]),
+                "difference": format_difference(c)
+                + ("" if c["significant"] else ", not separable"),
+                "95% interval": format_ends(c),
+                "p": _format_p(c["p_value"]),
+                "p (Holm)": _format_p(c.get("p_adjusted")),
                 "only first / only second": MISSING
-                if c["p_value"] is None
-                else f"{c['only_first']} / {c['only_second']}",
+                if c["only_first"] is None
+                else f"{c['only_first']:g} / {c['only_second']:g}",
                 "images": c["n"],
             }
             for c in comparisons
         ]
     )
+
+
+def format_difference(comparison: Mapping) -> str:
+    """A difference with its unit: "+1.2 points" of success, "+0.25 dB" of a measure."""
+    if comparison["only_first"] is None:
+        return f"{comparison['difference']:+.2f} dB"
+    return f"{comparison['difference']:+.1f} points"
+
+
+def format_ends(comparison: Mapping) -> str:
+    """A difference's interval, "-0.4 to +2.1"; a dash where a single group leaves none."""
+    ends = comparison["low"], comparison["high"]
+    if any(end is None or math.isnan(end) for end in ends):
+        return MISSING
+    digits = 2 if comparison["only_first"] is None else 1
+    return " to ".join(f"{end:+.{digits}f}" for end in ends)
 
 
 def make_study_table(study: Mapping) -> pd.DataFrame:
@@ -264,13 +294,21 @@ def make_study_table(study: Mapping) -> pd.DataFrame:
             {
                 "method": m["name"],
                 "images": m["n"],
+                "ties": m.get("ties", 0),
                 "success, people (%)": format_rate(m["success_rate"], m["success_interval"]),
                 SUCCESS: format_rate(m["simulated_rate"]),
                 "both say the same (%)": format_rate(m["same_verdict"]),
             }
             for m in study["methods"]
         ],
-        columns=["method", "images", "success, people (%)", SUCCESS, "both say the same (%)"],
+        columns=[
+            "method",
+            "images",
+            "ties",
+            "success, people (%)",
+            SUCCESS,
+            "both say the same (%)",
+        ],
     )
     return table.set_index("method")
 
@@ -309,15 +347,15 @@ def make_family_table(results: pd.DataFrame, methods: Sequence[Mapping]) -> pd.D
 
 
 def split_success(results: pd.DataFrame, name: str) -> dict:
-    """A method's success in known and in new families, each with count and 95 % interval."""
+    """A method's success in known and in new families, each with count and 95% interval."""
     rows = results[(results.method == name) & results.accept.notna() & results.family.notna()]
     new, split = rows.family.isin(NEW), {}
     for title, part in (("known", rows[~new]), ("new", rows[new])):
-        good, n = int(part.accept.astype(bool).sum()), len(part)
+        answers = part.accept.astype(float)
         split[title] = {
-            "success_rate": good / n if n else None,
-            "n": n,
-            "interval": list(wilson_interval(good, n)),
+            "success_rate": float(answers.mean()) if len(part) else None,
+            "n": len(part),
+            "interval": list(rate_interval(answers, part.get("group"))),
         }
     return split
 

@@ -18,15 +18,14 @@ from pathlib import Path
 import ipywidgets as widgets
 import numpy as np
 import pandas as pd
-from scipy.stats import binomtest
 
 from rorem_lib.data.triplets import Triplet
 from rorem_lib.evaluation.tables import compare_methods
 from rorem_lib.files import read_json, write_json
-from rorem_lib.intervals import bootstrap_mean, wilson_interval
+from rorem_lib.intervals import compare_successes, rate_interval
 from rorem_lib.labels.log import Label, LabelError, LabelLog, hash_content, read_labels
 from rorem_lib.labels.queue import order_items
-from rorem_lib.labels.votes import compute_agreement, merge_votes
+from rorem_lib.labels.votes import compute_agreement, score_votes
 from rorem_lib.labels.widget import Annotator, ask_name
 
 KINDS = ("success", "preference")
@@ -206,16 +205,13 @@ def read_answers(folder: str | Path, trials: Iterable[Trial]) -> tuple[pd.DataFr
     return pd.DataFrame(rows, columns=columns), labels
 
 
-def summarise_study(
-    folder: str | Path, trials: Sequence[Trial], results: pd.DataFrame, *, seed: int = 0
-) -> dict:
+def summarise_study(folder: str | Path, trials: Sequence[Trial], results: pd.DataFrame) -> dict:
     """What people said, and whether the simulated annotator says the same.
 
     Args:
         folder: of the study.
         trials: as `make_trials` returns them.
         results: `evaluation.evaluate`'s, one row a method and image.
-        seed: of the bootstraps.
 
     Returns:
         `trials`; `answers` and `annotators` (counts); `lost`, labels in the folder that are no
@@ -228,14 +224,15 @@ def summarise_study(
     agreement = compute_agreement(labels)
     methods, comparisons, preferences = [], [], []
     if answers["second"].notna().any():
-        preferences = summarise_preferences(answers, seed=seed)
+        preferences = summarise_preferences(answers, _read_groups(results))
     elif len(answers):
-        successes = collect_successes(trials, labels)
+        successes, groups = collect_successes(trials, labels), _read_groups(results)
+        successes = successes.assign(group=[groups.get(x, x) for x in successes["id"]])
         methods = summarise_successes(successes, results)
         pairs = list(itertools.combinations([row["name"] for row in methods], 2))
         measure = "success, people"
         comparisons = compare_methods(
-            successes.rename(columns={"accept": measure}), pairs, measure=measure, seed=seed
+            successes.rename(columns={"accept": measure}), pairs, measure=measure
         )
     return {
         "trials": len(trials),
@@ -250,13 +247,18 @@ def summarise_study(
     }
 
 
+def _read_groups(results: pd.DataFrame) -> dict[str, str]:
+    """Image's id -> its group; what is missing there is a group of its own."""
+    return dict(zip(results["id"], results["group"])) if "group" in results else {}
+
+
 def collect_successes(trials: Iterable[Trial], labels: Iterable[Label]) -> pd.DataFrame:
-    """The majority's verdicts: `id` of the image, `method`, `accept`; ties are left out."""
-    decided = merge_votes(labels)
+    """The majority's verdicts: `id` of the image, `method`, `accept` (1, 0, a tie one half)."""
+    scores = score_votes(labels)
     rows = [
-        {"id": t.picture, "method": t.methods[0], "accept": decided[t.id] == "accept"}
+        {"id": t.picture, "method": t.methods[0], "accept": scores[t.id]}
         for t in trials
-        if t.id in decided
+        if t.id in scores
     ]
     return pd.DataFrame(rows, columns=["id", "method", "accept"])
 
@@ -265,48 +267,52 @@ def summarise_successes(successes: pd.DataFrame, results: pd.DataFrame) -> list[
     """Success rates (0..1) of the methods, as Table 2 has them.
 
     Args:
-        successes: of `collect_successes`.
+        successes: of `collect_successes`; with a `group` an image where these are known.
         results: `evaluation.evaluate`'s.
 
     Returns:
-        One dict a method, best first: `name`, `n` (images), `success_rate`,
-        `success_interval` (95 % Wilson); and on the same images the simulated annotator's
-        `simulated_rate` and how often it says the `same_verdict`, None without hidden truth.
+        One dict a method, best first: `name`, `n` (images), `ties` among them, `success_rate`,
+        `success_interval` (95%, over groups); and on the same images the simulated annotator's
+        `simulated_rate`, and on those without a tie how often it says the `same_verdict`, None
+        without hidden truth.
     """
     judged = results[["id", "method", "accept"]].rename(columns={"accept": "simulated"})
     table, rows = successes.merge(judged, on=["id", "method"], how="left"), []
     for name, part in table.groupby("method"):
-        good, n = int(part["accept"].sum()), len(part)
-        known = part.dropna(subset="simulated").astype({"simulated": bool})
-        same = known["simulated"] == known["accept"]
+        known = part.dropna(subset="simulated").astype({"simulated": float})
+        clear = known[known["accept"] != 0.5]
+        same = clear["simulated"] == clear["accept"]
         rows.append(
             {
                 "name": name,
-                "n": n,
-                "success_rate": good / n,
-                "success_interval": list(wilson_interval(good, n)),
+                "n": len(part),
+                "ties": int((part["accept"] == 0.5).sum()),
+                "success_rate": float(part["accept"].mean()),
+                "success_interval": list(rate_interval(part["accept"], part.get("group"))),
                 "simulated_rate": float(known["simulated"].mean()) if len(known) else None,
-                "same_verdict": float(same.mean()) if len(known) else None,
+                "same_verdict": float(same.mean()) if len(clear) else None,
             }
         )
     return sorted(rows, key=lambda row: -row["success_rate"])
 
 
-def summarise_preferences(answers: pd.DataFrame, *, seed: int = 0) -> list[dict]:
+def summarise_preferences(
+    answers: pd.DataFrame, groups: Mapping[str, str] | None = None
+) -> list[dict]:
     """How often each method was preferred to each other one.
 
     An image's answers are averaged first, so that many annotators are not many images.
 
     Args:
         answers: of `read_answers`.
-        seed: of the bootstrap.
+        groups: image's id -> its group; an image that is not in it is a group of its own.
 
     Returns:
         One dict a pair, its methods in the alphabet's order: `first`, `second`, `n` (images),
         `n_answers`; the shares of the answers `prefers_first`, `same`, `prefers_second`;
         `preference` (0..1, mean over images with an equal one as one half), its
-        `interval` (95 %, bootstrap over images) and `p_value` (sign test over images, those
-        that are even left out).
+        `interval` (95%) and `p_value` of `intervals.compare_successes`, in which an image that is
+        even counts for neither.
     """
     swapped = answers["first"] > answers["second"]
     left = answers["label"].map({"left": 1.0, "same": 0.5, "right": 0.0})
@@ -321,8 +327,8 @@ def summarise_preferences(answers: pd.DataFrame, *, seed: int = 0) -> list[dict]
     rows = []
     for (first, second), part in table.groupby(["first", "second"]):
         means = part.groupby("picture")["score"].mean()
-        for_first, for_second = int((means > 0.5).sum()), int((means < 0.5).sum())
-        decided = for_first + for_second
+        places = [(groups or {}).get(picture, picture) for picture in means.index]
+        lead = compare_successes(means, 1 - means, places)
         rows.append(
             {
                 "first": first,
@@ -333,8 +339,8 @@ def summarise_preferences(answers: pd.DataFrame, *, seed: int = 0) -> list[dict]
                 "same": float((part["score"] == 0.5).mean()),
                 "prefers_second": float((part["score"] == 0).mean()),
                 "preference": float(means.mean()),
-                "interval": list(bootstrap_mean(means, seed=seed)),
-                "p_value": float(binomtest(for_first, decided).pvalue) if decided else 1.0,
+                "interval": [(1 + end / 100) / 2 for end in (lead.low, lead.high)],
+                "p_value": lead.p_value,
             }
         )
     return rows

@@ -7,6 +7,8 @@ nobody agreed to make long work anew or to delete; 3 labels by people are missin
 from __future__ import annotations
 
 import argparse
+import copy
+import dataclasses
 import errno
 import os
 import shlex
@@ -103,6 +105,18 @@ def build_parser() -> argparse.ArgumentParser:
         prog="rorem", description="Run the notebooks of a recipe, or work on triplet sets."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add_seeds(target) -> None:
+        target.add_argument(
+            "--seeds",
+            type=int,
+            nargs="+",
+            metavar="SEED",
+            help="the whole recipe once a seed, each in its own folder RECIPE-seedN (nothing is "
+            "shared: built-in scenes are rendered anew); a run ends in RECIPE-seeds/report.html, "
+            "mean and spread over the trainings",
+        )
+
     run = commands.add_parser(
         "run",
         help="run every stage that is not done or that changed",
@@ -127,7 +141,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--runs-dir", metavar="FOLDER", help="where the recipe's folder goes (default: runs)"
         )
-        command.set_defaults(set=[], seed=None, only=None)
+        command.set_defaults(set=[], seed=None, seeds=None, only=None)
     for command in (run, status, accept):
         command.add_argument(
             "--set",
@@ -136,7 +150,10 @@ def build_parser() -> argparse.ArgumentParser:
             metavar="STAGE.PARAMETER=VALUE",
             help="replace a parameter; the value is read as YAML; repeatable",
         )
-        command.add_argument("--seed", type=int, help="replace the recipe's seed")
+        seeds = command.add_mutually_exclusive_group()
+        seeds.add_argument("--seed", type=int, help="replace the recipe's seed")
+        add_seeds(seeds)
+    add_seeds(clean)
     accept.add_argument("stages", nargs="+", metavar="STAGE", help="its result is taken as it is")
     which = run.add_mutually_exclusive_group()
     which.add_argument(
@@ -184,17 +201,15 @@ def main(arguments: list[str] | None = None) -> int:
     if options.command == "data":
         return data_commands.run_command(options)
     runs_dir = Path(options.runs_dir).absolute() if options.runs_dir else ROOT / "runs"
+    work = {"run": _run, "status": show_status, "accept": _accept, "clean": _clean}
     try:
-        recipe = read_recipe(
-            options.recipe, overrides=parse_overrides(options.set), seed=options.seed
-        )
-        if options.command == "status":
-            return show_status(recipe, runs_dir, options)
-        if options.command == "accept":
-            return _accept(recipe, runs_dir, options)
-        if options.command == "clean":
-            return _clean(recipe, runs_dir, options)
-        return _run(recipe, runs_dir, options)
+        recipes = read_recipes(options)
+        for recipe in recipes:
+            one = copy.copy(options)
+            one.seed = recipe.seed if options.seeds else options.seed
+            if code := work[options.command](recipe, runs_dir, one):
+                return code
+        return _tell_seeds(recipes, runs_dir, options) if options.seeds else DONE
     except (RecipeError, RunLocked) as error:
         print(f"rorem: {error}", file=sys.stderr)
         return WRONG
@@ -206,14 +221,45 @@ def main(arguments: list[str] | None = None) -> int:
         return FAILED
 
 
+def read_recipes(options) -> list[Recipe]:
+    """The recipe, or with `--seeds` one a seed, whose names and so folders are `<name>-seed<seed>`.
+
+    Raises:
+        RecipeError: see `recipes.read_recipe`; or a seed is given twice.
+    """
+    overrides = parse_overrides(options.set)
+    if not options.seeds:
+        return [read_recipe(options.recipe, overrides=overrides, seed=options.seed)]
+    if len(set(options.seeds)) < len(options.seeds):
+        raise RecipeError("--seeds", ["a seed is given twice"])
+    recipes = [read_recipe(options.recipe, overrides=overrides, seed=x) for x in options.seeds]
+    return [dataclasses.replace(r, name=f"{r.name}-seed{r.seed}") for r in recipes]
+
+
+def _tell_seeds(recipes: list[Recipe], runs_dir: Path, options) -> int:
+    """Write the report over the trainings, or say where it is."""
+    name = recipes[0].name.removesuffix(f"-seed{recipes[0].seed}")
+    report = runs_dir / f"{name}-seeds" / "report.html"
+    if options.command == "run" and not options.only:
+        from rorem_lib.evaluation.seeds import write_seeds_report
+
+        write_seeds_report(report.parent, name, {r.seed: runs_dir / r.name for r in recipes})
+    if options.command in ("run", "status") and report.exists():
+        print(f"report over the seeds: {os.path.relpath(report)}")
+    return DONE
+
+
 def describe_command(options, command: str = "run", *more: str) -> str:
     """A command on the same recipe with the same settings; by default the one that goes on after
     a stop, without starting anything afresh."""
     words = ["rorem", command, options.recipe, *more]
     for text in options.set:
         words += ["--set", text]
+    if options.seeds:  # what is not run is about the one at hand
+        chosen = options.seeds if command == "run" else [options.seed]
+        words += ["--seeds", *map(str, chosen)]
     for name, value in (
-        ("--seed", options.seed),
+        ("--seed", None if options.seeds else options.seed),
         ("--runs-dir", options.runs_dir),
         ("--only", options.only if command == "run" else None),
     ):

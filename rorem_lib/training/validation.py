@@ -87,8 +87,8 @@ class Validation:
             step: names the grid.
 
         Returns:
-            `validation_psnr_hole`, the mean over scenes with GT in dB; nothing where none has GT,
-            or where a removal is not finite (a warning).
+            `validation_psnr_hole`, the mean over scenes with GT in dB (over those that differ from
+            it); nothing where none has GT, or where a removal is not finite (a warning).
 
         Raises:
             OSError: the grid cannot be written; names the file.
@@ -108,14 +108,15 @@ class Validation:
             logger.warning("no removals of step %d: %s", step, error)
             return {}
         scores = {
-            scene.name: round(metrics.psnr_hole(removal, scene.gt, scene.mask), 4)
+            scene.name: metrics.psnr_hole(removal, scene.gt, scene.mask)
             for scene, removal in zip(self.scenes, removals)
             if scene.gt is not None
         }
-        mean = round(float(np.mean(list(scores.values()))), 4) if scores else None
-        values = {"validation_psnr_hole": mean} if scores else {}
+        mean, _ = metrics.mean_psnr(scores.values())
+        values = {} if mean is None else {"validation_psnr_hole": round(mean, 4)}
         if self.accelerator.is_main_process:
             grid = compose_grid(self.scenes, removals)
+            scores = {k: round(v, 4) if np.isfinite(v) else None for k, v in scores.items()}
             self._write(step, grid, {"step": step, **values, "scenes": scores})
             self._track(step, grid)
         return values
