@@ -1,4 +1,4 @@
-"""Sets and the files of others: what is left alone; what a lost power leaves; what JSON can hold."""
+"""Sets and files of others: what is left alone, what a lost power leaves, what JSON can hold."""
 
 import json
 import os
