@@ -28,6 +28,7 @@ from rorem_lib.models import hub, sdxl
 from rorem_lib.models.inpainting import inpaint_classical, remove_objects
 from rorem_lib.models.lora import load_lora
 from rorem_lib.training.latent_cache import hash_triplets
+from rorem_lib.workers import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -192,6 +193,7 @@ def run_method(
     ]
     if waiting:
         remove, take_calls = _open_method(method, device)
+        progress = Progress(f"{method.name}, removals", len(waiting))
         for start in range(0, len(waiting), batch_size):
             part = waiting[start : start + batch_size]
             pictures = [load_images(replace(t, gt=None)) for _, t in part]
@@ -214,7 +216,8 @@ def run_method(
                 {"n": len(part), "seconds": round(seconds, 5), "unet_calls": take_calls()}
             )
             write_json(folder / "timing.json", timing)
-            logger.info("%s: %d of %d removals", method.name, start + len(part), len(waiting))
+            progress.add(len(part))
+        logger.info("%s", progress)
     made.close()
     return MethodRun(paths, *_summarise_timing(timing["batches"], batch_size))
 
