@@ -33,6 +33,7 @@ REASONS = (
     "blur",
     "shadow left",
     "colour shift",
+    "rest changed",
     "other",
 )
 
