@@ -131,8 +131,8 @@ def judge_removal(source, mask, result, truth, *, limits: Limits = Limits()) -> 
     if effect.sum() >= 12 * unit**2:
         shadow = _remaining(change, trace, effect.astype(np.float32))
 
-    # The rest alone, or what the other questions forgive in the hole would be blurred into it. After
-    # 2 px an eighth of the truths would fail that only went through the autoencoder; after 3 px, 1%.
+    # The rest alone, or what the other questions forgive in the hole would be blurred into it. Of
+    # truths that only went through the autoencoder an eighth would fail after 2 px, 1% after 3.
     outside = ~hole & ~effect & (truth.object <= 8)
     rest = None
     if outside.any():
