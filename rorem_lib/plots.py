@@ -39,6 +39,7 @@ REASON_COLOURS = {
     "blur": SKY,
     "blurred": SKY,
     "shadow left": PURPLE,
+    "rest changed": GREEN,
     "other": GREY,
     OTHERS: GREY,
 }

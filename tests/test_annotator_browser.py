@@ -19,6 +19,7 @@ from rorem_lib.builtin.scenes import render_scene
 from rorem_lib.data.triplets import read_triplets
 from rorem_lib.data.writer import TripletWriter
 from rorem_lib.labels.keys import KEYS
+from rorem_lib.labels.log import REASONS
 
 pytestmark = pytest.mark.slow
 
@@ -128,6 +129,9 @@ def test_labelling_by_keyboard_in_jupyterlab(page, lab, folder):
     )
     me.focus()
     cells = page.locator(".jp-Cell").count()
+    boxes = [button.bounding_box() for button in me.widget.locator(".decision").all()]
+    assert len(boxes) == 3 + len(REASONS)
+    assert len({box["y"] for box in boxes}) == 1, f"decisions stand in one row at 1366 px: {boxes}"
 
     # a decision a key, each in the log when the next image is on screen
     expected = []

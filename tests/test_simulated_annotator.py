@@ -11,8 +11,10 @@ from rorem_lib.builtin.scenes import render_scene
 from rorem_lib.builtin.sets import Truth
 from rorem_lib.data.pictures import save_image
 from rorem_lib.data.writer import TripletWriter
+from rorem_lib.labels.keys import KEYS, list_decisions
 from rorem_lib.labels.log import REASONS
 from rorem_lib.labels.queue import QueueItem
+from rorem_lib.plots import REASON_COLOURS
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +161,75 @@ def test_it_rejects_a_shadow_that_was_left(scenes):
     )
     assert accepted <= 0.1 * len(shaded), reasons
     assert reasons.get("shadow left", 0) >= 0.7 * len(shaded), reasons
+
+
+def disturb(scene, side=8, level=90):
+    """The truth with a patch of another colour far from hole and shadow; None without room."""
+    taken = ((scene.mask >= 128) | (scene.shadow > 0) | (scene.object > 0)).astype(np.uint8)
+    room = cv2.dilate(taken, np.ones((2 * side + 5,) * 2, np.uint8)) == 0
+    places = np.argwhere(room[:-side, :-side])
+    if not len(places):
+        return None
+    y, x = places[0]
+    result = scene.truth.astype(int)
+    patch = result[y : y + side, x : x + side]
+    patch += np.where(patch.mean() > 127, -level, level)
+    return to_bytes(result)
+
+
+def test_it_rejects_what_changed_elsewhere(scenes):
+    disturbed = [(scene, image) for scene in scenes if (image := disturb(scene)) is not None]
+    assert len(disturbed) >= 20
+    reasons = [judge(scene, image).reason for scene, image in disturbed]
+    assert set(reasons) == {"rest changed"}
+    faint = [judge(scene, disturb(scene, level=6)) for scene, _ in disturbed]
+    assert all(verdict.accept for verdict in faint)
+
+
+def test_a_removal_that_fails_in_the_hole_has_that_reason_first(scenes):
+    scene = next(s for s in scenes if disturb(s) is not None)
+    both = np.where((scene.mask >= 128)[..., None], scene.image, disturb(scene))
+    assert judge(scene, both).reason == "incomplete removal"
+
+
+def test_what_the_other_questions_forgive_is_not_asked_twice(scenes):
+    """A remainder of shadow that is small enough does not spill over into the rest."""
+    shaded = [s for s in scenes if ((s.shadow > 15) & (s.mask < 128)).sum() > 60]
+    assert len(shaded) >= 5
+    for scene in shaded:
+        left = to_bytes(0.25 * scene.image.astype(float) + 0.75 * scene.truth)
+        verdict = judge(scene, np.where((scene.mask >= 128)[..., None], scene.truth, left))
+        assert verdict.accept, verdict.reason
+
+
+@pytest.mark.slow
+def test_a_faithful_round_trip_through_the_autoencoder_keeps_the_rest(scenes):
+    import torch
+    from diffusers import AutoencoderTiny
+
+    from rorem_lib.models.sdxl import resolve_model
+
+    many = [*scenes, *(render_scene([21, number], role="test") for number in range(60, 200))]
+    vae = AutoencoderTiny.from_pretrained(resolve_model("builtin"), subfolder="vae").eval()
+
+    def send(scene):
+        pixels = torch.from_numpy(scene.truth).permute(2, 0, 1)[None].float() / 127.5 - 1
+        with torch.no_grad():
+            back = vae.decode(vae.encode(pixels).latents).sample[0]
+        return to_bytes((back.permute(1, 2, 0).numpy() + 1) * 127.5)
+
+    accepted, reasons = count(many, send)
+    assert reasons.get("rest changed", 0) <= 0.01 * len(many), reasons
+    assert accepted >= 0.94 * len(many), reasons
+
+
+def test_the_judge_has_the_reasons_people_have_in_one_list():
+    assert set(REASON_COLOURS) >= set(REASONS)
+    assert len({REASON_COLOURS[reason] for reason in REASONS}) == len(REASONS)
+    keys = [KEYS[f"reason_{place}"] for place in range(1, len(REASONS) + 1)]
+    assert keys == list("1234567") and REASONS[5] == "rest changed"
+    buttons = [d["reason"] for d in list_decisions(False) if d["reason"]]
+    assert buttons == list(REASONS)
 
 
 def test_a_shadow_is_not_asked_for_where_there_is_none(scenes):

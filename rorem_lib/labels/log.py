@@ -34,6 +34,7 @@ REASONS = (
     "blur",
     "shadow left",
     "colour shift",
+    "rest changed",
     "other",
 )
 
