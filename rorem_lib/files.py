@@ -83,6 +83,7 @@ def replace_folder(tmp_path, path) -> Path:
     tmp_path, path = Path(tmp_path), Path(path)
     aside = _move_aside(path)
     os.replace(tmp_path, path)
+    flush(path.parent)
     shutil.rmtree(aside, ignore_errors=True)
     return path
 

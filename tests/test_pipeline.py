@@ -15,6 +15,7 @@ from fake_kit import Kit, wait_until, write_notebook
 from rorem_lib.files import clean_metrics
 from rorem_lib.parameters import coerce_value, fill_config, read_defaults, read_parameters
 from rorem_lib.runner import cli, fingerprints, recipes, run_folder
+from rorem_lib.runner import stage as stage_module
 from rorem_lib.runner.fingerprints import (
     hash_content,
     measure_content,
@@ -24,7 +25,6 @@ from rorem_lib.runner.fingerprints import (
 )
 from rorem_lib.runner.notebook_code import describe_code
 from rorem_lib.runner.recipes import RecipeError, read_recipe
-from rorem_lib.runner import stage as stage_module
 from rorem_lib.runner.stage import start_stage
 
 DAY = 86400.0
