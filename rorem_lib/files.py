@@ -81,12 +81,13 @@ def write_json(path, value) -> Path:
 def replace_folder(tmp_path, path) -> Path:
     """Put a file or folder that was written at `tmp_path` in the place of `path`.
 
-    No half of either is ever found there. A folder that is replaced has its hidden name for a
-    moment before the new one has its place.
+    No half of either is ever found there, and the new name is on the disk. A folder that is
+    replaced has its hidden name for a moment before the new one has its place.
     """
     tmp_path, path = Path(tmp_path), Path(path)
     aside = _move_aside(path)
     os.replace(tmp_path, path)
+    flush(path.parent)
     shutil.rmtree(aside, ignore_errors=True)
     return path
 

@@ -1,4 +1,4 @@
-"""Sets and files of others: what is left alone, what a lost power leaves, what JSON can hold."""
+"""Sets: files of others are left alone; what a lost power leaves; what JSON can hold; ids."""
 
 import json
 import os

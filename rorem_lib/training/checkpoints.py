@@ -256,9 +256,7 @@ def _complete(tmp_path: Path, record: dict, config) -> None:
         tmp_path / "step.json",
         record | {"files": {str(p.relative_to(tmp_path)): p.stat().st_size for p in written}},
     )
-    files.flush(tmp_path)
     replace_folder(tmp_path, tmp_path.with_suffix(""))
-    files.flush(folder)
     for other in _list_folders(folder):
         if _get_step(other) > record["step"]:
             logger.warning(
