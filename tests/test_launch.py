@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import threading
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -133,6 +134,15 @@ def test_the_first_error_is_told_whatever_follows(tmp_path, monkeypatch):
     assert "train.log" in second and "train-rank1.log" in second
     assert "Traceback" in rest[0] and "Connection closed" not in told
     assert "launcher" not in told and told.count("\n") < 40
+
+    (tmp_path / launch.FIRST_ERROR).unlink()
+    other = RuntimeError("process 1: a.png is truncated")  # told to rank 0, which is faster
+    other.elsewhere = True
+    teller = threading.Thread(target=fail, args=("0", other))
+    teller.start()
+    fail("1", ValueError("a.png is truncated"))
+    teller.join()
+    assert ": ValueError: a.png is" in launch.describe_failure("remover", 1, log, 0)
     (tmp_path / launch.FIRST_ERROR).write_text("")  # a full disk
     assert "launcher 99" in launch.describe_failure("remover", 1, log, 0)
 

@@ -1155,7 +1155,7 @@ def test_failure_in_a_notebook(real_kit, trouble, words):
 def test_failure_in_a_job_shows_its_log(kit):
     kit.write_recipe("stages:\n  train: {notebook: 02_train, parameters: {trouble: raise}}\n")
     output = kit.call("run", "small", code=1)
-    assert "JobError" in output and "train/train.log:" in output
+    assert "JobError" in output and "train/train.log" in output
     assert "ValueError: the loss is odd" in output and "failed with exit code 1" in output
     assert kit.states() == {"train": "failed"}
 

@@ -341,7 +341,10 @@ def note_error(folder: Path) -> None:
     Of several processes one fails, and the others a moment later, since it is gone. torch's
     launcher compares their errors' times in whole seconds, and so often names another.
     """
-    error = traceback.TracebackException(*sys.exc_info())
+    met = sys.exception()
+    if getattr(met, "elsewhere", False):  # told by the process that met it: that one comes first
+        time.sleep(1)
+    error = traceback.TracebackException.from_exception(met)
     cause = " ".join("".join(error.format_exception_only()).split())
     who = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
     text = f"{who}{cause}\n{''.join(error.format())}"

@@ -125,7 +125,9 @@ def failing_together() -> Iterator[None]:
     if error is not None:
         raise error
     for number, full, text in failed:
-        raise OSError(errno.ENOSPC, text) if full else RuntimeError(f"process {number}: {text}")
+        told = OSError(errno.ENOSPC, text) if full else RuntimeError(f"process {number}: {text}")
+        told.elsewhere = True  # for who looks for the first error, see `runner.launch.note_error`
+        raise told
 
 
 def ask_main(function: Callable[[], object]):
