@@ -2,11 +2,13 @@
 
 import errno
 import hashlib
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 
@@ -20,6 +22,7 @@ from hub_server import HubServer
 from PIL import Image
 
 from rorem_lib.data.assembly import assemble_sets
+from rorem_lib.data.filters import FilterConfig
 from rorem_lib.data.items import Rejected, SourceError
 from rorem_lib.data.pictures import TripletError, load_image
 from rorem_lib.data.publishing import publish_sets, upload_dataset
@@ -425,6 +428,84 @@ def test_foreign_parquet_is_read_by_its_columns(tmp_path):
     assert pictures.extra == {"extra": "no JSON", "quality": 3}
     with pytest.raises(Rejected):
         source.load_item(second)
+
+
+def _write_shard(path, **columns):
+    path.parent.mkdir(exist_ok=True)
+    pq.write_table(pa.table(columns), path, compression="brotli")
+    return ParquetSetSource(str(path.parent.parent))
+
+
+def _encode(array):
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": "x.png"}
+
+
+@pytest.mark.parametrize(
+    "rows, values",
+    [
+        (2_000_000, {"id": None, "source": None, "mask": None}),
+        (1, {"id": "x" * 300_000_000, "source": None, "mask": None}),
+    ],
+    ids=["rows", "a value"],
+)
+def test_a_small_shard_that_would_become_gigabytes_is_refused(tmp_path, rows, values):
+    columns = {name: pa.array([value] * rows, pa.string()) for name, value in values.items()}
+    source = _write_shard(tmp_path / "data/train.parquet", **columns)
+    assert (tmp_path / "data/train.parquet").stat().st_size < 20_000
+    with pytest.raises(TripletError, match=r"train\.parquet"):
+        list(source.list_items())
+
+
+def test_a_value_stored_once_does_not_fill_the_memory_a_thousand_times(tmp_path, monkeypatch):
+    large = {"bytes": bytes(500_000), "path": "x"}
+    source = _write_shard(tmp_path / "data/train.parquet", source=[large] * 900, mask=[large] * 900)
+    path = tmp_path / "data/train.parquet"
+    assert path.stat().st_size < 60_000
+    items = list(source.list_items())
+    assert len(items) == 900
+    with pytest.raises(TripletError, match=r"train\.parquet.*ROREM_MAX_PARQUET_RATIO"):
+        source.load_item(items[0])
+
+
+@pytest.mark.parametrize("key", ["source", "gt", "inpaint", "GT", "mask", "id"])
+def test_keys_of_extra_that_are_a_records_own_are_rejected(tmp_path, key):
+    mask = np.zeros((SIZE, SIZE), np.uint8)
+    mask[:8, :8] = 255
+    parts = {"source": _picture(1), "mask": mask, "GT": _picture(1).copy()}
+    parts["GT"][mask > 0] = 255 - parts["GT"][mask > 0]
+    columns = {name: [_encode(array)] * 2 for name, array in parts.items()}
+    extras = [json.dumps({key: "x"}), '{"note": 1}']
+    source = _write_shard(tmp_path / "data/train.parquet", **columns, extra=extras)
+    result = assemble_sets(
+        source, tmp_path / "out", workers=0, filters=FilterConfig(duplicate_distance=-1)
+    )
+    if key == "id":  # the row's own counts
+        assert result.counts == {"labelled": 2}
+        return
+    assert result.counts == {"labelled": 1} and result.reasons == {"bad record": 1}
+    text = (tmp_path / "out/rejected.jsonl").read_text()
+    assert key in text
+
+
+def test_a_temporary_folder_that_cannot_be_written_rejects_nothing(sets, tmp_path, monkeypatch):
+    out = _publish({"train": sets["train"]}, tmp_path / "published")
+    monkeypatch.setattr(tempfile, "tempdir", "/proc/nowhere")
+    with pytest.raises(SourceError, match="set TMPDIR"):
+        assemble_sets(ParquetSetSource(str(out)), tmp_path / "out", workers=0)
+    assert not (tmp_path / "out/rejected.jsonl").exists()
+
+
+def test_a_number_that_is_none_is_left_out(tmp_path):
+    columns = {name: [_encode(_picture(1))] for name in ("source", "GT")}
+    mask = np.zeros((SIZE, SIZE), np.uint8)
+    mask[:8] = 255
+    source = _write_shard(
+        tmp_path / "data/train.parquet", **columns, mask=[_encode(mask)], score=[float("nan")]
+    )
+    (item,) = source.list_items()
+    assert "score" not in source.load_item(item).extra
 
 
 def test_ids_that_two_splits_share_are_made_unique(sets, tmp_path):
