@@ -166,7 +166,7 @@ class _Crew:
                 if not worker.ready:
                     raise RuntimeError(
                         f"a worker process cannot start, it {worker.describe_end()}: a script that "
-                        'starts some needs `if __name__ == "__main__":`'
+                        'starts some lies in a file and has `if __name__ == "__main__":`'
                     ) from None
             except Exception as error:  # a result that cannot be opened here
                 answer = False, error

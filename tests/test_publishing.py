@@ -469,24 +469,30 @@ def test_a_value_stored_once_does_not_fill_the_memory_a_thousand_times(tmp_path,
         source.load_item(items[0])
 
 
-@pytest.mark.parametrize("key", ["source", "gt", "inpaint", "GT", "mask", "id"])
-def test_keys_of_extra_that_are_a_records_own_are_rejected(tmp_path, key):
+@pytest.mark.parametrize(
+    "extra, words",
+    [
+        *((f'{{"{key}": "x"}}', key) for key in ("source", "mask", "GT", "gt", "inpaint")),
+        ('{"note": "half a \\ud800"}', "surrogates"),
+        ('{"note": ' + "[" * 60 + "]" * 60 + "}", "deeper than"),
+        ('{"note": ' + "[" * 20_000, "recursion"),
+    ],
+    ids=["source", "mask", "GT", "gt", "inpaint", "half a character", "lists", "no end"],
+)
+def test_further_keys_that_no_record_can_have_are_rejected(tmp_path, extra, words):
     mask = np.zeros((SIZE, SIZE), np.uint8)
     mask[:8, :8] = 255
     parts = {"source": _picture(1), "mask": mask, "GT": _picture(1).copy()}
     parts["GT"][mask > 0] = 255 - parts["GT"][mask > 0]
     columns = {name: [_encode(array)] * 2 for name, array in parts.items()}
-    extras = [json.dumps({key: "x"}), '{"note": 1}']
+    extras = [extra, '{"note": 1, "id": "z", "group": "y"}']  # the row's own id and group count
     source = _write_shard(tmp_path / "data/train.parquet", **columns, extra=extras)
-    result = assemble_sets(
-        source, tmp_path / "out", workers=0, filters=FilterConfig(duplicate_distance=-1)
-    )
-    if key == "id":  # the row's own counts
-        assert result.counts == {"labelled": 2}
-        return
-    assert result.counts == {"labelled": 1} and result.reasons == {"bad record": 1}
-    text = (tmp_path / "out/rejected.jsonl").read_text()
-    assert key in text
+    filters = FilterConfig(duplicate_distance=-1)
+    result = assemble_sets(source, tmp_path / "out", workers=0, filters=filters)
+    assert result.counts == {"labelled": 1} and sum(result.reasons.values()) == 1
+    assert words in (tmp_path / "out/rejected.jsonl").read_text()
+    (kept,) = read_triplets(result.sets["labelled"])
+    assert (kept.id, kept.extra["note"]) == ("train-0-1", 1)
 
 
 def test_a_temporary_folder_that_cannot_be_written_rejects_nothing(sets, tmp_path, monkeypatch):
