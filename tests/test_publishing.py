@@ -503,17 +503,6 @@ def test_a_temporary_folder_that_cannot_be_written_rejects_nothing(sets, tmp_pat
     assert not (tmp_path / "out/rejected.jsonl").exists()
 
 
-def test_a_number_that_is_none_is_left_out(tmp_path):
-    columns = {name: [_encode(_picture(1))] for name in ("source", "GT")}
-    mask = np.zeros((SIZE, SIZE), np.uint8)
-    mask[:8] = 255
-    source = _write_shard(
-        tmp_path / "data/train.parquet", **columns, mask=[_encode(mask)], score=[float("nan")]
-    )
-    (item,) = source.list_items()
-    assert "score" not in source.load_item(item).extra
-
-
 def test_ids_that_two_splits_share_are_made_unique(sets, tmp_path):
     out = _publish({"train": sets["train"], "validation": sets["train"]}, tmp_path / "out")
     ids = [item.id for item in ParquetSetSource(str(out)).list_items()]

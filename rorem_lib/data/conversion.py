@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 import functools
+import itertools
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,9 +75,9 @@ def convert_item(task: tuple[Job, Item, str]) -> tuple[str | None, dict]:
     place = job.folder / name
     try:
         with limit_time(read_limit("ROREM_ITEM_SECONDS", 300)):
-            pictures, measured, digest = _load(item, job)
+            pictures, measured = _load(item, job)
         place.mkdir(exist_ok=True)
-        write = functools.partial(_write, item, pictures, measured, digest, place, job.source)
+        write = functools.partial(_write, item, pictures, measured, place, job.source)
         return name, wait_for_space(write, job.patience)
     except Rejected as error:
         return None, describe_rejection(item.id, item.group, name, error.reason, error.message)
@@ -89,18 +90,17 @@ def reject_lost(task: tuple[Job, Item, str], why: str) -> tuple[None, dict]:
     return None, describe_rejection(item.id, item.group, name, "process died", message)
 
 
-def _load(item: Item, job: Job) -> tuple[Pictures, dict, str]:
-    """Open, shrink, measure and hash an item; one odd file in 200,000 must not end the run."""
+def _load(item: Item, job: Job) -> tuple[Pictures, dict]:
+    """Open, shrink and measure an item; one odd file in 200,000 must not end the run."""
     pictures, place = None, item.describe_place()
     try:
-        if place != escape_text(place):
+        if bad := [text for text in _list_texts(item.place) if text != escape_text(text)]:
             raise Rejected(
                 "bad name",
-                f"{place} has a name or text that is no UTF-8: rename the file, or mend it",
+                f"{bad[0]}, in {job.source.folder}, is no UTF-8: rename it, or mend its record",
             )
         pictures = _shrink(job.source.load_item(item), job.max_side)
-        measured = check_pictures(pictures, job.filters)
-        return pictures, measured, pictures.extra.get("sha256") or hash_file(pictures.origin_file)
+        return pictures, check_pictures(pictures, job.filters)
     except Exception as error:
         if not Path(job.source.folder).exists():  # a disk that went away is no fault of its items
             raise SourceError(
@@ -124,9 +124,15 @@ def _load(item: Item, job: Job) -> tuple[Pictures, dict, str]:
         ) from error
 
 
-def _write(
-    item: Item, pictures: Pictures, measured: dict, digest: str, folder: Path, source: Source
-) -> dict:
+def _list_texts(value) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, _HOLDERS):
+        for inner in itertools.chain(value, value.values() if isinstance(value, dict) else ()):
+            yield from _list_texts(inner)
+
+
+def _write(item: Item, pictures: Pictures, measured: dict, folder: Path, source: Source) -> dict:
     parts = {"source": pictures.source, "mask": pictures.mask, "gt": pictures.gt}
     values = {
         part: picture and (picture.array if picture.file is None else picture.file)
@@ -142,10 +148,9 @@ def _write(
         "file": _shorten(pictures.origin_file, source),
         "width": width,
         "height": height,
-        "sha256": digest,
     }
-    if "sha256" in pictures.extra:  # its place among the keys is the importer's
-        known.pop("sha256")
+    if "sha256" not in pictures.extra:
+        known["sha256"] = _hash_raw(pictures.origin_file)
     extra = {**known, **pictures.extra, **measured}
     _check_extra(extra, pictures.origin_file)
     try:
@@ -156,6 +161,13 @@ def _write(
         if error.errno in (errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL):
             raise Rejected("bad name", f"{pictures.origin_file}: {error}") from None
         raise
+
+
+def _hash_raw(path: Path) -> str:
+    try:
+        return hash_file(path)
+    except OSError as error:
+        raise Rejected("unreadable", f"{path} cannot be read: {error.strerror}") from None
 
 
 def _check_extra(extra: dict, file: Path) -> None:

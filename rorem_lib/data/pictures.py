@@ -47,7 +47,7 @@ _NO_DATA = (  # how a file begins that holds something else than its name says, 
         "repository",
     ),
     (
-        rb"\s*(<!doctype html|<html|<head|<!--)",
+        rb"\s*(<!doctype html|<html|<head)",
         "a web page (HTML) under another name: the link wants a login or has moved; open it in a "
         "browser and save the file itself",
     ),

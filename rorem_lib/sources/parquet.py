@@ -286,6 +286,6 @@ def _open_cell(path: Path, where: str, shard: Path) -> Picture:
 
 def _is_plain(value) -> bool:
     try:
-        return value is not None and bool(json.dumps(value, allow_nan=False))
-    except (TypeError, ValueError):  # bytes, dates; no number
+        return value is not None and bool(json.dumps(value))
+    except (TypeError, ValueError):  # bytes, dates; a number of thousands of digits
         return False
