@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import functools
 import hashlib
 import itertools
 import json
@@ -15,6 +16,7 @@ import os
 import re
 import shutil
 import socket
+import tempfile
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -39,6 +41,39 @@ _WINDOWS_PATH = re.compile(r"(?<!\w)(?:[A-Za-z]:|\\)\\[^\s\"'`<>|,;:()]+")
 def resolve_path(path) -> Path:
     """An absolute path; a relative one counts from the repository root, wherever Python runs."""
     return ROOT / Path(path).expanduser()
+
+
+def find_cache() -> Path:
+    """Where caches live: `$ROREM_CACHE`, by default `~/.cache/rorem`.
+
+    Where that cannot be written (a container's user without a home) it is a folder of the user's
+    own among the temporary ones, with a warning.
+
+    Raises:
+        OSError: that cannot be written either; names the variables to set.
+    """
+    if given := os.environ.get("ROREM_CACHE"):
+        return Path(given).expanduser().absolute()
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: no home is known
+        path = Path("~/.cache/rorem").expanduser().absolute()
+        path.mkdir(parents=True, exist_ok=True)
+        if os.access(path, os.W_OK):
+            return path
+    return _make_temporary_cache()
+
+
+@functools.cache
+def _make_temporary_cache() -> Path:
+    words = "no cache can be written: set ROREM_CACHE (or TMPDIR) to a folder with room"
+    try:
+        path = Path(tempfile.gettempdir(), f"rorem-{os.getuid()}")
+        path.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise OSError(error.errno, f"{words}; {error.strerror}") from error
+    if path.is_symlink() or path.stat().st_uid != os.getuid():  # another user's trap
+        raise PermissionError(errno.EPERM, f"{words}; {path} is another user's")
+    logger.warning("~/.cache cannot be written: caches are in %s (set ROREM_CACHE)", path)
+    return path
 
 
 def write_text(path, text: str | Iterable[str]) -> Path:
@@ -125,16 +160,75 @@ def read_json(path):
 
     Raises:
         FileNotFoundError: names the missing file.
-        ValueError: names the file and the line where it stops being JSON.
+        ValueError: names the file and the line where it stops being JSON; or it is larger than
+            `ROREM_MAX_JSON_MB` (512), or nested too deeply.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        size, most = os.path.getsize(path), read_limit("ROREM_MAX_JSON_MB", 512)
+        if size > most * 1e6:
+            raise ValueError(f"{path} has {size:,} bytes: set ROREM_MAX_JSON_MB above {most:g}")
+        with open(path, "rb") as stream:
+            text = Shallow(stream, path).read().decode()
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text (byte {error.start})") from None
     try:
         return parse_json(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON (line {error.lineno}: {error.msg})") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise ValueError(f"{path} cannot be read: {error}") from None
+
+
+class JsonLimitError(ValueError):
+    """JSON that costs more than it can be worth; the message names the file."""
+
+
+class Shallow:
+    """A stream of JSON, to be read by a parser, that refuses lists in lists without end.
+
+    Parsers take memory for every level (ijson the square of it) or crash.
+
+    Args:
+        stream: bytes.
+        name: for the message.
+        room: the most bytes of one object, for a reader that sets `since` to 0 behind each.
+
+    Attributes:
+        since: bytes that were read since.
+    """
+
+    most = 100  # levels; records have five
+
+    def __init__(self, stream, name, *, room: float = math.inf):
+        self._stream, self._name, self._room = stream, name, room
+        self._depth, self._quoted, self._held, self.since = 0, False, b"", 0
+
+    def read(self, size: int = -1) -> bytes:
+        """As a file's.
+
+        Raises:
+            JsonLimitError: what was read is nested deeper than `most`, or larger than `room`.
+        """
+        data = self._stream.read(size)
+        self.since += len(data)
+        if self.since > self._room:
+            raise JsonLimitError(f"{self._name} has an object of more than {self._room:,} bytes")
+        # Backslashes stand in texts alone; without them every quotation mark opens or ends one.
+        text = (self._held + data).replace(b"\\\\", b"")
+        self._held = b"\\" if text.endswith(b"\\") else b""
+        parts = text.removesuffix(b"\\").replace(b'\\"', b"").split(b'"')
+        outside = b"".join(parts[self._quoted :: 2])
+        self._quoted ^= len(parts) % 2 == 0
+        for bracket in outside.translate(None, _NO_BRACKETS):
+            self._depth += 1 if bracket in b"[{" else -1
+            if self._depth > self.most:
+                raise JsonLimitError(f"{self._name} is nested deeper than {self.most} levels")
+        return data
+
+
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 def parse_json(text: str | bytes):
@@ -299,3 +393,19 @@ def clean_metrics(value):
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+
+
+def read_limit(name: str, default: float) -> float:
+    """A limit on what a file may cost: the environment variable `name`, else `default`.
+
+    Raises:
+        ValueError: the variable is no number above 0.
+    """
+    given = os.environ.get(name) or default
+    try:
+        value = float(given)
+    except ValueError:
+        value = 0.0
+    if not value > 0:
+        raise ValueError(f"{name} is {given!r}: give a number above 0")
+    return value

@@ -11,9 +11,12 @@ import copy
 import dataclasses
 import difflib
 import inspect
+import itertools
 import json
+import math
 import re
 import typing
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,16 +41,66 @@ _TYPES = {kind.__name__: kind for kind in (bool, int, float, str, list, dict, ob
 
 
 class StrictLoader(yaml.SafeLoader):
-    """Refuses the same key twice: plain YAML would silently take the last."""
+    """Refuses the same key twice: plain YAML would silently take the last.
+
+    Refuses too what a recipe never has and a few bytes can spell: nesting deeper than 50 levels,
+    and more than 100,000 values once aliases are written out, each where it is referred to.
+    """
+
+    def __init__(self, stream):
+        super().__init__(stream)
+        self._depth, self._sizes = 0, {}  # values in each node, by its identity
+
+    def compose_node(self, parent, index):
+        start = self.peek_event()
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if isinstance(start, yaml.AliasEvent):
+            size = self._sizes.get(id(node), math.inf)  # it is in itself
+        else:
+            size = self._sizes[id(node)] = 1 + sum(self._sizes[id(x)] for x in _list_inner(node))
+        if size > 100_000:
+            raise yaml.composer.ComposerError(
+                None, None, "more than 100,000 values, or one that is in itself", start.start_mark
+            )
+        return node
+
+    def compose_sequence_node(self, anchor):
+        self._check_depth()
+        return super().compose_sequence_node(anchor)
+
+    def compose_mapping_node(self, anchor):
+        self._check_depth()
+        return super().compose_mapping_node(anchor)
+
+    def _check_depth(self):
+        if self._depth > 50:
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "nested deeper than 50 levels", mark)
 
     def construct_mapping(self, node, deep=False):
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1 and key != "<<":
+        counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for key, count in counts.items():
+            if count > 1 and key != "<<":
                 raise yaml.constructor.ConstructorError(
                     None, None, f'"{key}" stands here twice', node.start_mark
                 )
         return super().construct_mapping(node, deep)
+
+    def construct_object(self, node, deep=False):
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, OverflowError) as error:  # a number or a date that there is not
+            raise yaml.constructor.ConstructorError(
+                None, None, str(error), node.start_mark
+            ) from None
+
+
+def _list_inner(node: yaml.Node) -> list[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        return list(itertools.chain.from_iterable(node.value))
+    return node.value if isinstance(node, yaml.SequenceNode) else []
 
 
 def option(default, help: str):

@@ -1,79 +1,244 @@
 """Work in parallel over processes: in order, with little queued, and no process left behind.
 
-Also how far long work is.
+A process that dies or takes too long is known by what it was at, and replaced. Also how far long
+work is.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import multiprocessing
 import os
+import resource
+import signal
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.pool import ExceptionWithTraceback
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from rorem_lib.files import read_limit
 
 logger = logging.getLogger(__name__)
 
-_AHEAD = 4  # arguments queued a process: enough to keep it busy, few enough to stay small
+_AHEAD = 4  # arguments taken for each process before the first result is wanted
+_READY = "ready"
 
 
-def map_processes(function: Callable, arguments: Iterable, *, workers: int = 1) -> Iterator:
+def map_processes(
+    function: Callable,
+    arguments: Iterable,
+    *,
+    workers: int = 1,
+    lost: Callable[[Any, str], Any] | None = None,
+) -> Iterator:
     """`map` over processes: results in the arguments' order, arguments taken as they are needed.
 
-    joblib's generator takes arguments without bound while its taker is slow, and its processes
-    outlive a parent that is killed.
+    A process has one argument at a time, so it is known what it died at. Of concurrent.futures and
+    joblib, one death ends the work without a name; joblib's also outlive a parent that is killed.
 
     Args:
         function: a module's function (it is named, not sent).
         arguments: small and picklable; may be endless.
-        workers: processes; 1 works in this one.
+        workers: processes; 1 works in this one, unless there is `lost`.
+        lost: makes the result of an argument at which its process died twice, or ran out of
+            `limit_time`: called with the argument and with what happened ("was ended by SIGSEGV").
+            Without it a death ends the work.
 
     Raises:
-        RuntimeError: a process died, by a signal or for want of memory.
+        RuntimeError: a process died, by a signal or for want of memory, or cannot start.
         Exception: what `function` raised; what was queued is dropped.
     """
     if workers < 1:
         raise ValueError(f"workers must be 1 or more, not {workers}")
-    if workers == 1:
+    if workers == 1 and lost is None:
         yield from map(function, arguments)
         return
-    # spawn: a notebook's kernel has threads, which a forked child would inherit half-dead
-    context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(workers, context, _start_worker, (os.getpid(),))
-    arguments, queue = iter(arguments), deque()
+    crew, tasks = _Crew(function), enumerate(arguments)
+    answers, died = {}, set()  # by the arguments' numbers
+    turn = taken = 0
     try:
-        for argument in itertools.islice(arguments, _AHEAD * workers):
-            queue.append(executor.submit(function, argument))
-        while queue:
-            result = queue.popleft().result()
-            for argument in itertools.islice(arguments, 1):
-                queue.append(executor.submit(function, argument))
-            yield result
-    except BrokenProcessPool as error:
-        raise RuntimeError(
-            "a worker process died, killed or out of memory: take fewer workers; "
-            "started again, the work goes on"
-        ) from error
+        while True:
+            while len(crew.busy) < workers and taken < turn + _AHEAD * workers:
+                if (task := next(tasks, None)) is None:
+                    break
+                crew.give(*task)
+                taken += 1
+            if turn in answers:
+                yield _open_answer(answers.pop(turn))
+                turn += 1
+            elif not crew.busy:
+                return
+            else:
+                for worker, answer in crew.collect():
+                    number, argument = worker.task
+                    if answer is not None:
+                        answers[number] = answer
+                    elif lost is None:
+                        raise RuntimeError(
+                            f"a worker process died, it {worker.describe_end()}: take fewer "
+                            "workers; started again, the work goes on"
+                        )
+                    elif number in died or worker.timed_out:
+                        answers[number] = True, lost(argument, worker.describe_end())
+                    else:  # it may have been killed for what others took
+                        died.add(number)
+                        crew.give(number, argument)
     finally:
-        executor.shutdown(wait=True, cancel_futures=True)
+        crew.close()
 
 
-def group_chunks(items: Iterable, size: int) -> Iterator[list]:
-    """Lists of `size` items, the last one shorter."""
-    items = iter(items)
-    while chunk := list(itertools.islice(items, size)):
-        yield chunk
+def _open_answer(answer: tuple[bool, Any]):
+    sound, value = answer
+    if sound:
+        return value
+    raise value
 
 
-def _start_worker(parent: int) -> None:
+@dataclass
+class _Worker:
+    """A process, this end of its pipe, and the (number, argument) that it is or was at."""
+
+    process: BaseProcess
+    pipe: Connection
+    task: tuple[int, Any] | None = None
+    ready: bool = False
+
+    @property
+    def timed_out(self) -> bool:
+        return self.process.exitcode == -signal.SIGALRM
+
+    def describe_end(self) -> str:
+        code = self.process.exitcode or 0
+        if self.timed_out:
+            return "took too long (ROREM_ITEM_SECONDS sets the limit)"
+        if code == -signal.SIGKILL:
+            return "was killed, perhaps for want of memory"
+        return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended ({code})"
+
+
+class _Crew:
+    """Processes that call one function: those that wait for work, and those at it, by pipe."""
+
+    def __init__(self, function: Callable):
+        self._function = function
+        self._idle: list[_Worker] = []
+        self.busy: dict[Connection, _Worker] = {}
+
+    def give(self, number: int, argument) -> None:
+        """Have a process call the function; one that was killed while idle is replaced."""
+        while True:
+            worker = self._idle.pop() if self._idle else self._start()
+            worker.task = number, argument
+            self.busy[worker.pipe] = worker
+            try:
+                worker.pipe.send(argument)
+                return
+            except (BrokenPipeError, ConnectionResetError):
+                if not worker.ready:
+                    return  # `collect` finds it dead
+                del self.busy[worker.pipe]
+
+    def _start(self) -> _Worker:
+        # spawn: a notebook's kernel has threads, which a forked child would inherit half-dead
+        context = multiprocessing.get_context("spawn")
+        pipe, end = context.Pipe()
+        process = context.Process(target=_serve, args=(self._function, end, os.getpid()))
+        process.daemon = True
+        process.start()
+        end.close()
+        return _Worker(process, pipe)
+
+    def collect(self) -> Iterator[tuple[_Worker, tuple[bool, Any] | None]]:
+        """Wait for answers; None where the process died."""
+        for pipe in wait(list(self.busy)):
+            worker, answer = self.busy[pipe], None
+            try:
+                answer = pipe.recv()
+            except (EOFError, ConnectionResetError):
+                worker.process.join()
+                if not worker.ready:
+                    raise RuntimeError(
+                        f"a worker process cannot start, it {worker.describe_end()}: a script that "
+                        'starts some lies in a file and has `if __name__ == "__main__":`'
+                    ) from None
+            except Exception as error:  # a result that cannot be opened here
+                answer = False, error
+            if answer == _READY:
+                worker.ready = True
+                continue
+            del self.busy[pipe]
+            if answer is not None:
+                self._idle.append(worker)
+            yield worker, answer
+
+    def close(self) -> None:
+        for worker in self.busy.values():
+            worker.process.terminate()
+        for worker in (*self._idle, *self.busy.values()):
+            worker.pipe.close()  # the others end when they find it closed
+            worker.process.join()
+
+
+def _serve(function: Callable, pipe: Connection, parent: int) -> None:
+    """A worker process: answer arguments until the pipe is closed."""
     import cv2
 
     cv2.setNumThreads(1)  # the processes are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    _limit_memory()
     threading.Thread(target=_follow_parent, args=(parent,), daemon=True).start()
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        pipe.send(_READY)
+        while True:
+            argument = pipe.recv()
+            try:
+                answer = True, function(argument)
+            except Exception as error:
+                answer = False, ExceptionWithTraceback(error, error.__traceback__)
+            try:
+                pipe.send(answer)
+            except (OSError, EOFError):
+                raise
+            except Exception as error:  # it cannot be pickled
+                pipe.send((False, RuntimeError(f"a result cannot be sent: {error}")))
+
+
+def _limit_memory() -> None:
+    """Let this process take `ROREM_ITEM_GB` (16, or the machine's memory) beyond what it has."""
+    page = resource.getpagesize()
+    try:
+        taken = int(Path("/proc/self/statm").read_text().split()[0]) * page
+    except OSError:  # no Linux
+        return
+    room = min(16, os.sysconf("SC_PHYS_PAGES") * page / 2**30)
+    soft = taken + int(read_limit("ROREM_ITEM_GB", room) * 2**30)
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    if hard == resource.RLIM_INFINITY or soft < hard:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@contextlib.contextmanager
+def limit_time(seconds: float) -> Iterator[None]:
+    """A block that ends its worker process where it takes longer, whatever code is running.
+
+    Outside of `map_processes`' workers there is no limit.
+    """
+    if multiprocessing.parent_process() is None:
+        yield
+        return
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _follow_parent(parent: int) -> None:
@@ -81,6 +246,13 @@ def _follow_parent(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
+
+
+def group_chunks(items: Iterable, size: int) -> Iterator[list]:
+    """Lists of `size` items, the last one shorter."""
+    items = iter(items)
+    while chunk := list(itertools.islice(items, size)):
+        yield chunk
 
 
 class Progress:

@@ -255,6 +255,67 @@ def test_limits_hold_for_what_is_written(tmp_path, make, limit, words):
     extract_archive(path, tmp_path / "out", max_bytes=300_002, max_members=3)
 
 
+@pytest.mark.parametrize("make", [_make_tar, _make_zip])
+def test_a_small_archive_does_not_become_a_large_folder(tmp_path, monkeypatch, make):
+    monkeypatch.setattr(archives, "_SMALL", 100_000)
+    path = make(tmp_path / "x", {"zeros": bytes(2_000_000)})
+    assert 2_000_000 > 100 * path.stat().st_size
+    with pytest.raises(ArchiveError, match="ROREM_MAX_ARCHIVE_RATIO"):
+        extract_archive(path, tmp_path / "out")
+    _assert_nothing_left(tmp_path, "x")
+    extract_archive(path, tmp_path / "out", max_ratio=1e6)
+    monkeypatch.setenv("ROREM_MAX_ARCHIVE_RATIO", "1e6")
+    extract_archive(path, tmp_path / "again")
+
+
+def _add_header(kind, data):
+    member = tarfile.TarInfo("h")
+    member.type, member.size = kind, len(data)
+    return member.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % 512)
+
+
+@pytest.mark.parametrize(
+    "data, words",
+    [
+        (_add_header(b"x", b"1" * 1_000_000), "16 kB"),
+        (_add_header(b"x", b"30 mtime=1700000000.123456\n\n\n\n") * 2000, "8 headers"),
+        (_add_header(b"L", b"name") * 2000, "8 headers"),
+        (_add_header(b"S", b""), "--sparse"),
+        (_add_header(b"x", b"24 GNU.sparse.size=9999\n26 GNU.sparse.realsize=9\n"), "--sparse"),
+    ],
+    ids=["digits", "pax", "names", "sparse", "pax sparse"],
+)
+def test_headers_that_take_hours_are_refused_at_once(tmp_path, data, words):
+    sound = _make_tar(tmp_path / "sound", mode="w").read_bytes()
+    (tmp_path / "sound").unlink()
+    (tmp_path / "x.tar.gz").write_bytes(gzip.compress(data + sound))
+    began = time.monotonic()
+    with pytest.raises(ArchiveError, match=rf"x\.tar\.gz.*{words}"):
+        extract_archive(tmp_path / "x.tar.gz", tmp_path / "out")
+    assert time.monotonic() - began < 5
+    _assert_nothing_left(tmp_path, "x.tar.gz")
+
+
+def test_slow_headers_end_the_reading(tmp_path, monkeypatch):
+    monkeypatch.setattr(archives, "_SLOW", (-1.0, 0.0))
+    with pytest.raises(ArchiveError, match="headers that take"):
+        extract_archive(_make_tar(tmp_path / "x.tar"), tmp_path / "out")
+    _assert_nothing_left(tmp_path, "x.tar")
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"<html><title>Google Drive - Virus scan warning</title>", "web page"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+    ],
+)
+def test_what_is_no_archive_is_called_what_it_is(tmp_path, content, words):
+    (tmp_path / "x.zip").write_bytes(content)
+    with pytest.raises(ArchiveError, match=rf"x\.zip is no archive but .*{words}"):
+        extract_archive(tmp_path / "x.zip", tmp_path / "out")
+
+
 def test_a_zip_that_lies_about_its_sizes_is_stopped(tmp_path):
     path = _make_zip(tmp_path / "x.zip", {"zeros": bytes(10_000_000)})
     raw = bytearray(path.read_bytes())

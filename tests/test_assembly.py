@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,13 +18,14 @@ import pytest
 from PIL import Image
 
 from rorem_lib.data import conversion, pictures
-from rorem_lib.data.assembly import assemble_sets
+from rorem_lib.data.assembly import assemble_sets, open_examples
 from rorem_lib.data.check import check_set
 from rorem_lib.data.filters import FilterConfig
 from rorem_lib.data.items import SourceError
 from rorem_lib.data.pictures import TripletError, load_image, save_image
 from rorem_lib.data.triplets import load_images, read_triplets
 from rorem_lib.data.writer import TripletWriter
+from rorem_lib.sources.paired import PairedSource
 from rorem_lib.sources.upstream import UpstreamSource
 
 SIZE = 96
@@ -218,6 +220,81 @@ def test_each_fault_is_rejected_with_its_reason_and_file_and_none_ends_the_run(f
         with Image.open(tmp_path / f"out/labelled/{part}/{name}.png") as image:
             assert image.mode in ("RGB", "L") and not image.getexif()
     assert check_set(tmp_path / "out" / "labelled") == []
+
+
+def test_a_name_that_is_no_utf_8_is_rejected_by_its_escaped_name(tmp_path):
+    raw = tmp_path / "raw"
+    _write_raw(raw, ["a", "b", "c", "d", "e"])
+    for part in ("source", "mask", "GT"):
+        os.rename(raw / part / "c.png", os.fsencode(raw / part) + b"/caf\xe9.png")
+    patterns = {"source": "source/{name}.*", "mask": "mask/{name}.*", "gt": "GT/{name}.*"}
+    result = assemble_sets(PairedSource(str(raw), **patterns), tmp_path / "out", workers=0)
+    assert result.counts == {"labelled": 4} and result.reasons == {"bad name": 1}
+    (found,) = _reasons(tmp_path / "out").values()
+    assert found["id"] == "caf\\xe9" and "source/caf\\xe9.png" in found["message"]
+    again = assemble_sets(PairedSource(str(raw), **patterns), tmp_path / "out", workers=0)
+    assert again.counts == {"labelled": 4} and again.reasons == {"bad name": 1}
+
+
+def test_a_record_that_no_file_can_hold_is_rejected_and_the_others_go_on(tmp_path):
+    raw = tmp_path / "raw"
+    records = _write_raw(raw, ["a", "b", "nul", "half", "word", "nan", "deep", "digits", "suffix"])
+    long = "x." + "s" * 240
+    os.rename(raw / "source/suffix.png", raw / "source" / long)
+    deep = 1
+    for _ in range(60):
+        deep = [deep]
+    for number, changes in {
+        2: {"id": "nu\0l"},
+        3: {"id": "hal\ud800f"},
+        4: {"id": "word", "caption": "a \ud800"},
+        5: {"id": "nan", "score": 1e999},
+        6: {"id": "deep", "list": deep},
+        7: {"id": "digits", "number": "DIGITS"},
+        8: {"id": "suffix" * 10, "source": f"source/{long}"},
+    }.items():
+        records[number] |= changes
+    text = json.dumps(records).replace('"DIGITS"', "1" * 6000).replace("Infinity", "1e999")
+    (raw / "meta.json").write_text(text)
+    result = assemble_sets(UpstreamSource(str(raw)), tmp_path / "out", workers=0)
+    found = _reasons(tmp_path / "out")
+    # a number that Python makes none of stays a text, half a character of JSON's becomes a ?
+    assert result.counts == {"labelled": 5}
+    assert {name[:6]: record["reason"] for name, record in found.items()} == {
+        "nu\0l": "bad record",
+        "nan": "bad record",
+        "deep": "bad record",
+        "suffix": "bad name",
+    }
+    kept = {triplet.id: triplet.extra for triplet in read_triplets(result.sets["labelled"])}
+    assert sorted(kept) == ["a", "b", "digits", "hal?f", "word"]
+    assert kept["digits"]["number"] == "1" * 6000
+
+
+class Deadly(UpstreamSource):
+    """Its items end their process, or never end themselves, by their names."""
+
+    def load_item(self, item):
+        if item.id == "crash":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if item.id == "hang":
+            re.match(r"(a+)+b", "a" * 60)
+        return super().load_item(item)
+
+
+def test_an_item_at_which_its_process_dies_or_hangs_is_rejected(tmp_path, monkeypatch):
+    monkeypatch.setenv("ROREM_ITEM_SECONDS", "3")
+    _write_raw(tmp_path / "raw", ["a", "crash", "c", "hang", "e"])
+    source = Deadly(str(tmp_path / "raw"))
+    result = assemble_sets(source, tmp_path / "out", workers=1)
+    assert result.counts == {"labelled": 3} and result.reasons == {"process died": 2}
+    found = _reasons(tmp_path / "out")
+    assert (
+        "source/crash.png" in found["crash"]["message"] and "SIGSEGV" in found["crash"]["message"]
+    )
+    assert "source/hang.png" in found["hang"]["message"]
+    assert "ROREM_ITEM_SECONDS" in found["hang"]["message"]
+    assert sorted(open_examples(source, 4)) == ["a", "c", "e"]
 
 
 def test_near_duplicates_are_found_within_the_set_and_against_evaluation_sets(tmp_path):
@@ -437,7 +514,7 @@ def test_a_folder_that_went_away_ends_the_run_instead_of_rejecting_everything(tm
             return super().load_item(item)
 
     with pytest.raises(SourceError, match="raw is gone: mount it again"):
-        assemble_sets(Vanishing(str(tmp_path / "raw")), tmp_path / "out")
+        assemble_sets(Vanishing(str(tmp_path / "raw")), tmp_path / "out", workers=0)
 
 
 def test_progress_tells_the_rest_of_the_time(tmp_path):
@@ -528,10 +605,10 @@ def test_a_full_disk_is_waited_for_then_named_and_nothing_is_lost(tmp_path, monk
     monkeypatch.setattr(conversion.time, "sleep", lambda seconds: None)
     full[:] = [1] * 1000
     with pytest.raises(OSError, match=r"b\.png"):
-        assemble_sets(source, tmp_path / "out", patience=0)
+        assemble_sets(source, tmp_path / "out", patience=0, workers=0)
     assert not (tmp_path / "out/labelled/meta.json").exists()
     full[:] = [1] * 3  # space comes back while it waits
-    result = assemble_sets(source, tmp_path / "out", patience=600)
+    result = assemble_sets(source, tmp_path / "out", patience=600, workers=0)
     assert result.counts == {"labelled": 3} and not full
     assert check_set(tmp_path / "out/labelled") == []
 

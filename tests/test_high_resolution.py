@@ -214,8 +214,8 @@ def test_a_mask_of_another_shape_and_one_without_white_are_refused(root):
     with pytest.raises(Rejected, match=r"0801\.png is 300x400 px") as caught:
         _open(root, 4)
     assert caught.value.reason == "mask of another shape"
-    _save(root / "masks" / "0801.png", _mask(400, 300, (75, 50, 125, 90)) // 255)
-    with pytest.raises(Rejected, match=r"nowhere white \(its brightest pixel has 1") as caught:
+    _save(root / "masks" / "0801.png", _mask(400, 300, (75, 50, 125, 90)) // 127)
+    with pytest.raises(Rejected, match=r"nowhere white \(its brightest pixel has 2") as caught:
         _open(root, 4)
     assert caught.value.reason == "empty mask"
 

@@ -350,6 +350,28 @@ def test_a_full_disk_names_the_cache_and_other_faults_stay_themselves(tmp_path):
         assert caught.value is fault
 
 
+def test_a_cache_that_cannot_be_written_names_the_variable(tmp_path):
+    cache = tmp_path / ".cache/huggingface/hub"
+    with pytest.raises(OSError, match=f"{cache} cannot be written.*HF_HOME") as caught:
+        with talk_to_hub("o/d", cache_dir=cache):
+            raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / ".cache"))
+    assert isinstance(caught.value, PermissionError)
+
+
+def test_a_socks_proxy_names_the_package_that_is_missing():
+    httpx = pytest.importorskip("httpx")
+    try:
+        httpx.Client(proxy="socks5://127.0.0.1:9").close()
+        pytest.skip("socksio is installed")
+    except ImportError as error:
+        cause = error
+    for wrap in (False, True):
+        with pytest.raises(ConnectionError, match="pip install socksio"), talk_to_hub("o/d"):
+            if wrap:  # as the client does
+                raise RuntimeError("cannot reach the Hub") from cause
+            raise cause
+
+
 def test_a_runtime_error_is_a_broken_upload_but_a_models_own_fault():
     with pytest.raises(ConnectionError, match="o/d@main"):
         with talk_to_hub("o/d"):

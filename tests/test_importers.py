@@ -228,6 +228,15 @@ def test_what_is_known_is_listed_where_nothing_is_found(tmp_path):
             open_source("auto", place)
 
 
+def test_a_clone_without_its_large_files_is_called_so(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "README.md").write_text("A set")
+    pointer = tmp_path / "data/train-00000-of-00001.parquet"
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(SourceError, match=r"train-00000-of-00001\.parquet is a Git-LFS pointer"):
+        discover_source(tmp_path)
+
+
 def test_a_named_importer_says_itself_what_it_misses(tmp_path):
     _touch(tmp_path, "photos/1.jpg")
     source = open_source("removal_bench", tmp_path)

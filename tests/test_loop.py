@@ -649,3 +649,17 @@ def test_a_loss_that_is_no_number_stops_before_it_is_kept(tmp_path, logging_step
     (checkpoint,) = checkpoints.list_checkpoints(tmp_path)
     assert checkpoint.name == "checkpoint-3"
     assert all(w.isfinite().all() for w in load_file(checkpoint / "model.safetensors").values())
+
+
+def test_too_little_shared_memory_names_the_setting():
+    def fail(words):
+        yield 1
+        raise RuntimeError(words)
+
+    words = "unable to allocate shared memory(shm) for file </torch_1_2>: No space left on device"
+    batches = loop._name_shared_memory(fail(words))
+    assert next(batches) == 1
+    with pytest.raises(RuntimeError, match="dataloader_num_workers 0.*unable to allocate"):
+        next(batches)
+    with pytest.raises(RuntimeError, match="^out of luck$"):
+        list(loop._name_shared_memory(fail("out of luck")))

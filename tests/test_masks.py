@@ -1,6 +1,9 @@
+import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
+from rorem_lib.data.items import open_picture
 from rorem_lib.data.masks import (
     binarise_mask,
     dilate_mask,
@@ -9,6 +12,7 @@ from rorem_lib.data.masks import (
     outline_mask,
     perturb_mask,
 )
+from rorem_lib.data.pictures import TripletError, load_mask
 
 
 def _square(size=64, low=24, high=40):
@@ -141,3 +145,113 @@ def test_perturbing_leaves_something_of_the_picture():
     mask[0, 0] = 0
     for seed in range(10):
         assert np.array_equal(perturb_mask(mask, np.random.default_rng(seed)), mask)
+
+
+# ------------------------------------------------------------------------- masks that people have
+
+
+def _photo(size=64, seed=0):
+    rng = np.random.default_rng(seed)
+    return cv2.resize(
+        rng.integers(0, 256, (9, 9, 3), dtype=np.uint8), (size, size), interpolation=cv2.INTER_CUBIC
+    )
+
+
+def _layer(colour, alpha):
+    return np.dstack([np.broadcast_to(np.uint8(colour), (*alpha.shape, 3)), alpha])
+
+
+def _paint(mask, object_colour, ground=(0, 0, 0)):
+    share = cv2.GaussianBlur(mask, (3, 3), 0)[..., None] / 255  # soft edges, as brushes have
+    return (share * np.float64(object_colour) + (1 - share) * np.float64(ground)).astype(np.uint8)
+
+
+def _in_palette(mask, colours):
+    image = Image.fromarray((mask > 0).astype(np.uint8), "P")
+    image.putpalette(colours)
+    return image
+
+
+KINDS = {  # files that people give for `_square()`
+    "white on black": lambda mask: mask,
+    "DALL-E": lambda mask: np.dstack([_photo(), 255 - mask]),
+    "DALL-E, black where opaque": lambda mask: _layer((0, 0, 0), 255 - mask),
+    "0 and 1": lambda mask: mask // 255,
+    "0 and 1 as RGB": lambda mask: np.repeat(mask[..., None] // 255, 3, axis=2),
+    "0 and 1, 16 bits": lambda mask: (mask // 255).astype(np.uint16),
+    "palette of classes": lambda mask: _in_palette(mask, [0, 0, 0, 128, 0, 0]),
+    "palette of grey": lambda mask: _in_palette(mask, [0, 0, 0, 255, 255, 255]),
+    "red on black": lambda mask: _paint(mask, (230, 20, 20)),
+    "blue on black": lambda mask: _paint(mask, (0, 0, 200)),
+    "white strokes on a layer": lambda mask: _layer((255, 255, 255), mask),
+    "red strokes on a layer": lambda mask: _layer((255, 0, 0), mask),
+    "black strokes on a layer": lambda mask: _layer((0, 0, 0), mask),
+    "white on black, opaque": lambda mask: np.dstack([mask] * 3 + [mask * 0 + 255]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_masks_that_people_have_mean_what_people_mean(tmp_path, kind):
+    mask, made = _square(), KINDS[kind](_square())
+    image = made if isinstance(made, Image.Image) else Image.fromarray(made)
+    image.save(tmp_path / "mask.png")
+    found = load_mask(tmp_path / "mask.png") >= 128
+    assert (found & (mask > 0)).sum() / (found | (mask > 0)).sum() > 0.98
+    turned = load_mask(tmp_path / "mask.png", invert=True) >= 128
+    assert np.array_equal(turned, ~found)
+    # what every program reads alike is taken over as it is, the rest is written anew
+    picture = open_picture(tmp_path / "mask.png", "L")
+    assert (picture.file is not None) == (kind == "white on black")
+
+
+def test_a_coloured_jpeg_is_read_in_spite_of_its_noise(tmp_path):
+    Image.fromarray(_paint(_square(256, 80, 180), (20, 230, 40))).save(tmp_path / "mask.jpg")
+    found = load_mask(tmp_path / "mask.jpg") >= 128
+    truth = _square(256, 80, 180) > 0
+    assert (found & truth).sum() / (found | truth).sum() > 0.98
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda mask: _photo(), "photograph"),
+        (lambda mask: cv2.cvtColor(_photo(), cv2.COLOR_RGB2GRAY), "photograph"),
+        (lambda mask: np.dstack([_photo(), mask]), "object to be removed, or what is around it"),
+        (lambda mask: _layer((255, 255, 255), 255 - mask), "the white to be removed, or the hole"),
+        (lambda mask: _paint(mask, (255, 0, 0), (255, 255, 255)), r"rgb\(255, \d+, \d+\)"),
+        (lambda mask: np.where(mask[..., None] > 0, (255, 0, 0), _photo()), "many colours"),
+    ],
+    ids=[
+        "photograph",
+        "grey photograph",
+        "cut-out",
+        "white canvas",
+        "red on white",
+        "red on photo",
+    ],
+)
+def test_what_may_mean_two_things_is_asked_back(tmp_path, make, words):
+    Image.fromarray(make(_square()).astype(np.uint8)).save(tmp_path / "mask.png")
+    with pytest.raises(TripletError, match=rf"mask\.png.*{words}") as caught:
+        load_mask(tmp_path / "mask.png")
+    assert caught.value.file == tmp_path / "mask.png"
+
+
+def test_a_mask_of_another_size_is_fitted_and_one_of_another_shape_names_both(tmp_path):
+    thin = np.zeros((300, 400), np.uint8)
+    thin[150, 40:360] = 255
+    Image.fromarray(thin).save(tmp_path / "mask.png")
+    small = load_mask(tmp_path / "mask.png", (75, 100))
+    assert small.shape == (75, 100) and (small[37] > 0).sum() == 80
+    large = load_mask(tmp_path / "mask.png", (601, 800))  # a rounded side
+    assert large.shape == (601, 800) and set(np.unique(large)) == {0, 255}
+    assert (large > 0).mean() == pytest.approx((thin > 0).mean(), rel=0.6)
+    with pytest.raises(TripletError, match=r"mask\.png.*400x300 px.*300x400 px"):
+        load_mask(tmp_path / "mask.png", (400, 300))
+
+
+def test_masks_that_are_neither_full_nor_plain_stay_what_they_are(tmp_path):
+    soft = cv2.GaussianBlur(_square(), (0, 0), 4)
+    for mask in (soft, _square() * 0, _square() * 0 + 255, _square() * 0 + 1, _square() // 127):
+        Image.fromarray(mask).save(tmp_path / "mask.png")
+        assert np.array_equal(load_mask(tmp_path / "mask.png"), mask)

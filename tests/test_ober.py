@@ -157,14 +157,14 @@ def test_the_mask_with_the_effect_is_chosen(released):
 
 def test_listing_reads_no_picture(released, monkeypatch):
     read = []
-    real = parquet.pq.ParquetFile.read_row_group
+    real = parquet.pq.ParquetFile.iter_batches
 
     def spy(self, *args, **options):
-        table = real(self, *args, **options)
-        read.append(table.nbytes)
-        return table
+        for batch in real(self, *args, **options):
+            read.append(batch.nbytes)
+            yield batch
 
-    monkeypatch.setattr(parquet.pq.ParquetFile, "read_row_group", spy)
+    monkeypatch.setattr(parquet.pq.ParquetFile, "iter_batches", spy)
     assert len(list(OberSource(str(released)).list_items())) == 9
     assert len(read) == 6 and max(read) < 300 < len(_encode(_picture(0)))
 

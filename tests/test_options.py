@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -12,6 +13,7 @@ from accelerate.commands.launch import launch_command_parser
 
 from rorem_lib.discriminator import DiscriminatorConfig
 from rorem_lib.distill import DistillConfig
+from rorem_lib.parameters import StrictLoader
 from rorem_lib.remover import RemoverConfig
 from rorem_lib.training.config import IGNORED, REFUSED, LoopConfig, parse_config
 
@@ -160,6 +162,40 @@ def test_mistyped_files_are_refused_by_name(tmp_path, text, complaint):
     path = write(tmp_path, text)
     with pytest.raises(ValueError, match=f"config.yaml: {complaint}"):
         parse_config(Options, ["--config", path])
+
+
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12)
+)
+
+
+@pytest.mark.parametrize(
+    "text, complaint",
+    [
+        (BOMB, "more than 100,000 values"),
+        (BOMB + "b: {<<: *a11}", "more than 100,000 values"),
+        ("a: &a [*a]", "in itself"),
+        ("a: " + "[" * 20_000, "nested deeper"),
+        ("a: " + "{b: " * 20_000, "nested deeper"),
+        ("\n".join(" " * n + f"k{n}:" for n in range(200)), "nested deeper"),
+        ("rank: " + "1" * 6000, "digits"),
+        ("rank: 2026-13-45", "month"),
+        ("? [a, [b]]\n: 1", "unhashable"),
+    ],
+    ids=["aliases", "merged", "itself", "lists", "tables", "blocks", "digits", "date", "key"],
+)
+def test_yaml_that_never_ends_is_refused_at_once(tmp_path, text, complaint):
+    began = time.monotonic()
+    with pytest.raises(ValueError, match=f"(?s)config.yaml: not valid YAML: .*{complaint}"):
+        parse_config(Options, ["--config", write(tmp_path, text)])
+    assert time.monotonic() - began < 5
+
+
+def test_aliases_of_a_sane_size_and_many_keys_are_read():
+    table = yaml.load("a: &a {x: 1, y: [2]}\nb: *a\nc: {<<: *a, x: 3}", StrictLoader)
+    assert table == {"a": {"x": 1, "y": [2]}, "b": {"x": 1, "y": [2]}, "c": {"x": 3, "y": [2]}}
+    many = "\n".join(f"k{n}: 1" for n in range(10_000))
+    assert len(yaml.load(many, StrictLoader)) == 10_000
 
 
 def test_help_names_every_option_and_its_default(capsys):

@@ -340,6 +340,14 @@ def scenes(tmp_path):
     return tmp_path
 
 
+def test_masks_that_are_black_where_to_remove_are_inverted(scenes):
+    plain = open_source("paired", scenes, **SCENES)
+    inverted = open_source("paired", scenes, **SCENES, invert_masks=True)
+    item = next(iter(plain.list_items()))
+    first, turned = plain.load_item(item).mask, inverted.load_item(item).mask
+    assert np.array_equal(turned.array, 255 - first.array) and turned.file is None
+
+
 def test_each_mask_of_an_image_is_a_triplet_of_its_scene(scenes):
     source = open_source("paired", scenes, **SCENES, group="{scene}", license="CC0-1.0")
     filters = FilterConfig(duplicate_distance=-1)

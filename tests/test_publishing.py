@@ -2,12 +2,14 @@
 
 import errno
 import hashlib
+import io
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 
@@ -21,6 +23,7 @@ from hub_server import HubServer
 from PIL import Image
 
 from rorem_lib.data.assembly import assemble_sets
+from rorem_lib.data.filters import FilterConfig
 from rorem_lib.data.items import Rejected, SourceError
 from rorem_lib.data.pictures import TripletError, load_image
 from rorem_lib.data.publishing import publish_sets, upload_dataset
@@ -476,6 +479,79 @@ def test_foreign_parquet_is_read_by_its_columns(tmp_path):
     assert pictures.extra == {"extra": "no JSON", "quality": 3}
     with pytest.raises(Rejected):
         source.load_item(second)
+
+
+def _write_shard(path, **columns):
+    path.parent.mkdir(exist_ok=True)
+    pq.write_table(pa.table(columns), path, compression="brotli")
+    return ParquetSetSource(str(path.parent.parent))
+
+
+def _encode(array):
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": "x.png"}
+
+
+@pytest.mark.parametrize(
+    "rows, values",
+    [
+        (2_000_000, {"id": None, "source": None, "mask": None}),
+        (1, {"id": "x" * 300_000_000, "source": None, "mask": None}),
+    ],
+    ids=["rows", "a value"],
+)
+def test_a_small_shard_that_would_become_gigabytes_is_refused(tmp_path, rows, values):
+    columns = {name: pa.array([value] * rows, pa.string()) for name, value in values.items()}
+    source = _write_shard(tmp_path / "data/train.parquet", **columns)
+    assert (tmp_path / "data/train.parquet").stat().st_size < 20_000
+    with pytest.raises(TripletError, match=r"train\.parquet"):
+        list(source.list_items())
+
+
+def test_a_value_stored_once_does_not_fill_the_memory_a_thousand_times(tmp_path, monkeypatch):
+    large = {"bytes": bytes(500_000), "path": "x"}
+    source = _write_shard(tmp_path / "data/train.parquet", source=[large] * 900, mask=[large] * 900)
+    path = tmp_path / "data/train.parquet"
+    assert path.stat().st_size < 60_000
+    items = list(source.list_items())
+    assert len(items) == 900
+    with pytest.raises(TripletError, match=r"train\.parquet.*ROREM_MAX_PARQUET_RATIO"):
+        source.load_item(items[0])
+
+
+@pytest.mark.parametrize(
+    "extra, words",
+    [
+        *((f'{{"{key}": "x"}}', key) for key in ("source", "mask", "GT", "gt", "inpaint")),
+        ('{"note": "half a \\ud800"}', "surrogates"),
+        ('{"note": ' + "[" * 60 + "]" * 60 + "}", "deeper than"),
+        ('{"note": ' + "[" * 20_000, "recursion"),
+    ],
+    ids=["source", "mask", "GT", "gt", "inpaint", "half a character", "lists", "no end"],
+)
+def test_further_keys_that_no_record_can_have_are_rejected(tmp_path, extra, words):
+    mask = np.zeros((SIZE, SIZE), np.uint8)
+    mask[:8, :8] = 255
+    parts = {"source": _picture(1), "mask": mask, "GT": _picture(1).copy()}
+    parts["GT"][mask > 0] = 255 - parts["GT"][mask > 0]
+    columns = {name: [_encode(array)] * 2 for name, array in parts.items()}
+    extras = [extra, '{"note": 1, "id": "z", "group": "y"}']  # the row's own id and group count
+    source = _write_shard(tmp_path / "data/train.parquet", **columns, extra=extras)
+    filters = FilterConfig(duplicate_distance=-1)
+    result = assemble_sets(source, tmp_path / "out", workers=0, filters=filters)
+    assert result.counts == {"labelled": 1} and sum(result.reasons.values()) == 1
+    assert words in (tmp_path / "out/rejected.jsonl").read_text()
+    (kept,) = read_triplets(result.sets["labelled"])
+    assert (kept.id, kept.extra["note"]) == ("train-0-1", 1)
+
+
+def test_a_temporary_folder_that_cannot_be_written_rejects_nothing(sets, tmp_path, monkeypatch):
+    out = _publish({"train": sets["train"]}, tmp_path / "published")
+    monkeypatch.setattr(tempfile, "tempdir", "/proc/nowhere")
+    with pytest.raises(SourceError, match="set TMPDIR"):
+        assemble_sets(ParquetSetSource(str(out)), tmp_path / "out", workers=0)
+    assert not (tmp_path / "out/rejected.jsonl").exists()
 
 
 def test_ids_that_two_splits_share_are_made_unique(sets, tmp_path):

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from cells import CellFailed, run_cells
 from forked import Job, run_job
+from PIL import ExifTags, Image, ImageCms
 from safetensors.torch import load_file, save_file
 
 from rorem_lib import removal
@@ -691,3 +693,44 @@ def test_two_processes_make_what_one_makes(config):
     for name in alone:
         assert_near(alone[name], both[name])
     assert not list((folder / "candidates").glob("*.partial"))
+
+
+# --------------------------------------------------------------------- an image and mask of yours
+
+
+@pytest.mark.slow
+def test_notebook_00_takes_an_editors_mask_and_keeps_profile_and_exif(tiny_model, tmp_path):
+    small = np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8)
+    scene = cv2.resize(small, (150, 100), interpolation=cv2.INTER_CUBIC)
+    hole = np.zeros((100, 150), np.uint8)
+    hole[40:70, 60:100] = 255
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # stored lying
+    exif[ExifTags.IFD.Exif] = {ExifTags.Base.DateTimeOriginal: "2026:01:02 03:04:05"}
+    stored = Image.fromarray(np.rot90(scene).copy())
+    stored.save(tmp_path / "photo.jpg", quality=95, exif=exif, icc_profile=profile)
+    mask = np.dstack([scene, 255 - hole])[::2, ::2]  # DALL-E's, of another size
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    parameters = {
+        "output_dir": str(tmp_path / "out"),
+        "image_path": str(tmp_path / "photo.jpg"),
+        "mask_path": str(tmp_path / "mask.png"),
+        "pretrained_model_name_or_path": str(tiny_model),
+        "removals": 1,
+        "num_inference_steps": 2,
+        "paste_back": True,
+    }
+    run_cells(ROOT / "notebooks/00_remove_objects.ipynb", tmp_path / "done.ipynb", parameters)
+    with Image.open(tmp_path / "out/removal-0.png") as image:
+        assert image.info["icc_profile"] == profile
+        kept, removal = image.getexif(), np.array(image)
+    assert kept[ExifTags.Base.Orientation] == 1
+    dates = kept.get_ifd(ExifTags.IFD.Exif)
+    assert dates[ExifTags.Base.DateTimeOriginal] == "2026:01:02 03:04:05"
+    photo = load_image(tmp_path / "photo.jpg")
+    changed = (removal != photo).any(axis=2)
+    assert removal.shape == (100, 150, 3) and changed.any() and not changed[hole == 0].any()
+    parameters["mask_path"] = str(tmp_path / "photo.jpg")
+    with pytest.raises(CellFailed, match=r"photo\.jpg, given as a mask"):
+        run_cells(ROOT / "notebooks/00_remove_objects.ipynb", tmp_path / "done.ipynb", parameters)

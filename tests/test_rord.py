@@ -1,5 +1,6 @@
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import cv2
@@ -9,6 +10,7 @@ from PIL import Image
 
 from rorem_lib.data.items import Rejected, SourceError
 from rorem_lib.data.pictures import TripletError
+from rorem_lib.sources.registry import discover_source
 from rorem_lib.sources.rord import RordSource
 
 WIDTH, HEIGHT = 96, 54
@@ -490,6 +492,35 @@ def test_a_frame_with_nothing_removable_is_refused(tmp_path):
     with pytest.raises(Rejected, match=r"F0001\.json") as caught:
         _load(RordSource(str(tmp_path)))
     assert caught.value.reason == "no object"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        '{"Raw_Data_Info.": {"Resolution": "192, 108"}, "Learning_Data_Info.": {"Annotation": [{'
+        '"Class_ID": "F38", "segmentation": [NaN, 1, 5, 5, 9, 1]}]}}',
+        '{"Raw_Data_Info.": {"Resolution": "192, 108"}, "Learning_Data_Info.": {"Annotation": [{'
+        '"Class_ID": "F38", "segmentation": [1, 1, 5, 5, 9, 1' + "0" * 5000 + "]}]}}",
+    ],
+    ids=["nesting", "no number", "digits"],
+)
+def test_a_hostile_label_is_named(tmp_path, text):
+    _low_resolution(tmp_path, count=1)
+    path = tmp_path / "train" / "label" / SCENE / f"{SCENE}_F0001.json"
+    path.write_text(text)
+    with pytest.raises(TripletError, match="no label of this image") as caught:
+        _load(RordSource(str(tmp_path)))
+    assert caught.value.file == path
+
+
+def test_images_without_masks_say_what_is_still_to_be_downloaded(tmp_path):
+    _low_resolution(tmp_path, count=1)
+    for name in ("label", "mask"):
+        shutil.rmtree(tmp_path / "train" / name, ignore_errors=True)
+    assert discover_source(tmp_path)[0] == "rord"
+    with pytest.raises(SourceError, match="train has img/ but not label/ or mask/"):
+        list(RordSource(str(tmp_path)).list_items())
 
 
 @pytest.mark.parametrize(

@@ -279,6 +279,64 @@ def test_a_small_pickle_takes_no_large_memory(tmp_path, data):
     assert _measure_memory(load) < 3_000_000
 
 
+TWICE = b"2\x86"  # a pair of what is on top of the stack: its hash, or its text, doubles
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x80\x02})" + TWICE * 50 + b"Ns.",  # the hash of a key
+        b"\x80\x02})" + b"\x85" * 150_000 + b"Ns.",  # and its depth
+        b"\x80\x02}()" + TWICE * 50 + b"Nu.",
+        b"\x80\x02()" + TWICE * 50 + b"Nd.",
+        b"\x80\x04\x8f()" + TWICE * 50 + b"\x90.",
+        b"\x80\x04()" + TWICE * 50 + b"\x91.",
+        b"\x80\x02cbuiltins\nset\n])" + TWICE * 50 + b"a\x85R.",
+        b"\x80\x02cbuiltins\nfrozenset\n])" + TWICE * 50 + b"a\x85\x81.",
+        b"\x80\x02cnumpy\ndtype\n)" + TWICE * 50 + b"\x85R.",  # its text, in a message
+        b"\x80\x02c_codecs\nencode\nX\x01\0\0\0b)" + TWICE * 50 + b"\x86R.",
+        b"\x80\x02cPIL.Image\nImage\n)\x81(N)" + TWICE * 50 + b"K\x01K\x01\x86NNtb.",
+    ],
+    ids=[
+        *("key", "depth", "keys", "table", "member", "frozen", "set", "new frozenset", "type"),
+        *("codec", "mode"),
+    ],
+)
+def test_a_value_whose_hash_or_text_never_ends_is_refused_at_once(tmp_path, data):
+    with pytest.raises(TripletError):
+        _load(tmp_path, data)
+
+
+def _copy(call, count):
+    """A call whose result is made `count` times of one text of a megabyte."""
+    text = b"X" + struct.pack("<I", 2**20) + b"a" * 2**20 + b"q\x010"
+    return b"\x80\x02" + text + b"]" + call * count + b"."
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x80\x04(" + b"\x8f" * 1_000_000 + b"l.",  # sets that are empty
+        b"\x80\x02(" + b"]" * 1_000_000 + b"l.",
+        _copy(b"c_codecs\nencode\nh\x01X\x06\0\0\0latin1\x86Ra", 200),
+    ],
+    ids=["sets", "lists", "copies"],
+)
+def test_a_pickle_makes_no_more_than_its_bytes_account_for(tmp_path, data):
+    def load():
+        with pytest.raises(TripletError, match="is refused"):
+            _load(tmp_path, data, 10_000_000)
+
+    assert _measure_memory(load) < 60_000_000
+    assert len(zlib.compress(data)) < 10_000
+
+
+def test_a_web_page_in_the_place_of_a_pickle_is_called_so(tmp_path):
+    (tmp_path / "x.p.zl").write_bytes(b"<!doctype html><html>Sign in</html>")
+    with pytest.raises(TripletError, match=r"x\.p\.zl is a web page"):
+        load_compressed_pickle(tmp_path / "x.p.zl", LIMIT)
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rorem_lib.data import triplets as triplets_module
 from rorem_lib.data.check import check_set
 from rorem_lib.data.pictures import (
     TripletError,
@@ -19,9 +21,15 @@ from rorem_lib.data.pictures import (
     read_size,
     save_image,
 )
-from rorem_lib.data.triplets import HIDDEN_MARK, load_images, read_triplets, resolve_meta
+from rorem_lib.data.triplets import (
+    HIDDEN_MARK,
+    load_images,
+    read_records,
+    read_triplets,
+    resolve_meta,
+)
 from rorem_lib.data.writer import TripletWriter, merge_sets
-from rorem_lib.files import hash_file
+from rorem_lib.files import Shallow, hash_file, read_json
 
 
 def _picture(seed=0, size=24):
@@ -221,6 +229,60 @@ def test_a_damaged_meta_file_is_named(made):
         read_triplets(made)
 
 
+@pytest.mark.parametrize("start", ["[" * 100_000, '[{"a":' * 5000, '{"id": ' * 5000])
+def test_lists_in_lists_without_end_are_refused_before_they_fill_the_memory(made, start):
+    (made / "meta.json").write_text(start)
+    with pytest.raises(TripletError, match=r"meta\.json is nested deeper"):
+        list(read_records(made / "meta.json"))
+    with pytest.raises(ValueError, match=r"meta\.json is nested deeper"):
+        read_json(made / "meta.json")
+
+
+def test_brackets_in_texts_are_no_nesting(made, monkeypatch):
+    texts = ["[" * 300, '\\"[' * 300, "\\" * 301 + "[" * 200, '"' + "{" * 200, "]}" * 300]
+    records = [_record("a", caption=text, list=[[1], {"b": [2]}]) for text in texts * 40]
+    (made / "meta.json").write_text(json.dumps(records))
+    assert list(read_records(made / "meta.json")) == records
+    assert read_json(made / "meta.json") == records
+    lines = "\n".join(map(json.dumps, records))
+    (made / "meta.json").write_text(lines)
+    assert list(read_records(made / "meta.json")) == records
+    stream = Shallow(io.BytesIO(lines.encode()), "x")
+    while stream.read(7):  # texts and their backslashes cut anywhere
+        pass
+
+
+def test_a_record_without_end_is_refused(made, monkeypatch):
+    monkeypatch.setattr(triplets_module, "_MOST_RECORD", 200_000)
+    records = [_record("a", caption="x" * 50_000)] * 20
+    _write_meta(made, records)
+    assert len(list(read_records(made / "meta.json"))) == 20
+    _write_meta(made, [*records, _record("b", caption="x" * 400_000)])
+    with pytest.raises(TripletError, match=r"meta\.json has an object of more than 200,000"):
+        list(read_records(made / "meta.json"))
+    monkeypatch.setenv("ROREM_MAX_JSON_MB", "0.1")
+    with pytest.raises(ValueError, match=r"meta\.json.*ROREM_MAX_JSON_MB"):
+        read_json(made / "meta.json")
+
+
+@pytest.mark.parametrize("form", [lambda rows: f"[{','.join(rows)}]", "\n".join])
+def test_a_number_of_thousands_of_digits_stays_a_text(made, form):
+    rows = [json.dumps(_record(name)) for name in "abc"]
+    rows[1] = rows[1][:-1] + ', "n": ' + "7" * 6000 + "}"
+    (made / "meta.json").write_text(form(rows))
+    found = list(read_records(made / "meta.json"))
+    assert [row["source"] for row in found] == [_record(name)["source"] for name in "abc"]
+    assert found[1]["n"] == "7" * 6000
+    with pytest.raises(ValueError, match=r"meta\.json"):
+        read_json(made / "meta.json")
+
+
+def test_a_pointer_in_the_place_of_the_records_is_called_so(made):
+    (made / "meta.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\n")
+    with pytest.raises(TripletError, match=r"meta\.json is a Git-LFS pointer"):
+        read_triplets(made)
+
+
 # ------------------------------------------------------------------------------------- images
 
 
@@ -403,7 +465,7 @@ def test_sizes_are_read_from_the_header_as_pictures_open(tmp_path):
     assert read_size(tmp_path / "x.png") == (30, 20)
     for content in (b"", b"no image"):
         (tmp_path / "x.png").write_bytes(content)
-        with pytest.raises(TripletError, match=r"x\.png is no image"):
+        with pytest.raises(TripletError, match=r"x\.png is (no image|empty)"):
             read_size(tmp_path / "x.png")
     with pytest.raises(TripletError, match="does not exist"):
         read_size(tmp_path / "y.png")
@@ -427,7 +489,7 @@ def _truncate(path, share=0.6):
         (lambda f: save_image(f / "mask/a.png", _mask(30)), r"mask/a\.png is 30x30 px but .*24x24"),
         (lambda f: save_image(f / "GT/a.png", _picture(size=20)), r"GT/a\.png is 20x20 px"),
         (lambda f: save_image(f / "mask/a.png", _mask() * 0), r"mask/a\.png is an empty mask"),
-        (lambda f: save_image(f / "mask/a.png", _mask() // 255), "multiply its values by 255"),
+        (lambda f: save_image(f / "mask/a.png", _mask() // 127), "spread its values to 0 and 255"),
         (
             lambda f: save_image(f / "mask/a.png", _mask() * 0 + 255),
             r"mask/a\.png is white everywhere",
@@ -441,7 +503,7 @@ def _truncate(path, share=0.6):
         "mask size",
         "GT size",
         "empty mask",
-        "mask of ones",
+        "mask of twos",
         "white mask",
     ],
 )

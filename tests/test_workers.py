@@ -14,7 +14,7 @@ import pytest
 
 from rorem_lib import workers
 from rorem_lib.files import ROOT
-from rorem_lib.workers import Progress, group_chunks, map_processes
+from rorem_lib.workers import Progress, group_chunks, limit_time, map_processes
 
 
 def _square(number):
@@ -36,6 +36,30 @@ def _wait(seconds):
 
 def _count_threads(number):
     return cv2.getNumThreads()
+
+
+def _fail_at(task):
+    number, marker = task
+    if number == 3:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if number == 5 and not marker.exists():  # dies once
+        marker.touch()
+        os._exit(7)
+    if number == 7:
+        with limit_time(0.5):
+            hash(_nest())  # C code that ends on its own after ages
+    return number
+
+
+def _nest():
+    value = ()
+    for _ in range(60):
+        value = (value, value)
+    return value
+
+
+def _give_a_function(number):
+    return (lambda: number) if number == 2 else number
 
 
 def _list_workers():
@@ -87,6 +111,38 @@ def test_a_killed_worker_is_told_as_such_and_no_process_stays():
     with pytest.raises(RuntimeError, match="a worker process died.*take fewer workers"):
         list(map_processes(_die, range(8), workers=2))
     assert not _list_workers()
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_what_a_process_died_at_is_named_and_the_others_go_on(tmp_path, number):
+    tasks = [(n, tmp_path / "marker") for n in range(10)]
+    found = list(
+        map_processes(_fail_at, tasks, workers=number, lost=lambda task, why: (task[0], why))
+    )
+    assert [n for n in found if not isinstance(n, tuple)] == [0, 1, 2, 4, 5, 6, 8, 9]
+    assert found[3][0] == 3 and "SIGSEGV" in found[3][1]
+    assert found[7][0] == 7 and "took too long" in found[7][1]
+    assert not _list_workers()
+
+
+def test_a_result_that_cannot_be_sent_is_an_error_and_no_hang():
+    results = map_processes(_give_a_function, range(4), workers=2)
+    assert [next(results), next(results)] == [0, 1]
+    with pytest.raises(RuntimeError, match="cannot be sent"):
+        next(results)
+    assert not _list_workers()
+
+
+def test_a_process_that_cannot_start_ends_the_work_instead_of_losing_everything(monkeypatch):
+    monkeypatch.setenv("ROREM_ITEM_GB", "none")
+    with pytest.raises(RuntimeError, match="cannot start"):
+        list(map_processes(abs, range(4), workers=2, lost=lambda task, why: None))
+
+
+def test_memory_has_an_end(monkeypatch):
+    monkeypatch.setenv("ROREM_ITEM_GB", "0.5")
+    with pytest.raises(MemoryError):
+        list(map_processes(bytes, [10, 2**30], lost=lambda task, why: why))
 
 
 def test_slow_ones_keep_their_place():

@@ -30,7 +30,15 @@ from rorem_lib.builtin import scenes
 from rorem_lib.data.pictures import TripletError, load_image, save_image
 from rorem_lib.data.triplets import HIDDEN_MARK, HIDDEN_PARTS, is_hidden
 from rorem_lib.data.writer import TripletWriter, claim_set, clear_set
-from rorem_lib.files import flush, is_filled, lock_folder, read_json, write_json, write_text
+from rorem_lib.files import (
+    find_cache,
+    flush,
+    is_filled,
+    lock_folder,
+    read_json,
+    write_json,
+    write_text,
+)
 from rorem_lib.workers import map_processes
 
 logger = logging.getLogger(__name__)
@@ -258,8 +266,8 @@ def read_truth(hidden_dir: str | Path, scene_id: str) -> Truth:
 def builtin_set(role: str) -> Path:
     """The `meta.json` that `builtin:<role>` means, made at its first use and kept in the cache.
 
-    Sets are rendered below `$ROREM_CACHE` (default `~/.cache/rorem`) in a folder named after
-    `VERSION`, so an old cache is never mistaken for a new one.
+    Sets are rendered below `files.find_cache()` in a folder named after `VERSION`, so an old cache
+    is never mistaken for a new one.
 
     Raises:
         TripletError: an unknown role.
@@ -270,10 +278,10 @@ def builtin_set(role: str) -> Path:
             f"there is no built-in set builtin:{role}: take one of "
             + ", ".join(f"builtin:{name}" for name in ROLES)
         )
-    cache = Path(os.environ.get("ROREM_CACHE") or "~/.cache/rorem").expanduser().absolute()
     return (
         _make_once(
-            cache / f"scenes-v{VERSION}", lambda folder: write_scene_sets(folder, **DEFAULT_SIZES)
+            find_cache() / f"scenes-v{VERSION}",
+            lambda folder: write_scene_sets(folder, **DEFAULT_SIZES),
         )
         / role
         / "meta.json"

@@ -19,13 +19,14 @@ import re
 import shutil
 import stat
 import tarfile
+import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from rorem_lib.data.pictures import AGAIN
-from rorem_lib.files import flush_disk, read_json, replace_folder, write_json
+from rorem_lib.data.pictures import AGAIN, describe_content
+from rorem_lib.files import flush_disk, read_json, read_limit, replace_folder, write_json
 
 MARKER = ".extracted.json"  # in the folder: which archive it was unpacked from
 _NAME = re.compile(
@@ -39,6 +40,9 @@ _BY_HAND = {
     b"\x28\xb5\x2f\xfd": "compressed with zstd: unpack it by hand, `tar --zstd -xf {0}`",
 }
 _CHUNK = 1 << 20
+_SMALL = 10**9  # bytes that an archive may write however small it is
+_MOST_HEADER = 1 << 14  # bytes of what a tar says of one member beside its name
+_SLOW = 30.0, 0.02  # seconds for all headers of a tar, and for each: a few bytes can take hours
 _FILTER = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # Debian 12 has 3.11.2
 
 
@@ -100,6 +104,7 @@ def extract_archive(
     *,
     max_bytes: int = 2 * 10**12,
     max_members: int = 5_000_000,
+    max_ratio: float | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Unpack an archive into a folder of its own, once.
@@ -113,6 +118,8 @@ def extract_archive(
         folder: made here.
         max_bytes: most bytes that may be written.
         max_members: most files and folders.
+        max_ratio: most bytes written, beyond 1 GB, for each of the archive's; by default
+            `ROREM_MAX_ARCHIVE_RATIO` (100): images hardly compress, tables and labels do.
         progress: called with (bytes of the archive read, its size).
 
     Returns:
@@ -126,6 +133,13 @@ def extract_archive(
     """
     path, folder = Path(path), Path(folder)
     parts = list_parts(path)
+    max_ratio = max_ratio or read_limit("ROREM_MAX_ARCHIVE_RATIO", 100)
+    allowed = max(_SMALL, max_ratio * sum(part.stat().st_size for part in parts))
+    limits = {
+        "max_members": max_members,
+        "max_bytes": max_bytes,
+        "ROREM_MAX_ARCHIVE_RATIO": allowed,
+    }
     state = {"archive": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in parts]}
     old = read_json(folder / MARKER) if (folder / MARKER).is_file() else None
     if old == state:
@@ -140,12 +154,14 @@ def extract_archive(
     try:
         partial.mkdir(parents=True)
         with io.BufferedReader(_Parts(parts), _CHUNK) as stream:
-            _unpack(path, stream, partial, max_bytes, max_members, progress)
+            _unpack(path, stream, partial, limits, progress)
         flush_disk(partial)
         write_json(partial / MARKER, state)
         replace_folder(partial, folder)
     except ArchiveError:
         raise
+    except _Refused as error:
+        raise ArchiveError(f"{path} is refused: it has {error}") from None
     except OSError as error:
         if error.errno is None:  # a decompressor's word, not the disk's
             raise _damaged(path, error) from error
@@ -162,8 +178,15 @@ def extract_archive(
 
 
 def _damaged(path: Path, error: Exception) -> ArchiveError:
+    with open(path, "rb") as stream:
+        if what := describe_content(stream.read(512)):
+            return ArchiveError(f"{path} is no archive but {what}")
     why = str(error).split("\n")[0]
     return ArchiveError(f"{path} is truncated, damaged or no archive ({why}): {AGAIN}")
+
+
+class _Refused(Exception):
+    """A tar has what none needs; tarfile takes no other error for a file of another kind."""
 
 
 class _Parts(io.RawIOBase):
@@ -194,12 +217,12 @@ class _Parts(io.RawIOBase):
         return count
 
 
-def _unpack(path: Path, stream, folder: Path, max_bytes: int, max_members: int, progress) -> None:
+def _unpack(path: Path, stream, folder: Path, limits: dict[str, float], progress) -> None:
     head = stream.peek(8)[:8]
     for magic, advice in _BY_HAND.items():
         if head.startswith(magic):
             raise ArchiveError(f"{path} is {advice.format(path.name)}, then give the folder")
-    total = stream.seek(0, io.SEEK_END)
+    total, written, count = stream.seek(0, io.SEEK_END), 0, 0
     stream.seek(0)
     members = _read_zip if head.startswith(b"PK") else _read_tar
     for name, is_plain, size, extract in members(stream, folder):
@@ -212,12 +235,13 @@ def _unpack(path: Path, stream, folder: Path, max_bytes: int, max_members: int, 
                 "`tar --dereference --hard-dereference`"
             )
         # Neither library writes more of a member than the size that its header names.
-        max_members, max_bytes = max_members - 1, max_bytes - size
-        if min(max_members, max_bytes) < 0:
-            limit = "max_members" if max_members < 0 else "max_bytes"
-            raise ArchiveError(
-                f"{path} is refused: more than {limit} allows; raise it if this is expected"
-            )
+        written, count = written + size, count + 1
+        for limit, most in limits.items():
+            if (count if limit == "max_members" else written) > most:
+                raise ArchiveError(
+                    f"{path} is refused: it holds more than {limit} allows ({most:,.0f}); raise it "
+                    "if this is expected"
+                )
         try:
             extract()
         except (FileExistsError, IsADirectoryError, NotADirectoryError):
@@ -229,14 +253,34 @@ def _unpack(path: Path, stream, folder: Path, max_bytes: int, max_members: int, 
 
 
 class _Member(tarfile.TarInfo):
-    """A tar member that does not take a damaged header for the archive's end."""
+    """A tar member that does not take a damaged header for the archive's end.
+
+    What comes before a member (long names, and pax headers, which Python parses in time that grows
+    with the square of their length) is limited.
+    """
+
+    before = 0  # such headers since the last member; each archive has a class of its own
 
     @classmethod
     def frombuf(cls, buf, encoding, errors):
         member = super().frombuf(buf, encoding, errors)
-        if member.type in (b"L", b"K", b"x", b"g", b"X") and member.size > _CHUNK:
-            raise tarfile.ReadError("a name of more than 1 MB")  # it would be read at once
+        if member.type in (b"L", b"K", b"x", b"g", b"X"):
+            cls.before += 1
+            if member.size > _CHUNK:
+                raise _Refused("a name of more than 1 MB")  # it would be read at once
+            if member.type not in (b"L", b"K") and member.size > _MOST_HEADER:
+                raise _Refused("a header of more than 16 kB")
+            if cls.before > 8:
+                raise _Refused("more than 8 headers before a member")
+        else:
+            cls.before = 0
         return member
+
+    def _refuse_sparse(self, *_):
+        raise _Refused("a sparse file: pack the tar again without --sparse")
+
+    # a header of these may name millions of parts
+    _proc_sparse = _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _refuse_sparse
 
     @classmethod
     def fromtarfile(cls, archive):
@@ -251,12 +295,21 @@ class _Member(tarfile.TarInfo):
 def _read_tar(stream, folder: Path) -> Iterator[tuple[str, bool, int, Callable]]:
     """Each member's name, whether it is a file or a folder, its bytes, and what extracts it."""
     with tarfile.open(
-        fileobj=stream, mode="r:*", tarinfo=_Member, encoding="utf-8", errors="replace"
+        fileobj=stream,
+        mode="r:*",
+        tarinfo=type("_Member", (_Member,), {}),
+        encoding="utf-8",
+        errors="replace",
     ) as archive:
+        began, spent, members = time.monotonic(), 0.0, 0
         while (member := archive.next()) is not None:
             archive.members.clear()  # or the memory would hold them all
+            spent, members = spent + time.monotonic() - began, members + 1
+            if spent > _SLOW[0] + _SLOW[1] * members:
+                raise _Refused(f"headers that take {spent:.0f} s to read")
             extract = functools.partial(archive.extract, member, folder, set_attrs=False, **_FILTER)
             yield member.name, member.isreg() or member.isdir(), member.size, extract
+            began = time.monotonic()
         while archive.fileobj.read(_CHUNK):  # checksums stand at the end
             pass
 

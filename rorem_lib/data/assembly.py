@@ -15,6 +15,7 @@ interruption: each item depends on itself alone, records are ordered by id, and 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -27,20 +28,20 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rorem_lib.data.conversion import MISSING, Job, convert_chunk, wait_for_space
+from rorem_lib.data.conversion import MISSING, Job, convert_item, reject_lost, wait_for_space
 from rorem_lib.data.filters import Checker, FilterConfig, reject_duplicates, reject_unsafe
-from rorem_lib.data.items import Item, Pictures, Rejected, Source, SourceError
+from rorem_lib.data.items import Item, Pictures, Source, SourceError, escape_text
 from rorem_lib.data.journal import Journal, JournalIndex, write_lines
 from rorem_lib.data.pictures import TripletError
 from rorem_lib.data.triplets import read_records
 from rorem_lib.data.writer import OWNED, TripletWriter, clear_set, has_records
-from rorem_lib.files import is_filled, lock_folder, read_json, write_json
-from rorem_lib.workers import Progress, group_chunks, map_processes
+from rorem_lib.files import is_filled, lock_folder, read_json, read_limit, write_json
+from rorem_lib.workers import Progress, group_chunks, limit_time, map_processes
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1  # raise it when the same settings give other files
-_CHUNK = 16  # items a process takes at a time
+VERSION = 2  # raise it when the same settings give other files
+_CHUNK = 16  # items between two calls of `progress`
 _SETS = ("labelled", "pool", "test")
 
 
@@ -89,11 +90,13 @@ def assemble_sets(
             that grows keeps its split. A source with a split of its own keeps that.
         seed: another seed, another split.
         limit: at most so many items, the first ones; 0 takes all.
-        workers: processes.
+        workers: processes; an item whose file ends its process, or takes it longer than
+            `ROREM_ITEM_SECONDS`, is rejected and the others go on. 0 works in this process, which
+            such a file ends.
         evaluation_sets: sets of images that must not occur in this one.
         safety: sources that it takes for unsafe are rejected.
         patience: seconds to wait for space on a full disk before giving up.
-        progress: called after every chunk.
+        progress: called after every few items.
 
     Returns:
         What was written.
@@ -170,20 +173,32 @@ def open_examples(source: Source, count: int = 4, *, tries: int = 50) -> dict[st
         SourceError: the source has not the layout that its importer expects, or no items.
     """
     found, groups, last = {}, set(), None
-    for number, item in enumerate(source.list_items()):
-        if len(found) == count or number == tries:
-            break
-        if item.group not in groups:
-            try:
-                found[item.id] = source.load_item(item)
+    items = itertools.islice(source.list_items(), tries)
+    tasks = ((source, item) for item in items if item.group not in groups)
+    opened = map_processes(_open_item, tasks, lost=lambda task, why: (task[1], None, why))
+    with contextlib.closing(opened):  # in a process of its own, which any file may end
+        for item, pictures, why in opened:
+            if pictures is None:
+                last = why
+            elif item.group not in groups:
+                found[item.id] = pictures
                 groups.add(item.group)
-            except (Rejected, TripletError, OSError) as error:
-                last = error
+            if len(found) == count:
+                break
     if not found:
         raise SourceError(
             f"no item of {source.folder} can be opened; the last one: {last or 'there is none'}"
         )
     return found
+
+
+def _open_item(task: tuple[Source, Item]) -> tuple[Item, Pictures | None, str]:
+    source, item = task
+    try:
+        with limit_time(read_limit("ROREM_ITEM_SECONDS", 300)):
+            return item, source.load_item(item), ""
+    except Exception as error:
+        return item, None, f"{error}"[:1000]
 
 
 def _work_off(
@@ -204,21 +219,25 @@ def _work_off(
     with tempfile.TemporaryFile(dir=job.folder) as spool:
         total = _spool_items(items, spool)
         todo = (item for item in _read_spool(spool) if item.id not in done)
-        chunks = (
-            (job, [(item, choose(item)) for item in chunk]) for chunk in group_chunks(todo, _CHUNK)
-        )
+        tasks = ((job, item, choose(item)) for item in todo)
+        if workers == 0:
+            results = map(convert_item, tasks)
+        else:
+            results = map_processes(convert_item, tasks, workers=workers, lost=reject_lost)
         state = Progress("items", total, done=len(done), active=False)
         missing = Counter()
-        for outcome in map_processes(convert_chunk, chunks, workers=workers):
-            for name, record in outcome.records:
-                missing.update(record.pop(MISSING, ()))
-                if name not in writers:
-                    writers[name] = TripletWriter(job.folder / name)
-                wait_for_space(functools.partial(writers[name].add_record, record), job.patience)
-            for record in outcome.rejected:
-                wait_for_space(functools.partial(rejections.append, record), job.patience)
-            state.add(len(outcome.records) + len(outcome.rejected))
-            bad += len(outcome.rejected)
+        for chunk in group_chunks(results, _CHUNK):
+            for name, record in chunk:
+                if name is None:
+                    bad += 1
+                    append = rejections.append
+                else:
+                    missing.update(record.pop(MISSING, ()))
+                    if name not in writers:
+                        writers[name] = TripletWriter(job.folder / name)
+                    append = writers[name].add_record
+                wait_for_space(functools.partial(append, record), job.patience)
+            state.add(len(chunk))
             state.note = f", {bad:,} rejected"
             if progress:
                 progress(state)
@@ -307,13 +326,12 @@ def _spool_items(items: Iterator[Item], spool) -> int:
     """Write the items to a file, so that they are listed once and not held; their number."""
     seen, count = set(), 0
     for item in items:
-        name, number = item.id, 1
+        name, number = escape_text(item.id), 1
         while name in seen:  # two files of one name in different folders
             number += 1
-            name = f"{item.id}~{number}"
+            name = f"{escape_text(item.id)}~{number}"
         seen.add(name)
-        if name != item.id:
-            item = Item(name, item.group, item.place, item.split)
+        item = Item(name, escape_text(item.group), item.place, item.split)
         pickle.dump(item, spool)
         count += 1
     return count

@@ -9,6 +9,7 @@ it and keeps it with its reason, and goes on.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 from abc import ABC, abstractmethod
@@ -19,7 +20,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from rorem_lib.data.pictures import decode_image
+from rorem_lib.data.masks import has_shape
+from rorem_lib.data.pictures import decode_image, decode_mask
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # of images
 UNKNOWN_LICENSE = "unknown: see the dataset's page"
@@ -44,7 +46,17 @@ class Rejected(Exception):
 
 def describe_rejection(id: str, group: str, set: str, reason: str, message: str) -> dict:
     """A line of `rejected.jsonl`; `set` is where the item would have gone."""
+    id, group, message = map(escape_text, (id, group, message[:2000]))
     return {"id": id, "group": group, "set": set, "reason": reason, "message": message}
+
+
+def escape_text(text: str) -> str:
+    """A text as UTF-8 can hold it: `\\xe9` for a byte of a file's name that is none, `\\ud800` for
+    half a character of JSON's."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "backslashreplace").decode()
 
 
 @dataclass(frozen=True)
@@ -62,6 +74,10 @@ class Item:
     group: str
     place: Any
     split: str | None = None
+
+    def describe_place(self) -> str:
+        """`place` as JSON, for messages: names in it that are no UTF-8 are not escaped yet."""
+        return json.dumps(self.place, ensure_ascii=False, default=str)
 
 
 @dataclass
@@ -195,7 +211,7 @@ def make_id(*parts: str | int) -> str:
     The result is at most 150 bytes; what is longer is cut and gets a hash of the whole.
     """
     text = "-".join(str(part).replace("/", "-").replace("\\", "-").strip(" .") for part in parts)
-    text = text.lstrip(".") or "item"
+    text = escape_text(text.lstrip(".")) or "item"
     data = text.encode()
     if len(data) > 150:
         text = data[:137].decode(errors="ignore") + "~" + hashlib.sha256(data).hexdigest()[:12]
@@ -205,27 +221,28 @@ def make_id(*parts: str | int) -> str:
 def open_picture(path: str | Path, mode: str = "RGB") -> Picture:
     """Open a file as an image, to be taken over as it is where every reader sees these pixels.
 
+    Args:
+        mode: "RGB" for an image, "L" for a mask.
+
     Anything but an upright 8-bit RGB or grey file (16 bits, CMYK, EXIF rotation, palette, alpha) is
     encoded again.
 
     Raises:
-        TripletError: missing, empty, truncated or no image.
+        TripletError: missing, empty, truncated or no image; no mask.
     """
     path = Path(path)
-    array, plain = decode_image(path, mode)
+    array, plain = decode_image(path) if mode == "RGB" else decode_mask(path)
     return Picture(array, path if plain else None)
 
 
 def check_shape(mask: np.ndarray, image: np.ndarray, path: Path) -> None:
     """Refuse a mask [h, w] that is no scaled view of an image [H, W, 3]; `path` names the mask.
 
-    Rounded sides pass: the aspects may differ by 2 px on the shortest of the four.
-
     Raises:
-        Rejected: the aspects differ by more; for one, the image was turned after it was masked.
+        Rejected: the aspects differ; for one, the image was turned after it was masked.
     """
     (h, w), (height, width) = mask.shape, image.shape[:2]
-    if abs(w * height / (h * width) - 1) > 2 / min(h, w, height, width):
+    if not has_shape(mask.shape, image.shape[:2]):
         raise Rejected(
             "mask of another shape",
             f"{path} is {w}x{h} px, which is another shape than its image's {width}x{height} px",

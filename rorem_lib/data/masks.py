@@ -31,6 +31,119 @@ def binarise_mask(mask: np.ndarray, threshold: int = 128) -> np.ndarray:
     return np.where(mask >= threshold, 255, 0).astype(np.uint8)
 
 
+def interpret_mask(image: np.ndarray) -> tuple[np.ndarray, bool]:
+    """The mask that an image file means, of the kinds that people and programs make.
+
+    - Grey levels: white is to be removed. Values of exactly 0 and 1 count as black and white.
+    - Two colours, one of them black (a palette of classes, a red layer): the other one counts.
+    - Strokes on a transparent layer: what was drawn; white ones by their lightness, as in black
+      and white.
+    - An image with a transparent hole, as DALL-E's editor takes it: the hole.
+
+    Args:
+        image: [H, W], [H, W, 3] or [H, W, 4] (RGBA) uint8.
+
+    Returns:
+        [H, W] uint8, and whether it is as the file's own lightness has it.
+
+    Raises:
+        ValueError: a photograph, or something that can be read in two ways: names them.
+    """
+    if image.ndim == 3 and image.shape[2] == 4:
+        if image[..., 3].min() < 255:
+            return _read_layer(image), False
+        image = image[..., :3]
+    if image.ndim == 3:
+        if _is_coloured(image):
+            return _read_two_colours(image), False
+        image = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    low, high, *_ = cv2.minMaxLoc(image)
+    if (low, high) == (0, 1):
+        return image * 255, False
+    counts = cv2.calcHist([image], [0], None, [256], [0, 256]).ravel()
+    middle = counts[32:224].sum() / image.size
+    if middle > 0.6 and np.count_nonzero(counts) > 64:
+        raise ValueError(
+            f"is a photograph: {middle:.0%} of it is neither black nor white. Give a mask of its "
+            "size, white where something is to be removed and black elsewhere"
+        )
+    return image, True
+
+
+def _read_layer(image: np.ndarray) -> np.ndarray:
+    """The mask of an RGBA image [H, W, 4] that is transparent somewhere."""
+    colour, alpha = np.ascontiguousarray(image[..., :3]), image[..., 3]
+    seen = alpha >= 128
+    edge = np.concatenate([seen[0], seen[-1], seen[:, 0], seen[:, -1]])
+    is_canvas = edge.mean() > 0.5  # a whole image with a hole, not something on nothing
+    grey = cv2.cvtColor(colour, cv2.COLOR_RGB2GRAY)
+    drawn = (grey * (alpha / np.float32(255)) + 0.5).astype(np.uint8)
+    if not seen.any():
+        return drawn
+    if seen.all():
+        return interpret_mask(colour)[0]
+    if len(np.unique(colour[seen][:: 1 + seen.sum() // 100_000] >> 5, axis=0)) > 16:
+        if is_canvas:
+            return np.where(seen, 0, 255).astype(np.uint8)
+        raise ValueError(
+            "is an object cut out of its image: is the object to be removed, or what is around it? "
+            "Save the one in white on black"
+        )
+    white, black = (grey[seen] >= 128).mean(), (grey[seen] < 128).mean()
+    if is_canvas and white > 0.99:
+        raise ValueError(
+            "is white with a transparent hole: is the white to be removed, or the hole? Save the "
+            "one in white on black, without transparency"
+        )
+    if black > 0.99:  # nothing white: the transparency alone says what is meant
+        return np.where(seen, 0, 255).astype(np.uint8) if is_canvas else alpha
+    return drawn
+
+
+def _is_coloured(image: np.ndarray) -> bool:
+    """Whether more than specks of an RGB image [H, W, 3] are no grey."""
+    step = max(1, int((image.size / 3e6) ** 0.5))  # a megapixel tells
+    red, green, blue = cv2.split(image[::step, ::step])
+    spread = cv2.max(cv2.absdiff(red, green), cv2.absdiff(green, blue))
+    return cv2.countNonZero(cv2.compare(spread, 24, cv2.CMP_GT)) > 1e-4 * spread.size
+
+
+def _read_two_colours(image: np.ndarray) -> np.ndarray:
+    """How much each pixel [H, W, 3] is of the other colour than black, as a mask [H, W]."""
+    flat = image.reshape(-1, 3)
+    some = flat[:: 1 + len(flat) // 100_000].astype(np.float32)
+    first = _find_mode(some)
+    others = some[np.abs(some - first).max(axis=1) > 48]
+    if not len(others):  # one colour all over
+        return np.where((image.max(axis=2) < 48), 0, 255).astype(np.uint8)
+    second = _find_mode(others)
+    line = second - first
+    way = np.clip((some - first) @ line / (line @ line), 0, 1)[:, None]
+    off = np.abs(some - (first + way * line)).max(axis=1) > 48
+    if off.mean() > 0.02:
+        raise ValueError(
+            "has many colours, as a photograph or a map of classes has. Give a mask of the image's "
+            "size, white where something is to be removed and black elsewhere"
+        )
+    black = [colour.max() < 48 for colour in (first, second)]
+    if not any(black):
+        shown = " and ".join(f"rgb({', '.join(map(str, c.astype(int)))})" for c in (first, second))
+        raise ValueError(
+            f"has the colours {shown}: which of them is to be removed? Save that one in white, the "
+            "other one in black"
+        )
+    start, end = (first, second) if black[0] else (second, first)
+    line = (end - start) / ((end - start) @ (end - start))
+    way = image.astype(np.float32) @ line - start @ line
+    return np.clip(255 * way + 0.5, 0, 255).astype(np.uint8)
+
+
+def _find_mode(colours: np.ndarray) -> np.ndarray:
+    """The commonest of some colours [N, 3] float32, as the mean of those like it."""
+    cells = (colours.astype(np.int64) >> 5) @ (64, 8, 1)
+    return colours[cells == np.bincount(cells).argmax()].mean(axis=0)
+
+
 def dilate_mask(mask: np.ndarray, pixels: int) -> np.ndarray:
     """Widen a mask with a square kernel of `pixels` px a side, as upstream's inference does.
 
@@ -50,6 +163,35 @@ def resize_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
     if mask.shape == (height, width):
         return mask
     return cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
+
+
+def has_shape(mask: tuple[int, int], size: tuple[int, int]) -> bool:
+    """Whether a mask of (height, width) px is a scaled view of an image of `size`.
+
+    Rounded sides pass: the aspects may differ by 2 px on the shortest of the four.
+    """
+    (h, w), (height, width) = mask, size
+    return abs(w * height / (h * width) - 1) <= 2 / min(h, w, height, width)
+
+
+def fit_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A mask [h, w] uint8 drawn at another size, at its image's: [height, width], 0 or 255.
+
+    Made smaller, it keeps every pixel that it touched: thin lines do not fade away.
+
+    Raises:
+        ValueError: its aspect is another; names both sizes.
+    """
+    if not has_shape(mask.shape, (height, width)):
+        raise ValueError(
+            f"the mask is {mask.shape[1]}x{mask.shape[0]} px, which is another shape than its "
+            f"image's {width}x{height} px: draw it on the image as it is, or crop it alike"
+        )
+    mask = binarise_mask(mask)
+    if mask.shape[0] <= height:
+        return resize_mask(mask, height, width)
+    small = cv2.resize(mask, (width, height), interpolation=cv2.INTER_AREA)
+    return np.where(small > 0, 255, 0).astype(np.uint8)
 
 
 def loosen_mask(mask: np.ndarray, rng: np.random.Generator, strength: float = 1.0) -> np.ndarray:

@@ -96,12 +96,27 @@ def _explain(error: Exception, repo_id: str, revision: str, kind: str, cache) ->
             f"no space is left for {name} in {cache}: make room, or set HF_HOME to a larger disk "
             "and run again",
         )
+    causes = [error]
+    while following := causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(following)
+    if any(isinstance(cause, ImportError) and "socks" in str(cause).lower() for cause in causes):
+        return ConnectionError(
+            "the proxy that ALL_PROXY or HTTPS_PROXY names is a SOCKS proxy, for which the Hub's "
+            "client needs one package more: `pip install socksio`, or name an HTTP proxy"
+        )
+    if error_at := isinstance(error, OSError) and error.filename:
+        place, cache_path = Path(os.fsdecode(error_at)), Path(cache)
+        if cache_path.is_relative_to(place) or place.is_relative_to(cache_path):
+            return OSError(
+                error.errno,
+                f"the Hub's cache {cache} cannot be written ({error}): set HF_HOME to a folder "
+                "that can",
+            )
     of_hub = (OSError, errors.HTTPError, errors.RevisionResolutionError, errors.HFValidationError)
     # A broken upload is a RuntimeError; around a model that may be anything.
     if not isinstance(error, (*of_hub, RuntimeError) if kind == "dataset" else of_hub):
         return None
-    cause: BaseException | None = error  # diffusers puts errors of its own around the Hub's
-    while cause:
+    for cause in causes:  # diffusers puts errors of its own around the Hub's
         match cause:
             case errors.GatedRepoError():
                 return PermissionError(
@@ -133,7 +148,6 @@ def _explain(error: Exception, repo_id: str, revision: str, kind: str, cache) ->
                     f"{name} is {'no folder and ' * (kind == 'model')}not, or not all, in the "
                     f"cache {cache}, and {why}"
                 )
-        cause = cause.__cause__ or cause.__context__
     if isinstance(error, errors.HfHubHTTPError) and error.response.status_code < 500:
         status = error.response.status_code
         advice = {

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from rorem_lib.data.pictures import load_image
+from rorem_lib.data.pictures import load_mask
 from rorem_lib.data.triplets import Triplet, iter_triplets
 
 CLASS_KEYS = ("class", "classes", "kind")  # whatever an importer calls what was removed
@@ -66,9 +66,7 @@ def summarise_set(meta: str | Path, *, sample: int = 64, seed: int = 0) -> SetSu
         if "width" in extra and "height" in extra:
             found.sizes[extra["width"], extra["height"]] += 1
         area = extra.get("mask_area")
-        found.mask_areas.append(
-            (load_image(triplet.mask, "L") >= 128).mean() if area is None else area
-        )
+        found.mask_areas.append((load_mask(triplet.mask) >= 128).mean() if area is None else area)
         for key in ("change_inside", "change_outside"):
             if extra.get(key) is not None:
                 getattr(found, key).append(extra[key])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import codecs
 import functools
+import itertools
 import json
 import math
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,14 +17,25 @@ from pathlib import Path
 import ijson
 import numpy as np
 
-from rorem_lib.data.pictures import AGAIN, TripletError, fit_triplet, load_image
+from rorem_lib.data.pictures import (
+    AGAIN,
+    TripletError,
+    describe_content,
+    fit_triplet,
+    load_image,
+    load_mask,
+    read_head,
+)
+from rorem_lib.files import JsonLimitError, Shallow
 
 META = "meta.json"
+_MOST_RECORD = 2**26  # bytes of a record, some thousand times what they have
 HIDDEN_MARK = ".hidden-truth"  # a file; what lies beside and below it is never read as a triplet
 HIDDEN_PARTS = ("truth", "object", "shadow")  # what `hidden/<set>` of the built-in scenes holds
 BYTES_SHA256 = "bytes_sha256"
 _OWN_KEYS = {"id", "source", "mask", "GT", "group", BYTES_SHA256}
 _LONGEST_ID = 200  # bytes; a file's name has 255, and needs an ending and a second name beside it
+_SPACE = re.compile(r"\s*")
 
 
 @dataclass(frozen=True)
@@ -92,16 +105,43 @@ def read_records(meta: Path) -> Iterator:
         stream.seek(start)
         if not head:  # an empty file has no records, as an empty list of lines
             return
+        stream, count = Shallow(stream, meta, room=_MOST_RECORD), 0
         try:
-            yield from ijson.items(
+            for record in ijson.items(
                 stream, "item" if head == b"[" else "", use_float=True, multiple_values=head != b"["
-            )
-        except (ijson.JSONError, UnicodeDecodeError) as error:
-            raise _describe_fault(meta, error) from None
+            ):
+                count, stream.since = count + 1, 0
+                yield record
+        except JsonLimitError as error:
+            raise TripletError(str(error), file=meta) from None
+        except (ijson.JSONError, ValueError) as error:
+            if not re.search("digits|overflow", str(error)):
+                raise _describe_fault(meta, error) from None
+            yield from itertools.islice(_read_long_numbers(meta), count, None)
+
+
+def _read_long_numbers(meta: Path) -> Iterator:
+    """As `read_records`, all at once: integers of thousands of digits stay texts, floats above
+    all are infinite."""
+    most = sys.get_int_max_str_digits()
+    decoder = json.JSONDecoder(parse_int=lambda x: x if len(x) > most else int(x))
+    text, place = meta.read_text(encoding="utf-8-sig").strip(), 0
+    try:
+        if text.startswith("["):
+            yield from decoder.decode(text)
+            return
+        while place < len(text):
+            record, place = decoder.raw_decode(text, place)
+            yield record
+            place = _SPACE.match(text, place).end()
+    except json.JSONDecodeError as error:
+        raise _describe_fault(meta, error) from None
 
 
 def _describe_fault(meta: Path, error: Exception) -> TripletError:
     """Where a meta file stops being JSON; only then is it worth reading it a second time."""
+    if what := describe_content(read_head(meta)):
+        return TripletError(f"{meta} is {what}", file=meta)
     where = str(error).splitlines()[0]
     try:
         text = meta.read_text(encoding="utf-8-sig")
@@ -116,6 +156,8 @@ def _describe_fault(meta: Path, error: Exception) -> TripletError:
         where = f"line {found.lineno}: {found.msg}"
     except UnicodeDecodeError as found:
         where = f"byte {found.start} is no UTF-8"
+    except ValueError as found:
+        where = str(found)
     return TripletError(f"{meta} is neither JSON nor JSON lines ({where}): {AGAIN}")
 
 
@@ -362,7 +404,7 @@ def load_images(
     Raises:
         TripletError: an image cannot be read, sizes differ, the mask is empty or covers all.
     """
-    source, mask = load_image(triplet.source), load_image(triplet.mask, "L")
+    source, mask = load_image(triplet.source), load_mask(triplet.mask)
     gt = None if triplet.gt is None else load_image(triplet.gt)
     for path, other in ((triplet.mask, mask), (triplet.gt, gt)):
         if other is not None and other.shape[:2] != source.shape[:2]:
@@ -388,7 +430,7 @@ def check_mask(mask: np.ndarray, path: Path | str) -> None:
     """Refuse a mask [H, W] uint8 that marks nothing or everything; `path` names it."""
     file = path if isinstance(path, Path) else None
     if mask.max() < 128:
-        hint = "multiply its values by 255" if 0 < mask.max() < 3 else "draw it again, white"
+        hint = "spread its values to 0 and 255" if 0 < mask.max() < 9 else "draw it again, white"
         raise TripletError(
             f"{path} is an empty mask: no pixel reaches 128 (its brightest has "
             f"{mask.max()}); {hint}, or remove the record",

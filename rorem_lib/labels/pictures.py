@@ -8,10 +8,10 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image
 from skimage.measure import find_contours
 
-from rorem_lib.data.pictures import load_image
+from rorem_lib.data.pictures import TripletError, get_orientation, load_mask, open_image
 from rorem_lib.data.triplets import Triplet, load_images
 
 # Files up to this size go to the browser as they are.
@@ -37,7 +37,7 @@ def encode_item(
     """
     shown = [triplet.source, triplet.gt, *([rival] if rival else [])]
     files = [_read_plain_file(path, view_size) for path in shown]
-    mask = load_image(triplet.mask, "L")
+    mask = load_mask(triplet.mask)
     size = [mask.shape[1], mask.shape[0]]
     plain = all(file is not None and file[2] == size for file in files)
     if not plain:
@@ -73,14 +73,13 @@ def _read_plain_file(path: Path, view_size: int) -> tuple[str, bytes, list[int]]
     try:
         if path.stat().st_size > PLAIN_BYTES:
             return None
-        with Image.open(path) as image:  # reads the head alone
-            exif = Image.Image.getexif(image)  # a PNG's own method decodes the image first
+        with open_image(path) as image:  # reads the head alone
             known = image.format in ("PNG", "JPEG") and image.mode == "RGB"
-            upright = exif.get(ExifTags.Base.Orientation, 1) == 1  # XMP's word counts too
+            upright = get_orientation(image, in_head=True) == 1  # XMP's word counts too
             solid = not image.has_transparency_data
             if known and upright and solid and max(image.size) <= view_size:
                 return f"image/{image.format.lower()}", path.read_bytes(), list(image.size)
-    except (OSError, SyntaxError, ValueError):
+    except (OSError, TripletError):
         pass  # load_images names what is wrong with it
     return None
 

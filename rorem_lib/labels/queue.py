@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rorem_lib.data.pictures import load_image
+from rorem_lib.data.pictures import load_mask
 from rorem_lib.data.triplets import Triplet
 from rorem_lib.labels.log import Label
 
@@ -164,7 +164,7 @@ def stratify_items(
         id -> stratum, such as "mug size 2" (2: the largest third).
     """
     triplets = list(triplets)
-    shares = [float((load_image(triplet.mask, "L") >= 128).mean()) for triplet in triplets]
+    shares = [float((load_mask(triplet.mask) >= 128).mean()) for triplet in triplets]
     edges = np.quantile(shares, np.linspace(0, 1, bins + 1)[1:-1]) if shares else []
     sizes = np.searchsorted(edges, shares, "right")
     return {

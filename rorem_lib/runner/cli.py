@@ -23,6 +23,7 @@ from pathlib import Path
 import yaml
 
 from rorem_lib.files import ROOT
+from rorem_lib.parameters import StrictLoader
 from rorem_lib.runner import data_commands
 from rorem_lib.runner.pipeline import (
     NotAgreed,
@@ -188,7 +189,7 @@ def parse_overrides(texts: list[str]) -> dict[str, dict]:
         if not (equals and dot and stage and parameter):
             raise RecipeError("--set", [f'"{text}" is no STAGE.PARAMETER=VALUE'])
         try:
-            found.setdefault(stage, {})[parameter] = yaml.safe_load(value)
+            found.setdefault(stage, {})[parameter] = yaml.load(value, StrictLoader)
         except yaml.YAMLError as error:
             raise RecipeError("--set", [f'"{text}": not valid YAML: {error}']) from None
     return found

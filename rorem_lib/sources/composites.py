@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 
 from rorem_lib.data.items import SUFFIXES, Item, Picture, Pictures, Rejected, Source, SourceError
 from rorem_lib.data.masks import dilate_mask
-from rorem_lib.data.pictures import TripletError, load_image
+from rorem_lib.data.pictures import TripletError, load_image, open_image, turn_upright
 from rorem_lib.sources.compositing import (
     FAINTEST,
     clean_rim,
@@ -306,17 +306,18 @@ def _walk(names: list[str], seed: int, kind: int) -> Iterator[str]:
 
 def _open_cutout(path: Path) -> Image.Image:
     """The file as RGBA, upright, cut to what is visible."""
-    try:
-        with Image.open(path) as opened:
-            if not opened.has_transparency_data:
-                raise Rejected("no alpha", f"{path} has no transparency: it is no cut-out")
-            image = ImageOps.exif_transpose(opened).convert("RGBA")
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        load_image(path)  # its errors say what is wrong with a file
-        raise TripletError(
-            f"{path} cannot be read with its transparency ({error}): save it as an 8-bit RGBA PNG",
-            file=path,
-        ) from None
+    with open_image(path) as opened:
+        opened.load()
+        try:
+            image = turn_upright(opened).convert("RGBA") if opened.has_transparency_data else None
+        except ValueError as error:
+            raise TripletError(
+                f"{path} cannot be read with its transparency ({error}): save it as an 8-bit RGBA "
+                "PNG",
+                file=path,
+            ) from None
+    if image is None:
+        raise Rejected("no alpha", f"{path} has no transparency: it is no cut-out")
     alpha = image.getchannel("A").point([0] * _HAZE + list(range(_HAZE, 256)))
     faintest, strongest = alpha.getextrema()
     if faintest >= 250 or strongest < 128:

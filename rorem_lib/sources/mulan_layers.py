@@ -11,9 +11,8 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image
 
-from rorem_lib.data.pictures import TripletError, load_image
+from rorem_lib.data.pictures import TripletError, load_image, open_image, turn_upright
 from rorem_lib.data.triplets import describe_size
 from rorem_lib.sources.safe_pickle import load_compressed_pickle
 
@@ -155,12 +154,12 @@ def read_layers(
                 f"{describe_size(background)}: decompose {image_id} again",
                 file=file,
             )
-        with Image.open(file) as image:
+        with open_image(file) as image:
             if not image.has_transparency_data:
                 raise TripletError(
                     f"{file} has no alpha channel: decompose {image_id} again", file=file
                 )
-            alpha = np.array(image.convert("RGBA").getchannel("A"))
+            alpha = np.array(turn_upright(image).convert("RGBA").getchannel("A"))
         layers.append(Layer(number, rgb, alpha, _clean(captions.get(file.name, ()))))
     return background, layers
 

@@ -38,7 +38,7 @@ from rorem_lib.data.items import (
     open_picture,
     read_split,
 )
-from rorem_lib.data.pictures import AGAIN, TripletError, decode_image
+from rorem_lib.data.pictures import AGAIN, TripletError, decode_image, decode_mask
 from rorem_lib.sources.parquet import check_columns, has_columns, list_rows, list_shards, read_row
 
 logger = logging.getLogger(__name__)
@@ -176,6 +176,7 @@ class _Paired(Source):
     folder: str
     patterns = Patterns("", "", {})
     mask = "object"  # a field where there is a choice
+    invert_masks = False  # a field where files are of anyone's making
     group = ""  # the fields that name the group; without, each image is one
 
     @classmethod
@@ -230,8 +231,10 @@ class _Paired(Source):
         mask, gt = find_file(root, masks, source.suffix), self._find_gt(root, gts, source)
         if len(self.patterns.masks) > 1:
             extra = extra | {"mask_kind": MASK_KINDS[self.mask]}
-        gt = gt and open_picture(gt)
-        return Pictures(open_picture(source), open_picture(mask, "L"), gt, source, extra)
+        mask, gt = open_picture(mask, "L"), gt and open_picture(gt)
+        if self.invert_masks:
+            mask = Picture(255 - mask.array)
+        return Pictures(open_picture(source), mask, gt, source, extra)
 
     def _find_gt(self, root: Path, gts: Sequence[str], source: Path) -> Path | None:
         return find_file(root, gts, source.suffix) if gts else None
@@ -257,6 +260,7 @@ class PairedSource(_Paired):
         gt: pattern of the images without the object; empty makes a pool.
         group: fields of the source that name what no split may cut, for example "{scene}"; by
             default each image is a group, with all its masks.
+        invert_masks: masks are black where to remove.
         origin, license: what records say.
     """
 
@@ -264,6 +268,7 @@ class PairedSource(_Paired):
     mask: str = ""
     gt: str = ""
     group: str = ""
+    invert_masks: bool = False
     origin: str = "paired folders"
     license: str = UNKNOWN_LICENSE
 
@@ -584,8 +589,8 @@ class OberSource(_Paired):
             if not data[name]:
                 raise Rejected("missing image", f"{where}: the column {name} is empty")
         source, gt, mask = (
-            data[name] and Picture(decode_image(f"{where}, {name}", mode, data=data[name])[0])
-            for name, mode in zip(columns, ("RGB", "RGB", "L"))
+            data[name] and Picture(decode(f"{where}, {name}", data=data[name])[0])
+            for name, decode in zip(columns, (decode_image, decode_image, decode_mask))
         )
         # the image's own hash: the file's says nothing, and takes a second an item
         extra = {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import re
 import tempfile
@@ -28,10 +29,13 @@ from rorem_lib.data.items import (
     make_id,
     open_picture,
 )
-from rorem_lib.data.pictures import AGAIN, TripletError
-from rorem_lib.files import hash_file
+from rorem_lib.data.pictures import AGAIN, TripletError, describe_content, read_head
+from rorem_lib.files import hash_file, read_limit
 
 _NEEDED = ("source", "mask")
+_FEW_ROWS = 1000  # in a shard: it may have so many whatever its size
+_LEAST_BYTES = 32  # of a shard for each row more: a row has two images
+_SMALL = 2**28  # bytes of a row group: below it, it may be packed as tightly as it likes
 
 
 @dataclass(frozen=True)
@@ -89,10 +93,12 @@ class ParquetSetSource(Source):
             raise Rejected("no GT", f"{where} has no GT: take it into a pool (require_gt: false)")
         opened, files = {"GT": None}, {}
         with contextlib.ExitStack() as stack:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rorem-")))
+            with _name_temporary_folder():
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rorem-")))
             for part, cell in cells.items():
                 if part != "GT" or cell is not None:
-                    files[part] = _write_cell(cell, folder / part, f"{where}, {part}", shard)
+                    with _name_temporary_folder():
+                        files[part] = _write_cell(cell, folder / part, f"{where}, {part}", shard)
                     opened[part] = _open_cell(files[part], f"{where}, {part}", shard)
             with contextlib.suppress(KeyError, TypeError, ValueError):  # else it is something else
                 record = {**record, **dict(json.loads(record["extra"])), "extra": None}
@@ -123,7 +129,7 @@ def has_columns(folder: Path, columns: Collection[str]) -> bool:
         return any(
             set(columns) <= set(pq.read_schema(shard).names) for shard in list_shards(folder)[:1]
         )
-    except (OSError, pa.ArrowException):
+    except (OSError, ValueError, pa.ArrowException):
         return False
 
 
@@ -149,9 +155,12 @@ def list_rows(shard: Path, columns: Sequence[str]) -> Iterator[tuple[int, int, d
         TripletError: it is no Parquet file, or a damaged one.
     """
     with _name_faults(shard), pq.ParquetFile(shard) as file:
+        _check_cost(shard, file.metadata)
         for group in range(file.num_row_groups):
-            for row, values in enumerate(file.read_row_group(group, columns).to_pylist()):
-                yield group, row, values
+            row = itertools.count()
+            for batch in _iter_batches(file, group, columns):
+                for values in batch.to_pylist():
+                    yield group, next(row), values
 
 
 def read_row(shard: Path, group: int, row: int, columns: tuple[str, ...] | None = None) -> dict:
@@ -169,17 +178,87 @@ def read_row(shard: Path, group: int, row: int, columns: tuple[str, ...] | None 
 def read_group(shard: str, changed: int, group: int, columns: tuple[str, ...] | None) -> pa.Table:
     """A row group of a shard; `changed`, its time, keeps a replaced file from the cache."""
     with pq.ParquetFile(shard) as file:
-        return file.read_row_group(group, columns and list(columns), use_threads=False)
+        room = _check_cost(Path(shard), file.metadata)
+        batches = []
+        for batch in _iter_batches(file, group, columns and list(columns)):
+            if (room := room - batch.nbytes) < 0:
+                raise _refuse_cost(Path(shard), group, "more than the limit of its")
+            batches.append(batch)
+        return pa.Table.from_batches(batches, batches[0].schema)
+
+
+def _iter_batches(file: pq.ParquetFile, group: int, columns) -> Iterator[pa.RecordBatch]:
+    """A row group in parts: a value that is stored once may stand in every row.
+
+    Each part has at most 256 MB, or one row, if sizes are what the file says.
+    """
+    about = file.metadata.row_group(group)
+    chunks = [about.column(number) for number in range(about.num_columns)]
+    roots = tuple(f"{column}." for column in columns or ())
+    sizes = [
+        chunk.total_uncompressed_size
+        for chunk in chunks
+        if not roots or f"{chunk.path_in_schema}.".startswith(roots)
+    ]
+    count = _SMALL // max(1, *sizes, 1)
+    return file.iter_batches(min(1000, max(1, count)), [group], columns, use_threads=False)
+
+
+def _check_cost(shard: Path, metadata: pq.FileMetaData) -> float:
+    """Refuse a shard that says itself that it would become far more than it is.
+
+    Images do not compress: a row group of more than 256 MB has at most `ROREM_MAX_PARQUET_RATIO`
+    (20) bytes for each of the file's.
+
+    Returns:
+        The most bytes that a row group may become.
+    """
+    size = shard.stat().st_size
+    most = max(_SMALL, read_limit("ROREM_MAX_PARQUET_RATIO", 20) * size)
+    if metadata.num_rows > max(_FEW_ROWS, size / _LEAST_BYTES):
+        raise TripletError(
+            f"{shard} has {metadata.num_rows:,} rows in {size:,} bytes: no set of images is so "
+            "small; get it from its publisher again",
+            file=shard,
+        )
+    for group in range(metadata.num_row_groups):
+        if (decoded := metadata.row_group(group).total_byte_size) > most:
+            raise _refuse_cost(shard, group, f"{decoded:,} of its")
+    return most
+
+
+def _refuse_cost(shard: Path, group: int, made: str) -> TripletError:
+    return TripletError(
+        f"{shard}, row group {group}, would make {made} {shard.stat().st_size:,} bytes: raise "
+        "ROREM_MAX_PARQUET_RATIO (20) if its publisher is to be trusted",
+        file=shard,
+    )
 
 
 @contextlib.contextmanager
 def _name_faults(shard: Path):
     try:
         yield
-    except (OSError, pa.ArrowException, IndexError) as error:
-        raise TripletError(
-            f"{shard} is no Parquet file, truncated or damaged ({error}): {AGAIN}", file=shard
-        ) from None
+    except TripletError:
+        raise
+    except (OSError, ValueError, MemoryError, pa.ArrowException, IndexError) as error:
+        what = describe_content(read_head(shard))
+        why = (
+            f"is {what}" if what else f"is no Parquet file, truncated or damaged ({error}): {AGAIN}"
+        )
+        raise TripletError(f"{shard} {why}", file=shard) from None
+
+
+@contextlib.contextmanager
+def _name_temporary_folder():
+    """A block that writes there: no item is at fault where that cannot be."""
+    try:
+        yield
+    except OSError as error:
+        raise SourceError(
+            f"images cannot be unpacked into {tempfile.tempdir or 'a temporary folder'} ({error}): "
+            "set TMPDIR to a folder with room"
+        ) from error
 
 
 def _write_cell(cell, folder: Path, where: str, shard: Path) -> Path:
@@ -208,5 +287,5 @@ def _open_cell(path: Path, where: str, shard: Path) -> Picture:
 def _is_plain(value) -> bool:
     try:
         return value is not None and bool(json.dumps(value))
-    except TypeError:
+    except (TypeError, ValueError):  # bytes, dates; a number of thousands of digits
         return False

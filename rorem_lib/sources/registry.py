@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 from rorem_lib.data.items import Source, SourceError, list_folders
+from rorem_lib.data.pictures import describe_content, read_head
 from rorem_lib.sources.composites import CompositesSource
 from rorem_lib.sources.high_resolution import HighResolutionSource
 from rorem_lib.sources.mulan import MulanSource
@@ -82,6 +84,9 @@ def discover_source(folder: str | Path, name: str = "auto") -> tuple[str, Path]:
         level = [inner for place in level for inner in list_folders(place)][:_MOST_FOLDERS]
     if name != "auto":
         return name, folder  # the importer itself says best what it misses
+    for path in itertools.islice(folder.rglob("*"), _MOST_FOLDERS):
+        if (head := read_head(path)).startswith(b"version https://git-lfs"):  # a clone without it
+            raise SourceError(f"{path} is {describe_content(head)}")
     shown = sorted(path.name for path in folder.iterdir())
     layouts = "\n".join(f"  {kind}: {importer.layout}" for kind, importer in kinds.items())
     raise SourceError(

@@ -44,11 +44,12 @@ from rorem_lib.data.items import (
     open_picture,
 )
 from rorem_lib.data.masks import dilate_mask
-from rorem_lib.data.pictures import AGAIN, TripletError
+from rorem_lib.data.pictures import AGAIN, TripletError, describe_content, read_head
 
 _SPLITS = {"train": "train", "val": "test", "test": "test"}
 _ENDINGS = (".jpg", ".jpeg", ".png")
 _EVIDENCE = 1.0  # grey levels; a smaller difference is compression noise
+_FAR = 100_000  # px: where a corner may lie
 _PADDING = 10  # px around the luma while it is inpainted, as the authors have it
 
 
@@ -112,10 +113,18 @@ class RordSource(Source):
 
     @classmethod
     def recognises(cls, folder: Path) -> bool:
-        return bool(_find_parts(Path(folder)))
+        bare = _find_parts(Path(folder), labelled=False)
+        return bool(_find_parts(Path(folder)) or bare)
 
     def list_items(self) -> Iterator[Item]:
         parts = _find_parts(Path(self.folder))
+        if bare := [] if parts else _find_parts(Path(self.folder), labelled=False):
+            pictures = _pictures_of(bare[0])
+            missing = "M/ with the labels" if pictures == "jpg" else "label/ or mask/"
+            raise SourceError(
+                f"{bare[0]} has {pictures}/ but not {missing}: RORD's masks are downloads of their "
+                f"own, unpack them beside {pictures}/"
+            )
         if not parts:
             raise self.refuse_layout()
         listed = False
@@ -197,8 +206,8 @@ class RordSource(Source):
 # --------------------------------------------------------------------------------- finding files
 
 
-def _find_parts(folder: Path) -> list[Path]:
-    """The folders that hold `jpg` and `M`, or `img` and `mask` or `label`."""
+def _find_parts(folder: Path, labelled: bool = True) -> list[Path]:
+    """The folders that hold `jpg` and `M`, or `img` and `mask` or `label`; or images alone."""
     folder = folder.absolute()  # "." has no name
     roots = [folder, *(path for path in list_folders(folder) if "rord" in path.name.lower())]
     for root in roots:
@@ -210,6 +219,8 @@ def _find_parts(folder: Path) -> list[Path]:
             and (path == root or path.name.lower() in _SPLITS)
         ]
         # A part that lacks its labels beside one that has them stays: its frames are refused.
+        if not labelled and any(map(_has_scenes, parts)):
+            return parts
         if any(
             (path / labels).is_dir()
             for path in parts
@@ -221,6 +232,12 @@ def _find_parts(folder: Path) -> list[Path]:
 
 def _pictures_of(part: Path) -> str | None:
     return next((name for name in ("jpg", "img") if (part / name).is_dir()), None)
+
+
+def _has_scenes(part: Path) -> bool:
+    """Whether the images of a part, or their folders, are named as RORD's scenes are."""
+    with os.scandir(part / _pictures_of(part)) as entries:
+        return any(re.match(r"I-\d+_", entry.name) for entry in itertools.islice(entries, 50))
 
 
 def _list_folder(folder: Path) -> tuple[list[str], list[str]]:
@@ -280,17 +297,19 @@ def _read_label(
             if not annotation["Class_ID"].startswith(classes) or len(points) < 6:
                 continue
             points = np.array(points, np.float64).reshape(-1, 2) * (width, height)
-            points = np.floor(points / (across, down)).astype(np.int32)
+            points = np.clip(np.floor(points / (across, down)), -_FAR, _FAR)
+            if not np.isfinite(points).all():
+                raise ValueError("a corner is no number")
+            points = points.astype(np.int32)
             if _draw(points, height, width).sum() > 1:
                 found.add(annotation["Class_ID"])
                 polygons.append(points)
     except OSError as error:
         raise TripletError(f"{path} cannot be read: {error.strerror}", file=path) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise TripletError(
-            f"{path} is no label of this image ({type(error).__name__}: {error}): {AGAIN}",
-            file=path,
-        ) from None
+    except Exception as error:  # a damaged label fails in every way there is
+        what = describe_content(read_head(path))
+        why = what or f"no label of this image ({type(error).__name__}: {error}): {AGAIN}"
+        raise TripletError(f"{path} is {why}", file=path) from None
     return sorted(found), polygons
 
 

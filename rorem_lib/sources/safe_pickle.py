@@ -2,17 +2,23 @@
 
 A pickle names functions and has them called. Here it gets none of the ones it names: the few that
 arrays need are answered by stand-ins of this module, which build an array of plain numbers from
-the bytes and nothing else; every other name is refused, and so is a pickle that would fill the
-memory. (`pickle`, "Restricting Globals", in Python's documentation; what arrays need is in numpy's
-`ndarray.__reduce__` and `__reduce_ex__`.)
+the bytes and nothing else; every other name is refused. (`pickle`, "Restricting Globals", in
+Python's documentation; what arrays need is in numpy's `ndarray.__reduce__` and `__reduce_ex__`.)
+
+Refused is also what would fill the memory or never end: more steps than annotations have, more
+memory made than the bytes account for, and keys or members of sets that are no plain values, since
+a few bytes can spell a tuple whose hash takes for ever or ends the process. For the same reason no
+value is ever shown in a message but short texts and numbers.
 """
 
 from __future__ import annotations
 
+import functools
 import io
 import pickle
 import pickletools
 import re
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -20,22 +26,25 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from rorem_lib.data.pictures import AGAIN, TripletError
+from rorem_lib.data.pictures import AGAIN, TripletError, describe_content
 
 _NUMBERS = re.compile(r"[<>|=]?(\?|b1|[iu][1248]|f[248]|U\d{1,6})")
-_MEMO_SLOTS = 1_000_000  # a pickle numbers what it refers to again; the number sizes a table
+_MEMO_SLOTS = 1_000_000  # a pickle numbers what it refers to again
+_KEYS = (str, bytes, int, float, bool, type(None), np.generic)  # hashed at once, whatever they hold
+_SPARE = 16_000_000  # bytes that values may take beyond eight times the pickle's own
 
 
 class _Refused(Exception):
     """A pickle asks for something that arrays do not need."""
 
 
-def load_compressed_pickle(path: str | Path, max_bytes: int) -> Any:
+def load_compressed_pickle(path: str | Path, max_bytes: int, *, max_steps: int = 200_000) -> Any:
     """Read what `zlib.compress(pickle.dumps(value))` wrote, of protocol 2 or later.
 
     Args:
         path: the file.
         max_bytes: how large it may be once decompressed; no more than this is ever decompressed.
+        max_steps: of the program that a pickle is; each can take some 200 bytes of memory.
 
     Returns:
         dicts, lists, tuples, sets, texts, bytes, numbers; numpy arrays and scalars of booleans,
@@ -48,10 +57,12 @@ def load_compressed_pickle(path: str | Path, max_bytes: int) -> Any:
     path = Path(path)
     data = _decompress(path, max_bytes)
     try:
-        for opcode, argument, _ in pickletools.genops(data):
+        for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):
             if opcode.name in ("PUT", "LONG_BINPUT") and argument >= _MEMO_SLOTS:
                 raise _Refused(f"reserves {argument} places in memory")
-        return _Unpickler(io.BytesIO(data)).load()
+            if number == max_steps:
+                raise _Refused(f"has more than {max_steps} steps")
+        return _Unpickler(io.BytesIO(data), room=8 * len(data) + _SPARE).load()
     except _Refused as error:
         raise TripletError(
             f"{path} is refused: its pickle {error}, which no array needs and which "
@@ -59,7 +70,8 @@ def load_compressed_pickle(path: str | Path, max_bytes: int) -> Any:
             file=path,
         ) from None
     except Exception as error:  # a damaged pickle fails in every way there is
-        raise TripletError(f"{path} is a damaged pickle ({error}): {AGAIN}", file=path) from None
+        why = f"{type(error).__name__}: {error}"[:200]
+        raise TripletError(f"{path} is a damaged pickle ({why}): {AGAIN}", file=path) from None
 
 
 def _decompress(path: Path, max_bytes: int) -> bytes:
@@ -73,9 +85,9 @@ def _decompress(path: Path, max_bytes: int) -> bytes:
     except OSError as error:
         raise TripletError(f"{path} cannot be read: {error.strerror}", file=path) from None
     except zlib.error as error:
-        raise TripletError(
-            f"{path} is no zlib data, or damaged ({error}): {AGAIN}", file=path
-        ) from None
+        what = describe_content(packed[:512])
+        why = f"is {what}" if what else f"is no zlib data, or damaged ({error}): {AGAIN}"
+        raise TripletError(f"{path} {why}", file=path) from None
     if len(data) > max_bytes:
         raise TripletError(
             f"{path} is larger than {max_bytes} bytes when decompressed: raise the "
@@ -87,12 +99,59 @@ def _decompress(path: Path, max_bytes: int) -> bytes:
     return data
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):  # the one in Python: its steps can be watched
+    dispatch = dict(pickle._Unpickler.dispatch)
+
+    def __init__(self, stream: io.BytesIO, room: int):
+        super().__init__(stream)
+        self._room = room  # bytes that what is called may still make
+
     def find_class(self, module: str, name: str) -> Any:
         try:
             return _ADMITTED[_OLD_NAMES.get(module, module), name]
         except KeyError:
-            raise _Refused(f"asks for {module}.{name}") from None
+            raise _Refused(f"asks for {module}.{name}"[:200]) from None
+
+    def _spend(self) -> None:
+        """Count what a call has made: it may have copied bytes that stand in the pickle once."""
+        made = self.stack[-1]
+        self._room -= sys.getsizeof(made) + getattr(made, "nbytes", 0)
+        if self._room < 0:
+            raise _Refused("makes more of its bytes than arrays do")
+
+    def _check_members(self, members) -> None:
+        if not all(isinstance(member, _KEYS) for member in members):
+            raise _Refused("has keys, or members of a set, that are neither texts nor numbers")
+
+
+def _watch(opcode: bytes, before=None, after=None) -> None:
+    """Have a step of `_Unpickler` looked at before and after it is done."""
+    inherited = _Unpickler.dispatch[opcode[0]]
+
+    def step(unpickler):
+        if before:
+            before(unpickler)
+        inherited(unpickler)
+        if after:
+            after(unpickler)
+
+    _Unpickler.dispatch[opcode[0]] = step
+
+
+# What stands on top of the stack before each step: of a marked one all, of the others a pair.
+_watch(pickle.SETITEM, before=lambda u: u._check_members(u.stack[-2:-1]))
+_watch(pickle.SETITEMS, before=lambda u: u._check_members(u.stack[::2]))
+_watch(pickle.DICT, before=lambda u: u._check_members(u.stack[::2]))
+_watch(pickle.ADDITEMS, before=lambda u: u._check_members(u.stack))
+_watch(pickle.FROZENSET, before=lambda u: u._check_members(u.stack))
+for _opcode in (pickle.REDUCE, pickle.BUILD, pickle.NEWOBJ, pickle.NEWOBJ_EX, pickle.OBJ):
+    _watch(_opcode, after=_Unpickler._spend)
+_watch(pickle.INST, after=_Unpickler._spend)
+
+
+def _show(value) -> str:
+    """A value of a pickle for a message: to show one of another kind may never end."""
+    return f"{value!r}"[:60] if isinstance(value, (str, bytes)) else type(value).__name__
 
 
 # A pickle can also set attributes on whatever it was given, unless that has a `__setstate__`: all
@@ -106,8 +165,8 @@ class _Dtype:
         if not isinstance(code, str) or not _NUMBERS.fullmatch(code):
             raise _Refused(
                 "has an array of Python objects"
-                if str(code).startswith("O")
-                else f"has an array of type {code!r}"
+                if isinstance(code, str) and code.startswith("O")
+                else f"has an array of type {_show(code)}"
             )
         self.dtype = np.dtype(code)
 
@@ -134,7 +193,9 @@ class _Image(np.ndarray):
     def __setstate__(self, state: list) -> None:
         mode, (width, height), data = state[1], state[2], state[4]
         if mode not in ("1", "L", "RGB"):
-            raise _Refused(f"has an image of mode {mode!r}")
+            raise _Refused(f"has an image of mode {_show(mode)}")
+        if not (isinstance(width, int) and isinstance(height, int)):
+            raise _Refused("has an image without a size")
         if width * height > 8 * len(data):  # Pillow reserves the pixels before it looks at the data
             raise _Refused(f"has {len(data)} bytes for an image of {width}x{height} px")
         pixels = np.asarray(Image.frombytes(mode, (width, height), data))
@@ -163,6 +224,12 @@ def _reconstruct(kind, shape: tuple, _: bytes) -> _Array:
     return np.ndarray.__new__(_Array, 0, np.uint8)
 
 
+def _make_set(kind: type, members=()) -> set | frozenset:
+    if not isinstance(members, (list, tuple)) or not all(isinstance(m, _KEYS) for m in members):
+        raise _Refused("has members of a set that are neither texts nor numbers")
+    return kind(members)
+
+
 def _make_scalar(dtype: _Dtype, data: bytes) -> np.generic:
     return np.frombuffer(data, dtype.dtype, count=1)[0]
 
@@ -176,7 +243,7 @@ def _from_buffer(data: bytes, dtype: _Dtype, shape: tuple, order: str, axes=None
 
 def _encode(text: str, codec: str) -> bytes:
     if codec not in ("latin1", "latin-1"):  # how bytes are written in protocols 0 to 2
-        raise _Refused(f"asks for the codec {codec!r}")
+        raise _Refused(f"asks for the codec {_show(codec)}")
     return text.encode("latin1")
 
 
@@ -186,8 +253,9 @@ _OLD_NAMES = {
     "numpy._core.numeric": "numpy.core.numeric",
 }
 _ADMITTED = {
-    ("builtins", "set"): set,  # protocols 0 to 3 name sets and empty bytes
-    ("builtins", "frozenset"): frozenset,
+    # protocols 0 to 3 name sets and empty bytes
+    ("builtins", "set"): _Function(functools.partial(_make_set, set)),
+    ("builtins", "frozenset"): _Function(functools.partial(_make_set, frozenset)),
     ("builtins", "bytes"): _Function(lambda: b""),
     ("numpy", "dtype"): _Dtype,
     ("numpy", "ndarray"): _NDARRAY,

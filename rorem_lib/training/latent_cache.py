@@ -38,7 +38,7 @@ from safetensors.torch import save
 from rorem_lib.data.journal import Journal, read_lines
 from rorem_lib.data.pictures import TripletError, read_size
 from rorem_lib.data.triplets import Triplet
-from rorem_lib.files import hash_file, write_json
+from rorem_lib.files import find_cache, hash_file, write_json
 from rorem_lib.training.distributed import ask_main, failing_together, get_device
 from rorem_lib.training.latents import (
     DTYPES,
@@ -59,8 +59,8 @@ _open_shard = functools.partial(safetensors.safe_open, framework="pt")
 
 
 def cache_root() -> Path:
-    """Where caches live: `$ROREM_CACHE`, by default `~/.cache/rorem`."""
-    return Path(os.environ.get("ROREM_CACHE", "~/.cache/rorem")).expanduser() / "latents"
+    """Where latents are cached: below `files.find_cache()`."""
+    return find_cache() / "latents"
 
 
 def _choose_root(root: Path | str) -> Path:

@@ -13,9 +13,11 @@ import dataclasses
 import logging
 import math
 import os
+import re
 import shutil
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -255,7 +257,7 @@ class _Training:
         if self.first == 0:
             with self.tracker.excluded():
                 self._look()
-        for batch in loader:
+        for batch in _name_shared_memory(loader):
             batch = {k: v.to(accelerator.device, non_blocking=on_gpu) for k, v in batch.items()}
             if objective.recomputes is None:
                 self._make_room(batch)
@@ -432,6 +434,20 @@ class _Training:
             finished.note(self.folder, self.record, metrics, parts)
             checkpoints.finish_checkpoints(self.config)
         return metrics
+
+
+def _name_shared_memory(batches: Iterable) -> Iterator:
+    """Batches as they come; too little shared memory is said with the setting that helps."""
+    try:
+        yield from batches
+    except RuntimeError as error:
+        if re.search("shared memory|shm|Bus error", str(error)):
+            raise RuntimeError(
+                "the processes that read samples pass them through /dev/shm, which is too small: "
+                "set dataloader_num_workers to 0 (--dataloader_num_workers 0), or give the "
+                f"container more (docker run --shm-size=8g). {error}"
+            ) from error
+        raise
 
 
 def _end(accelerator) -> None:
