@@ -474,7 +474,7 @@ def test_nan_in_a_record_is_no_value_and_infinity_is_a_bad_record(tmp_path, capl
             return pictures
 
     for _ in range(2):  # and again, when it is finished
-        result = assemble_sets(Scored(str(tmp_path / "raw")), tmp_path / "out")
+        result = assemble_sets(Scored(str(tmp_path / "raw")), tmp_path / "out", workers=0)
         found = {t.id: t.extra.get("score") for t in read_triplets(result.sets["labelled"])}
         assert found == {"a": None, "c": 0.5}
         assert result.reasons == {"bad record": 1}

@@ -586,8 +586,9 @@ def test_exchanged_sources_and_masks_are_a_fault_of_the_set(tmp_path):
 
     for pool in (False, True):
         folder = _write_scenes(tmp_path / f"pool-{pool}", exchange, pool=pool)
-        (problem,) = check_set(folder)
+        problem, *files = check_set(folder)
         assert "6 of 6 sources are black and white" in problem.reason
+        assert [p.file.parent.name for p in files] == ["mask"] * 6
 
 
 def test_ordinary_sets_are_no_exchanged_or_inverted_ones(tmp_path, caplog):

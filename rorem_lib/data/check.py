@@ -150,7 +150,22 @@ def _check_chunk(
                 signs["no hash"] += _compare_bytes(triplet, number)
         except TripletError as error:
             problems[number] = Problem(error.file or triplet.source, str(error))
+            if error.file == triplet.mask and not gone:  # perhaps it is the source
+                signs.update(_find_exchange(triplet))
     return len(chunk), problems, signs
+
+
+def _find_exchange(triplet: Triplet) -> dict[str, int]:
+    """The signs of a triplet whose mask is refused."""
+    try:
+        source = load_image(triplet.source)
+    except TripletError:
+        return {}
+    return {"opened": 1, "source is a mask": int(_is_mask(source))}
+
+
+def _is_mask(image: np.ndarray) -> bool:
+    return _is_drawn(image) and np.ptp(image, axis=2).max() < 16
 
 
 def _list_paths(triplet: Triplet) -> list[Path]:
@@ -189,7 +204,7 @@ def _find_signs(triplet: Triplet, images: dict[str, np.ndarray | None]) -> dict[
     source, mask = source[::step, ::step], mask[::step, ::step]
     border = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
     signs = {"opened": 1, "open border": int(gt is None and (border >= 128).mean() > 0.99)}
-    if _is_drawn(source) and np.ptp(source, axis=2).max() < 16:
+    if _is_mask(source):
         signs["source is a mask"] = int(not _is_drawn(load_image(triplet.mask, "L")))
     white = mask >= 128
     if gt is not None and white.any() and not white.all():
