@@ -191,7 +191,7 @@ def _check_extra(extra: dict, file: Path) -> None:
     try:
         if _measure_depth(extra) > _MOST_DEEP:
             raise ValueError(f"lists in lists deeper than {_MOST_DEEP}")
-        text = json.dumps(extra, ensure_ascii=False, allow_nan=False, default=lambda v: v.item())
+        text = json.dumps(extra, ensure_ascii=False, default=lambda value: value.item())
         text.encode()
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise Rejected("bad record", f"{file}: its further keys cannot be kept: {error}") from None
