@@ -264,7 +264,7 @@ def _open_candidates(
         found.pop("drawn_from", None)
         noted = found.pop("images", {})  # a release before this one noted none
         if found == settings:
-            why = _find_foreign(TripletWriter(folder).done_ids, noted, images)
+            why = _find_foreign(TripletWriter(folder).list_known(), noted, images)
     if folder.exists() and why:
         logger.info("%s was made %s: it is now %s", folder, why, set_aside(folder))
     drawn_from = [str(meta.resolve()) for meta in metas]

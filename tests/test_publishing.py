@@ -537,7 +537,7 @@ def test_further_keys_that_no_record_can_have_are_rejected(tmp_path, extra, word
     parts["GT"][mask > 0] = 255 - parts["GT"][mask > 0]
     columns = {name: [_encode(array)] * 2 for name, array in parts.items()}
     extras = [extra, '{"note": 1, "id": "z", "group": "y"}']  # the row's own id and group count
-    source = _write_shard(tmp_path / "data/train.parquet", **columns, extra=extras)
+    source = _write_shard(tmp_path / "raw/data/train.parquet", **columns, extra=extras)
     filters = FilterConfig(duplicate_distance=-1)
     result = assemble_sets(source, tmp_path / "out", workers=0, filters=filters)
     assert result.counts == {"labelled": 1} and sum(result.reasons.values()) == 1

@@ -163,6 +163,10 @@ class TripletWriter:
             )
         return done
 
+    def list_known(self) -> set[str]:
+        """Ids that have a record, whether their files are as they were written or not."""
+        return {str(record["id"]) for record, _ in self._list_records()}
+
     def _list_records(self) -> Iterator[tuple[dict, float]]:
         """Each record so far, the newest of an id last, and since when its files were not flushed
         (s since 1970)."""
