@@ -249,20 +249,15 @@ def _work_off(
 
 
 def _refuse_inputs(folder: Path, inputs: Iterable[str | Path]) -> None:
-    """Refuse to write into what is read, or to read what was written there before."""
+    """Refuse to write where something is read; an output folder below it has room of its own."""
     folder = folder.resolve()
     for given in inputs:
         path = Path(given).resolve()
         path = path.parent if path.is_file() else path
-        written = [folder / name for name in _SETS]
-        if (
-            path == folder
-            or path in folder.parents
-            or any(path == place or place in path.parents for place in written)
-        ):
+        if path == folder or {path, *path.parents} & {folder / name for name in _SETS}:
             raise TripletError(
-                f"{folder} is written to and {given} is read, and one lies in the other: choose an "
-                "output folder outside of what is read"
+                f"{folder} is written to, {given} is read there: choose an output folder outside "
+                "of what is read"
             )
 
 
