@@ -157,6 +157,12 @@ def _photo(size=64, seed=0):
     )
 
 
+def _flag(size=64):
+    """A drawing of three colours."""
+    colours = np.array([(250, 250, 240), (200, 20, 30), (20, 40, 160)], np.uint8)
+    return np.broadcast_to(colours[np.arange(size)[:, None] % 24 // 8], (size, size, 3))
+
+
 def _layer(colour, alpha):
     return np.dstack([np.broadcast_to(np.uint8(colour), (*alpha.shape, 3)), alpha])
 
@@ -175,6 +181,11 @@ def _in_palette(mask, colours):
 KINDS = {  # files that people give for `_square()`
     "white on black": lambda mask: mask,
     "DALL-E": lambda mask: np.dstack([_photo(), 255 - mask]),
+    "DALL-E, grey": lambda mask: np.dstack([_photo()[..., :1]] * 3 + [255 - mask]),
+    "DALL-E, white ground": lambda mask: np.dstack(
+        [np.where(np.arange(64)[:, None] < 46, 250, _photo()[..., n]) for n in range(3)]
+        + [255 - mask]
+    ).astype(np.uint8),
     "DALL-E, black where opaque": lambda mask: _layer((0, 0, 0), 255 - mask),
     "0 and 1": lambda mask: mask // 255,
     "0 and 1 as RGB": lambda mask: np.repeat(mask[..., None] // 255, 3, axis=2),
@@ -185,6 +196,10 @@ KINDS = {  # files that people give for `_square()`
     "blue on black": lambda mask: _paint(mask, (0, 0, 200)),
     "white strokes on a layer": lambda mask: _layer((255, 255, 255), mask),
     "red strokes on a layer": lambda mask: _layer((255, 0, 0), mask),
+    "yellow strokes on a layer": lambda mask: _layer((250, 240, 20), mask),
+    "black and white on a layer": lambda mask: np.dstack(
+        [mask] * 3 + [cv2.dilate(mask, np.ones((9, 9), np.uint8))]
+    ),
     "black strokes on a layer": lambda mask: _layer((0, 0, 0), mask),
     "white on black, opaque": lambda mask: np.dstack([mask] * 3 + [mask * 0 + 255]),
 }
@@ -218,6 +233,7 @@ def test_a_coloured_jpeg_is_read_in_spite_of_its_noise(tmp_path):
         (lambda mask: cv2.cvtColor(_photo(), cv2.COLOR_RGB2GRAY), "photograph"),
         (lambda mask: np.dstack([_photo(), mask]), "object to be removed, or what is around it"),
         (lambda mask: _layer((255, 255, 255), 255 - mask), "the white to be removed, or the hole"),
+        (lambda mask: np.dstack([_flag(), mask]), "object to be removed, or what"),
         (lambda mask: _paint(mask, (255, 0, 0), (255, 255, 255)), r"rgb\(255, \d+, \d+\)"),
         (lambda mask: np.where(mask[..., None] > 0, (255, 0, 0), _photo()), "many colours"),
     ],
@@ -226,6 +242,7 @@ def test_a_coloured_jpeg_is_read_in_spite_of_its_noise(tmp_path):
         "grey photograph",
         "cut-out",
         "white canvas",
+        "drawing cut out",
         "red on white",
         "red on photo",
     ],

@@ -82,22 +82,24 @@ def _read_layer(image: np.ndarray) -> np.ndarray:
         return drawn
     if seen.all():
         return interpret_mask(colour)[0]
-    if len(np.unique(colour[seen][:: 1 + seen.sum() // 100_000] >> 5, axis=0)) > 16:
-        if is_canvas:
-            return np.where(seen, 0, 255).astype(np.uint8)
+    some = colour[seen][:: 1 + seen.sum() // 100_000].astype(np.float32)
+    low, high = some.min(axis=1), some.max(axis=1)
+    white = ((high < 48) | (low > 207)).mean() > 0.97 and (low > 207).mean() > 0.01
+    if is_canvas and white:
         raise ValueError(
-            "is an object cut out of its image: is the object to be removed, or what is around it? "
-            "Save the one in white on black"
+            "has white in it and a transparent hole: is the white to be removed, or the hole? Save "
+            "the one in white on black, without transparency"
         )
-    white, black = (grey[seen] >= 128).mean(), (grey[seen] < 128).mean()
-    if is_canvas and white > 0.99:
-        raise ValueError(
-            "is white with a transparent hole: is the white to be removed, or the hole? Save the "
-            "one in white on black, without transparency"
-        )
-    if black > 0.99:  # nothing white: the transparency alone says what is meant
-        return np.where(seen, 0, 255).astype(np.uint8) if is_canvas else alpha
-    return drawn
+    if is_canvas:
+        return np.where(seen, 0, 255).astype(np.uint8)
+    if (np.abs(some - _find_mode(some)).max(axis=1) <= 48).mean() > 0.97:  # one colour
+        return alpha
+    if white:
+        return drawn
+    raise ValueError(
+        "is an object cut out of its image: is the object to be removed, or what is around it? "
+        "Save the one in white on black"
+    )
 
 
 def _is_coloured(image: np.ndarray) -> bool:
