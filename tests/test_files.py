@@ -3,9 +3,11 @@
 import errno
 import fcntl
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -34,6 +36,27 @@ def test_a_folder_is_worked_in_by_one_process_at_a_time(tmp_path):
     with files.lock_folder(folder):
         pass
     assert (folder / files.LOCK).read_bytes() == b""  # no trace of who was there
+
+
+def test_a_forked_process_does_not_keep_the_lock(tmp_path):
+    """A data loader's processes may outlive a training that is killed or has failed."""
+    with files.lock_folder(tmp_path):
+        child = os.fork()
+        if not child:
+            time.sleep(60)
+            os._exit(0)
+        try:
+            with pytest.raises(BlockingIOError), files.lock_folder(tmp_path):
+                pass  # nor has its end of the file let go of it
+        except BaseException:
+            os.kill(child, signal.SIGKILL)
+            raise
+    try:
+        with files.lock_folder(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_a_file_system_without_locks_gets_a_warning(tmp_path, monkeypatch, caplog):

@@ -198,6 +198,9 @@ class RandomObjective(RemoverObjective):
             unet.set_attn_processor(AttnProcessor2_0())
         return unet
 
+    def hash_images(self):
+        return None  # there are none
+
     def list_mixes(self):
         nowhere = Triplet("random", Path("random"), Path("random"), Path("random"), "random")
         return [TrainingMix([[nowhere] * 64], self.config.resolution)]
