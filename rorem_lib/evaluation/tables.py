@@ -112,7 +112,11 @@ def compare_all(evaluation) -> list[dict]:
     final = choose_final(methods)
     if final is not None:
         name, trained = final["name"], [m for m in list_rounds(methods) if m["row"] != "base"]
-        others = [m["name"] for m in methods if m["kind"] != "remover" or m.get("control")]
+        others = [
+            m["name"]
+            for m in methods
+            if m["kind"] != "remover" or (m.get("control") and not is_fast(m))
+        ]
         comparisons += compare_methods(results, [(name, o) for o in others], measure="psnr_hole")
         comparisons += compare_methods(results, [(name, SOURCE)], measure="psnr_shadow")
         if len(trained) > 1:  # whether the rounds cost what should stay as it was
