@@ -482,7 +482,7 @@ def test_foreign_parquet_is_read_by_its_columns(tmp_path):
 
 
 def _write_shard(path, **columns):
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), path, compression="brotli")
     return ParquetSetSource(str(path.parent.parent))
 
