@@ -337,7 +337,8 @@ def lock_folder(folder) -> Iterator[None]:
             yield
         finally:
             _locks.discard(stream)
-            stream.truncate(0)
+            with contextlib.suppress(OSError):  # what was done is done
+                stream.truncate(0)
 
 
 def _drop_locks() -> None:

@@ -113,7 +113,8 @@ def generate_candidates(config: GenerateConfig) -> dict:
     require_sets(config)
     # Unlike `Accelerator`, it does not ask the environment whether it shall stay on the CPU, and
     # would take each of several CPU processes for the only one.
-    state = PartialState(cpu=distributed.get_device() == "cpu")
+    on_cpu = distributed.get_device() == "cpu"
+    state = PartialState(cpu=on_cpu, timeout=distributed.PATIENCE)
     metas = resolve_all(config.meta_path)
     triplets = read_triplets(metas, require_gt=False)[config.start :]
     triplets = triplets[: config.count] if config.count else triplets
@@ -264,6 +265,7 @@ def _open_candidates(
         found.pop("drawn_from", None)
         noted = found.pop("images", {})  # a release before this one noted none
         if found == settings:
+            claim_set(folder, known=True)  # of an earlier version, which marked none
             why = _find_foreign(TripletWriter(folder).list_known(), noted, images)
     if folder.exists() and why:
         logger.info("%s was made %s: it is now %s", folder, why, set_aside(folder))

@@ -47,8 +47,8 @@ def map_processes(
         function: a module's function (it is named, not sent).
         arguments: small and picklable; may be endless.
         workers: processes; 1 works in this one, unless there is `lost`.
-        lost: makes the result of an argument at which its process died twice, or ran out of
-            `limit_time`: called with the argument and with what happened ("was ended by SIGSEGV").
+        lost: makes the result of an argument at which its process died, or ran out of `limit_time`,
+            twice: called with the argument and with what happened ("was ended by SIGSEGV").
             Without it a death ends the work.
 
     Raises:
@@ -85,9 +85,9 @@ def map_processes(
                             f"a worker process died, it {worker.describe_end()}: take fewer "
                             "workers; started again, the work goes on"
                         )
-                    elif number in died or worker.timed_out:
+                    elif number in died:
                         answers[number] = True, lost(argument, worker.describe_end())
-                    else:  # it may have been killed for what others took
+                    else:  # killed for what others took, or a disk that was away for a while
                         died.add(number)
                         crew.give(number, argument)
     finally:
@@ -161,7 +161,7 @@ class _Crew:
             worker, answer = self.busy[pipe], None
             try:
                 answer = pipe.recv()
-            except (EOFError, ConnectionResetError):
+            except (EOFError, OSError):  # also in the middle of an answer
                 worker.process.join()
                 if not worker.ready:
                     raise RuntimeError(

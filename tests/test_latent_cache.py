@@ -275,6 +275,19 @@ def test_an_added_triplet_makes_one_shard_anew(vae, tiny_set, tmp_path):
     assert_equal(store, open_small(triplets[:6], vae, tmp_path / "other"))
 
 
+def test_a_hard_link_made_meanwhile_changes_no_image(vae, triplets, tmp_path):
+    counting = Counting(vae)
+    encode = counting.encode
+
+    def link(images):
+        for triplet in triplets:
+            (tmp_path / f"{triplet.id}-{len(counting.batches)}").hardlink_to(triplet.source)
+        return encode(images)
+
+    counting.encode = link
+    assert len(open_small(triplets, counting, tmp_path / "cache")) == len(triplets)
+
+
 def test_touched_files_are_hashed_again_and_changed_ones_encoded(
     vae, triplets, tmp_path, monkeypatch
 ):

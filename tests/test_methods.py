@@ -112,7 +112,7 @@ def test_a_stopped_run_goes_on_and_gives_the_same(model, triplets, tmp_path, mon
     monkeypatch.setattr(
         methods_module,
         "save_image",
-        lambda path, image: (made.append(path.stem), real(path, image)),
+        lambda path, image: made.append(path.stem) or real(path, image),
     )
     run = run_method(method, triplets, tmp_path / "r", batch_size=2)
     assert made == ["scene-2", "scene-3", "scene-4"]
@@ -169,6 +169,24 @@ def test_another_set_with_equal_names_and_older_times_gets_removals_of_its_own(t
         others.append(replace(triplet, source=source))
     found = read_all(run_method(method, others, tmp_path / "r"))
     assert [found[t.id].mean() for t in others] == pytest.approx([0, 40, 80, 120, 160], abs=2)
+
+
+def test_what_others_keep_where_removals_go_is_set_aside(triplets, tmp_path):
+    (tmp_path / "r/telea").mkdir(parents=True)
+    (tmp_path / "r/telea/mine.txt").write_text("mine")
+    run = run_method(Method("telea", kind="telea"), triplets, tmp_path / "r")
+    (aside,) = (tmp_path / "r").glob("telea.*")
+    assert [p.name for p in aside.iterdir()] == ["mine.txt"] and len(read_all(run)) == 5
+
+
+def test_a_removal_that_a_lost_power_tore_is_made_anew(triplets, tmp_path):
+    method = Method("telea", kind="telea")
+    run = run_method(method, triplets, tmp_path / "r")
+    whole = read_all(run)
+    os.truncate(run.paths["scene-1"], 100)
+    os.truncate(run.paths["scene-2"], 0)
+    again = read_all(run_method(method, triplets, tmp_path / "r"))
+    assert all(np.array_equal(again[name], whole[name]) for name in whole)
 
 
 def test_the_place_in_the_set_is_part_of_what_a_removal_is_made_of(model, triplets, tmp_path):

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from rorem_lib import removal
 from rorem_lib.data.pictures import load_image
 from rorem_lib.data.triplets import load_images, read_triplets
-from rorem_lib.data.writer import TripletWriter
+from rorem_lib.data.writer import OWNED, TripletWriter
 from rorem_lib.files import lock_folder
 from rorem_lib.models import inpainting, sdxl
 from rorem_lib.models.inpainting import remove_objects
@@ -472,6 +472,7 @@ def test_candidates_of_an_earlier_release_stay(config, caplog):
     noted = json.loads(marker.read_text())
     del noted["images"]  # it noted none
     marker.write_text(json.dumps(noted))
+    (marker.parent / OWNED).unlink()  # and marked no set
     first = read_results(config)
     config.count = 2
     generate_candidates(config)

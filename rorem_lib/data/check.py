@@ -180,7 +180,8 @@ def _compare_bytes(triplet: Triplet, number: int) -> int:
     """
     paths, noted = _list_paths(triplet), triplet.bytes_sha256.split()
     described = "that was written"
-    if not noted and triplet.extra.get("sha256"):  # of a set that others made
+    # of a set that others made; where there is a `file`, it is the hash of that raw file
+    if not noted and triplet.extra.get("sha256") and "file" not in triplet.extra:
         noted = [f"-{triplet.extra['sha256']}"]
         described = "whose sha256 the record holds"
     without = len(paths)

@@ -155,7 +155,10 @@ def _write(item: Item, pictures: Pictures, measured: dict, folder: Path, source:
     if "sha256" not in pictures.extra:
         known["sha256"] = digests[pictures.origin_file] = _hash_raw(pictures.origin_file)
     files = {part: picture.file for part, picture in parts.items() if picture and picture.file}
-    noted = {part: describe_file(file, digests.get(file)) for part, file in files.items()}
+    noted = {
+        part: describe_file(file, digests.get(file) or _hash_raw(file))
+        for part, file in files.items()
+    }
     missing = [key for key, value in pictures.extra.items() if _is_nan(value)]
     skipped = {*missing, BYTES_SHA256}
     extra = {**known, **pictures.extra, **measured}

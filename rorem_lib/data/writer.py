@@ -18,6 +18,7 @@ import json
 import logging
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,7 @@ from rorem_lib.data.triplets import (
     resolve_meta,
 )
 from rorem_lib.files import flush_disk, hash_file, is_filled, lock_folder, write_text
+from rorem_lib.workers import group_chunks
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +73,8 @@ def claim_set(folder: str | Path, *, known: bool = False) -> Path:
     if found and not (folder / OWNED).exists():  # another process may have marked it by now
         raise TripletError(
             f"{found} was not written by this kit (there is no {OWNED} beside it), and would be "
-            f"replaced: choose another folder than {folder}, or move away what it holds"
+            f"replaced: choose another folder than {folder}, or move away what it holds. If it is "
+            f"a set of an earlier version and may be replaced, make the empty file {folder / OWNED}"
         )
     write_text(folder / OWNED, "A triplet set of RORem's kit, which may replace its files.\n")
     return folder
@@ -149,10 +152,11 @@ class TripletWriter:
         of their bytes tells. In the last minutes of a journal they are read as well.
         """
         done, torn = set(), set()
-        for record, since in self._list_records():
-            whole = self._is_whole(record, since)
-            (done if whole else torn).add(str(record["id"]))
-            (torn if whole else done).discard(str(record["id"]))
+        with ThreadPoolExecutor(16) as pool:  # on a network file system each look takes a while
+            for chunk in group_chunks(self._list_records(), 4096):
+                for (record, _), whole in zip(chunk, pool.map(self._is_whole, *zip(*chunk))):
+                    (done if whole else torn).add(str(record["id"]))
+                    (torn if whole else done).discard(str(record["id"]))
         if torn:
             logger.warning(
                 "%s: files of %d triplets are not what was written (such as %s): they are made "

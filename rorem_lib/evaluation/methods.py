@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -23,7 +22,7 @@ from diffusers import LCMScheduler
 from rorem_lib.data.journal import Journal, read_lines
 from rorem_lib.data.pictures import save_image
 from rorem_lib.data.triplets import Triplet, load_images
-from rorem_lib.files import read_json, write_json
+from rorem_lib.files import is_filled, read_json, set_aside, write_json
 from rorem_lib.models import hub, sdxl
 from rorem_lib.models.inpainting import inpaint_classical, remove_objects
 from rorem_lib.models.lora import load_lora
@@ -179,9 +178,10 @@ def run_method(
     }
     timing = _read_timing(folder / "timing.json", stamp)
     if timing is None:
-        shutil.rmtree(folder, ignore_errors=True)
+        if is_filled(folder):  # of another method, or somebody's own
+            logger.info("%s has other removals: they are now %s", folder, set_aside(folder))
         timing = {"stamp": stamp, "batches": []}
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "timing.json", timing)
     paths = {t.id: folder / f"{_name_file(t.id)}.png" for t in triplets}
     made, inputs = Journal(folder / "made.jsonl"), _describe_inputs(triplets)
@@ -189,7 +189,7 @@ def run_method(
     waiting = [
         (n, t)
         for n, t in enumerate(triplets)
-        if known.get(t.id) != inputs[n] or not paths[t.id].is_file()
+        if not _is_whole(paths[t.id], known.get(t.id), inputs[n])
     ]
     if waiting:
         remove, take_calls = _open_method(method, device)
@@ -210,8 +210,8 @@ def run_method(
             removed = remove(*given)
             seconds = time.perf_counter() - began
             for (n, triplet), picture in zip(part, removed, strict=True):
-                save_image(paths[triplet.id], picture)
-                made.append(inputs[n])
+                data = save_image(paths[triplet.id], picture)
+                made.append(inputs[n] | {"bytes": len(data)})
             timing["batches"].append(
                 {"n": len(part), "seconds": round(seconds, 5), "unet_calls": take_calls()}
             )
@@ -301,6 +301,13 @@ def _describe_inputs(triplets: Sequence[Triplet]) -> list[dict]:
         }
         for n, t in enumerate(triplets)
     ]
+
+
+def _is_whole(path: Path, row: dict | None, inputs: dict) -> bool:
+    """Whether a removal is there, made of these inputs, and not torn by a lost power."""
+    if row is None or {k: v for k, v in row.items() if k != "bytes"} != inputs:
+        return False
+    return path.is_file() and path.stat().st_size == row.get("bytes")
 
 
 def _name_file(name: str) -> str:

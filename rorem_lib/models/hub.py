@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -70,8 +71,17 @@ def hash_model(model_id: str) -> str:
         f"{part}*.{end}" for part in ("", "unet/", "vae/") for end in ("safetensors", "bin")
     ]
     for path in sorted({p for x in (*patterns, "*.json", "*/*.json") for p in folder.glob(x)}):
-        total.update(f"{path.relative_to(folder)}\0{hash_file(path)}\n".encode())
+        state = path.stat()
+        digest = _hash_once(path, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+        total.update(f"{path.relative_to(folder)}\0{digest}\n".encode())
     return total.hexdigest()
+
+
+@functools.lru_cache(1024)
+def _hash_once(path: Path, *state) -> str:
+    """A file's hash, read again in this process only if its size or times changed: a UNet has 5 to
+    10 GB, and several methods of an evaluation share one."""
+    return hash_file(path)
 
 
 def write_card(folder, *, title: str, base_model: str, resolution: int, text: str) -> None:

@@ -21,6 +21,7 @@ from PIL import Image, ImageOps
 from rorem_lib.data.items import SUFFIXES, Item, Picture, Pictures, Rejected, Source, SourceError
 from rorem_lib.data.masks import dilate_mask
 from rorem_lib.data.pictures import TripletError, load_image, open_image, turn_upright
+from rorem_lib.data.writer import OWNED
 from rorem_lib.sources.compositing import (
     FAINTEST,
     clean_rim,
@@ -280,7 +281,9 @@ def _list_images(folder: Path, types: tuple[str, ...], expected: str, other: Pat
         folders[:] = [
             name
             for name in folders
-            if not name.startswith((".", "__MACOSX")) and Path(parent, name).resolve() != other
+            if not name.startswith((".", "__MACOSX"))
+            and Path(parent, name).resolve() != other
+            and not Path(parent, name, OWNED).exists()  # what an assembly writes below its input
         ]
         for name in files:
             kind = os.path.splitext(name)[1].lower()

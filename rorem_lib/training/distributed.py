@@ -35,6 +35,8 @@ from rorem_lib.files import is_full
 
 logger = logging.getLogger(__name__)
 
+PATIENCE = timedelta(hours=2)  # that processes wait for each other
+
 
 def get_device() -> str:
     """The kind of device accelerate will take, known before an `Accelerator` exists."""
@@ -51,7 +53,7 @@ def make_handlers(device: str) -> list:
     Args:
         device: "cpu" or "cuda", see `get_device`.
     """
-    limits = {"timeout": timedelta(hours=2)}
+    limits = {"timeout": PATIENCE}
     if device == "cpu" and is_asked_for("DEEPSPEED"):
         limits["backend"] = "gloo"
     # one copy of the gradients instead of two: 10 GB of an SDXL's

@@ -148,12 +148,13 @@ class _Shard:
     path: Path
     size: tuple[int, int]
     members: list[Triplet]
-    stats: dict[Path, str]  # `describe_stat` of the members' files when they were hashed
+    content: dict[Path, dict]  # of `hash_files`, of the members' files
 
     def check_files(self) -> None:
         """What was encoded must be what the file's name says."""
-        for path, stat in self.stats.items():
-            if describe_stat(path) != stat:
+        for path, known in self.content.items():
+            # a hard link made meanwhile changes the file's times, and not its bytes
+            if describe_stat(path) != known["stat"] and hash_file(path) != known["sha256"]:
                 raise TripletError(
                     f"{path} was changed while its latents were made: start again (the images "
                     "have to lie in a folder that all nodes share)",
@@ -405,7 +406,7 @@ def _plan_shards(triplets, sizes, content, folder, shard_size, spec):
             path = folder / name[:2] / f"{name}.safetensors"
             if path not in plan:  # equal triplets may come twice
                 plan[path] = _Shard(
-                    len(plan), path, size, members, {file: content[file]["stat"] for file in files}
+                    len(plan), path, size, members, {file: content[file] for file in files}
                 )
             shard[chunk], row[chunk] = plan[path].number, range(len(chunk))
     return list(plan.values()), LatentStore(list(plan), shard, row, spec)
