@@ -339,6 +339,7 @@ def lock_folder(folder) -> Iterator[None]:
             _locks.discard(stream)
             with contextlib.suppress(OSError):  # what was done is done
                 stream.truncate(0)
+                fcntl.flock(stream, fcntl.LOCK_UN)  # a child may have its copy still open
 
 
 def _drop_locks() -> None:

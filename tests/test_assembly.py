@@ -282,6 +282,7 @@ class Deadly(UpstreamSource):
         return super().load_item(item)
 
 
+@pytest.mark.slow
 def test_an_item_at_which_its_process_dies_or_hangs_is_rejected(tmp_path, monkeypatch):
     monkeypatch.setenv("ROREM_ITEM_SECONDS", "3")
     _write_raw(tmp_path / "raw", ["a", "crash", "c", "hang", "e"])
