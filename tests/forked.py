@@ -47,10 +47,11 @@ def run_job(module: str, words: list[str]) -> None:
 @functools.cache
 def read_launcher_environment(config_file: Path) -> dict[str, str]:
     """What accelerate's launcher, given a hardware file, tells the processes it starts."""
-    # less than a pipe takes at once, so that the two lines do not mix
+    # One write each, and less than a pipe takes at once: the two lines cannot mix, with each other
+    # or with a warning whose line has no end yet.
     show = """import json, os
 given = {k: v for k, v in os.environ.items() if k.startswith(("ACCELERATE_", "FSDP_"))}
-print("ENVIRONMENT " + json.dumps(given))"""
+os.write(1, ("\\nENVIRONMENT " + json.dumps(given) + "\\n").encode())"""
     done = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config_file)]
         + ["--num_processes", "2", "--main_process_port", "0"]
@@ -61,8 +62,9 @@ print("ENVIRONMENT " + json.dumps(given))"""
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    (line, _) = [x for x in done.stdout.splitlines() if x.startswith("ENVIRONMENT ")]
-    return json.loads(line.removeprefix("ENVIRONMENT "))
+    lines = [x for x in done.stdout.splitlines() if x.startswith("ENVIRONMENT ")]
+    assert len(lines) == 2, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads(lines[0].removeprefix("ENVIRONMENT "))
 
 
 def run_rorem(words: list[str]) -> None:
