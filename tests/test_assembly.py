@@ -284,7 +284,7 @@ class Deadly(UpstreamSource):
 
 @pytest.mark.slow
 def test_an_item_at_which_its_process_dies_or_hangs_is_rejected(tmp_path, monkeypatch):
-    monkeypatch.setenv("ROREM_ITEM_SECONDS", "3")
+    monkeypatch.setenv("ROREM_ITEM_SECONDS", "1")
     _write_raw(tmp_path / "raw", ["a", "crash", "c", "hang", "e"])
     source = Deadly(str(tmp_path / "raw"))
     result = assemble_sets(source, tmp_path / "out", workers=1)
