@@ -14,7 +14,7 @@ Counted are
 
     python tests/benchmarks/bench_kills.py [--kills 20] [--only training ...] [--seed 4]
 
-It takes about an hour and a half on two cores; `make test` does not run it.
+`make test` does not run it.
 """
 
 from __future__ import annotations
