@@ -25,8 +25,8 @@ from rorem_lib.labels.foreign import guard_cell
 SUCCESS = "success, simulated annotator (%)"
 GUESSED = "success, discriminator (%)"
 MISSING = "–"
-# As "+0.4 (-2.8 to +3.6), not separable": no formula.
-_DIFFERENCE = re.compile(r"[-+][\d., to()%+-]*(, not separable)?")
+# As "-2.8 to +3.6" and "+0.4 points, not separable": no formula.
+_DIFFERENCE = re.compile(r"[-+][\d., to()%+-]*(points|dB)?(, not separable)?")
 
 
 # -------------------------------------------------------------------------------- comparisons
