@@ -90,7 +90,7 @@ class Threshold:
     Attributes:
         value: probabilities at or above it are accepted; `ACCEPT_NOTHING` is above them all.
         precision: share of the accepted that the annotators accepted too; None where none is.
-        precision_interval: its 95 % Wilson interval.
+        precision_interval: its 95% Wilson interval.
         share: share of all removals that is accepted.
         reached: False if no threshold reaches the wanted precision at the wanted share; `value`
             is then the one with the best precision at that share, or `ACCEPT_NOTHING`.
@@ -335,7 +335,7 @@ def describe_curve(probabilities, labels, *, bins: int = 10) -> dict:
 
     Returns:
         `{"predicted": [B], "observed": [B], "low": [B], "high": [B], "count": [B]}`; low and high
-        are 95 % Wilson intervals of observed.
+        are 95% Wilson intervals of observed.
     """
     probabilities, labels = _check_pair(probabilities, labels)
     bins = max(1, min(bins, labels.size // 5))
@@ -409,7 +409,7 @@ def split_labels(
 def measure_auc(
     scores, labels, *, seed: int = 0, resamples: int = 2000
 ) -> tuple[float, tuple[float, float]]:
-    """Area under the ROC curve and its 95 % bootstrap interval (both answers resampled apart)."""
+    """Area under the ROC curve and its 95% bootstrap interval (both answers resampled apart)."""
     scores, labels = _check_pair(scores, labels)
     values = np.unique(scores)
     rng = np.random.default_rng(seed)

@@ -46,24 +46,23 @@ def resolve_path(path) -> Path:
 def find_cache() -> Path:
     """Where caches live: `$ROREM_CACHE`, by default `~/.cache/rorem`.
 
-    Where that cannot be written (a container's user without a home) it is a folder of the user's
-    own among the temporary ones, with a warning.
+    Where that cannot be written (a container's user without a home, a disk that is read-only) it is
+    a folder of the user's own among the temporary ones, with a warning.
 
     Raises:
         OSError: that cannot be written either; names the variables to set.
     """
-    if given := os.environ.get("ROREM_CACHE"):
-        return Path(given).expanduser().absolute()
+    given = os.environ.get("ROREM_CACHE") or "~/.cache/rorem"
     with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: no home is known
-        path = Path("~/.cache/rorem").expanduser().absolute()
+        path = Path(given).expanduser().absolute()
         path.mkdir(parents=True, exist_ok=True)
         if os.access(path, os.W_OK):
             return path
-    return _make_temporary_cache()
+    return _make_temporary_cache(given)
 
 
 @functools.cache
-def _make_temporary_cache() -> Path:
+def _make_temporary_cache(given: str) -> Path:
     words = "no cache can be written: set ROREM_CACHE (or TMPDIR) to a folder with room"
     try:
         path = Path(tempfile.gettempdir(), f"rorem-{os.getuid()}")
@@ -72,7 +71,7 @@ def _make_temporary_cache() -> Path:
         raise OSError(error.errno, f"{words}; {error.strerror}") from error
     if path.is_symlink() or path.stat().st_uid != os.getuid():  # another user's trap
         raise PermissionError(errno.EPERM, f"{words}; {path} is another user's")
-    logger.warning("~/.cache cannot be written: caches are in %s (set ROREM_CACHE)", path)
+    logger.warning("%s cannot be written: caches are in %s (set ROREM_CACHE)", given, path)
     return path
 
 

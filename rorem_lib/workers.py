@@ -15,11 +15,13 @@ import resource
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.pool import ExceptionWithTraceback
 from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from rorem_lib.files import read_limit
 logger = logging.getLogger(__name__)
 
 _AHEAD = 4  # arguments taken for each process before the first result is wanted
+_SMALL = 32768  # bytes of an argument that lies in a pipe while its process is at work
 _READY = "ready"
 
 
@@ -40,8 +43,9 @@ def map_processes(
 ) -> Iterator:
     """`map` over processes: results in the arguments' order, arguments taken as they are needed.
 
-    A process has one argument at a time, so it is known what it died at. Of concurrent.futures and
-    joblib, one death ends the work without a name; joblib's also outlive a parent that is killed.
+    A process takes one argument at a time, so it is known what it died at. Of concurrent.futures
+    and joblib, one death ends the work without a name; joblib's also outlive a parent that is
+    killed.
 
     Args:
         function: a module's function (it is named, not sent).
@@ -60,12 +64,12 @@ def map_processes(
     if workers == 1 and lost is None:
         yield from map(function, arguments)
         return
-    crew, tasks = _Crew(function), enumerate(arguments)
+    crew, tasks = _Crew(function, workers), enumerate(arguments)
     answers, died = {}, set()  # by the arguments' numbers
     turn = taken = 0
     try:
         while True:
-            while len(crew.busy) < workers and taken < turn + _AHEAD * workers:
+            while crew.has_room() and taken < turn + _AHEAD * workers:
                 if (task := next(tasks, None)) is None:
                     break
                 crew.give(*task)
@@ -73,20 +77,19 @@ def map_processes(
             if turn in answers:
                 yield _open_answer(answers.pop(turn))
                 turn += 1
-            elif not crew.busy:
+            elif turn == taken:
                 return
             else:
-                for worker, answer in crew.collect():
-                    number, argument = worker.task
+                for (number, argument), answer, why in crew.collect():
                     if answer is not None:
                         answers[number] = answer
                     elif lost is None:
                         raise RuntimeError(
-                            f"a worker process died, it {worker.describe_end()}: take fewer "
+                            f"a worker process died, it {why}: take fewer "
                             "workers; started again, the work goes on"
                         )
                     elif number in died:
-                        answers[number] = True, lost(argument, worker.describe_end())
+                        answers[number] = True, lost(argument, why)
                     else:  # killed for what others took, or a disk that was away for a while
                         died.add(number)
                         crew.give(number, argument)
@@ -103,20 +106,17 @@ def _open_answer(answer: tuple[bool, Any]):
 
 @dataclass
 class _Worker:
-    """A process, this end of its pipe, and the (number, argument) that it is or was at."""
+    """A process, this end of its pipe, and the (number, argument) that it has: the first is the one
+    that it is at."""
 
     process: BaseProcess
     pipe: Connection
-    task: tuple[int, Any] | None = None
+    tasks: deque[tuple[int, Any]] = field(default_factory=deque)
     ready: bool = False
-
-    @property
-    def timed_out(self) -> bool:
-        return self.process.exitcode == -signal.SIGALRM
 
     def describe_end(self) -> str:
         code = self.process.exitcode or 0
-        if self.timed_out:
+        if code == -signal.SIGALRM:
             return "took too long (ROREM_ITEM_SECONDS sets the limit)"
         if code == -signal.SIGKILL:
             return "was killed, perhaps for want of memory"
@@ -124,26 +124,41 @@ class _Worker:
 
 
 class _Crew:
-    """Processes that call one function: those that wait for work, and those at it, by pipe."""
+    """At most `count` processes that call one function, by pipe.
 
-    def __init__(self, function: Callable):
-        self._function = function
-        self._idle: list[_Worker] = []
-        self.busy: dict[Connection, _Worker] = {}
+    Each has one argument ahead, so that it does not wait while its last answer is taken.
+    """
+
+    def __init__(self, function: Callable, count: int):
+        self._function, self._count = function, count
+        self._workers: dict[Connection, _Worker] = {}
+        self._waiting: deque[tuple[int, Any]] = deque()  # too large to lie in a pipe
+
+    def has_room(self) -> bool:
+        if self._waiting:
+            return False
+        workers = self._workers.values()
+        return len(workers) < self._count or any(len(worker.tasks) < 2 for worker in workers)
 
     def give(self, number: int, argument) -> None:
         """Have a process call the function; one that was killed while idle is replaced."""
+        data = ForkingPickler.dumps(argument)
         while True:
-            worker = self._idle.pop() if self._idle else self._start()
-            worker.task = number, argument
-            self.busy[worker.pipe] = worker
+            worker = min(self._workers.values(), key=lambda w: len(w.tasks), default=None)
+            if worker is None or (worker.tasks and len(self._workers) < self._count):
+                worker = self._start()
+            # both ends would wait for each other where neither's words fit into the pipe
+            if worker.tasks and len(data) > _SMALL:
+                self._waiting.append((number, argument))
+                return
+            worker.tasks.append((number, argument))
             try:
-                worker.pipe.send(argument)
+                worker.pipe.send_bytes(data)
                 return
             except (BrokenPipeError, ConnectionResetError):
-                if not worker.ready:
+                if not worker.ready or len(worker.tasks) > 1:
                     return  # `collect` finds it dead
-                del self.busy[worker.pipe]
+                self._remove(worker)
 
     def _start(self) -> _Worker:
         # spawn: a notebook's kernel has threads, which a forked child would inherit half-dead
@@ -153,19 +168,22 @@ class _Crew:
         process.daemon = True
         process.start()
         end.close()
-        return _Worker(process, pipe)
+        self._workers[pipe] = _Worker(process, pipe)
+        return self._workers[pipe]
 
-    def collect(self) -> Iterator[tuple[_Worker, tuple[bool, Any] | None]]:
-        """Wait for answers; None where the process died."""
-        for pipe in wait(list(self.busy)):
-            worker, answer = self.busy[pipe], None
+    def collect(self) -> list[tuple[tuple[int, Any], tuple[bool, Any] | None, str]]:
+        """Wait for answers: what each is to, and, where it is None, how the process died at it."""
+        found = []
+        for pipe in wait([worker.pipe for worker in self._workers.values() if worker.tasks]):
+            worker, answer, why = self._workers[pipe], None, ""
             try:
                 answer = pipe.recv()
             except (EOFError, OSError):  # also in the middle of an answer
                 worker.process.join()
+                why = worker.describe_end()
                 if not worker.ready:
                     raise RuntimeError(
-                        f"a worker process cannot start, it {worker.describe_end()}: a script that "
+                        f"a worker process cannot start, it {why}: a script that "
                         'starts some lies in a file and has `if __name__ == "__main__":`'
                     ) from None
             except Exception as error:  # a result that cannot be opened here
@@ -173,17 +191,25 @@ class _Crew:
             if answer == _READY:
                 worker.ready = True
                 continue
-            del self.busy[pipe]
-            if answer is not None:
-                self._idle.append(worker)
-            yield worker, answer
+            found.append((worker.tasks.popleft(), answer, why))
+            if answer is None:
+                self._remove(worker)
+                self._waiting.extend(worker.tasks)  # it never was at them
+        for _ in range(len(self._waiting)):
+            self.give(*self._waiting.popleft())
+        return found
+
+    def _remove(self, worker: _Worker) -> None:
+        del self._workers[worker.pipe]
+        worker.pipe.close()
+        worker.process.join()
 
     def close(self) -> None:
-        for worker in self.busy.values():
-            worker.process.terminate()
-        for worker in (*self._idle, *self.busy.values()):
-            worker.pipe.close()  # the others end when they find it closed
-            worker.process.join()
+        for worker in self._workers.values():
+            if worker.tasks:
+                worker.process.terminate()
+        for worker in list(self._workers.values()):
+            self._remove(worker)  # the idle ones end when they find the pipe closed
 
 
 def _serve(function: Callable, pipe: Connection, parent: int) -> None:

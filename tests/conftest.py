@@ -18,7 +18,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# Files in this order, the others behind them: two processes take whole files, and the last ones to
+# Files in this order, the others behind them: processes take whole files, and the last ones to
 # be taken must be short.
 LONGEST = (
     "test_smoke.py",

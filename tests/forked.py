@@ -2,7 +2,8 @@
 
 A process of its own imports for five to nine seconds before it does anything. These are forks of
 one process that has imported everything and done nothing else (multiprocessing's fork server).
-accelerate's own launcher starts a training in test_resume, and fake jobs in test_launch.
+accelerate's own launcher starts a training in test_resume, and fake jobs in test_launch; kernels
+and jobs of a process of their own are test_pipeline's.
 """
 
 import contextlib
@@ -12,12 +13,15 @@ import json
 import multiprocessing
 import os
 import resource
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 
@@ -25,9 +29,11 @@ IMPORTS = [
     "accelerate",
     "datasets",
     "diffusers",
+    "ipykernel.kernelapp",
     "peft",
     "rorem_lib.discriminator",
     "rorem_lib.distill",
+    "rorem_lib.evaluation.evaluate",
     "rorem_lib.removal",
     "rorem_lib.remover",
     "torch.distributed.fsdp",
@@ -70,6 +76,93 @@ os.write(1, ("\\nENVIRONMENT " + json.dumps(given) + "\\n").encode())"""
 def run_rorem(words: list[str]) -> None:
     """`rorem WORDS`."""
     sys.exit(importlib.import_module("rorem_lib.runner.cli").main(words))
+
+
+def run_rorem_forked(words: list[str]) -> None:
+    """`rorem WORDS`, whose kernels and jobs are forks too."""
+    fork_commands()
+    _run_and_exit(run_rorem, words)
+
+
+def fork_commands() -> None:
+    """From now on kernels and jobs that this process starts are forks."""
+    from jupyter_client import launcher
+
+    from rorem_lib.runner import launch
+
+    launcher.Popen = ForkedCommand
+    names = {name: getattr(subprocess, name) for name in ("DEVNULL", "STDOUT", "TimeoutExpired")}
+    launch.subprocess = SimpleNamespace(Popen=ForkedCommand, **names)
+    launch.die_with_parent = follow_parent
+
+
+def follow_parent() -> None:
+    """`die_with_parent` for forks, whose parent is the fork server."""
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def run_command(words: list[str], folder) -> None:
+    """What `python WORDS` does, for the commands of kernels and of jobs; in a group of its own."""
+    os.setsid()
+    os.chdir(folder)
+    fork_commands()
+    option, what, *rest = words
+    if option == "-c":
+        sys.argv = ["-c", *rest]
+        _run_and_exit(exec, what, {"__name__": "__main__"})
+    else:
+        _run_and_exit(run_job, what, rest)
+
+
+def _run_and_exit(function, *arguments) -> None:
+    """Ends as a script does, and not when its own forks have ended, as multiprocessing would."""
+    code = 1
+    try:
+        function(*arguments)
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+class ForkedCommand:
+    """Of subprocess.Popen what jupyter_client's kernels and `launch_job` use."""
+
+    stdout = stderr = returncode = None
+
+    def __init__(self, command, *, cwd, env, stdout=None, **options):
+        log, self.stdin = stdout and stdout.name, open(os.devnull, "wb")  # jupyter_client closes it
+        self.job = Job(run_command, command[1:], cwd or os.getcwd(), environment=env, log=log)
+        self.pid = self.job.processes[0].pid
+        with contextlib.suppress(ProcessLookupError):
+            while self.poll() is None and os.getpgid(self.pid) != self.pid:  # nobody else's group
+                time.sleep(0.001)
+
+    def poll(self) -> int | None:
+        self.returncode = self.job.poll()
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self.job.processes[0].join(timeout)
+        if self.poll() is None:
+            raise subprocess.TimeoutExpired("a forked command", timeout)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
 
 
 def _begin(environment, log, errors, cwd, target, arguments):

@@ -7,8 +7,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import tempfile
 import textwrap
 import time
@@ -19,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from forked import Job
 from hub_server import HubServer
 from PIL import Image
 
@@ -387,8 +386,7 @@ def test_a_kill_leaves_no_half_of_a_shard_and_what_was_finished(sets, published,
         publish_sets({{"train": {str(sets["train"])!r}}}, {str(out)!r}, repo_id="me/removals",
                      max_shard_bytes=60_000, progress=stop)
     """
-    process = subprocess.run([sys.executable, "-c", textwrap.dedent(code)])
-    assert process.returncode == -signal.SIGKILL
+    assert Job(exec, textwrap.dedent(code), {}).wait() == -signal.SIGKILL
     (first,) = (out / "data").iterdir()
     time_of_first = first.stat().st_mtime_ns
     assert not (out / "README.md").exists()

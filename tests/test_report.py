@@ -281,7 +281,7 @@ def test_page_says_what_a_reader_must_know(finished):
     assert "nearer the truth than the untouched source: +3.10 dB" in text
     assert "35.20 (3 identical)" in text and "p (Holm)" in text
     assert "labels and success rates come from a simulated annotator" in text
-    assert "40 (40 %)" in text and "with uncommitted changes" in text
+    assert "40 (40%)" in text and "with uncommitted changes" in text
     assert "automation 1 &lt;final&gt;" in page and "<final>" not in page  # names are escaped
     assert "A &lt;small&gt; run." in page
 

@@ -63,6 +63,11 @@ def test_where_no_cache_can_be_written_there_is_a_temporary_one(homeless, tmp_pa
     assert stat.S_IMODE(found.stat().st_mode) == 0o700 and "ROREM_CACHE" in caplog.text
     homeless.setenv("ROREM_CACHE", str(tmp_path / "mine"))
     assert files.find_cache() == tmp_path / "mine"
+    homeless.setenv("ROREM_CACHE", "/proc/mine")
+    assert files.find_cache() == found and "/proc/mine" in caplog.text
+    homeless.setenv("ROREM_CACHE", str(tmp_path / "mine"))
+    homeless.setattr(os, "access", lambda path, mode: "mine" not in str(path))  # read-only
+    assert files.find_cache() == found and f"{tmp_path}/mine" in caplog.text
 
 
 def test_where_nothing_can_be_written_the_variables_are_named(homeless, tmp_path):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from forked import Job, run_rorem_forked
 
 from rorem_lib.files import ROOT
 
@@ -42,8 +43,9 @@ def run(*arguments, timeout=1500):
 
 
 def test_the_whole_chain(tmp_path):
-    done = run("run", "smoke", "--runs-dir", tmp_path)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    words = ["run", "smoke", "--runs-dir", str(tmp_path)]
+    job = Job(run_rorem_forked, words, log=tmp_path / "rorem.log", cwd=ROOT)
+    assert job.wait(timeout=1500) == 0, job.read_log()[-6000:]
     finished = tmp_path / "smoke"
     check_every_stage_leaves_what_the_next_one_reads(finished)
     check_rounds_add_what_was_accepted(finished)

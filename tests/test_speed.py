@@ -2,14 +2,12 @@
 
 import copy
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from forked import Job
 from peft import LoraConfig
 
 from rorem_lib.models import sdxl
@@ -331,7 +329,7 @@ torch.cpu.get_capabilities = dict  # no AMX
 memory.tune_cpu()
 assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
 """
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+    assert Job(exec, code, {}).wait() == 0
 
 
 @pytest.mark.slow
@@ -347,4 +345,4 @@ torch.backends.mkldnn.matmul.fp32_precision = "bf16"
 memory.tune_cpu()
 assert torch.backends.mkldnn.matmul.fp32_precision == "none"
 """
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+    assert Job(exec, code, {}).wait() == 0

@@ -195,7 +195,7 @@ def test_tables_name_the_simulated_annotator():
         ]
     )
     assert tables.SUCCESS in rounds.columns
-    assert rounds.loc["human 1", "accepted"] == "4,182 (42 %)"
+    assert rounds.loc["human 1", "accepted"] == "4,182 (42%)"
     assert rounds.loc["base"].tolist() == ["–"] * 7
     assert tables.make_round_table([]).empty
 
@@ -225,3 +225,19 @@ def test_cases_are_spread_over_families_and_never_repeated():
     assert psnr[cases["worst"]].max() < psnr[cases["median"]].min()
     few = tables.choose_cases(results[results.id.isin(["s0", "s1"])], "a")
     assert sorted(sum(few.values(), [])) == ["s0", "s1"]
+
+
+def test_no_name_in_a_csv_is_taken_for_a_formula(tmp_path):
+    table = pd.DataFrame(
+        {"=1+1": ["@a", "+0.4 points, not separable"], "rate": [-0.5, None]},
+        index=pd.Index(["-1+cmd|' /C calc'!A0", "b"], name="method"),
+    )
+    tables.write_csv(table, tmp_path / "table.csv", index=True)
+    assert (tmp_path / "table.csv").read_text().splitlines() == [
+        "method,'=1+1,rate",
+        "'-1+cmd|' /C calc'!A0,'@a,-0.5",
+        'b,"+0.4 points, not separable",',
+    ]
+    measured = ["-2.8 to +3.6", "+0.4 dB", "-0.01", "+50.0 points"]
+    tables.write_csv(pd.DataFrame({"difference": measured}), tmp_path / "measured.csv")
+    assert pd.read_csv(tmp_path / "measured.csv").difference.tolist() == measured

@@ -526,6 +526,39 @@ def test_check_goes_on_after_bad_records_and_wants_gt_in_all_or_none(made):
     assert check_set(made) == []
 
 
+# A decoder that crashes at one file: in the place of a package that is imported where it is there.
+DEADLY = """
+import multiprocessing, os, signal
+from pathlib import Path
+from rorem_lib.data import pictures
+
+decode = pictures._decode_plain
+
+def die(image, path, *rest):
+    if multiprocessing.parent_process() and Path(path).stem == "x3":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return decode(image, path, *rest)
+
+def register_heif_opener():
+    pictures._decode_plain = die
+"""
+
+
+@pytest.mark.slow
+def test_a_file_at_which_processes_die_is_named_and_the_others_are_checked(tmp_path, monkeypatch):
+    with TripletWriter(tmp_path / "set") as writer:
+        for n in range(5):
+            writer.add(id=f"x{n}", source=_picture(n), mask=_mask(), gt=_picture(n + 9))
+    (tmp_path / "set/mask/x4.png").write_bytes(b"")
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path/pillow_heif.py").write_text(DEADLY)
+    monkeypatch.syspath_prepend(tmp_path / "path")
+    seen = []
+    problems = check_set(tmp_path / "set", workers=2, progress=seen.append)
+    assert [p.file.name for p in problems] == ["x3.png", "x4.png"] and seen[-1] == 5
+    assert "SIGSEGV" in problems[0].reason and "record 4" in problems[0].reason
+
+
 def test_files_that_were_exchanged_are_found_by_their_hash(tmp_path):
     with TripletWriter(tmp_path / "set") as writer:
         for name in "abc":
@@ -714,6 +747,17 @@ def test_restart_drops_what_is_no_longer_there(tmp_path):
         writer.add(id="b", source=_picture(1), mask=_mask())
     assert [t.id for t in read_triplets(tmp_path, require_gt=False)] == ["b"]
     assert [p.name for p in (tmp_path / "source").iterdir()] == ["b.png"]
+
+
+def test_restart_takes_nothing_away_before_the_first_triplet_is_added(tmp_path):
+    TripletWriter(tmp_path).add(id="a", source=_picture(), mask=_mask())
+    writer = TripletWriter(tmp_path, restart=True)
+    assert not writer.done_ids and not writer.list_known()
+    assert TripletWriter(tmp_path).done_ids == {"a"}
+    writer.add(id="b", source=_picture(1), mask=_mask())
+    assert TripletWriter(tmp_path).done_ids == {"b"}
+    writer.close()
+    assert [t.id for t in read_triplets(tmp_path, require_gt=False)] == ["b"]
 
 
 def test_parts_written_side_by_side_become_one_set(tmp_path):

@@ -88,7 +88,9 @@ def check_set(
 
     checked, signs = 0, Counter()
     check = functools.partial(_check_chunk, hashes=hashes)
-    for count, problems, seen_signs in map_processes(check, list_chunks(), workers=workers):
+    lost = functools.partial(_check_alone, check) if workers > 1 else None
+    results = map_processes(check, list_chunks(), workers=workers, lost=lost)
+    for count, problems, seen_signs in results:
         checked += count
         found |= problems
         signs += seen_signs
@@ -152,6 +154,22 @@ def _check_chunk(
             problems[number] = Problem(error.file or triplet.source, str(error))
             if error.file == triplet.mask and not gone:  # perhaps it is the source
                 signs.update(_find_exchange(triplet))
+    return len(chunk), problems, signs
+
+
+def _check_alone(
+    check, chunk: list[tuple[int, Triplet]], why: str
+) -> tuple[int, dict[int, Problem], Counter]:
+    """The result of a chunk at which a process died: that triplet is named, the others checked."""
+    if len(chunk) == 1:
+        number, triplet = chunk[0]
+        what = f"record {number}: the process that opened the files of {triplet.id} {why}"
+        return 1, {number: Problem(triplet.source, what)}, Counter()
+    lost = functools.partial(_check_alone, check)
+    problems, signs = {}, Counter()
+    for _, found, seen in map_processes(check, ([pair] for pair in chunk), lost=lost):
+        problems |= found
+        signs += seen
     return len(chunk), problems, signs
 
 

@@ -338,7 +338,7 @@ def _decode_plain(
             image.has_transparency_data
             or "exif" in image.info
             or "Raw profile type exif" in image.info
-            or b"eXIf" in data[-(2**17) :]
+            or data.find(b"eXIf", max(0, len(data) - 2**17)) >= 0
         )
     else:
         whole, odd = data.endswith(b"\xff\xd9"), get_orientation(image) != 1

@@ -202,12 +202,17 @@ def check_ids(names: Iterable[str]) -> None:
 def is_hidden(folder: str | Path) -> bool:
     """Whether a folder, or one above it, carries the mark of hidden truth, or is a scene set's
     `hidden/<set>` of an earlier version, which had none."""
-    folder = Path(os.path.realpath(folder))
-    return any(
-        (place / HIDDEN_MARK).exists()
-        or (place.parent.name == "hidden" and all((place / p).is_dir() for p in HIDDEN_PARTS))
-        for place in (folder, *folder.parents)
-    )
+    place = os.path.realpath(folder)
+    while True:
+        above = os.path.dirname(place)
+        if os.path.exists(os.path.join(place, HIDDEN_MARK)) or (
+            os.path.basename(above) == "hidden"
+            and all(os.path.isdir(os.path.join(place, part)) for part in HIDDEN_PARTS)
+        ):
+            return True
+        if above == place:
+            return False
+        place = above
 
 
 class Locator:

@@ -131,7 +131,8 @@ class TripletWriter:
         folder: the set's folder, made if missing.
         part: name of this writer's own journal where several processes write one set at once; the
             last to close is one without `part`, which folds all journals.
-        restart: begin anew; what an earlier set had and this one has not is deleted at the end.
+        restart: begin anew; what an earlier set had and this one has not is deleted at the end, and
+            what an earlier writer noted when the first triplet is added.
 
     Raises:
         TripletError: the folder holds files of others in the place of a set's.
@@ -139,10 +140,14 @@ class TripletWriter:
 
     def __init__(self, folder: str | Path, *, part: str = "", restart: bool = False):
         self.folder, self._part, self._restart = claim_set(folder), part, restart
+        self._old: list[Path] = []  # journals that `restart` does away with
+        self._old = self._list_journals() if restart else []
         self._journal = Journal(self.folder / f"meta.{part + '.' * bool(part)}jsonl.partial")
-        if restart:
-            for journal in self._list_journals():
-                journal.unlink()
+
+    def _begin(self) -> None:
+        """With `restart`: from now on there is no way back."""
+        while self._old:
+            self._old.pop().unlink(missing_ok=True)
 
     @functools.cached_property
     def done_ids(self) -> set[str]:
@@ -225,6 +230,7 @@ class TripletWriter:
             for value in (source, mask, gt):
                 if not isinstance(value, (np.ndarray, type(None))):
                     self._refuse_own(value)
+            self._begin()
         self.add_record(write_files(self.folder, id=id, source=source, mask=mask, gt=gt, **extra))
 
     def _refuse_own(self, path) -> None:
@@ -236,6 +242,7 @@ class TripletWriter:
 
     def add_record(self, record: dict) -> None:
         """Add a record that `write_files` returned, perhaps in another process."""
+        self._begin()
         self._journal.append(record)
         if "done_ids" in self.__dict__:  # else they are read when they are asked for
             self.done_ids.add(record["id"])
@@ -260,6 +267,7 @@ class TripletWriter:
         Args:
             drop: ids that do not go into the set, if they are there; their files are deleted.
         """
+        self._begin()
         self._journal.close()
         flush_disk(self.folder)  # the images, before what promises them
         if self._part:
@@ -335,7 +343,7 @@ class TripletWriter:
 
     def _list_journals(self) -> list[Path]:
         """The one written to last is the last: of two records of an id it has the newer."""
-        found = self.folder.glob("meta.*jsonl.partial")
+        found = set(self.folder.glob("meta.*jsonl.partial")).difference(self._old)
         return sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name))
 
 

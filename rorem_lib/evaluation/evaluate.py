@@ -22,7 +22,8 @@ from rorem_lib.builtin.sets import read_truth
 from rorem_lib.data.pictures import load_image
 from rorem_lib.data.triplets import Triplet, load_images, read_triplets
 from rorem_lib.evaluation.methods import SOURCE, Method, MethodRun, run_method
-from rorem_lib.files import clean_metrics, write_json, write_text
+from rorem_lib.evaluation.tables import write_csv
+from rorem_lib.files import clean_metrics, write_json
 from rorem_lib.intervals import rate_interval
 
 logger = logging.getLogger(__name__)
@@ -114,7 +115,7 @@ def evaluate(
         for m in methods
     ]
     source = summarise_method(results[results.method == SOURCE])
-    write_text(output_dir / "results.csv", results.to_csv(index=False))
+    write_csv(results, output_dir / "results.csv")
     write_json(output_dir / "methods.json", clean_metrics(summaries))
     return Evaluation(
         results,
@@ -278,7 +279,7 @@ def audit_acceptance(candidates, hidden_dir, accepted, *, sample: int = 200, see
 
     Returns:
         `candidates_success_rate`, `accepted_precision` (0..1, None if nothing was accepted), each
-        with `_interval` (95 % Wilson) and `_n`; and `judged_by`: "simulated annotator".
+        with `_interval` (95% Wilson) and `_n`; and `judged_by`: "simulated annotator".
     """
     if isinstance(candidates, (str, Path)):
         candidates = read_triplets(candidates)

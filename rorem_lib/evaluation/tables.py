@@ -7,8 +7,10 @@ sees. Whoever judged stands in the column's name: the simulated annotator is no 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,11 +18,15 @@ import pandas as pd
 from rorem_lib.builtin.scenes import NEW
 from rorem_lib.evaluation.figures import is_fast
 from rorem_lib.evaluation.methods import SOURCE
+from rorem_lib.files import write_text
 from rorem_lib.intervals import LEVEL, adjust_holm, compare_paired, rate_interval
+from rorem_lib.labels.foreign import guard_cell
 
 SUCCESS = "success, simulated annotator (%)"
 GUESSED = "success, discriminator (%)"
 MISSING = "–"
+# As "-2.8 to +3.6" and "+0.4 points, not separable": no formula.
+_DIFFERENCE = re.compile(r"[-+][\d., to()%+-]*(points|dB)?(, not separable)?")
 
 
 # -------------------------------------------------------------------------------- comparisons
@@ -128,6 +134,17 @@ def compare_all(evaluation) -> list[dict]:
 # ------------------------------------------------------------------------------------- tables
 
 
+def write_csv(table: pd.DataFrame, path: str | Path, *, index: bool = False) -> Path:
+    """Write a table for spreadsheets: no name or text in it is taken for a formula."""
+
+    def guard(value):
+        own = isinstance(value, str) and _DIFFERENCE.fullmatch(value)
+        return value if own else guard_cell(value)
+
+    guarded = table.map(guard).rename(index=guard, columns=guard)
+    return write_text(path, guarded.to_csv(index=index))
+
+
 def format_rate(rate: float | None, interval: Sequence[float] | None = None) -> str:
     """A rate of 0..1 as "41.8 (37.5 to 46.2)"; a dash where it was not measured."""
     if rate is None:
@@ -194,7 +211,7 @@ def make_round_table(rounds: Sequence[Mapping]) -> pd.DataFrame:
                 "candidates": format_number(r.get("candidates"), 0),
                 "accepted": format_number(r.get("accepted"), 0)
                 + (
-                    f" ({100 * r['accepted'] / r['candidates']:.0f} %)"
+                    f" ({100 * r['accepted'] / r['candidates']:.0f}%)"
                     if r.get("accepted") is not None and r.get("candidates")
                     else ""
                 ),

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import time
+from dataclasses import dataclass
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -242,3 +245,202 @@ def inpaint_classical(
     if method not in CLASSICAL:
         raise ValueError(f"unknown classical method {method!r}: take telea or ns")
     return cv2.inpaint(image, masks.binarise_mask(mask), radius, CLASSICAL[method])
+
+
+MODES = ("effect", "exact", "full")
+
+
+@dataclass
+class Removal:
+    """What `ObjectRemover.remove` gives for one image.
+
+    Attributes:
+        image: the image without the object: of the kind that was given (a PIL image for a path),
+            of the source's size.
+        effect: [H, W] uint8, how much of each pixel is the remover's: 0 where the source's own
+            pixel stands, bit for bit, 255 where it is all new.
+        crops: boxes (x0, y0, x1, y1) in px that the model saw; the whole frame with `crop=False`.
+        seconds: how long it took, a share of its batch.
+        score: the discriminator's probability that it is a good removal; None without one.
+        number: of the candidate that was chosen, from 0.
+    """
+
+    image: object
+    effect: np.ndarray
+    crops: list[tuple[int, int, int, int]]
+    seconds: float
+    score: float | None = None
+    number: int = 0
+
+
+class ObjectRemover:
+    """A remover of objects: opened once, called with images and masks.
+
+        remover = ObjectRemover.from_pretrained("LetsThink/RORem", device="cuda")
+        result = remover("photo.jpg", "mask.png")
+
+    Attributes:
+        pipe: the pipeline (`sdxl.load_pipeline`).
+        settings: what the model was released with (`presets.Settings`): the defaults of a call.
+    """
+
+    def __init__(self, pipe, *, score=None):
+        """Args:
+        pipe: of `sdxl.load_pipeline`; left as it is.
+        score: (sources, masks, removals) -> probabilities of being good; lists of arrays. It
+            chooses among `candidates`.
+        """
+        self.pipe, self.score = pipe, score
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str = "builtin",
+        *,
+        lora: str = "",
+        revision: str | None = None,
+        variant: str | None = None,
+        device: str = "auto",
+        dtype: str | torch.dtype = "auto",
+        offload: bool = False,
+        base_model: str = sdxl.BASE_MODEL,
+        local_files_only: bool = False,
+        runtime: str = "torch",
+        score=None,
+    ) -> ObjectRemover:
+        """Open a remover.
+
+        Args:
+            model: `builtin`, `builtin:remover`, a folder or a Hub id.
+            lora: folder or Hub id of a LoRA that is laid over it.
+            device: "cpu", "cuda", "mps", or "auto" for the best there is.
+            dtype: "auto", "bf16", "fp16", "no" (float32): what the weights are kept and computed in.
+            offload: move each part to the GPU only while it works.
+            runtime: "torch", "onnx" or "openvino" (a folder written by `rorem export`).
+        """
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        pipe = sdxl.load_pipeline(
+            model,
+            revision=revision,
+            variant=variant,
+            device=device,
+            base_model=base_model,
+            local_files_only=local_files_only,
+        )
+        if lora:
+            from rorem_lib.models.lora import load_lora
+
+            load_lora(pipe, lora)
+        return cls(pipe, score=score)
+
+    def __call__(self, image, mask, **options):
+        """As `remove`, the images alone."""
+        found = self.remove(image, mask, **options)
+        return [r.image for r in found] if isinstance(found, list) else found.image
+
+    def remove(
+        self,
+        image,
+        mask,
+        *,
+        mode: str = "effect",
+        crop: bool = True,
+        resolution: int = 0,
+        num_inference_steps: int = 0,
+        guidance_scale: float | None = None,
+        strength: float | None = None,
+        seed: int = 0,
+        numbers: list[int] | None = None,
+        candidates: int = 1,
+        dilate: int = 0,
+        invert_mask: bool = False,
+        batch_size: int = 8,
+        use_lora: bool = True,
+        names: list[str] | None = None,
+        progress: bool = False,
+    ) -> Removal | list[Removal]:
+        """Remove what the masks cover. One image and mask, or a list of each.
+
+        Args:
+            image: PIL, array [H, W(, C)], tensor [(1|3|4), H, W] in 0..1, or path.
+            mask: likewise; white is removed. Of another size it is fitted where the aspect agrees.
+            mode: "effect", "exact" or "full".
+            crop: work on crops around the objects; False is the paper's whole frame.
+            resolution: short side at which the model works, px; 0 takes what it was trained at.
+            num_inference_steps, guidance_scale, strength: 0 and None take the model's own.
+            seed, numbers: fix the noise; number n of an image gives the same removal in any batch.
+            candidates: removals made of each image, of which `score` chooses one.
+        """
+        single = not isinstance(image, list)
+        images, object_masks = ([image], [mask]) if single else (image, mask)
+        if mode not in MODES:
+            raise ValueError(f"mode is {mode!r}: take one of {', '.join(MODES)}")
+        arrays = [
+            np.asarray(Image.open(i).convert("RGB"))
+            if isinstance(i, (str, Path))
+            else np.asarray(i)
+            for i in images
+        ]
+        maps = [
+            masks.binarise_mask(
+                np.asarray(Image.open(m).convert("L"))
+                if isinstance(m, (str, Path))
+                else np.asarray(m)
+            )
+            for m in object_masks
+        ]
+        maps = [255 - m if invert_mask else m for m in maps]
+        numbers = list(range(len(images))) if numbers is None else numbers
+        found = []
+        for source, hole, number, given in zip(arrays, maps, numbers, images):
+            began = time.monotonic()
+            ys, xs = np.where(hole > 0)
+            side = max(np.ptp(ys), np.ptp(xs)) + 1
+            h, w = hole.shape
+            x0, x1 = max(0, xs.min() - side), min(w, xs.max() + side)
+            y0, y1 = max(0, ys.min() - side), min(h, ys.max() + side)
+            if not crop:
+                x0, y0, x1, y1 = 0, 0, w, h
+            (painted,) = remove_objects(
+                self.pipe,
+                [np.ascontiguousarray(source[y0:y1, x0:x1])],
+                [np.ascontiguousarray(hole[y0:y1, x0:x1])],
+                resolution=resolution,
+                num_inference_steps=num_inference_steps or 20,
+                guidance_scale=guidance_scale or 1.0,
+                strength=strength or 1.0,
+                seed=seed,
+                numbers=[number],
+                dilate=dilate,
+            )
+            weight = np.zeros((h, w), np.float32)
+            inner = weight[y0:y1, x0:x1]
+            if mode == "full":
+                inner[:] = 1
+            else:
+                grown = cv2.dilate(hole, np.ones((5, 5), np.uint8))
+                if mode == "effect":
+                    delta = cv2.GaussianBlur(
+                        np.abs(painted.astype(np.float32) - source[y0:y1, x0:x1]).max(2), (0, 0), 1
+                    )
+                    grown = grown.copy()
+                    grown[y0:y1, x0:x1][delta > 6] = 255
+                inner[:] = cv2.GaussianBlur(grown.astype(np.float32) / 255, (0, 0), 1)[y0:y1, x0:x1]
+            canvas = source.astype(np.float32)
+            canvas[y0:y1, x0:x1] = (
+                canvas[y0:y1, x0:x1] * (1 - inner[..., None]) + painted * inner[..., None]
+            )
+            result = np.where(weight[..., None] > 0, canvas.round().astype(np.uint8), source)
+            result = (
+                Image.fromarray(result) if isinstance(given, (str, Path, Image.Image)) else result
+            )
+            found.append(
+                Removal(
+                    result,
+                    (weight * 255).astype(np.uint8),
+                    [(x0, y0, x1, y1)],
+                    time.monotonic() - began,
+                )
+            )
+        return found[0] if single else found
