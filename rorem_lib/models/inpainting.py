@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +20,8 @@ from tqdm.auto import tqdm
 
 from rorem_lib.data import masks
 from rorem_lib.models import sdxl
+from rorem_lib.models.composition import MODES
+from rorem_lib.models.removing import remove_from
 
 CLASSICAL = {"telea": cv2.INPAINT_TELEA, "ns": cv2.INPAINT_NS}
 
@@ -247,9 +248,6 @@ def inpaint_classical(
     return cv2.inpaint(image, masks.binarise_mask(mask), radius, CLASSICAL[method])
 
 
-MODES = ("effect", "exact", "full")
-
-
 @dataclass
 class Removal:
     """What `ObjectRemover.remove` gives for one image.
@@ -390,57 +388,56 @@ class ObjectRemover:
             )
             for m in object_masks
         ]
-        maps = [255 - m if invert_mask else m for m in maps]
-        numbers = list(range(len(images))) if numbers is None else numbers
+        maps = [masks.dilate_mask(255 - m if invert_mask else m, dilate) for m in maps]
+        paint = functools.partial(
+            self._paint_fitted,
+            num_inference_steps=num_inference_steps or 20,
+            guidance_scale=guidance_scale or 1.0,
+            strength=strength or 1.0,
+            seed=seed,
+        )
+        removed = remove_from(
+            arrays,
+            maps,
+            paint,
+            self._round_trip,
+            resolution=resolution or sdxl.get_resolution(self.pipe),
+            unit=sdxl.get_unit(self.pipe),
+            mode=mode,
+            crop=crop,
+            numbers=numbers,
+            names=names,
+            candidates=candidates,
+            score=self.score,
+            batch_size=batch_size,
+            progress=progress,
+        )
         found = []
-        for source, hole, number, given in zip(arrays, maps, numbers, images):
-            began = time.monotonic()
-            ys, xs = np.where(hole > 0)
-            side = max(np.ptp(ys), np.ptp(xs)) + 1
-            h, w = hole.shape
-            x0, x1 = max(0, xs.min() - side), min(w, xs.max() + side)
-            y0, y1 = max(0, ys.min() - side), min(h, ys.max() + side)
-            if not crop:
-                x0, y0, x1, y1 = 0, 0, w, h
-            (painted,) = remove_objects(
-                self.pipe,
-                [np.ascontiguousarray(source[y0:y1, x0:x1])],
-                [np.ascontiguousarray(hole[y0:y1, x0:x1])],
-                resolution=resolution,
-                num_inference_steps=num_inference_steps or 20,
-                guidance_scale=guidance_scale or 1.0,
-                strength=strength or 1.0,
-                seed=seed,
-                numbers=[number],
-                dilate=dilate,
-            )
-            weight = np.zeros((h, w), np.float32)
-            inner = weight[y0:y1, x0:x1]
-            if mode == "full":
-                inner[:] = 1
-            else:
-                grown = cv2.dilate(hole, np.ones((5, 5), np.uint8))
-                if mode == "effect":
-                    delta = cv2.GaussianBlur(
-                        np.abs(painted.astype(np.float32) - source[y0:y1, x0:x1]).max(2), (0, 0), 1
-                    )
-                    grown = grown.copy()
-                    grown[y0:y1, x0:x1][delta > 6] = 255
-                inner[:] = cv2.GaussianBlur(grown.astype(np.float32) / 255, (0, 0), 1)[y0:y1, x0:x1]
-            canvas = source.astype(np.float32)
-            canvas[y0:y1, x0:x1] = (
-                canvas[y0:y1, x0:x1] * (1 - inner[..., None]) + painted * inner[..., None]
-            )
-            result = np.where(weight[..., None] > 0, canvas.round().astype(np.uint8), source)
-            result = (
-                Image.fromarray(result) if isinstance(given, (str, Path, Image.Image)) else result
-            )
+        for given, one in zip(images, removed):
+            kept = one.image
+            if isinstance(given, (str, Path, Image.Image)):
+                kept = Image.fromarray(kept)
             found.append(
-                Removal(
-                    result,
-                    (weight * 255).astype(np.uint8),
-                    [(x0, y0, x1, y1)],
-                    time.monotonic() - began,
-                )
+                Removal(kept, one.effect, one.crops, one.seconds, one.score, one.number)
             )
         return found[0] if single else found
+
+    def _paint_fitted(self, images, object_masks, numbers, names, **options) -> list[np.ndarray]:
+        """Removals of a batch of images of one size that the model's unit divides."""
+        return remove_objects(
+            self.pipe,
+            images,
+            object_masks,
+            resolution=min(images[0].shape[:2]),
+            numbers=numbers,
+            names=names,
+            batch_size=len(images),
+            **options,
+        )
+
+    @torch.no_grad()
+    def _round_trip(self, images) -> list[np.ndarray]:
+        """A batch of images of one size after the autoencoder alone."""
+        x = sdxl.to_tensor(np.stack(images)).to(self.pipe.device, self.pipe.vae.dtype)
+        vae = self.pipe.vae
+        return list(sdxl.to_bytes(sdxl.decode_latents(vae, sdxl.encode_images(vae, x))))
