@@ -23,16 +23,30 @@ from rorem_lib.data.triplets import load_images, read_triplets
 from rorem_lib.data.writer import OWNED, TripletWriter
 from rorem_lib.files import lock_folder
 from rorem_lib.models import inpainting, sdxl
-from rorem_lib.models.inpainting import remove_objects
+from rorem_lib.models.composition import shrink
+from rorem_lib.models.crops import frame_crop
+from rorem_lib.models.inpainting import ObjectRemover
 from rorem_lib.removal import GenerateConfig, generate_candidates
 
 ROOT = Path(__file__).resolve().parents[1]
-QUICK = {"num_inference_steps": 2, "mixed_precision": "no"}
+QUICK = {"num_inference_steps": 2}
+
+
+def remove_objects(pipe, images, masks, **options):
+    """Removals as the stages make them: all of the frame is the remover's."""
+    whole = {"mode": "full", "crop": False}
+    return ObjectRemover(pipe)(images, masks, **whole | options)
 
 
 @pytest.fixture(scope="module")
 def pipe(tiny_model):
     return sdxl.load_pipeline(str(tiny_model))
+
+
+def fit_frame(image, mask, resolution, unit):
+    """The whole frame as the model sees it."""
+    height, width = mask.shape
+    return shrink(image, mask, frame_crop(width, height, resolution, unit).size[::-1])
 
 
 def draw_picture(height, width, seed=0):
@@ -126,11 +140,15 @@ def test_other_programs_take_the_note_of_the_size_without_a_word(tiny_model, cap
     assert stock.unet.config.sample_size * stock.vae_scale_factor == 64
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("precision, vae", [("fp16", torch.float32), ("bf16", torch.bfloat16)])
-def test_lower_precision_is_the_unets_and_in_fp16_not_the_vaes(pipe, monkeypatch, precision, vae):
-    """SDXL's VAE overflows in fp16; latents stay float32 between the steps."""
-    seen = {"unet": set(), "vae": set(), "steps": set()}
+def test_lower_precision_is_the_weights_and_in_fp16_not_the_vaes(
+    tiny_model, monkeypatch, precision, vae
+):
+    """SDXL's VAE overflows in fp16; latents stay float32 between the steps. No call casts weights:
+    every one that a layer computes with is the very tensor that was opened."""
+    remover = ObjectRemover.from_pretrained(str(tiny_model), device="cpu", dtype=precision)
+    pipe = remover.pipe
+    seen, casts = {"unet": set(), "vae": set(), "steps": set()}, []
 
     def note(name):
         return lambda module, inputs, output: seen[name].add(output.dtype)
@@ -141,29 +159,104 @@ def test_lower_precision_is_the_unets_and_in_fp16_not_the_vaes(pipe, monkeypatch
         for module in pipe.vae.modules()
         if isinstance(module, torch.nn.Conv2d)
     ]
-    step = pipe.scheduler.step
+    step = type(pipe.scheduler).step
     monkeypatch.setattr(
-        pipe.scheduler,
+        type(pipe.scheduler),
         "step",
-        lambda output, t, sample, **options: (
+        lambda self, output, t, sample, **options: (
             seen["steps"].update({output.dtype, sample.dtype}),
-            step(output, t, sample, **options),
+            step(self, output, t, sample, **options),
         )[1],
     )
-    before = dict(pipe.unet.__dict__), dict(pipe.vae.__dict__)
-    try:
-        remove_objects(
-            pipe,
-            *map(list, zip(draw_picture(64, 64))),
-            num_inference_steps=2,
-            mixed_precision=precision,
-        )
-    finally:
-        for hook in hooks:
-            hook.remove()
+    weights = {p.data_ptr() for part in (pipe.unet, pipe.vae) for p in part.parameters()}
+
+    class CountCasts(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._to_copy.default and args[0].data_ptr() in weights:
+                casts.append(tuple(args[0].shape))
+            return func(*args, **kwargs or {})
+
+    with CountCasts():
+        remover(*draw_picture(64, 64), mode="full", crop=False, num_inference_steps=2)
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     assert seen == {"unet": {half}, "vae": {vae}, "steps": {torch.float32}}
-    assert (pipe.unet.__dict__.keys(), pipe.vae.__dict__.keys()) == tuple(x.keys() for x in before)
+    assert casts == []
+
+
+def test_offloading_leaves_the_weights_on_the_cpu(tiny_model, monkeypatch):
+    """diffusers' own hooks move each part while it works; here there is no GPU to move it to."""
+    asked = []
+    kind = sdxl.StableDiffusionXLInpaintPipeline
+    monkeypatch.setattr(kind, "enable_model_cpu_offload", lambda self, device: asked.append(device))
+    remover = ObjectRemover.from_pretrained(
+        str(tiny_model), device="cuda", dtype="no", offload=True
+    )
+    assert asked == ["cuda"] and remover.networks.device.type == "cuda"
+    assert remover.pipe.unet.device.type == remover.pipe.vae.device.type == "cpu"
+    with pytest.raises(ValueError, match="offload.*device is cpu"):
+        ObjectRemover.from_pretrained(str(tiny_model), device="cpu", offload=True)
+
+
+def make_kl(**options):
+    """SDXL's kind of VAE, as small as the tiny model's."""
+    return sdxl.AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 3,
+        up_block_types=["UpDecoderBlock2D"] * 3,
+        block_out_channels=[8, 8, 16],
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=64,
+        **options,
+    ).eval()
+
+
+def test_large_frames_alone_are_decoded_in_tiles(tiny_model, monkeypatch):
+    pipe, seen = sdxl.load_pipeline(str(tiny_model)), []
+    pipe.vae = make_kl()
+    decode = pipe.vae.decode
+    monkeypatch.setattr(
+        pipe.vae, "decode", lambda *a, **k: seen.append(pipe.vae.use_tiling) or decode(*a, **k)
+    )
+    monkeypatch.setattr(inpainting, "TILED_PIXELS", 64 * 64)
+    for size in ((64, 64), (64, 128), (64, 64)):
+        remove_objects(pipe, *([x] for x in draw_picture(*size)), num_inference_steps=1)
+    assert seen == [False, True, False]
+
+
+def test_a_recorded_unet_removes_the_same_bit_for_bit(tiny_model):
+    options = {"device": "cpu", "dtype": "no"}
+    plain = ObjectRemover.from_pretrained(str(tiny_model), **options)
+    fast = ObjectRemover.from_pretrained(str(tiny_model), **options, compile=True)
+    calls, forward = [], type(fast.pipe.unet).forward
+    fast.pipe.unet.forward = lambda *a, **k: calls.append(1) or forward(fast.pipe.unet, *a, **k)
+    for size in ((64, 64), (64, 96), (64, 64), (64, 64)):
+        for guidance in (1.0, 2.0):
+            given = {"mode": "full", "crop": False, "guidance_scale": guidance, **QUICK}
+            a, b = (remover(*draw_picture(*size), **given) for remover in (plain, fast))
+            assert np.array_equal(a, b)
+    assert len(calls) == 4, "once each size of batch and image"
+    assert count_calls(fast.pipe, 3, 1.0) == [1] * 3, "who watches its calls sees them"
+
+
+def test_on_gpus_the_repeated_blocks_are_compiled(tiny_model, monkeypatch):
+    used = []
+    monkeypatch.setattr(inpainting, "compile_unet", lambda unet: used.append(unet))
+    remover = ObjectRemover.from_pretrained(str(tiny_model), device="meta", compile=True)
+    assert used == [remover.pipe.unet]
+
+
+def test_the_best_device_is_taken_and_words_are_kept(monkeypatch):
+    assert sdxl.choose_device("cuda:1") == "cuda:1"
+    for cuda, mps, device in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
+        assert sdxl.choose_device() == device
+    assert sdxl.choose_precision("auto", "mps") == "fp16"
+
+
+def test_choosing_among_candidates_needs_a_chooser(pipe):
+    with pytest.raises(ValueError, match="candidates is 3.*discriminator"):
+        ObjectRemover(pipe)(*draw_picture(64, 64), candidates=3)
 
 
 def test_a_removal_depends_on_its_number_not_on_its_batch(pipe):
@@ -207,8 +300,11 @@ def test_a_large_pictures_detail_survives_outside_the_mask(pipe):
 def test_pasting_back_keeps_every_pixel_outside_the_wide_mask(pipe):
     for size in ((64, 64), (90, 120)):
         image, mask = draw_picture(*size)
-        (result,) = remove_objects(pipe, [image], [mask], dilate=5, paste_back=True, **QUICK)
-        wide = cv2.dilate(mask, np.ones((5, 5), np.uint8))
+        removal = ObjectRemover(pipe).remove(
+            image, mask, dilate=5, mode="exact", crop=False, **QUICK
+        )
+        result, wide = removal.image, cv2.dilate(mask, np.ones((41, 41), np.uint8))
+        assert not removal.effect[wide == 0].any(), "the hole and a feathered rim alone"
         assert np.array_equal(result[wide == 0], image[wide == 0])
         assert not np.array_equal(result[wide > 0], image[wide > 0])
 
@@ -217,16 +313,16 @@ def test_a_thin_mask_does_not_get_lost_in_a_smaller_picture():
     image, mask = draw_picture(640, 640)
     mask[:] = 0
     mask[100, 50:400] = 255
-    small, thin = inpainting._fit(image, mask, 64, 8)
+    small, thin = fit_frame(image, mask, 64, 8)
     assert small.shape[:2] == thin.shape == (64, 64)
     assert (thin[10, 6:39] == 255).all() and set(np.unique(thin)) == {0, 255}
 
 
 def test_an_image_longer_than_photographs_are_is_made_smaller():
     image, mask = draw_picture(3, 2000)
-    small, _ = inpainting._fit(image, mask + 255, 64, 8)
+    small, _ = fit_frame(image, mask + 255, 64, 8)
     assert small.shape == (8, 512, 3)
-    small, _ = inpainting._fit(*draw_picture(100, 800), 64, 8)
+    small, _ = fit_frame(*draw_picture(100, 800), 64, 8)
     assert small.shape == (64, 512, 3)
 
 
@@ -258,7 +354,6 @@ def count_calls(pipe, steps, guidance):
             [mask],
             num_inference_steps=steps,
             guidance_scale=guidance,
-            mixed_precision="no",
         )
     finally:
         hook.remove()
@@ -269,14 +364,18 @@ def test_mismatched_inputs_are_named(pipe):
     image, mask = draw_picture(64, 64)
     with pytest.raises(ValueError, match="2 images but 1 masks"):
         remove_objects(pipe, [image, image], [mask])
-    with pytest.raises(ValueError, match="image 1 is 64x64 px but its mask 30x64"):
+    with pytest.raises(ValueError, match="image 1.*mask is 30x64 px.*64x64 px"):
         remove_objects(pipe, [image, image], [mask, mask[:, :30]])
     with pytest.raises(ValueError, match="resolution is -64 px"):
         remove_objects(pipe, [image], [mask], resolution=-64)
-    with pytest.raises(ValueError, match="num_inference_steps.*0:.*1"):
-        remove_objects(pipe, [image], [mask], num_inference_steps=0)
+    with pytest.raises(ValueError, match="num_inference_steps.*-1:.*1"):
+        remove_objects(pipe, [image], [mask], num_inference_steps=-1)
+    with pytest.raises(ValueError, match="strength is 0.1: of 4 steps .* 10 steps"):
+        remove_objects(pipe, [image], [mask], num_inference_steps=4, strength=0.1)
+    with pytest.raises(ValueError, match="mode is 'whole': take one of effect, exact, full"):
+        remove_objects(pipe, [image], [mask], mode="whole")
     with pytest.raises(ValueError, match="mixed_precision.*'BF16'"):
-        remove_objects(pipe, [image], [mask], mixed_precision="BF16")
+        ObjectRemover.from_pretrained(pipe.origin, dtype="BF16")
     assert remove_objects(pipe, [], []) == []
 
 
@@ -361,14 +460,29 @@ def test_methods_take_turns(config, tiny_set, tiny_model):
     assert (load_images(triplets[1])["gt"] != load_images(triplets[1])["source"])[outside].any()
 
 
+def test_candidates_of_another_mode_keep_the_rest_and_are_another_set(config):
+    config.count = 2
+    generate_candidates(config)
+    marker = Path(config.output_dir) / "candidates" / "settings.json"
+    assert not {"mode", "crop"} & json.loads(marker.read_text()).keys(), "an earlier release's"
+    config.mode = "exact"
+    generate_candidates(config)
+    assert json.loads(marker.read_text())["mode"] == "exact"
+    assert len(list(Path(config.output_dir).glob("candidates.*"))) == 1
+    for triplet in read_triplets(Path(config.output_dir) / "candidates"):
+        pictures = load_images(triplet)
+        same = (pictures["gt"] == pictures["source"]).all(axis=2)
+        assert same[pictures["mask"] < 128].mean() > 0.3 and not same.all()
+
+
 def test_candidates_are_drawn_at_the_resolution_asked_for(config, monkeypatch):
-    seen, remove = [], removal.remove_objects
+    seen, remove = [], ObjectRemover.__call__
 
     def note(*given, resolution, **options):
         seen.append(resolution)
         return remove(*given, resolution=resolution, **options)
 
-    monkeypatch.setattr(removal, "remove_objects", note)
+    monkeypatch.setattr(ObjectRemover, "__call__", note)
     config.count, config.resolution = 1, 32
     generate_candidates(config)
     assert seen == [32]
@@ -385,6 +499,7 @@ def test_candidates_are_drawn_at_the_resolution_asked_for(config, monkeypatch):
         {"batch_size": 0},
         {"dilate": []},
         {"mixed_precision": "fp32"},
+        {"mode": "whole"},
     ],
     ids=lambda changes: next(iter(changes)),
 )
@@ -395,13 +510,13 @@ def test_options_that_make_no_sense_are_named(changes):
 
 
 def test_moved_models_and_more_images_go_on_where_it_was(config, tmp_path, monkeypatch):
-    seen, remove = [], removal.remove_objects
+    seen, remove = [], ObjectRemover.__call__
 
     def note(pipe, images, *given, **options):
         seen.extend(options["numbers"])
         return remove(pipe, images, *given, **options)
 
-    monkeypatch.setattr(removal, "remove_objects", note)
+    monkeypatch.setattr(ObjectRemover, "__call__", note)
     config.start, config.count = 2, 1
     generate_candidates(config)
     moved = shutil.copytree(config.pretrained_model_name_or_path, tmp_path / "moved")
@@ -562,7 +677,7 @@ def test_a_stopped_generation_goes_on(config, monkeypatch):
     generate_candidates(config)
     whole = read_results(config)
     config.output_dir += "2"
-    calls, remove = [], removal.remove_objects
+    calls, remove = [], ObjectRemover.__call__
 
     def stop_in_second_call(pipe, images, *args, **options):
         calls.append(len(images))
@@ -570,7 +685,7 @@ def test_a_stopped_generation_goes_on(config, monkeypatch):
             raise KeyboardInterrupt
         return remove(pipe, images, *args, **options)
 
-    monkeypatch.setattr(removal, "remove_objects", stop_in_second_call)
+    monkeypatch.setattr(ObjectRemover, "__call__", stop_in_second_call)
     with pytest.raises(KeyboardInterrupt):
         generate_candidates(config)
     assert not (Path(config.output_dir) / "candidates" / "meta.json").exists()
@@ -599,13 +714,13 @@ def test_what_other_settings_left_is_written_anew(config, tiny_set, tmp_path):
 
 def test_several_dilations_take_turns_and_the_mask_stays(config, tiny_set, monkeypatch):
     config.count, config.seeds_per_image, config.dilate = 2, 3, [0, 9]
-    seen, remove = [], removal.remove_objects
+    seen, remove = [], ObjectRemover.__call__
 
     def remember(pipe, sources, object_masks, **rest):
         seen.extend(object_masks)
         return remove(pipe, sources, object_masks, **rest)
 
-    monkeypatch.setattr(removal, "remove_objects", remember)
+    monkeypatch.setattr(ObjectRemover, "__call__", remember)
     generate_candidates(config)
     made = read_triplets(Path(config.output_dir) / "candidates")
     assert [t.extra["dilate"] for t in made] == [0, 9, 0] * 2
@@ -652,7 +767,7 @@ def test_ids_that_cannot_name_files_are_told_before_any_removal(config, tmp_path
     records[7]["id"] = "字" * 80
     (folder / "meta.json").write_text(json.dumps(records))
     config.meta_path = [str(folder)]
-    monkeypatch.setattr(removal, "remove_objects", None)
+    monkeypatch.setattr(ObjectRemover, "__call__", None)
     with pytest.raises(ValueError, match="cannot name a triplet's files"):
         generate_candidates(config)
     assert not Path(config.output_dir).exists()
