@@ -110,7 +110,7 @@ def test_detail_that_the_model_did_not_see_stays(mode, scale):
 @pytest.mark.parametrize("mode", ["effect", "exact"])
 def test_no_seam_at_a_crop_s_edge_but_none_lost_at_the_image_s(mode):
     source, mask, truth, _ = draw_scene()
-    mask = np.roll(mask, -48, axis=1)  # it touches the left edge
+    mask = np.roll(mask, -54, axis=1)  # it touches the left edge
     assert mask[:, 0].any()
     inner = compose(source, blur(truth), blur(source), mask, mode, borders=(False,) * 4)[1]
     assert not inner[:, 0].any() and not inner[0].any()
@@ -149,7 +149,7 @@ def test_a_membrane_goes_through_what_is_around_it():
     region[10:30, 15:35] = True
     slope = np.stack([x, y, x - y], axis=2)  # harmonic: it is its own membrane
     filled = fit_membrane(np.where(region[..., None], 999, slope), region, 0.1, 1e9)
-    assert np.abs(filled - slope).max() < 0.5
+    assert np.abs(filled - slope).max() < 1
 
 
 def test_what_makes_no_sense_is_refused():

@@ -56,7 +56,7 @@ class Limits:
     low: float = 2.5
     noise: float = 3.0
     reach: float = 2.5
-    ring: float = 3.0
+    ring: float = 4.0
     grow: float = 2.0
     widen: float = 4.0
     feather: float = 2.0

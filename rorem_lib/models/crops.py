@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 
 MARGIN = 0.75  # context on each side of the objects, as a share of their larger side
+SQUARE = 1.5  # a crop that would be longer than wide by less than this is made square
 MAX_ASPECT = 2.0  # of a crop; longer than wide models are trained on little
 FRAME_SHARE = 0.7  # a crop that covers more of the image than this is the whole frame
 NATIVE = 1.35  # an image whose short side is up to so many times the model's is seen whole
@@ -175,9 +176,11 @@ def _make_crop(core: Box, context: float, frame: tuple[int, int], native: int, u
     """The crop around a core with `context` px on each side, in an image of `frame` (W, H) px."""
     extents = (core[2] - core[0], core[3] - core[1])
     least = min(native, *frame)  # of small objects: the model's size, pixel by pixel
-    # Square as far as the image goes: that is what models have seen most of.
-    side = max(least, max(extents) + 2 * context)
-    sides = [min(most, side) for most in frame]
+    sides = [max(least, extent + 2 * context) for extent in extents]
+    # Square unless the objects are long: that is what models have seen most of.
+    longest = max(sides)
+    shortest = longest if longest <= SQUARE * min(sides) else longest / MAX_ASPECT
+    sides = [min(most, max(side, shortest)) for side, most in zip(sides, frame)]
     # Where the image is too narrow for that, some context is cut off at the ends.
     sides = [
         max(min(side, MAX_ASPECT * min(sides)), min(1.25 * extent, most))

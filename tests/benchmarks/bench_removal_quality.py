@@ -400,7 +400,7 @@ def main(arguments: list[str] | None = None) -> None:
     }
     rows = {name: shorten(measure[name]()) for name in measure if name in options.rows}
     result = {
-        "model": str(options.model),
+        "model": "/".join(Path(options.model).parts[-3:]),
         "scenes": len(triplets),
         "steps": options.steps,
         "limits": {k: v for k, v in vars(composition.LIMITS).items()},
