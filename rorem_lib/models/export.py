@@ -2,7 +2,7 @@
 
     folder/
       export.json                what it is: settings, resolution, what it was made from, files
-      conditioning.safetensors   the empty prompt's embedding: no text encoder is needed
+      empty_prompt.safetensors   the empty prompt's embedding: no text encoder is needed
       scheduler/                 diffusers' configuration of the noise schedule
       vae_encoder/model.onnx     [B, 3, H, W] -> [B, 8 or 4, h, w]
       vae_decoder/model.onnx     [B, 4, h, w] -> [B, 3, H, W]
@@ -13,12 +13,14 @@ in float32 (5.1 in fp16). `models/runtimes.py` runs the folder.
 
 Tracing takes little memory beyond the weights: PyTorch's exporter works on shapes alone, and files
 are written from the weights where they lie. A graph is compared with PyTorch when PyTorch's own
-part has been let go of.
+part has been let go of. A LoRA is merged beside a copy of what it changes, which goes again: of
+SDXL's UNet that is once more its size for a moment.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import shutil
 import warnings
@@ -27,7 +29,6 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from torch.export import Dim
 
@@ -44,7 +45,6 @@ from rorem_lib.models import sdxl
 from rorem_lib.models.hub import hash_model
 from rorem_lib.models.lora import LORA_FILE
 from rorem_lib.models.runtimes import (
-    CONDITIONING,
     FORMAT,
     GRAPH,
     RECORD,
@@ -128,8 +128,8 @@ def export_model(
         model: `builtin`, `builtin:remover`, a folder or a Hub id.
         folder: where it goes: a new or empty folder, or one with the same export begun.
         lora: a LoRA that is merged, its folder or Hub id.
-        dtype: "no" (float32) or "fp16", what the weights are stored and computed in. The VAE stays
-            float32 where its configuration says so (`force_upcast`; SDXL's own overflows).
+        dtype: "no" (float32) or "fp16", what the UNet's weights are stored and computed in. The
+            VAE stays float32: in half precision SDXL's overflows.
         check: compare each graph, run by onnxruntime, with PyTorch; needs memory for it.
         progress: is called with a line for each part.
         options: as of `ObjectRemover.from_pretrained` (`revision`, `variant`, `base_model`,
@@ -158,13 +158,18 @@ def export_model(
         progress(f"{folder}: this export is there already")
         return folder
     with lock_folder(folder):
-        from rorem_lib.models.inpainting import ObjectRemover
-
-        remover = ObjectRemover.from_pretrained(
-            model, lora=lora, device="cpu", dtype=dtype, **options
-        )
-        _write_parts(remover, folder, record, found, check, progress)
+        pipe, settings = _open_remover(model, lora=lora, device="cpu", dtype=dtype, **options)
+        record["settings"] = dataclasses.asdict(settings)
+        _write_parts(pipe, folder, record, found, check, progress)
     return folder
+
+
+def _open_remover(model: str, **options):
+    """Its pipeline and settings, without what it keeps to go back behind its LoRA."""
+    from rorem_lib.models.inpainting import ObjectRemover
+
+    remover = ObjectRemover.from_pretrained(model, **options)
+    return remover.pipe, remover.settings
 
 
 def _describe_source(model: str, lora: str, revision: str | None) -> dict:
@@ -215,14 +220,10 @@ def _identify(value):
     return {k: v for k, v in value.items() if k != "model" or not hashed}
 
 
-def _write_parts(remover, folder: Path, record: dict, found: dict, check: bool, progress) -> None:
-    pipe, dtype = remover.pipe, record["dtype"]
-    if pipe.vae.config.get("force_upcast") and hasattr(pipe.vae, "quant_conv"):
-        pipe.vae.float()
+def _write_parts(pipe, folder: Path, record: dict, found: dict, check: bool, progress) -> None:
     embeds, pooled = (x.float().contiguous() for x in sdxl.encode_prompt(pipe))
     record |= {
         "complete": False,
-        "settings": remover.settings.to_dict(),
         "resolution": sdxl.get_resolution(pipe),
         "unit": sdxl.get_unit(pipe),
         "factor": pipe.vae_scale_factor,
@@ -232,7 +233,7 @@ def _write_parts(remover, folder: Path, record: dict, found: dict, check: bool, 
         "parts": found.get("parts", {}),
     }
     write_json(folder / RECORD, record)
-    save_file({"embeds": embeds, "pooled": pooled}, folder / CONDITIONING)
+    sdxl.save_empty_prompt(pipe, folder)
     pipe.scheduler.save_pretrained(folder / "scheduler")
     for name, examples, shapes, module in _list_parts(pipe, embeds, pooled):
         if is_whole(folder, record["parts"].get(name)):
@@ -249,7 +250,9 @@ def _write_parts(remover, folder: Path, record: dict, found: dict, check: bool, 
             pipe.unet = None
         entry = {}
         if check:
-            entry["difference"] = _compare(tmp_path / GRAPH, examples, expected, TOLERANCE[dtype])
+            entry["difference"] = _compare(
+                tmp_path / GRAPH, examples, expected, TOLERANCE[record["dtype"]]
+            )
         flush_folder(tmp_path)
         replace_folder(tmp_path, folder / name)
         entry["files"] = {

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from rorem_lib.files import read_json
+from rorem_lib.models import sdxl
 
 FORMAT = 1  # of an exported folder: raise it when older ones could not be read
 RECORD = "export.json"
-CONDITIONING = "conditioning.safetensors"
 GRAPH = "model.onnx"
 INSTALL = "pip install -c requirements/constraints.txt -r requirements/export.txt"
 RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino"}
@@ -104,24 +104,26 @@ class ExportedNetworks:
 
     device = torch.device("cpu")
 
-    def __init__(self, folder, runtime: str, *, dtype: str = "auto", threads: int = 0):
+    def __init__(self, folder, runtime: str, *, dtype="auto", threads: int = 0):
         if runtime not in RUNTIMES:
             raise ValueError(f"runtime is {runtime!r}: take torch, {' or '.join(RUNTIMES)}")
         require_packages(RUNTIMES[runtime])
         folder = Path(folder).expanduser()
         self.record = record = read_record(folder)
         self.origin = str(folder)
-        if dtype == "auto":
-            able = torch.cpu.get_capabilities()
-            dtype = "bf16" if able.get("amx_tile") or able.get("avx512_bf16") else "no"
+        if isinstance(dtype, torch.dtype):
+            dtype = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "no")
+        dtype = sdxl.choose_precision(dtype)
         self.settings = record["settings"]
         self.resolution, self.unit = record["resolution"], record["unit"]
         self.factor, self.scaling_factor = record["factor"], record["scaling_factor"]
         self.zero_negative = record["zero_negative"]
-        conditioning = load_file(folder / CONDITIONING)
-        self.embeds, self.pooled = conditioning["embeds"], conditioning["pooled"]
+        prompt = load_file(folder / sdxl.EMPTY_PROMPT)
+        self.embeds, self.pooled = prompt["prompt_embeds"], prompt["pooled_prompt_embeds"]
         config = read_json(folder / "scheduler" / "scheduler_config.json")
-        self.scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
+        if not (kind := str(config.get("_class_name"))).endswith("Scheduler"):
+            raise ValueError(f"{folder}/scheduler holds no scheduler but {kind}")
+        self.scheduler = getattr(diffusers, kind).from_config(config)
         self._encoder, self._decoder, self._unet = (
             GRAPHS[runtime](folder / part / GRAPH, threads=threads, precision=dtype)
             for part in ("vae_encoder", "vae_decoder", "unet")
