@@ -19,8 +19,6 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from rorem_lib.models import sdxl
 
-TILED_PIXELS = 4_200_000  # above it the VAE works in tiles: its memory grows with the frame
-
 
 class Networks(Protocol):
     """What the loop needs of a model. All tensors in and out are float32, on `device`.
@@ -69,6 +67,11 @@ class Networks(Protocol):
         finite."""
 
 
+def _peek(module) -> torch.Tensor:
+    """A weight. diffusers' own `device` and `dtype` walk all modules, ms at every question."""
+    return next(module.parameters())
+
+
 class PipelineNetworks:
     """The networks of a pipeline of `sdxl.load_pipeline`, in the type that its weights have.
 
@@ -82,7 +85,9 @@ class PipelineNetworks:
 
     origin = property(lambda self: getattr(self.pipe, "origin", "the model"))
     # With offloading weights lie on the CPU between calls: diffusers knows where they run.
-    device = property(lambda self: getattr(self.pipe, "works_on", self.pipe.unet.device))
+    device = property(
+        lambda self: getattr(self.pipe, "works_on", None) or _peek(self.pipe.unet).device
+    )
     scheduler = property(lambda self: self.pipe.scheduler)
     embeds = property(lambda self: sdxl.encode_prompt(self.pipe)[0].to(self.device))
     pooled = property(lambda self: sdxl.encode_prompt(self.pipe)[1].to(self.device))
@@ -94,18 +99,18 @@ class PipelineNetworks:
 
     def encode(self, images):
         vae = self.pipe.vae
-        encoded = vae.encode(images.to(vae.dtype))
+        encoded = vae.encode(images.to(_peek(vae).dtype))
         if hasattr(encoded, "latent_dist"):
             return encoded.latent_dist.parameters.float()
         return encoded.latents.float()
 
     def predict(self, sample, timestep, embeds, pooled, time_ids):
-        unet = self.pipe.unet
+        unet, dtype = self.pipe.unet, _peek(self.pipe.unet).dtype
         return unet(
-            sample.to(unet.dtype),
+            sample.to(dtype),
             timestep,
-            encoder_hidden_states=embeds.to(unet.dtype),
-            added_cond_kwargs={"text_embeds": pooled.to(unet.dtype), "time_ids": time_ids},
+            encoder_hidden_states=embeds.to(dtype),
+            added_cond_kwargs={"text_embeds": pooled.to(dtype), "time_ids": time_ids},
             return_dict=False,
         )[0].float()
 
@@ -115,7 +120,7 @@ class PipelineNetworks:
         An image that is not finite then, or whose latents were not, is NaN: else what comes after
         would clip infinity to white.
         """
-        vae, dtype = self.pipe.vae, self.pipe.vae.dtype
+        vae, dtype = self.pipe.vae, _peek(self.pipe.vae).dtype
         images = vae.decode(latents.to(dtype), return_dict=False)[0].float()
         sound = latents.isfinite().flatten(1).all(1)
         if dtype != torch.float32 and sound.all() and not images.isfinite().all():
@@ -173,7 +178,7 @@ def denoise(
     if latents is None:
         latents = noise * scheduler.init_noise_sigma
     else:
-        latents = scheduler.add_noise(latents, noise, timesteps[:1].repeat(batch))
+        latents = scheduler.add_noise(latents.contiguous(), noise, timesteps[:1].repeat(batch))
     # c = [m at the latents' size | z(s (1 - m))]: blanking the object avoids ghosts of it
     condition = torch.cat(
         [
@@ -205,7 +210,9 @@ def denoise(
 def _start_schedule(networks: Networks, num_inference_steps: int, strength: float):
     """A scheduler of this call's own, and the timesteps that are run."""
     if not 0 < strength <= 1:
-        raise ValueError(f"strength is {strength}: take a share of the schedule, above 0 and up to 1")
+        raise ValueError(
+            f"strength is {strength}: take a share of the schedule, above 0 and up to 1"
+        )
     run = min(int(num_inference_steps * strength), num_inference_steps)
     if run < 1:
         raise ValueError(
@@ -255,7 +262,7 @@ def decode_images(networks: Networks, latents: torch.Tensor) -> np.ndarray:
 
 @torch.no_grad()
 def encode_decode(networks: Networks, images: np.ndarray) -> np.ndarray:
-    """The VAE's round trip of [B, H, W, 3] uint8, at the posterior's mean; as `denoise` gives it."""
+    """The VAE's round trip of [B, H, W, 3] uint8, at the posterior's mean; see `denoise`."""
     source = to_range(images).to(networks.device)
     latents = torch.cat([networks.encode(image)[:, :4] for image in source.split(1)])
     return decode_images(networks, networks.scaling_factor * latents)
