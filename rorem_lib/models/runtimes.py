@@ -137,7 +137,9 @@ class ExportedNetworks:
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         images = self._decoder(_open(latents))
-        images[~images.isfinite().flatten(1).all(1)] = torch.nan
+        # Not the images alone: some VAEs make something finite of anything.
+        sound = latents.isfinite().flatten(1).all(1) & images.isfinite().flatten(1).all(1)
+        images[~sound] = torch.nan
         return images
 
 
