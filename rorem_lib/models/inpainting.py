@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,9 +21,11 @@ from tqdm.auto import tqdm
 from rorem_lib.data import masks
 from rorem_lib.models import denoising, presets, sdxl
 from rorem_lib.models.attention import compile_unet
+from rorem_lib.models.composition import MODES
 from rorem_lib.models.inputs import read_inputs
 from rorem_lib.models.lora import PlainWeights, load_lora
 from rorem_lib.models.presets import FOUR_STEPS, Settings, find_settings
+from rorem_lib.models.removing import remove_from
 
 logger = logging.getLogger(__name__)
 
@@ -80,9 +82,6 @@ def inpaint_classical(
     if method not in CLASSICAL:
         raise ValueError(f"unknown classical method {method!r}: take telea or ns")
     return cv2.inpaint(image, masks.binarise_mask(mask), radius, CLASSICAL[method])
-
-
-MODES = ("effect", "exact", "full")
 
 
 @dataclass
@@ -314,43 +313,54 @@ class ObjectRemover:
                 found[place] = Removal(one.restore(one.image.copy()), effect, [], 0.0)
         todo = [place for place in range(len(given)) if found[place] is None]
         self._compose(
-            given, todo, found, numbers, mode, crop, resolution, sampling, batch_size, progress
+            given,
+            todo,
+            found,
+            numbers,
+            mode,
+            crop,
+            resolution,
+            sampling,
+            batch_size,
+            progress,
+            candidates,
         )
         return found[0] if single else found
 
     def _compose(
-        self, given, todo, found, numbers, mode, crop, resolution, sampling, batch_size, progress
+        self,
+        given,
+        todo,
+        found,
+        numbers,
+        mode,
+        crop,
+        resolution,
+        sampling,
+        batch_size,
+        progress,
+        candidates,
     ) -> None:
         """Fill in `found` at the places `todo`."""
-        boxes = [_frame(given[place].mask, crop) for place in todo]
-        parts = [np.s_[y0:y1, x0:x1] for x0, y0, x1, y1 in boxes]
-        began = time.monotonic()
-        painted = self._paint(
-            [given[place].image[part] for place, part in zip(todo, parts)],
-            [given[place].mask[part] for place, part in zip(todo, parts)],
-            [numbers[place] for place in todo],
-            [given[place].name for place in todo],
+        removed = remove_from(
+            [given[place].image for place in todo],
+            [given[place].mask for place in todo],
+            functools.partial(self._paint_fitted, **sampling),
+            self._round_trip,
             resolution=resolution,
+            unit=self.networks.unit,
+            mode=mode,
+            crop=crop,
+            numbers=[numbers[place] for place in todo],
+            names=[given[place].name for place in todo],
+            candidates=candidates,
+            score=self.score,
             batch_size=batch_size,
             progress=progress,
-            **sampling,
         )
-        for place, part, box, new in zip(todo, parts, boxes, painted):
-            source, hole = given[place].image, given[place].mask
-            weight = np.zeros(hole.shape, np.float32)
-            weight[part] = (
-                1 if mode == "full" else _find_effect(source[part], hole[part], new, mode)
-            )
-            result = source.copy()
-            inner = weight[part][..., None]
-            mixed = (source[part] * (1 - inner) + new * inner).round().astype(np.uint8)
-            result[part] = np.where(inner > 0, mixed, source[part])
-            found[place] = Removal(
-                given[place].restore(result),
-                (weight * 255).round().astype(np.uint8),
-                [box],
-                (time.monotonic() - began) / len(todo),
-            )
+        for place, one in zip(todo, removed):
+            image = given[place].restore(one.image)
+            found[place] = Removal(image, one.effect, one.crops, one.seconds, one.score, one.number)
 
     def _check(self, images, object_masks, mode, num_inference_steps, batch_size, resolution):
         if len(images) != len(object_masks):
@@ -459,24 +469,3 @@ class ObjectRemover:
         finally:
             if turn:
                 vae.disable_tiling()
-
-
-def _frame(hole: np.ndarray, crop: bool) -> tuple[int, int, int, int]:
-    """What the model sees, (x0, y0, x1, y1): the whole frame, or the object and as much around."""
-    height, width = hole.shape
-    if not crop:
-        return 0, 0, width, height
-    ys, xs = np.where(hole > 0)
-    side = max(np.ptp(ys), np.ptp(xs)) + 1
-    x0, x1 = max(0, xs.min() - side), min(width, xs.max() + side)
-    y0, y1 = max(0, ys.min() - side), min(height, ys.max() + side)
-    return int(x0), int(y0), int(x1), int(y1)
-
-
-def _find_effect(source: np.ndarray, hole: np.ndarray, new: np.ndarray, mode: str) -> np.ndarray:
-    """How much of each pixel is the remover's, 0..1."""
-    grown = cv2.dilate(hole, np.ones((5, 5), np.uint8))
-    if mode == "effect":
-        change = np.abs(new.astype(np.float32) - source).max(2)
-        grown[cv2.GaussianBlur(change, (0, 0), 1) > 6] = 255
-    return cv2.GaussianBlur(grown.astype(np.float32) / 255, (0, 0), 1)
