@@ -148,6 +148,8 @@ def test_wrong_requests_say_what_to_do(tiny_model, exported, tmp_path, monkeypat
         runtimes.ExportedNetworks(exported, "tensorrt")
     with pytest.raises(FileNotFoundError, match="rorem export"):
         runtimes.ExportedNetworks(tiny_model, "onnx")
+    with pytest.raises(ValueError, match="merged"):
+        ObjectRemover.from_pretrained(str(exported), runtime="onnx", lora="x")
     with pytest.raises(ValueError, match="bf16"):
         export.export_model(str(tiny_model), tmp_path / "x", dtype="bf16")
     monkeypatch.setattr(runtimes.metadata, "version", _raise_missing)
