@@ -23,6 +23,8 @@ from rorem_lib.data.triplets import load_images, read_triplets
 from rorem_lib.data.writer import OWNED, TripletWriter
 from rorem_lib.files import lock_folder
 from rorem_lib.models import inpainting, sdxl
+from rorem_lib.models.composition import shrink
+from rorem_lib.models.crops import frame_crop
 from rorem_lib.models.inpainting import ObjectRemover
 from rorem_lib.removal import GenerateConfig, generate_candidates
 
@@ -39,6 +41,12 @@ def remove_objects(pipe, images, masks, **options):
 @pytest.fixture(scope="module")
 def pipe(tiny_model):
     return sdxl.load_pipeline(str(tiny_model))
+
+
+def fit_frame(image, mask, resolution, unit):
+    """The whole frame as the model sees it."""
+    height, width = mask.shape
+    return shrink(image, mask, frame_crop(width, height, resolution, unit).size[::-1])
 
 
 def draw_picture(height, width, seed=0):
@@ -226,16 +234,16 @@ def test_a_thin_mask_does_not_get_lost_in_a_smaller_picture():
     image, mask = draw_picture(640, 640)
     mask[:] = 0
     mask[100, 50:400] = 255
-    small, thin = inpainting._fit(image, mask, 64, 8)
+    small, thin = fit_frame(image, mask, 64, 8)
     assert small.shape[:2] == thin.shape == (64, 64)
     assert (thin[10, 6:39] == 255).all() and set(np.unique(thin)) == {0, 255}
 
 
 def test_an_image_longer_than_photographs_are_is_made_smaller():
     image, mask = draw_picture(3, 2000)
-    small, _ = inpainting._fit(image, mask + 255, 64, 8)
+    small, _ = fit_frame(image, mask + 255, 64, 8)
     assert small.shape == (8, 512, 3)
-    small, _ = inpainting._fit(*draw_picture(100, 800), 64, 8)
+    small, _ = fit_frame(*draw_picture(100, 800), 64, 8)
     assert small.shape == (64, 512, 3)
 
 

@@ -56,7 +56,7 @@ class Limits:
     low: float = 2.5
     noise: float = 3.0
     reach: float = 2.5
-    ring: float = 2.0
+    ring: float = 3.0
     grow: float = 2.0
     widen: float = 4.0
     feather: float = 2.0
@@ -67,6 +67,7 @@ class Limits:
 
 
 LIMITS = Limits()
+
 
 def compose(
     source: np.ndarray,
@@ -153,7 +154,7 @@ def put_back(original, mask, small, removed) -> np.ndarray:
 
 
 def get_unit(shape: tuple[int, int]) -> float:
-    """Scale of the lengths in `Limits` for an image that is worked on at `shape` (height, width)."""
+    """Scale of the lengths in `Limits` for an image worked on at `shape` (height, width)."""
     return max(1.0, min(shape) / 64) ** 0.5
 
 
@@ -164,15 +165,20 @@ def shrink(source: np.ndarray, mask: np.ndarray, shape: tuple[int, int]):
     """
     if source.shape[:2] == tuple(shape):
         return source, np.where(mask >= 128, 255, 0).astype(np.uint8)
-    way = cv2.INTER_AREA if min(shape) < min(mask.shape) else cv2.INTER_CUBIC
+    way = cv2.INTER_AREA if _is_smaller(shape, mask.shape) else cv2.INTER_CUBIC
     small = cv2.resize(source, shape[::-1], interpolation=way)
     return small, np.where(shrink_mask(mask >= 128, shape), 255, 0).astype(np.uint8)
+
+
+def _is_smaller(shape, than) -> bool:
+    """Whether a size is a smaller view of another, not just rounded on one side."""
+    return min(shape) < min(than) or 1.5 * max(shape) < max(than)
 
 
 def shrink_mask(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """[H, W] bool at another size (height, width): true where any part of it was."""
     white = mask.astype(np.uint8) * 255
-    way = cv2.INTER_AREA if min(shape) < min(mask.shape) else cv2.INTER_LINEAR
+    way = cv2.INTER_AREA if _is_smaller(shape, mask.shape) else cv2.INTER_LINEAR
     return cv2.resize(white, shape[::-1], interpolation=way) > 0
 
 
@@ -206,11 +212,11 @@ def find_effect(
     near = (size > level) & (distance <= reach)
     if barrier is not None:
         near &= ~barrier
-    # Connected to the hole, over gaps of a pixel's width.
-    seed = distance <= limits.blur * unit
-    _, labels = cv2.connectedComponents((near | seed).astype(np.uint8), connectivity=8)
-    found = np.isin(labels, np.unique(labels[~outside])) & (labels > 0)
-    return widen(found, limits.grow * unit) | (distance <= limits.ring * unit)
+    ring = distance <= limits.ring * unit
+    _, labels = cv2.connectedComponents((near | ring).astype(np.uint8), connectivity=8)
+    own = np.unique(labels[~outside])
+    found = near & np.isin(labels, own[own > 0])
+    return widen(found, limits.grow * unit) | ring
 
 
 def measure_change(change, outside, distance, reach, limits):
@@ -312,17 +318,20 @@ def _lay(source, canvas, painted, change, weight, mask, keep):
     last = min(height, int((rows[-1] + 3) * scale) + 1)
     for top in range(first, last, _BAND):
         band = slice(top, min(top + _BAND, last))
-
-        def enlarge(small, linear=False):
-            return small[band] if same else _enlarge_rows(small, (height, width), band, linear)
-
-        part = np.clip(enlarge(weight, True), 0, 1)
+        part, new, added = (
+            x[band] if same else _enlarge_rows(x, (height, width), band, way)
+            for x, way in (
+                (weight, cv2.INTER_LINEAR),
+                (painted, cv2.INTER_CUBIC),
+                (change, cv2.INTER_CUBIC),
+            )
+        )
         levels = (255 * part + 0.5).astype(np.uint8)
         if keep is not None:
             levels[keep[band]] = 0
         own = source[band].astype(np.float32)
         inside = soft[band].astype(np.float32)[..., None] / 255
-        new = enlarge(painted) * inside + (own + enlarge(change)) * (1 - inside)
+        new = new * inside + (own + added) * (1 - inside)
         below = canvas[band]
         mixed = below + levels[..., None] / np.float32(255) * (new - below)
         mixed = np.clip(mixed + 0.5, 0, 255).astype(np.uint8)
@@ -331,10 +340,9 @@ def _lay(source, canvas, painted, change, weight, mask, keep):
     return result, effect
 
 
-def _enlarge_rows(small: np.ndarray, shape, band: slice, linear: bool = False) -> np.ndarray:
+def _enlarge_rows(small: np.ndarray, shape, band: slice, way: int) -> np.ndarray:
     """Rows of `small` resized to `shape` (height, width), without the rest of it."""
     (height, width), (h, w) = shape, small.shape[:2]
-    way = cv2.INTER_LINEAR if linear else cv2.INTER_CUBIC
     x = ((np.arange(width, dtype=np.float32) + 0.5) * (w / width) - 0.5)[None]
     y = ((np.arange(band.start, band.stop, dtype=np.float32) + 0.5) * (h / height) - 0.5)[:, None]
     rows = band.stop - band.start

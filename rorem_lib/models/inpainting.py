@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from rorem_lib.data import masks
 from rorem_lib.models import denoising, presets, sdxl
@@ -33,40 +32,6 @@ CLASSICAL = {"telea": cv2.INPAINT_TELEA, "ns": cv2.INPAINT_NS}
 
 
 TILED_PIXELS = 4_200_000  # of a frame, above which the VAE works in tiles
-MAX_ASPECT = 8  # wider or taller than photographs are: memory grows with the long side
-
-
-def _fit(image: np.ndarray, mask: np.ndarray, resolution: int, multiple: int):
-    """Shrink or enlarge an image so that its short side is near `resolution`, sides divisible.
-
-    Of an image that is longer than `MAX_ASPECT` times its short side, the long side decides: the
-    model sees it smaller.
-    """
-    height, width = image.shape[:2]
-    scale = resolution / max(min(height, width), max(height, width) / MAX_ASPECT)
-    sides = [max(multiple, round(side * scale / multiple) * multiple) for side in (width, height)]
-    if sides == [width, height]:
-        return image, mask
-    way = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-    # A pixel of the hole must not get lost in a smaller mask: any part of it counts.
-    small = cv2.resize(mask, sides, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
-    return cv2.resize(image, sides, interpolation=way), np.where(small > 0, 255, 0).astype(np.uint8)
-
-
-def _put_back(original, mask, fitted, removed):
-    """Bring a removal to the original's size without losing the original's detail.
-
-    Inside the mask it is the enlarged removal; outside the original plus what the removal changed
-    (a shadow that went away), which is smooth enough to be enlarged.
-    """
-    if removed.shape == original.shape:
-        return removed
-    size = (original.shape[1], original.shape[0])
-    change = cv2.resize(removed.astype(np.float32) - fitted, size, interpolation=cv2.INTER_CUBIC)
-    inside = cv2.resize(removed, size, interpolation=cv2.INTER_CUBIC).astype(np.float32)
-    soft = cv2.GaussianBlur((mask >= 128).astype(np.float32), (0, 0), 1.5)[..., None]
-    mixed = inside * soft + (original + change) * (1 - soft)
-    return np.clip(mixed + 0.5, 0, 255).astype(np.uint8)
 
 
 def make_generator(seed: int, number: int) -> torch.Generator:
@@ -260,10 +225,10 @@ class ObjectRemover:
         Args:
             image: PIL, array [H, W(, C)], tensor [(1|3|4), H, W] in 0..1, or path; see `inputs`.
             mask: likewise; white is removed. Of another size it is fitted where the aspect agrees.
-            mode: "effect", "exact" or "full".
+            mode: "effect", "exact" or "full"; see `composition`.
             crop: work on crops around the objects; False is the paper's whole frame.
             resolution: short side at which the model works, px: 0 takes what it was trained at. The
-                long side is at most `MAX_ASPECT` times as long.
+                long side is at most `crops.FRAME_ASPECT` times as long.
             num_inference_steps: denoising steps, one UNet call each (two with guidance).
             guidance_scale: classifier-free guidance; 1 is off (RORem removes without guidance).
             strength: share of the noise schedule that is run; 1 starts from pure noise. Of steps,
@@ -314,36 +279,6 @@ class ObjectRemover:
                 effect = np.zeros(one.mask.shape, np.uint8)
                 found[place] = Removal(one.restore(one.image.copy()), effect, [], 0.0)
         todo = [place for place in range(len(given)) if found[place] is None]
-        self._compose(
-            given,
-            todo,
-            found,
-            numbers,
-            mode,
-            crop,
-            resolution,
-            sampling,
-            batch_size,
-            progress,
-            candidates,
-        )
-        return found[0] if single else found
-
-    def _compose(
-        self,
-        given,
-        todo,
-        found,
-        numbers,
-        mode,
-        crop,
-        resolution,
-        sampling,
-        batch_size,
-        progress,
-        candidates,
-    ) -> None:
-        """Fill in `found` at the places `todo`."""
         removed = remove_from(
             [given[place].image for place in todo],
             [given[place].mask for place in todo],
@@ -360,9 +295,16 @@ class ObjectRemover:
             batch_size=batch_size,
             progress=progress,
         )
-        for place, one in zip(todo, removed):
-            image = given[place].restore(one.image)
-            found[place] = Removal(image, one.effect, one.crops, one.seconds, one.score, one.number)
+        for place, one in zip(todo, removed, strict=True):
+            found[place] = Removal(
+                given[place].restore(one.image),
+                one.effect,
+                one.crops,
+                one.seconds,
+                one.score,
+                one.number,
+            )
+        return found[0] if single else found
 
     def _check(self, images, object_masks, mode, num_inference_steps, batch_size, resolution):
         if len(images) != len(object_masks):
@@ -380,50 +322,6 @@ class ObjectRemover:
             raise ValueError(
                 f"resolution is {resolution} px: take 0 for what the model was trained at"
             )
-
-    def _paint(
-        self,
-        images: list[np.ndarray],
-        object_masks: list[np.ndarray],
-        numbers: Sequence[int],
-        names: Sequence[str],
-        *,
-        resolution: int,
-        batch_size: int,
-        progress: bool = False,
-        **sampling,
-    ) -> list[np.ndarray]:
-        """Removals of images of any sizes, brought to the model's size and back.
-
-        Args:
-            images, object_masks: [H, W, 3] and [H, W] (0 or 255) uint8; equal sizes share a batch.
-            sampling: of `_paint_fitted`.
-
-        Returns:
-            [H, W, 3] uint8, each of its image's size.
-        """
-        unit = self.networks.unit
-        fitted = [_fit(i, m, resolution, unit) for i, m in zip(images, object_masks, strict=True)]
-        groups: dict[tuple, list[int]] = {}
-        for place, (image, _) in enumerate(fitted):
-            groups.setdefault(image.shape, []).append(place)
-        results: list = [None] * len(images)
-        bar = tqdm(total=len(images), disable=not progress, unit="image", mininterval=1)
-        for places in groups.values():
-            for begin in range(0, len(places), batch_size):
-                batch = places[begin : begin + batch_size]
-                painted = self._paint_fitted(
-                    [fitted[i][0] for i in batch],
-                    [fitted[i][1] for i in batch],
-                    [numbers[i] for i in batch],
-                    [names[i] for i in batch],
-                    **sampling,
-                )
-                for i, removed in zip(batch, painted, strict=True):
-                    results[i] = _put_back(images[i], object_masks[i], fitted[i][0], removed)
-                bar.update(len(batch))
-        bar.close()
-        return results
 
     def _paint_fitted(
         self, images, object_masks, numbers, names, *, seed: int, **sampling

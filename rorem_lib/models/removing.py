@@ -153,9 +153,7 @@ def _visit(jobs, batch_size: int, seconds: list[float], make, keep) -> None:
 
 
 def _paint_all(jobs, paint, numbers, names, candidates, batch_size, seconds, progress) -> None:
-    bar = tqdm(
-        total=len(jobs) * candidates, disable=not progress, unit="removal", mininterval=1
-    )
+    bar = tqdm(total=len(jobs) * candidates, disable=not progress, unit="removal", mininterval=1)
     for k in range(candidates):
 
         def make(batch, k=k):

@@ -259,7 +259,7 @@ def measure_rims(remover, options) -> dict:
 
 
 def cut_to_unit(image, remover):
-    unit = remover._unit if hasattr(remover, "_unit") else 16
+    unit = remover.networks.unit
     height, width = (side // unit * unit for side in image.shape[:2])
     return np.ascontiguousarray(image[:height, :width])
 
