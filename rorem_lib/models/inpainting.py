@@ -127,7 +127,8 @@ class ObjectRemover:
                 in. With fp16 the VAE stays in float32: SDXL's overflows.
             offload: keep the weights in the CPU's memory and move each part to the GPU while it
                 works. Decoding then goes in tiles.
-            compile: compile the UNet's repeated blocks; the first call of each size takes longer.
+            compile: on GPUs compile the UNet's repeated blocks, on CPUs record its operations once
+                (the same bits); the first call of each size takes longer.
             runtime: "torch", "onnx" or "openvino" (a folder written by `rorem export`).
             score: see `ObjectRemover`.
 
@@ -164,12 +165,15 @@ class ObjectRemover:
         remover = cls(pipe, settings=settings, score=score)
         if lora:
             remover._lay_lora(lora, local_files_only)
-        if compile:
+        if compile and torch.device(device).type == "cpu":
+            remover.networks = denoising.PipelineNetworks(pipe, record=True)
+        elif compile:
             compile_unet(pipe.unet)
         if offload:
             pipe.enable_model_cpu_offload(device=device)
             pipe.works_on = torch.device(device)
-            pipe.vae.enable_tiling()
+            if isinstance(pipe.vae, sdxl.AutoencoderKL):
+                pipe.vae.enable_tiling()
         return remover
 
     def _lay_lora(self, lora: str, local_files_only: bool) -> None:
@@ -255,6 +259,11 @@ class ObjectRemover:
         single = not isinstance(image, (list, tuple))
         images, object_masks = ([image], [mask]) if single else (list(image), list(mask))
         self._check(images, object_masks, mode, num_inference_steps, batch_size, resolution)
+        if candidates > 1 and self.score is None:
+            raise ValueError(
+                f"candidates is {candidates}, but nothing chooses among them: give the remover a "
+                "discriminator (ObjectRemover(..., score=...)), or take candidates=1"
+            )
         self._switch_lora(use_lora)
         names = names or ["the image" if single else f"image {n}" for n in range(len(images))]
         numbers = range(len(images)) if numbers is None else numbers
@@ -359,9 +368,13 @@ class ObjectRemover:
 
     @contextlib.contextmanager
     def _tiled(self, shape: tuple[int, ...]):
-        """The VAE in tiles where a frame is so large that its memory would not do."""
+        """The VAE in tiles where a frame is so large that its memory would not do.
+
+        `AutoencoderTiny` needs little, and tiles of it do not fit together (diffusers 0.42).
+        """
         vae = self.pipe.vae if self.pipe else None
-        turn = vae is not None and shape[0] * shape[1] > TILED_PIXELS and not vae.use_tiling
+        large = isinstance(vae, sdxl.AutoencoderKL) and shape[0] * shape[1] > TILED_PIXELS
+        turn = large and not vae.use_tiling
         try:
             if turn:
                 vae.enable_tiling()
