@@ -27,6 +27,7 @@ LONGEST = (
     "test_sharding.py",
     "test_pipeline.py",
     "test_sdxl.py",
+    "test_export.py",
     "test_assemble_notebook.py",
     "test_remover.py",
     "test_stale.py",

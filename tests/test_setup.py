@@ -49,9 +49,14 @@ def test_pyproject_names_what_dev_pins():
     compare_names(PROJECT["dependency-groups"]["dev"], read_pins("dev.txt"))
 
 
+def test_pyproject_names_what_export_pins():
+    compare_names(EXTRAS["export"], read_pins("export.txt"))
+
+
 def test_constraints_hold_every_pin():
     constraints = read_pins("constraints.txt")
-    for name, version in read_pins("core.txt", "dev.txt").items():
+    pins = read_pins("core.txt", "dev.txt") | read_pins("export.txt")
+    for name, version in pins.items():
         assert constraints.get(name) == version
     for extra in [Requirement(r) for requirements in EXTRAS.values() for r in requirements]:
         assert constraints[canonicalize_name(extra.name)] in extra.specifier

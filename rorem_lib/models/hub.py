@@ -18,6 +18,9 @@ from huggingface_hub import (
 )
 
 from rorem_lib.files import hash_file, read_json, resolve_path, write_text
+from rorem_lib.models.standalone import write_pipeline
+
+SETTINGS_FILE = "removal_settings.json"  # what a model was released with, see `presets`
 
 
 def has_file(
@@ -105,9 +108,11 @@ def _hash_once(path: Path, *state) -> str:
 
 
 def write_card(folder, *, title: str, base_model: str, resolution: int, text: str) -> None:
-    """Write a trained model's `README.md`, the model card that the Hub shows.
+    """Write a trained model's `README.md`, the model card that the Hub shows, and beside a whole
+    pipeline the `pipeline.py` with which diffusers alone removes as the kit does.
 
     In the configs beside it diffusers notes the folder that the model was loaded from: that goes.
+    The settings that the card and the pipeline name are those that the folder holds.
 
     Args:
         folder: the model's.
@@ -125,16 +130,106 @@ def write_card(folder, *, title: str, base_model: str, resolution: int, text: st
         base_model=base_model if _is_on_hub(base_model) else None,
         resolution=resolution,
     )
+    whole = (Path(folder) / "model_index.json").is_file()
+    usage = _describe_pipeline(folder, resolution) if whole else _describe_lora(folder, base_model)
     body = f"""# {title}
 
 {text} Trained at {resolution} px: bring the image's short side to that size, as the kit does.
-"""
+
+{usage}"""
     for config in [*Path(folder).glob("model_index.json"), *Path(folder).glob("*/config.json")]:
         content = read_json(config)
         if not _is_on_hub(content.get("_name_or_path", "owner/name")):
             del content["_name_or_path"]
             write_text(config, json.dumps(content, indent=2, sort_keys=True) + "\n")
     write_text(Path(folder) / "README.md", f"---\n{data.to_yaml()}\n---\n\n{body}")
+    if whole:
+        write_pipeline(folder, _read_settings(folder))
+
+
+def _read_settings(folder) -> dict:
+    """The settings beside a model; nothing where there are none."""
+    path = Path(folder) / SETTINGS_FILE
+    return read_json(path) if path.is_file() else {}
+
+
+def _describe_pipeline(folder, resolution: int) -> str:
+    """How a whole model is used: with the kit, and with diffusers alone."""
+    settings = _read_settings(folder)
+    steps, strength = settings.get("num_inference_steps", 50), settings.get("strength", 1.0)
+    guidance = settings.get("guidance_scale", 1.0)
+    return f"""## Use
+
+`MODEL` is this folder, or its id on the Hub. With the RORem kit, on images of any size; what the
+removal did not change stays the image's own:
+
+```python
+from rorem_lib.models.inpainting import ObjectRemover
+
+remover = ObjectRemover.from_pretrained(MODEL)
+result = remover("photo.png", "mask.png")
+result.save("removed.png")
+```
+
+The same with diffusers, where the kit is not installed. `pipeline.py` in this folder is the code
+that runs (it also needs opencv-python-headless):
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained(MODEL, custom_pipeline=MODEL, trust_remote_code=True)
+result = pipe(image, mask).images[0]
+```
+
+With diffusers' own pipeline it is the whole frame anew, at the size that the model was trained at:
+
+```python
+from diffusers import AutoPipelineForInpainting
+
+pipe = AutoPipelineForInpainting.from_pretrained(MODEL)
+result = pipe(
+    prompt="", image=image, mask_image=mask, height={resolution}, width={resolution},
+    num_inference_steps={steps}, strength={strength}, guidance_scale={guidance},
+).images[0]
+```
+
+`image` and `mask` are PIL images (white is removed). `height` and `width` have the image's aspect,
+the shorter is {resolution}.
+"""
+
+
+def _describe_lora(folder, base_model: str) -> str:
+    """How a LoRA is used: with the kit, and with diffusers."""
+    settings = _read_settings(folder)
+    base = base_model if _is_on_hub(base_model) else "BASE"
+    named = "" if base != "BASE" else ", `BASE` the remover that it was trained on"
+    lcm = settings.get("scheduler") == "lcm"
+    scheduler = "pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)\n" if lcm else ""
+    imported = "AutoPipelineForInpainting" + ", LCMScheduler" * lcm
+    steps = settings.get("num_inference_steps", 50)
+    shown = base if base == "BASE" else f'"{base}"'
+    return f"""## Use
+
+`LORA` is this folder, or its id on the Hub{named}. With the RORem kit:
+
+```python
+from rorem_lib.models.inpainting import ObjectRemover
+
+remover = ObjectRemover.from_pretrained({shown}, lora=LORA)
+result = remover("photo.png", "mask.png")
+result.save("removed.png")
+```
+
+With diffusers, which is then called as the remover's own card says, with
+`num_inference_steps={steps}`:
+
+```python
+from diffusers import {imported}
+
+pipe = AutoPipelineForInpainting.from_pretrained({shown})
+pipe.load_lora_weights(LORA)
+{scheduler}```
+"""
 
 
 def _is_on_hub(model: str) -> bool:

@@ -138,6 +138,8 @@ class ObjectRemover:
         if runtime != "torch":
             from rorem_lib.models.runtimes import ExportedNetworks
 
+            if lora:
+                raise ValueError("an exported model has its LoRA merged: rorem export --lora")
             networks = ExportedNetworks(model, runtime, dtype=dtype)
             return cls(networks=networks, settings=Settings(**networks.settings), score=score)
         device = sdxl.choose_device(device)

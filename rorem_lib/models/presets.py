@@ -14,9 +14,8 @@ from diffusers import LCMScheduler
 from rorem_lib.data.remote import talk_to_hub
 from rorem_lib.files import read_json, write_json
 from rorem_lib.models import sdxl
-from rorem_lib.models.hub import find_optional
+from rorem_lib.models.hub import SETTINGS_FILE, find_optional
 
-SETTINGS_FILE = "removal_settings.json"
 SCHEDULERS = ("default", "trailing", "lcm")
 
 

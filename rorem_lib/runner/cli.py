@@ -24,7 +24,7 @@ import yaml
 
 from rorem_lib.files import ROOT
 from rorem_lib.parameters import StrictLoader
-from rorem_lib.runner import data_commands
+from rorem_lib.runner import data_commands, export_command
 from rorem_lib.runner.pipeline import (
     NotAgreed,
     Observer,
@@ -137,6 +137,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     data = commands.add_parser("data", help="check, merge or publish triplet sets")
     data_commands.add_commands(data)
+    export_command.add_options(commands.add_parser("export", help="write a remover as ONNX"))
     for command in (run, status, accept, clean):
         command.add_argument("recipe", help="a name in notebooks/recipes, or a YAML file")
         command.add_argument(
@@ -201,6 +202,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = build_parser().parse_args(words)  # exits with 2 on a wrong option
     if options.command == "data":
         return data_commands.run_command(options)
+    if options.command == "export":
+        return export_command.run_command(options)
     runs_dir = Path(options.runs_dir).absolute() if options.runs_dir else ROOT / "runs"
     work = {"run": _run, "status": show_status, "accept": _accept, "clean": _clean}
     try:

@@ -1,0 +1,147 @@
+"""What a published model's folder gives to people who have diffusers and not the kit."""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoPipelineForInpainting, DiffusionPipeline
+from PIL import Image
+
+from rorem_lib.builtin.scenes import render_scene
+from rorem_lib.models import hub, presets, sdxl
+from rorem_lib.models.inpainting import ObjectRemover, make_generator
+
+SETTINGS = presets.Settings(resolution=64, num_inference_steps=2, strength=0.9)
+
+
+@pytest.fixture(scope="module")
+def published(tiny_model, tmp_path_factory):
+    """A trained model's folder, as the trainings write it."""
+    folder = tmp_path_factory.mktemp("published") / "remover"
+    pipe = sdxl.load_pipeline(str(tiny_model))
+    with sdxl.silence_libraries():
+        pipe.save_pretrained(folder)
+    presets.save_settings(SETTINGS, folder)
+    hub.write_card(folder, title="R", base_model="builtin", resolution=64, text="Trained.")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photo():
+    """(image, mask): a scene of 160 px, two and a half times the model's side."""
+    scene = render_scene([9, 1], role="rord", size=160)
+    mask = np.zeros((160, 160), np.uint8)
+    mask[60:85, 50:80] = 255
+    return Image.fromarray(scene.image), Image.fromarray(mask)
+
+
+@pytest.fixture(scope="module")
+def remover(published):
+    return ObjectRemover.from_pretrained(str(published), device="cpu", dtype="no")
+
+
+def open_custom(published, **options):
+    return DiffusionPipeline.from_pretrained(
+        published, custom_pipeline=str(published), trust_remote_code=True, **options
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"mode": "exact", "crop": False, "seed": 4}])
+def test_the_pipeline_removes_as_the_kit_does(published, remover, photo, options):
+    image, mask = photo
+    given = open_custom(published)(image, mask, **options).images[0]
+    wanted = np.array(remover(image, mask, **options))
+    assert np.array_equal(np.array(given), wanted)
+    assert not np.array_equal(wanted, np.array(image))
+
+
+def test_it_needs_no_kit(published, remover, photo, tmp_path):
+    image, mask = photo
+    image.save(tmp_path / "photo.png")
+    mask.save(tmp_path / "mask.png")
+    code = f"""
+import sys
+sys.modules["rorem_lib"] = None  # importing it fails
+from diffusers import DiffusionPipeline
+from PIL import Image
+pipe = DiffusionPipeline.from_pretrained(
+    {str(published)!r}, custom_pipeline={str(published)!r}, trust_remote_code=True)
+found = pipe([Image.open("photo.png")] * 2, [Image.open("mask.png")] * 2).images
+found[1].save("removed.png")
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
+    wanted = remover([image] * 2, [mask] * 2)[1]
+    assert np.array_equal(np.array(Image.open(tmp_path / "removed.png")), np.array(wanted))
+
+
+def read_code(folder) -> list[str]:
+    text = (folder / "README.md").read_text()
+    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+
+
+def test_the_card_runs_as_it_stands(published, photo, tmp_path, monkeypatch):
+    """The kit, the custom pipeline, and the stock pipeline against the kit's whole frame."""
+    image, mask = photo
+    monkeypatch.chdir(tmp_path)
+    image.save("photo.png")
+    mask.save("mask.png")
+    ours, custom, stock = read_code(published)
+    assert len(ours.strip().splitlines()) <= 5 and len(custom.strip().splitlines()) <= 4
+    space = {"MODEL": str(published), "image": image, "mask": mask}
+    exec(ours, space)
+    assert Image.open("removed.png").size == image.size
+    exec(custom, space)
+    assert np.array_equal(np.array(space["result"]), np.array(Image.open("removed.png")))
+    # The stock pipeline works at the size that it is given: the images have it.
+    small = {"image": image.resize((64, 64)), "mask": mask.resize((64, 64))}
+    for name in ("num_inference_steps=2", "strength=0.9", "height=64"):
+        assert name in stock, name
+    exec(
+        stock.replace("prompt=", "generator=noise, prompt="),
+        space | small | {"noise": make_generator(0, 0)},
+        found := {},
+    )
+    remover = ObjectRemover.from_pretrained(str(published), device="cpu", dtype="no")
+    wanted = remover(small["image"], small["mask"], mode="full", crop=False)
+    assert np.array_equal(np.array(found["result"]), np.array(wanted))
+
+
+def test_stock_diffusers_opens_the_folder(published):
+    pipe = AutoPipelineForInpainting.from_pretrained(published)
+    assert type(pipe).__name__ == "StableDiffusionXLInpaintPipeline"
+    index = json.loads((published / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionXLInpaintPipeline"
+
+
+def test_the_pipeline_takes_half_precision(published, photo):
+    pipe = open_custom(published, torch_dtype=torch.bfloat16)
+    image, mask = photo
+    found = pipe(image, mask).images[0]
+    outside = np.array(mask) == 0
+    kept = (np.array(found) == np.array(image)).all(axis=2)
+    assert kept[outside].mean() > 0.3 and not kept.all()
+
+
+def test_a_lora_says_how_it_is_used(tmp_path):
+    presets.save_settings(presets.FOUR_STEPS, tmp_path)
+    hub.write_card(tmp_path, title="L", base_model="owner/remover", resolution=512, text="D.")
+    ours, theirs = read_code(tmp_path)
+    assert 'from_pretrained("owner/remover", lora=LORA)' in ours
+    assert "LCMScheduler.from_config" in theirs and "load_lora_weights(LORA)" in theirs
+    assert "num_inference_steps=4" in (tmp_path / "README.md").read_text()
+    assert not (tmp_path / "pipeline.py").exists()
+
+
+def test_the_generated_file_is_whole(published, tmp_path):
+    """Every name in it is defined, and nothing of the kit is imported."""
+    path = published / "pipeline.py"
+    text = path.read_text()
+    assert "import rorem_lib" not in text and "from rorem_lib" not in text
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F,E9", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert "SETTINGS = {'resolution': 64" in text
