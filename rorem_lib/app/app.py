@@ -56,6 +56,7 @@ CSS = """
 .gradio-container { max-width: 1280px !important; width: 100%; margin: auto; }
 #editor button[aria-label=Color] { display: none; }
 #about p { margin: 0; }
+@media (max-width: 640px) { footer { display: none !important; } }
 """
 
 
@@ -155,7 +156,7 @@ class Page:
         session["marks"][:], session["corner"] = 0, None
         return self._show_clicks(session)
 
-    def remove(self, editor, session, mode, variants, steps, guidance, seed, dilate):
+    def make(self, editor, session, mode, variants, steps, guidance, seed, dilate):
         """Make the variants and show the first."""
         if session is None:
             raise refuse("There is no image: upload a photo first.")
@@ -226,15 +227,20 @@ def build(service: Service) -> gr.Blocks:
                 )
                 with gr.Column(visible=False) as marking:
                     names = [n for n, tool in TOOLS.items() if tool != "click" or service.segmenter]
-                    tool = gr.Radio(names, label="2. Mark the object with", elem_id="tool")
+                    tool = gr.Radio(
+                        names,
+                        label="2. Mark the object with",
+                        info="Cover all of it, a little beyond its edge. Its shadow goes along.",
+                        elem_id="tool",
+                    )
                     editor = gr.ImageEditor(
-                        label="Paint over the whole object",
+                        label="Paint on it",
                         format="png",
                         sources=(),
                         transforms=(),
                         layers=False,
                         brush=make_brush(20),
-                        height=460,
+                        height="min(460px, 90vw)",
                         elem_id="editor",
                     )
                     target = gr.Image(
@@ -303,7 +309,7 @@ def build(service: Service) -> gr.Blocks:
         typed = [mark.click, numbers.submit]
         gr.on(typed, page.mark_box, [numbers, session], clicked, **PRIVATE)
         clear.click(page.clear, session, clicked, **PRIVATE)
-        go.click(page.remove, asked, [result, gallery, *shown], **MODEL, **PRIVATE)
+        go.click(page.make, asked, [result, gallery, *shown], **MODEL, **PRIVATE)
         gallery.select(page.pick, session, shown, **PRIVATE)
         add_endpoint(service, page)
     return ui.queue(max_size=32)
@@ -406,9 +412,10 @@ def open_service(options) -> Service:
 
 def launch(ui: gr.Blocks, **options):
     """Start the server. Nothing on the page comes from another machine, and nothing is reported."""
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     return ui.launch(
         css=CSS,
-        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+        theme=theme.set(block_info_text_color="*neutral_600"),
         footer_links=["api"],
         run_history=False,
         enable_monitoring=False,

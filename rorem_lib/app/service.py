@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 from pathlib import Path
 
-with contextlib.suppress(ImportError):
-    import spaces  # ZeroGPU's; it patches torch, so it comes first
+try:
+    spaces = importlib.import_module("spaces")  # ZeroGPU's; it patches torch, so it comes first
+except ImportError:
+    spaces = None
 
 import gradio as gr
 import numpy as np
@@ -45,7 +48,7 @@ def explain_errors(*paths: str):
 
 def lend_gpu(call):
     """`call`, on ZeroGPU with a GPU for as long as it runs."""
-    return spaces.GPU(duration=GPU_SECONDS)(call) if "spaces" in globals() else call
+    return spaces.GPU(duration=GPU_SECONDS)(call) if spaces else call
 
 
 class Service:
@@ -124,8 +127,8 @@ def describe_model(name: str) -> str:
         return (
             "**Made by the built-in miniature.** It was trained on rendered scenes of 64 px and "
             "shows that everything works; on photographs its filling is a blur or a smear. For "
-            "photographs the app has to be started with a full-size remover, for example "
-            "`rorem app --model LetsThink/RORem`."
+            "photographs start the app with a full-size remover, for example `rorem app --model "
+            "LetsThink/RORem` (in a Space: the variable `ROREM_MODEL`)."
         )
     return (
         f"**Made by {name}.** It paints a likely background; what was really behind the object is "
