@@ -234,6 +234,8 @@ def test_boxes_by_two_clicks_and_by_numbers(remover, files):
     page.clear(session)
     assert not session["marks"].any()
     app.forget(session)
+    with pytest.raises(gr.Error, match="upload"):
+        page.clear(None)
 
 
 def test_a_click_marks_an_object_where_a_sam_is_configured(remover, files, tmp_path):

@@ -37,7 +37,7 @@ def recorder():
 @pytest.fixture(scope="module")
 def address(recorder):
     ui = app.build(recorder)
-    yield app.launch(ui, prevent_thread_lock=True, quiet=True)[1]
+    yield app.launch(ui, prevent_thread_lock=True, quiet=True, max_file_size=10**6)[1]
     ui.close()
 
 
@@ -88,7 +88,7 @@ class Visit:
         self.page.mouse.move(*self.locate(*points[0]))
         self.page.mouse.down()
         for point in points[1:]:
-            self.page.mouse.move(*self.locate(*point), steps=8)
+            self.page.mouse.move(*self.locate(*point), steps=4)
         self.page.mouse.up()
         self.page.wait_for_timeout(300)
 
@@ -226,11 +226,18 @@ def test_a_box_on_a_phone_and_the_best_of_two(browser, address, recorder, scene,
     visit.close()
 
 
-def test_what_is_no_image_is_named(browser, address, tmp_path):
+def test_what_is_no_image_or_too_large_is_named(browser, address, tmp_path):
     (tmp_path / "page.png").write_text("<!doctype html><html></html>")
     visit = Visit(browser, address, 1366)
     visit.page.set_input_files("#photo input[type=file]", tmp_path / "page.png")
     message = visit.page.locator(".toast-body").first.inner_text()
     assert "page.png" in message and "web page" in message and "/tmp" not in message
     visit.look("refused")
+    (tmp_path / "heavy.jpg").write_bytes(os.urandom(1_200_000))
+    visit.page.reload()
+    visit.page.set_input_files("#photo input[type=file]", tmp_path / "heavy.jpg")
+    message = visit.page.locator(".toast-body").first.inner_text()
+    print(message)
+    assert "1 MB" in message or "1000000" in message, message
+    visit.look("heavy")
     visit.close()

@@ -40,6 +40,7 @@ from rorem_lib.data.pictures import load_image, load_mask
 from rorem_lib.models.inpainting import MODES, ObjectRemover
 
 MAX_VARIANTS = 4
+KEPT = 3600  # s that uploads and results stay on the server
 TOOLS = {"Brush": "brush", "Box": "box", "Click on the object": "click"}
 MODE_NAMES = {
     "The object with its shadow": "effect",
@@ -56,6 +57,7 @@ CSS = """
 .gradio-container { max-width: 1280px !important; width: 100%; margin: auto; }
 #editor button[aria-label=Color] { display: none; }
 #about p { margin: 0; }
+#variants, #variants .grid-wrap { min-height: 0; }
 @media (max-width: 640px) { footer { display: none !important; } }
 """
 
@@ -92,8 +94,9 @@ class Page:
         canvas = gr.update(value=make_canvas(preview), brush=brush)
         return session, gr.update(visible=True), canvas, gr.update(interactive=True), hidden
 
-    def switch_tool(self, name: str, editor: dict | None, session: dict):
+    def switch_tool(self, name: str, editor: dict | None, session: dict | None):
         """Take the marks from the brush's canvas to the clicks' or back."""
+        require_photo(session)
         self._keep_marks(editor, session)
         session["tool"], session["corner"] = TOOLS[name], None
         brush = session["tool"] == "brush"
@@ -116,8 +119,9 @@ class Page:
             return "Click on the object"
         return "Click on the opposite corner" if session["corner"] else "Click on two corners"
 
-    def click(self, session: dict, event: gr.SelectData):
+    def click(self, session: dict | None, event: gr.SelectData):
         """A corner of a box, or a point of the object to be found."""
+        require_photo(session)
         preview, marks = session["preview"], session["marks"]
         x, y = (int(value) for value in event.index)
         if session["tool"] == "click":
@@ -137,8 +141,9 @@ class Page:
             cv2.drawMarker(shown, session["corner"], COLOUR, cv2.MARKER_CROSS, 24, 2)
         return session, gr.update(value=shown, label=self._hint(session))
 
-    def mark_box(self, text: str, session: dict):
+    def mark_box(self, text: str, session: dict | None):
         """A box typed in px of the photo."""
+        require_photo(session)
         (height, width), marks = session["size"], session["marks"]
         try:
             numbers = [float(word) for word in text.replace(",", " ").split()]
@@ -151,15 +156,15 @@ class Page:
         marks |= masks.fit_mask(box, *marks.shape)
         return self._show_clicks(session)
 
-    def clear(self, session: dict):
+    def clear(self, session: dict | None):
         """Nothing is marked any more."""
+        require_photo(session)
         session["marks"][:], session["corner"] = 0, None
         return self._show_clicks(session)
 
     def make(self, editor, session, mode, variants, steps, guidance, seed, dilate):
         """Make the variants and show the first."""
-        if session is None:
-            raise refuse("There is no image: upload a photo first.")
+        require_photo(session)
         self._keep_marks(editor, session)
         removals = self.service.remove(
             session["path"],
@@ -184,8 +189,9 @@ class Page:
         gallery = gr.update(value=thumbnails if several else None, visible=several)
         return gr.update(visible=True), gallery, *self._show(session, 0)
 
-    def pick(self, session: dict, event: gr.SelectData):
+    def pick(self, session: dict | None, event: gr.SelectData):
         """Show another variant and offer it for download."""
+        require_photo(session)
         return self._show(session, event.index)
 
     def _show(self, session: dict, number: int):
@@ -204,6 +210,15 @@ def make_brush(size: int) -> gr.Brush:
     return gr.Brush(size, colors=[colour], default_color=colour, color_mode="fixed")
 
 
+def require_photo(session: dict | None) -> None:
+    """Refuse where the photo is gone: both it and the session end after `KEPT`."""
+    if session is None or not Path(session["path"]).is_file():
+        raise refuse(
+            f"There is no photo: upload it first, or again ({KEPT // 60} minutes after an upload "
+            "it is deleted)."
+        )
+
+
 def forget(session: dict | None) -> None:
     """Delete a visitor's results; Gradio's cache deletes the uploads."""
     if session:
@@ -213,9 +228,9 @@ def forget(session: dict | None) -> None:
 def build(service: Service) -> gr.Blocks:
     """The page with its queue, and the endpoint `/remove`."""
     page = Page(service)
-    cleaning = {"analytics_enabled": False, "delete_cache": (600, 3600)}  # s: how often, how old
+    cleaning = {"analytics_enabled": False, "delete_cache": (600, KEPT)}  # how often, how old
     with gr.Blocks(title="Remove an object", **cleaning) as ui:
-        session = gr.State(None, time_to_live=3600, delete_callback=forget)
+        session = gr.State(None, time_to_live=KEPT, delete_callback=forget)
         gr.Markdown(TEXT)
         with gr.Row():
             with gr.Column(min_width=320):
@@ -309,10 +324,11 @@ def build(service: Service) -> gr.Blocks:
         typed = [mark.click, numbers.submit]
         gr.on(typed, page.mark_box, [numbers, session], clicked, **PRIVATE)
         clear.click(page.clear, session, clicked, **PRIVATE)
-        go.click(page.make, asked, [result, gallery, *shown], **MODEL, **PRIVATE)
+        made = [result, gallery, *shown]
+        go.click(page.make, asked, made, scroll_to_output=True, **MODEL, **PRIVATE)
         gallery.select(page.pick, session, shown, **PRIVATE)
         add_endpoint(service, page)
-    return ui.queue(max_size=32)
+    return ui.queue(max_size=32, default_concurrency_limit=4)
 
 
 def add_endpoint(service: Service, page: Page) -> None:
@@ -433,9 +449,12 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"rorem app: {error}", file=sys.stderr)
         return 2
+    ui = build(service)
     try:
-        launch(
-            build(service),
+        _, address, _ = launch(
+            ui,
+            prevent_thread_lock=True,
+            quiet=True,
             server_name=options.host or os.environ.get("GRADIO_SERVER_NAME") or "127.0.0.1",
             server_port=options.port,
             share=options.share,
@@ -445,6 +464,8 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:  # the port is taken
         print(f"rorem app: {error}", file=sys.stderr)
         return 1
+    print(f"The page: {address} (stop with Ctrl-C)", flush=True)
+    ui.block_thread()
     return 0
 
 
