@@ -92,6 +92,38 @@ def test_the_endpoint_gives_what_the_class_gives(client, files, scene, remover):
     assert answer.endswith("photo_removed.png")
 
 
+@pytest.mark.parametrize("kind", ["turned.jpg", "layered.png", "deep.png"])
+def test_photos_of_other_kinds_come_back_as_they_are(client, files, scene, remover, kind):
+    wide = np.hstack([scene.image, scene.image[:, ::-1]])
+    mask = np.hstack([scene.mask, scene.mask * 0])
+    photo, options = Image.fromarray(wide), {}
+    if kind == "turned.jpg":
+        photo, exif = photo.rotate(90, expand=True), Image.Exif()
+        exif[0x0112] = 6  # turn by 90 degrees to the right
+        options = {"exif": exif, "quality": 95}
+    elif kind == "layered.png":
+        photo.putalpha(Image.fromarray(np.tile(np.arange(128, dtype=np.uint8), (64, 1)) + 100))
+    else:
+        photo = Image.fromarray(wide[..., 1].astype(np.uint16) * 200 + 7)
+    photo.save(files / kind, **options)
+    Image.fromarray(mask).save(files / "wide.png")
+    answer = client.predict(
+        image=handle_file(files / kind),
+        mask=handle_file(files / "wide.png"),
+        steps=STEPS,
+        api_name="/remove",
+    )
+    expected = remover.remove(str(files / kind), mask, num_inference_steps=STEPS)
+    with Image.open(answer) as result:
+        assert result.size == (128, 64) and result.getexif().get(0x0112, 1) == 1
+        assert result.mode == expected.image.mode and result.format == "PNG"
+        np.testing.assert_array_equal(np.asarray(result), np.asarray(expected.image))
+        if kind == "turned.jpg":
+            return
+        kept = expected.effect == 0
+        np.testing.assert_array_equal(np.asarray(result)[kept], np.asarray(photo)[kept])
+
+
 def test_settings_reach_the_model(client, files, scene, remover):
     options = {"mode": "exact", "seed": 1, "dilate": 9, "guidance": 2}
     Image.fromarray(255 - scene.mask).save(files / "inverted.png")

@@ -183,8 +183,7 @@ class Page:
             png = save_removal(removal.image, session["path"], folder)
             text = describe_removal(removal, MODE_NAMES[mode])
             session["made"].append({"png": png, "text": text})
-            small = shrink(np.asarray(removal.image.convert("RGB")))
-            thumbnails.append((small, f"Variant {number + 1}"))
+            thumbnails.append((shrink(load_image(png)), f"Variant {number + 1}"))
         several = len(removals) > 1
         gallery = gr.update(value=thumbnails if several else None, visible=several)
         return gr.update(visible=True), gallery, *self._show(session, 0)
@@ -196,12 +195,10 @@ class Page:
 
     def _show(self, session: dict, number: int):
         made = session["made"][number]
+        after, folder = load_image(made["png"]), Path(made["png"]).parent
         if "jpg" not in made:
-            with Image.open(made["png"]) as result:
-                folder = Path(made["png"]).parent
-                made["jpg"] = save_removal(result, session["path"], folder, "jpg")
-        after = shrink(load_image(made["png"]))
-        return session, (session["preview"], after), made["png"], made["jpg"], made["text"]
+            made["jpg"] = save_removal(Image.fromarray(after), session["path"], folder, "jpg")
+        return session, (session["preview"], shrink(after)), made["png"], made["jpg"], made["text"]
 
 
 def make_brush(size: int) -> gr.Brush:

@@ -100,9 +100,8 @@ class Service:
         if mask.all():
             raise refuse("The whole image is marked: leave something to go by.")
         with explain_errors(path):
-            return self._remove(
-                [str(path)] * variants, [mask] * variants, numbers=list(range(variants)), **options
-            )
+            numbers = list(range(variants))
+            return self._remove([path] * variants, [mask] * variants, numbers=numbers, **options)
 
 
 def save_removal(removal: Image.Image, source: str, folder: Path, kind: str = "png") -> str:
@@ -116,7 +115,6 @@ def save_removal(removal: Image.Image, source: str, folder: Path, kind: str = "p
     """
     path = folder / f"{Path(source).stem}_removed.{kind}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    removal = removal.convert("RGB") if kind == "jpg" else removal
     removal.save(path, **FORMATS[kind], **read_metadata(source))
     return str(path)
 
