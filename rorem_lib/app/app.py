@@ -455,7 +455,7 @@ def main(arguments: list[str] | None = None) -> int:
             server_port=options.port,
             share=options.share,
             inbrowser=options.open,
-            max_file_size=options.max_file_mb * 10**6,
+            max_file_size=options.max_file_mb * 2**20,
         )
     except OSError as error:  # the port is taken
         print(f"rorem app: {error}", file=sys.stderr)
