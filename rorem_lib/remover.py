@@ -439,7 +439,9 @@ class RemoverObjective(loop.Objective):
             self.pipe.save_pretrained(folder / "remover")
         sdxl.save_empty_prompt(self.pipe, folder / "remover")
         # It is used as its base is, but for the guidance, which it was trained without.
-        settings = presets.find_settings(self.config.pretrained_model_name_or_path)
+        settings = presets.find_settings(
+            self.config.pretrained_model_name_or_path, revision=self.config.revision or None
+        )
         settings = replace(settings, resolution=self.config.resolution, guidance_scale=1.0)
         presets.save_settings(settings, folder / "remover")
         if self.config.lora_rank:

@@ -19,6 +19,7 @@ sys.path.insert(0, str(FOLDER))
 
 import bench_gpu  # noqa: E402
 import bench_orders  # noqa: E402
+import bench_removal_speed  # noqa: E402
 import random_training  # noqa: E402
 
 from rorem_lib.models import sdxl  # noqa: E402
@@ -344,3 +345,14 @@ def test_what_a_configuration_raises_is_its_row(tmp_path, monkeypatch):
 )
 def test_labels_needed_for_a_quality(curve, target, labels):
     assert bench_orders.count_needed(np.array(curve), target) == pytest.approx(labels)
+
+
+def test_removals_are_timed_beside_the_stock_pipelines(tiny_model):
+    """The GPU's part of the benchmark, on what there is here."""
+    pipe = sdxl.load_pipeline(str(tiny_model), dtype=torch.bfloat16)
+    found = bench_removal_speed.compare(pipe, (64,), 1, compile_blocks=False)
+    assert found.keys() == {"64"} and found["64"]["weights_cast"] == 0
+    assert all(value > 0 for value in found["64"]["ms"].values())
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit):
+            bench_removal_speed.main(["--gpu"])

@@ -1,5 +1,6 @@
 """The LCM-LoRA: what it trains, where its consistency holds, and that diffusers opens it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,9 @@ def test_stock_diffusers_opens_it_and_it_changes_the_removal(
     train_lora(config)
     names = {p.name for p in (tmp_path / "out" / "lora").iterdir()}
     assert names == {Path(LORA).name, presets.SETTINGS_FILE, "README.md"}
+    assert presets.find_settings(str(tmp_path / "out" / "lora")) == replace(
+        presets.FOUR_STEPS, resolution=32
+    )
     pictures = load_images(read_triplets(tiny_set)[0])
     inputs = [pictures["source"]], [pictures["mask"]]
     options = {"num_inference_steps": 4, "mode": "full", "crop": False, "resolution": 32}

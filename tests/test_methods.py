@@ -16,6 +16,7 @@ from rorem_lib.data.pictures import load_image, save_image
 from rorem_lib.data.triplets import Triplet, read_triplets
 from rorem_lib.evaluation import methods as methods_module
 from rorem_lib.evaluation.methods import Method, make_methods, run_method
+from rorem_lib.files import read_json
 from rorem_lib.models.inpainting import ObjectRemover
 from rorem_lib.pretrain import VAE, build_pipeline
 
@@ -74,6 +75,21 @@ def test_a_methods_resolution_wins_over_the_models(model, triplets, tmp_path, mo
     for method in make_methods(rows, resolution=48):
         run_method(method, triplets[:1], tmp_path / "r")
     assert set(seen[: len(seen) // 2]) == {48} and set(seen[len(seen) // 2 :]) == {32}
+
+
+def test_a_methods_mode_is_its_own(model, triplets, tmp_path):
+    whole = Method("whole", model=str(model), num_inference_steps=1)
+    kept = Method("kept", model=str(model), num_inference_steps=1, mode="exact")
+    runs = [run_method(method, triplets[:1], tmp_path / "r") for method in (whole, kept)]
+    (a,), (b,) = (read_all(run).values() for run in runs)
+    source, mask = load_image(triplets[0].source), load_image(triplets[0].mask, "L")
+    far = np.s_[:8]  # rows far from the object
+    assert not mask[far].any()
+    assert np.array_equal(b[far], source[far]) and not np.array_equal(a[far], source[far])
+    stamps = [read_json(tmp_path / f"r/{n}/timing.json")["stamp"] for n in ("whole", "kept")]
+    assert "mode" not in stamps[0] and stamps[1]["mode"] == "exact"
+    with pytest.raises(ValueError, match='"odd": mode is one of effect, exact, full'):
+        Method("odd", mode="half")
 
 
 def test_lora_and_lcm_change_the_removal(model, triplets, tmp_path):

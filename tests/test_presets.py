@@ -92,12 +92,13 @@ def test_calls_take_the_models_settings_and_arguments_win(model):
     assert count_steps(remover, image, mask, **whole, **own) == [(1, 16)] * 4
 
 
-def test_a_lora_brings_its_own_and_can_be_left_out(model, tmp_path):
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_lora_brings_its_own_and_can_be_left_out(model, tmp_path, recorded):
     image, mask = draw_picture(32)
     options = {"mode": "full", "crop": False}
     plain = ObjectRemover.from_pretrained(str(model), device="cpu", dtype="no")
     remover = ObjectRemover.from_pretrained(
-        str(model), lora=str(tmp_path / "lora"), device="cpu", dtype="no"
+        str(model), lora=str(tmp_path / "lora"), device="cpu", dtype="no", compile=recorded
     )
     assert isinstance(remover.pipe.scheduler, LCMScheduler)
     # LCM: 4 steps without guidance, at the LoRA's own 64 px

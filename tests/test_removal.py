@@ -23,6 +23,8 @@ from rorem_lib.data.triplets import load_images, read_triplets
 from rorem_lib.data.writer import OWNED, TripletWriter
 from rorem_lib.files import lock_folder
 from rorem_lib.models import inpainting, sdxl
+from rorem_lib.models.composition import shrink
+from rorem_lib.models.crops import frame_crop
 from rorem_lib.models.inpainting import ObjectRemover
 from rorem_lib.removal import GenerateConfig, generate_candidates
 
@@ -39,6 +41,12 @@ def remove_objects(pipe, images, masks, **options):
 @pytest.fixture(scope="module")
 def pipe(tiny_model):
     return sdxl.load_pipeline(str(tiny_model))
+
+
+def fit_frame(image, mask, resolution, unit):
+    """The whole frame as the model sees it."""
+    height, width = mask.shape
+    return shrink(image, mask, frame_crop(width, height, resolution, unit).size[::-1])
 
 
 def draw_picture(height, width, seed=0):
@@ -175,6 +183,82 @@ def test_lower_precision_is_the_weights_and_in_fp16_not_the_vaes(
     assert casts == []
 
 
+def test_offloading_leaves_the_weights_on_the_cpu(tiny_model, monkeypatch):
+    """diffusers' own hooks move each part while it works; here there is no GPU to move it to."""
+    asked = []
+    kind = sdxl.StableDiffusionXLInpaintPipeline
+    monkeypatch.setattr(kind, "enable_model_cpu_offload", lambda self, device: asked.append(device))
+    remover = ObjectRemover.from_pretrained(
+        str(tiny_model), device="cuda", dtype="no", offload=True
+    )
+    assert asked == ["cuda"] and remover.networks.device.type == "cuda"
+    assert remover.pipe.unet.device.type == remover.pipe.vae.device.type == "cpu"
+    with pytest.raises(ValueError, match="offload.*device is cpu"):
+        ObjectRemover.from_pretrained(str(tiny_model), device="cpu", offload=True)
+
+
+def make_kl(**options):
+    """SDXL's kind of VAE, as small as the tiny model's."""
+    return sdxl.AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 3,
+        up_block_types=["UpDecoderBlock2D"] * 3,
+        block_out_channels=[8, 8, 16],
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=64,
+        **options,
+    ).eval()
+
+
+def test_large_frames_alone_are_decoded_in_tiles(tiny_model, monkeypatch):
+    pipe, seen = sdxl.load_pipeline(str(tiny_model)), []
+    pipe.vae = make_kl()
+    decode = pipe.vae.decode
+    monkeypatch.setattr(
+        pipe.vae, "decode", lambda *a, **k: seen.append(pipe.vae.use_tiling) or decode(*a, **k)
+    )
+    monkeypatch.setattr(inpainting, "TILED_PIXELS", 64 * 64)
+    for size in ((64, 64), (64, 128), (64, 64)):
+        remove_objects(pipe, *([x] for x in draw_picture(*size)), num_inference_steps=1)
+    assert seen == [False, True, False]
+
+
+def test_a_recorded_unet_removes_the_same_bit_for_bit(tiny_model):
+    options = {"device": "cpu", "dtype": "no"}
+    plain = ObjectRemover.from_pretrained(str(tiny_model), **options)
+    fast = ObjectRemover.from_pretrained(str(tiny_model), **options, compile=True)
+    calls, forward = [], type(fast.pipe.unet).forward
+    fast.pipe.unet.forward = lambda *a, **k: calls.append(1) or forward(fast.pipe.unet, *a, **k)
+    for size in ((64, 64), (64, 96), (64, 64), (64, 64)):
+        for guidance in (1.0, 2.0):
+            given = {"mode": "full", "crop": False, "guidance_scale": guidance, **QUICK}
+            a, b = (remover(*draw_picture(*size), **given) for remover in (plain, fast))
+            assert np.array_equal(a, b)
+    assert len(calls) == 4, "once each size of batch and image"
+    assert count_calls(fast.pipe, 3, 1.0) == [1] * 3, "who watches its calls sees them"
+
+
+def test_on_gpus_the_repeated_blocks_are_compiled(tiny_model, monkeypatch):
+    used = []
+    monkeypatch.setattr(inpainting, "compile_unet", lambda unet: used.append(unet))
+    remover = ObjectRemover.from_pretrained(str(tiny_model), device="meta", compile=True)
+    assert used == [remover.pipe.unet]
+
+
+def test_the_best_device_is_taken_and_words_are_kept(monkeypatch):
+    assert sdxl.choose_device("cuda:1") == "cuda:1"
+    for cuda, mps, device in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
+        assert sdxl.choose_device() == device
+    assert sdxl.choose_precision("auto", "mps") == "fp16"
+
+
+def test_choosing_among_candidates_needs_a_chooser(pipe):
+    with pytest.raises(ValueError, match="candidates is 3.*discriminator"):
+        ObjectRemover(pipe)(*draw_picture(64, 64), candidates=3)
+
+
 def test_a_removal_depends_on_its_number_not_on_its_batch(pipe):
     pictures = [
         draw_picture(*size, seed=n)
@@ -216,8 +300,11 @@ def test_a_large_pictures_detail_survives_outside_the_mask(pipe):
 def test_pasting_back_keeps_every_pixel_outside_the_wide_mask(pipe):
     for size in ((64, 64), (90, 120)):
         image, mask = draw_picture(*size)
-        (result,) = remove_objects(pipe, [image], [mask], dilate=5, mode="exact", **QUICK)
-        wide = cv2.dilate(mask, np.ones((19, 19), np.uint8))  # its rim is feathered
+        removal = ObjectRemover(pipe).remove(
+            image, mask, dilate=5, mode="exact", crop=False, **QUICK
+        )
+        result, wide = removal.image, cv2.dilate(mask, np.ones((41, 41), np.uint8))
+        assert not removal.effect[wide == 0].any(), "the hole and a feathered rim alone"
         assert np.array_equal(result[wide == 0], image[wide == 0])
         assert not np.array_equal(result[wide > 0], image[wide > 0])
 
@@ -226,16 +313,16 @@ def test_a_thin_mask_does_not_get_lost_in_a_smaller_picture():
     image, mask = draw_picture(640, 640)
     mask[:] = 0
     mask[100, 50:400] = 255
-    small, thin = inpainting._fit(image, mask, 64, 8)
+    small, thin = fit_frame(image, mask, 64, 8)
     assert small.shape[:2] == thin.shape == (64, 64)
     assert (thin[10, 6:39] == 255).all() and set(np.unique(thin)) == {0, 255}
 
 
 def test_an_image_longer_than_photographs_are_is_made_smaller():
     image, mask = draw_picture(3, 2000)
-    small, _ = inpainting._fit(image, mask + 255, 64, 8)
+    small, _ = fit_frame(image, mask + 255, 64, 8)
     assert small.shape == (8, 512, 3)
-    small, _ = inpainting._fit(*draw_picture(100, 800), 64, 8)
+    small, _ = fit_frame(*draw_picture(100, 800), 64, 8)
     assert small.shape == (64, 512, 3)
 
 
@@ -373,6 +460,21 @@ def test_methods_take_turns(config, tiny_set, tiny_model):
     assert (load_images(triplets[1])["gt"] != load_images(triplets[1])["source"])[outside].any()
 
 
+def test_candidates_of_another_mode_keep_the_rest_and_are_another_set(config):
+    config.count = 2
+    generate_candidates(config)
+    marker = Path(config.output_dir) / "candidates" / "settings.json"
+    assert not {"mode", "crop"} & json.loads(marker.read_text()).keys(), "an earlier release's"
+    config.mode = "exact"
+    generate_candidates(config)
+    assert json.loads(marker.read_text())["mode"] == "exact"
+    assert len(list(Path(config.output_dir).glob("candidates.*"))) == 1
+    for triplet in read_triplets(Path(config.output_dir) / "candidates"):
+        pictures = load_images(triplet)
+        same = (pictures["gt"] == pictures["source"]).all(axis=2)
+        assert same[pictures["mask"] < 128].mean() > 0.3 and not same.all()
+
+
 def test_candidates_are_drawn_at_the_resolution_asked_for(config, monkeypatch):
     seen, remove = [], ObjectRemover.__call__
 
@@ -397,6 +499,7 @@ def test_candidates_are_drawn_at_the_resolution_asked_for(config, monkeypatch):
         {"batch_size": 0},
         {"dilate": []},
         {"mixed_precision": "fp32"},
+        {"mode": "whole"},
     ],
     ids=lambda changes: next(iter(changes)),
 )

@@ -21,6 +21,7 @@ from rorem_lib.data.triplets import load_images, read_triplets
 from rorem_lib.data.writer import TripletWriter
 from rorem_lib.models import sdxl
 from rorem_lib.models.attention import compile_unet
+from rorem_lib.models.inpainting import ObjectRemover
 from rorem_lib.remover import RemoverConfig, RemoverObjective, train_remover
 from rorem_lib.training import checkpoints, loop
 from rorem_lib.training.tracking import split_by_time
@@ -83,6 +84,10 @@ def test_stock_diffusers_opens_the_remover_and_runs_it(config, tiny_set, tmp_pat
     trained = sdxl.load_pipeline(str(tmp_path / "out" / "remover"))
     assert sdxl.get_resolution(trained) == 32, "the size it was trained at is noted in the model"
     assert trained.unet.config.sample_size * trained.vae_scale_factor == 32
+    remover = ObjectRemover.from_pretrained(str(tmp_path / "out" / "remover"), device="cpu")
+    assert remover.settings.resolution == 32 and remover.settings.guidance_scale == 1
+    kept = load_file(tmp_path / "out" / "remover" / sdxl.EMPTY_PROMPT)["prompt_embeds"]
+    assert torch.equal(kept, sdxl.encode_prompt(trained)[0])
     card = (tmp_path / "out" / "remover" / "README.md").read_text()
     assert "resolution: 32" in card and "32 px" in card and "10 triplets" in card
     assert "license: openrail++" in card

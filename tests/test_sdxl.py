@@ -23,6 +23,7 @@ from rorem_lib.data.remote import talk_to_hub
 from rorem_lib.models import sdxl
 from rorem_lib.models.hub import write_card
 from rorem_lib.models.inpainting import ObjectRemover
+from rorem_lib.models.presets import SETTINGS_FILE, Settings, save_settings
 from rorem_lib.pretrain import UNET
 
 
@@ -438,6 +439,30 @@ def test_models_open_from_the_hub_and_then_without_it(hub, tiny_model, pipe, tmp
             f"FileNotFoundError: {id_}@main is no folder and not, or not all, in"
         )
         assert f"{tmp_path}/hub" in text and "HF_HUB_OFFLINE is set" in text
+
+
+REMOVE = """
+    import numpy as np
+    from rorem_lib.models.inpainting import ObjectRemover
+    remover = ObjectRemover.from_pretrained("o/told", device="cpu", dtype="no")
+    show([remover.settings.num_inference_steps, remover.pipe.text_encoder is None])
+    remover = ObjectRemover.from_pretrained("o/plain", device="cpu", dtype="no")
+    show([remover.settings.num_inference_steps, remover.pipe.text_encoder is None])
+"""
+
+
+@pytest.mark.slow
+def test_settings_and_prompt_come_from_the_hub_and_may_be_missing(tiny_model, pipe, tmp_path):
+    sdxl.save_empty_prompt(pipe, tmp_path)
+    save_settings(Settings(64, 7), tmp_path)
+    extra = {name: (tmp_path / name).read_bytes() for name in (sdxl.EMPTY_PROMPT, SETTINGS_FILE)}
+    with HubServer().run() as hub:
+        hub.add("o/told", read_files(tiny_model) | extra)
+        hub.add("o/plain", read_files(tiny_model))
+        for offline in ({}, {"HF_HUB_OFFLINE": "1"}):
+            assert hub.run_client(tmp_path, REMOVE, **offline) == [[7, True], [50, True]]
+        opened = [r.path for r in hub.select("GET", "o/told") if "text_encoder" in r.path]
+        assert not [path for path in opened if path.endswith(".safetensors")]
 
 
 @pytest.mark.parametrize(

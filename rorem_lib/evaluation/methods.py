@@ -56,7 +56,7 @@ class Method:
         num_inference_steps: denoising steps.
         guidance_scale: classifier-free guidance; 1 is off, as RORem removes.
         strength: share of the noise schedule; 1 starts from pure noise.
-        mode: what of the source stands in the result, see `inpainting.MODES`.
+        mode: what of the source stands in the result, see `composition.MODES`.
         crop: work on crops around the objects, not on the whole frame.
         seed: of the noise.
         control: True for a model that is only there to be compared with (no round of Table 1).

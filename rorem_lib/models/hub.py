@@ -45,6 +45,26 @@ def has_file(
     return True
 
 
+def find_optional(
+    model_id: str, name: str, *, revision: str | None = None, local_files_only: bool = False
+) -> Path | None:
+    """A small file of a folder or a repository on the Hub that need not be there, or None.
+
+    None too without a network, where the cache does not know whether it is there.
+
+    Raises:
+        OSError: the client's, such as of a repository that is not there (`has_file`).
+    """
+    if Path(model_id).is_dir():
+        path = Path(model_id) / name
+        return path if path.is_file() else None
+    where = {"revision": revision, "local_files_only": local_files_only}
+    try:
+        return Path(hf_hub_download(model_id, name, **where))
+    except (errors.RemoteEntryNotFoundError, errors.LocalEntryNotFoundError):
+        return None
+
+
 def lacks_file(error: BaseException, *, local_files_only: bool = False, **_) -> bool:
     """Whether `from_pretrained` failed since a file is not there, not since it did not arrive."""
     if type(error) is ValueError:  # a pipeline's, after looking through all its files

@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from rorem_lib.data import masks
 from rorem_lib.models import denoising, presets, sdxl
 from rorem_lib.models.attention import compile_unet
+from rorem_lib.models.composition import MODES
 from rorem_lib.models.inputs import read_inputs
 from rorem_lib.models.lora import PlainWeights, load_lora
 from rorem_lib.models.presets import FOUR_STEPS, Settings, find_settings
+from rorem_lib.models.removing import remove_from
 
 logger = logging.getLogger(__name__)
 
@@ -31,40 +32,6 @@ CLASSICAL = {"telea": cv2.INPAINT_TELEA, "ns": cv2.INPAINT_NS}
 
 
 TILED_PIXELS = 4_200_000  # of a frame, above which the VAE works in tiles
-MAX_ASPECT = 8  # wider or taller than photographs are: memory grows with the long side
-
-
-def _fit(image: np.ndarray, mask: np.ndarray, resolution: int, multiple: int):
-    """Shrink or enlarge an image so that its short side is near `resolution`, sides divisible.
-
-    Of an image that is longer than `MAX_ASPECT` times its short side, the long side decides: the
-    model sees it smaller.
-    """
-    height, width = image.shape[:2]
-    scale = resolution / max(min(height, width), max(height, width) / MAX_ASPECT)
-    sides = [max(multiple, round(side * scale / multiple) * multiple) for side in (width, height)]
-    if sides == [width, height]:
-        return image, mask
-    way = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-    # A pixel of the hole must not get lost in a smaller mask: any part of it counts.
-    small = cv2.resize(mask, sides, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
-    return cv2.resize(image, sides, interpolation=way), np.where(small > 0, 255, 0).astype(np.uint8)
-
-
-def _put_back(original, mask, fitted, removed):
-    """Bring a removal to the original's size without losing the original's detail.
-
-    Inside the mask it is the enlarged removal; outside the original plus what the removal changed
-    (a shadow that went away), which is smooth enough to be enlarged.
-    """
-    if removed.shape == original.shape:
-        return removed
-    size = (original.shape[1], original.shape[0])
-    change = cv2.resize(removed.astype(np.float32) - fitted, size, interpolation=cv2.INTER_CUBIC)
-    inside = cv2.resize(removed, size, interpolation=cv2.INTER_CUBIC).astype(np.float32)
-    soft = cv2.GaussianBlur((mask >= 128).astype(np.float32), (0, 0), 1.5)[..., None]
-    mixed = inside * soft + (original + change) * (1 - soft)
-    return np.clip(mixed + 0.5, 0, 255).astype(np.uint8)
 
 
 def make_generator(seed: int, number: int) -> torch.Generator:
@@ -80,9 +47,6 @@ def inpaint_classical(
     if method not in CLASSICAL:
         raise ValueError(f"unknown classical method {method!r}: take telea or ns")
     return cv2.inpaint(image, masks.binarise_mask(mask), radius, CLASSICAL[method])
-
-
-MODES = ("effect", "exact", "full")
 
 
 @dataclass
@@ -163,7 +127,8 @@ class ObjectRemover:
                 in. With fp16 the VAE stays in float32: SDXL's overflows.
             offload: keep the weights in the CPU's memory and move each part to the GPU while it
                 works. Decoding then goes in tiles.
-            compile: compile the UNet's repeated blocks; the first call of each size takes longer.
+            compile: on GPUs compile the UNet's repeated blocks, on CPUs record its operations once
+                (the same bits); the first call of each size takes longer.
             runtime: "torch", "onnx" or "openvino" (a folder written by `rorem export`).
             score: see `ObjectRemover`.
 
@@ -198,12 +163,15 @@ class ObjectRemover:
         remover = cls(pipe, settings=settings, score=score)
         if lora:
             remover._lay_lora(lora, local_files_only)
-        if compile:
+        if compile and torch.device(device).type == "cpu":
+            remover.networks = denoising.PipelineNetworks(pipe, record=True)
+        elif compile:
             compile_unet(pipe.unet)
         if offload:
             pipe.enable_model_cpu_offload(device=device)
             pipe.works_on = torch.device(device)
-            pipe.vae.enable_tiling()
+            if isinstance(pipe.vae, sdxl.AutoencoderKL):
+                pipe.vae.enable_tiling()
         return remover
 
     def _lay_lora(self, lora: str, local_files_only: bool) -> None:
@@ -259,10 +227,10 @@ class ObjectRemover:
         Args:
             image: PIL, array [H, W(, C)], tensor [(1|3|4), H, W] in 0..1, or path; see `inputs`.
             mask: likewise; white is removed. Of another size it is fitted where the aspect agrees.
-            mode: "effect", "exact" or "full".
+            mode: "effect", "exact" or "full"; see `composition`.
             crop: work on crops around the objects; False is the paper's whole frame.
             resolution: short side at which the model works, px: 0 takes what it was trained at. The
-                long side is at most `MAX_ASPECT` times as long.
+                long side is at most `crops.FRAME_ASPECT` times as long.
             num_inference_steps: denoising steps, one UNet call each (two with guidance).
             guidance_scale: classifier-free guidance; 1 is off (RORem removes without guidance).
             strength: share of the noise schedule that is run; 1 starts from pure noise. Of steps,
@@ -313,44 +281,32 @@ class ObjectRemover:
                 effect = np.zeros(one.mask.shape, np.uint8)
                 found[place] = Removal(one.restore(one.image.copy()), effect, [], 0.0)
         todo = [place for place in range(len(given)) if found[place] is None]
-        self._compose(
-            given, todo, found, numbers, mode, crop, resolution, sampling, batch_size, progress
-        )
-        return found[0] if single else found
-
-    def _compose(
-        self, given, todo, found, numbers, mode, crop, resolution, sampling, batch_size, progress
-    ) -> None:
-        """Fill in `found` at the places `todo`."""
-        boxes = [_frame(given[place].mask, crop) for place in todo]
-        parts = [np.s_[y0:y1, x0:x1] for x0, y0, x1, y1 in boxes]
-        began = time.monotonic()
-        painted = self._paint(
-            [given[place].image[part] for place, part in zip(todo, parts)],
-            [given[place].mask[part] for place, part in zip(todo, parts)],
-            [numbers[place] for place in todo],
-            [given[place].name for place in todo],
+        removed = remove_from(
+            [given[place].image for place in todo],
+            [given[place].mask for place in todo],
+            functools.partial(self._paint_fitted, **sampling),
+            self._round_trip,
             resolution=resolution,
+            unit=self.networks.unit,
+            mode=mode,
+            crop=crop,
+            numbers=[numbers[place] for place in todo],
+            names=[given[place].name for place in todo],
+            candidates=candidates,
+            score=self.score,
             batch_size=batch_size,
             progress=progress,
-            **sampling,
         )
-        for place, part, box, new in zip(todo, parts, boxes, painted):
-            source, hole = given[place].image, given[place].mask
-            weight = np.zeros(hole.shape, np.float32)
-            weight[part] = (
-                1 if mode == "full" else _find_effect(source[part], hole[part], new, mode)
-            )
-            result = source.copy()
-            inner = weight[part][..., None]
-            mixed = (source[part] * (1 - inner) + new * inner).round().astype(np.uint8)
-            result[part] = np.where(inner > 0, mixed, source[part])
+        for place, one in zip(todo, removed, strict=True):
             found[place] = Removal(
-                given[place].restore(result),
-                (weight * 255).round().astype(np.uint8),
-                [box],
-                (time.monotonic() - began) / len(todo),
+                given[place].restore(one.image),
+                one.effect,
+                one.crops,
+                one.seconds,
+                one.score,
+                one.number,
             )
+        return found[0] if single else found
 
     def _check(self, images, object_masks, mode, num_inference_steps, batch_size, resolution):
         if len(images) != len(object_masks):
@@ -368,50 +324,6 @@ class ObjectRemover:
             raise ValueError(
                 f"resolution is {resolution} px: take 0 for what the model was trained at"
             )
-
-    def _paint(
-        self,
-        images: list[np.ndarray],
-        object_masks: list[np.ndarray],
-        numbers: Sequence[int],
-        names: Sequence[str],
-        *,
-        resolution: int,
-        batch_size: int,
-        progress: bool = False,
-        **sampling,
-    ) -> list[np.ndarray]:
-        """Removals of images of any sizes, brought to the model's size and back.
-
-        Args:
-            images, object_masks: [H, W, 3] and [H, W] (0 or 255) uint8; equal sizes share a batch.
-            sampling: of `_paint_fitted`.
-
-        Returns:
-            [H, W, 3] uint8, each of its image's size.
-        """
-        unit = self.networks.unit
-        fitted = [_fit(i, m, resolution, unit) for i, m in zip(images, object_masks, strict=True)]
-        groups: dict[tuple, list[int]] = {}
-        for place, (image, _) in enumerate(fitted):
-            groups.setdefault(image.shape, []).append(place)
-        results: list = [None] * len(images)
-        bar = tqdm(total=len(images), disable=not progress, unit="image", mininterval=1)
-        for places in groups.values():
-            for begin in range(0, len(places), batch_size):
-                batch = places[begin : begin + batch_size]
-                painted = self._paint_fitted(
-                    [fitted[i][0] for i in batch],
-                    [fitted[i][1] for i in batch],
-                    [numbers[i] for i in batch],
-                    [names[i] for i in batch],
-                    **sampling,
-                )
-                for i, removed in zip(batch, painted, strict=True):
-                    results[i] = _put_back(images[i], object_masks[i], fitted[i][0], removed)
-                bar.update(len(batch))
-        bar.close()
-        return results
 
     def _paint_fitted(
         self, images, object_masks, numbers, names, *, seed: int, **sampling
@@ -449,9 +361,13 @@ class ObjectRemover:
 
     @contextlib.contextmanager
     def _tiled(self, shape: tuple[int, ...]):
-        """The VAE in tiles where a frame is so large that its memory would not do."""
+        """The VAE in tiles where a frame is so large that its memory would not do.
+
+        `AutoencoderTiny` needs little, and tiles of it do not fit together (diffusers 0.42).
+        """
         vae = self.pipe.vae if self.pipe else None
-        turn = vae is not None and shape[0] * shape[1] > TILED_PIXELS and not vae.use_tiling
+        large = isinstance(vae, sdxl.AutoencoderKL) and shape[0] * shape[1] > TILED_PIXELS
+        turn = large and not vae.use_tiling
         try:
             if turn:
                 vae.enable_tiling()
@@ -459,24 +375,3 @@ class ObjectRemover:
         finally:
             if turn:
                 vae.disable_tiling()
-
-
-def _frame(hole: np.ndarray, crop: bool) -> tuple[int, int, int, int]:
-    """What the model sees, (x0, y0, x1, y1): the whole frame, or the object and as much around."""
-    height, width = hole.shape
-    if not crop:
-        return 0, 0, width, height
-    ys, xs = np.where(hole > 0)
-    side = max(np.ptp(ys), np.ptp(xs)) + 1
-    x0, x1 = max(0, xs.min() - side), min(width, xs.max() + side)
-    y0, y1 = max(0, ys.min() - side), min(height, ys.max() + side)
-    return int(x0), int(y0), int(x1), int(y1)
-
-
-def _find_effect(source: np.ndarray, hole: np.ndarray, new: np.ndarray, mode: str) -> np.ndarray:
-    """How much of each pixel is the remover's, 0..1."""
-    grown = cv2.dilate(hole, np.ones((5, 5), np.uint8))
-    if mode == "effect":
-        change = np.abs(new.astype(np.float32) - source).max(2)
-        grown[cv2.GaussianBlur(change, (0, 0), 1) > 6] = 255
-    return cv2.GaussianBlur(grown.astype(np.float32) / 255, (0, 0), 1)

@@ -14,7 +14,7 @@ from diffusers import LCMScheduler
 from rorem_lib.data.remote import talk_to_hub
 from rorem_lib.files import read_json, write_json
 from rorem_lib.models import sdxl
-from rorem_lib.models.hub import has_file
+from rorem_lib.models.hub import find_optional
 
 SETTINGS_FILE = "removal_settings.json"
 SCHEDULERS = ("default", "trailing", "lcm")
@@ -81,11 +81,9 @@ def find_settings(
         return RELEASED["builtin"]
     where = {"revision": revision, "local_files_only": local_files_only}
     with talk_to_hub(folder, revision, kind="model"):
-        if not has_file(folder, SETTINGS_FILE, **where):
-            return default
-        path = Path(folder, SETTINGS_FILE)
-        if not path.is_file():
-            path = sdxl.hf_hub_download(folder, SETTINGS_FILE, **where)
+        path = find_optional(folder, SETTINGS_FILE, **where)
+    if path is None:
+        return default
     found, kinds = read_json(path), {field.name: field.type for field in fields(Settings)}
     for name, value in found.items() if isinstance(found, dict) else [(str(found), None)]:
         right = {"int": int, "float": (int, float), "str": str}.get(kinds.get(name), ())

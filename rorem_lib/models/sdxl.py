@@ -13,13 +13,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
 from rorem_lib.data.remote import talk_to_hub
 from rorem_lib.files import resolve_path
-from rorem_lib.models.hub import has_file, lacks_file
+from rorem_lib.models.hub import find_optional, has_file, lacks_file
 
 logger = logging.getLogger(__name__)
 BUILTIN_FOLDER = Path(__file__).parents[1] / "builtin" / "model"
@@ -263,12 +262,9 @@ def load_pipeline(
 
 def _read_empty_prompt(folder: str, revision: str | None, local_files_only: bool):
     """The embedding of the empty prompt beside a model, as `encode_prompt` gives it; or None."""
-    where = {"revision": revision, "local_files_only": local_files_only}
-    if not has_file(folder, EMPTY_PROMPT, **where):
+    path = find_optional(folder, EMPTY_PROMPT, revision=revision, local_files_only=local_files_only)
+    if path is None:
         return None
-    path = Path(folder, EMPTY_PROMPT)
-    if not path.is_file():
-        path = hf_hub_download(folder, EMPTY_PROMPT, **where)
     state = load_file(path)
     return state["prompt_embeds"], state["pooled_prompt_embeds"]
 
