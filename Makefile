@@ -14,7 +14,7 @@ NEEDS := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 # Options for the command behind a target: make demo ARGS="--seed 5", make test ARGS="-k masks"
 ARGS ?=
 
-.PHONY: help demo test lab lint browser
+.PHONY: help demo test lab space lint browser
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -36,6 +36,9 @@ lab: .venv/.core ## open JupyterLab on the notebooks
 	@JUPYTER_CONFIG_PATH="$(CURDIR)$${JUPYTER_CONFIG_PATH:+:$$JUPYTER_CONFIG_PATH}" \
 		$(BIN)/python -m jupyterlab --LabApp.default_url=/lab/tree/notebooks \
 		$$([ "$$(id -u)" != 0 ] || echo --allow-root) $(ARGS)
+
+space: .venv/.core ## write space/, the app of `rorem app` ready to push to the Hugging Face Hub
+	@$(BIN)/python -m rorem_lib.app.space $(ARGS)
 
 lint: .venv/.dev ## check code and format with ruff, and that notebooks carry no outputs
 	@$(BIN)/python -m ruff check .
@@ -72,7 +75,7 @@ endif
 		$$found -m venv .venv; \
 		echo '$(CURDIR)' > .venv/.place; \
 	fi
-	@echo "Installing requirements/core.txt into .venv (2.4 GB, a minute or two) ..."
+	@echo "Installing requirements/core.txt into .venv (2.5 GB, a minute or two) ..."
 	@$(call install,-r requirements/core.txt -e .)
 	@mkdir -p .venv/share/jupyter/lab/settings
 	@echo '{"@jupyterlab/apputils-extension:notification":' \

@@ -16,7 +16,7 @@ FLOORS = (
     ("sets",),
     ("training",),
     ("remover", "removal", "discriminator", "pretrain"),
-    ("distill", "evaluation"),
+    ("distill", "evaluation", "app"),
     ("runner",),
 )
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -135,6 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="List the folders that newer ones took the place of; delete those named, "
         "with a typed yes or --yes. Labels by people that stand nowhere else are kept.",
     )
+    commands.add_parser("app", help="remove objects from photos on a page in the browser")
     data = commands.add_parser("data", help="check, merge or publish triplet sets")
     data_commands.add_commands(data)
     export_command.add_options(commands.add_parser("export", help="write a remover as ONNX"))
@@ -199,6 +200,10 @@ def parse_overrides(texts: list[str]) -> dict[str, dict]:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     words = sys.argv[1:] if arguments is None else arguments
+    if words[:1] == ["app"]:
+        from rorem_lib.app import app
+
+        return app.main(words[1:])
     options = build_parser().parse_args(words)  # exits with 2 on a wrong option
     if options.command == "data":
         return data_commands.run_command(options)
