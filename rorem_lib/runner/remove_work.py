@@ -51,8 +51,8 @@ NO_MODEL = f"""\
 With a network, once (5.1 GB + 3.6 GB):
   hf download {AUTHORS_MODEL}
   hf download diffusers/stable-diffusion-xl-1.0-inpainting-0.1 \\
-    --include "*.json" "*.txt" "vae/diffusion_pytorch_model.safetensors" \\
-    "text_encoder/model.safetensors" "text_encoder_2/model.safetensors"
+    --include "*.json" --include "*.txt" --include "text_encoder*/model.safetensors" \\
+    --include "vae/diffusion_pytorch_model.safetensors"
 or name a folder with a model: --model FOLDER. To copy it from another machine, take the folder
 ~/.cache/huggingface/hub with you, or name it in HF_HUB_CACHE.
 Licences: {AUTHORS_MODEL} Apache-2.0; SDXL, which it stands on, OpenRAIL++-M.
