@@ -14,11 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hub_server import HubServer
 from PIL import Image, ImageCms
 
 from rorem_lib.builtin.scenes import render_scene
 from rorem_lib.files import ROOT, lock_folder
 from rorem_lib.models.inpainting import MODES, Removal
+from rorem_lib.models.sdxl import BASE_MODEL
 from rorem_lib.runner import cli, remove_command, remove_work
 
 SIZE = 32
@@ -730,6 +732,38 @@ def test_without_a_network_it_says_how_to_get_a_model(monkeypatch, tmp_path, cap
     assert _run("photo.png", "--box", "1,1,9,9", model="./nowhere") == 2
     error = capsys.readouterr().err
     assert "nowhere" in error and "hf download" not in error
+
+
+@pytest.mark.slow
+def test_the_authors_model_is_fetched_once_after_its_size_is_told(tiny_model, tmp_path):
+    """As it lies on the Hub: a UNet alone, and what else there is in SDXL-inpainting."""
+    files = {
+        path.relative_to(tiny_model).as_posix(): path.read_bytes()
+        for path in tiny_model.rglob("*")
+        if path.is_file()
+    }
+    unet = {name: data for name, data in files.items() if name.startswith("unet/")}
+    _save(tmp_path / "photo.png", size=(64, 64))
+    code = f"""
+        from rorem_lib.runner import cli, remove_work
+        show(remove_work.measure_download("LetsThink/RORem"))
+        words = "remove photo.png --box 8,8,30,30 --steps 2 --resolution 64 --seed"
+        os.chdir({str(tmp_path)!r})
+        show([cli.main([*words.split(), str(seed)]) for seed in (0, 1, 1)])
+    """
+    with HubServer().run() as hub:
+        hub.add("LetsThink/RORem", unet | {"README.md": b"x"})
+        hub.add(BASE_MODEL, files | {"unet/other.safetensors": bytes(9_000_000)})
+        size = sum(len(data) for name, data in files.items() if name.endswith(".safetensors"))
+        assert hub.run_client(tmp_path, code) == [size, [0, 0, 0]]
+        assert hub.errors.count(f"LetsThink/RORem is downloaded, {size / 1e9:.1f} GB") == 1
+        assert not hub.select("GET", "unet/other.safetensors")
+        requests = len(hub.log)
+        offline = hub.run_client(tmp_path, code.replace("(0, 1, 1)", "(1, 2)"), HF_HUB_OFFLINE="1")
+        assert offline == [None, [0, 0]] and len(hub.log) == requests
+    keys = [(entry["key"], entry["id"]) for entry in _journal(tmp_path)]
+    assert len(set(keys)) == len(keys) == 3
+    assert "downloaded" not in hub.errors
 
 
 def test_other_commands_stay_without_the_libraries():

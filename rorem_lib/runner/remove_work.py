@@ -42,7 +42,7 @@ from rorem_lib.runner.remove_files import (
 from rorem_lib.runner.remove_results import Results, complain
 
 AUTHORS_MODEL = "LetsThink/RORem"
-GROUP, GROUP_PIXELS = 8, 50_000_000  # the most images, and pixels, that are read at a time
+GROUP, GROUP_PIXELS = 8, 12_000_000  # the most images, and pixels, that are read at a time
 LOG_SECONDS = 10  # between two lines of progress in a log
 
 # Sizes: the UNet's 2,567 M parameters in fp16; text encoders (818 M) and VAE (84 M) in float32.
