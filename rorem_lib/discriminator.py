@@ -311,7 +311,6 @@ class DiscriminatorObjective(loop.Objective):
             head_channels=config.head_channels,
             origin=origin,
         )
-        sdxl.drop_text_encoders(pipe)
         return model.train()
 
     def make_dataset(self):

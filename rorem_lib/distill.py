@@ -22,12 +22,12 @@ empty text and no guidance, as RORem is used, and so does this.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from diffusers import LCMScheduler
 
-from rorem_lib.models import lora
+from rorem_lib.models import lora, presets
 from rorem_lib.models.hub import write_card
 from rorem_lib.parameters import option
 from rorem_lib.remover import RemoverConfig, RemoverObjective
@@ -159,6 +159,8 @@ class DistillObjective(RemoverObjective):
 
     def save_model(self, model, folder):
         lora.save_lora(model, folder / "lora")
+        settings = replace(presets.FOUR_STEPS, resolution=self.config.resolution)
+        presets.save_settings(settings, folder / "lora")
         write_card(
             folder / "lora",
             title="4-step LoRA of an object remover",
@@ -181,7 +183,7 @@ def train_lora(config: DistillConfig) -> dict:
 def load_lora(pipe, folder) -> None:
     """Merge a 4-step LoRA into a pipeline of `sdxl.load_pipeline` and give it the LCM scheduler."""
     lora.load_lora(pipe, folder)
-    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    presets.set_scheduler(pipe, "lcm")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -215,8 +215,6 @@ class BaseObjective(loop.Objective):
             AutoencoderTiny.from_pretrained(self.config.vae), init_from=self.config.init_from
         )
         self.vae = self.pipe.vae.to(self.device, memory_format=torch.channels_last)
-        self.pipe.text_encoder.to(self.device)
-        self.pipe.text_encoder_2.to(self.device)
         self.embeds, self.pooled = (t.to(self.device) for t in sdxl.encode_prompt(self.pipe))
         sdxl.set_resolution(self.pipe, self.pipe.unet, self.config.size)
         return prepare_training(self.pipe.unet.to(self.device))

@@ -11,8 +11,8 @@
 Reads a remover and the sources and masks of triplet sets. Writes in `output_dir` the triplet set
 `candidates/`, whose GT is the removal, and `train_metrics.json`. Started again, it goes on.
 
-The stock `StableDiffusionXLInpaintPipeline` does the work. Every image has a generator of its
-own, so a removal does not depend on the batch it was in, nor on how many processes shared the work.
+`models.inpainting.ObjectRemover` does the work. Every image has a generator of its own, so a
+removal does not depend on the batch it was in, nor on how many processes shared the work.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from rorem_lib.data.triplets import check_ids, load_images, read_triplets
 from rorem_lib.data.writer import TripletWriter, claim_set
 from rorem_lib.files import hash_file, is_filled, lock_folder, read_json, set_aside, write_json
 from rorem_lib.models import hub, sdxl
-from rorem_lib.models.inpainting import CLASSICAL, inpaint_classical, remove_objects
+from rorem_lib.models.inpainting import CLASSICAL, MODES, ObjectRemover, inpaint_classical
 from rorem_lib.parameters import option
 from rorem_lib.sets import resolve_all
 from rorem_lib.training import distributed
@@ -71,6 +71,12 @@ class GenerateConfig:
     num_inference_steps: int = option(50, "denoising steps")
     guidance_scale: float = option(1.0, "classifier-free guidance; 1 is off")
     strength: float = option(1.0, "1 starts from pure noise; below it the object can shine through")
+    mode: str = option(
+        "full",
+        "what of the source stands in the result: full takes all from the remover, exact keeps all "
+        "outside of the mask, effect keeps what the removal left unchanged",
+    )
+    crop: bool = option(False, "work on crops around the objects, not on the whole frame")
     dilate: list[int] = option(
         [0],
         "px by which the mask is widened for the removal; several values take turns with the "
@@ -88,6 +94,8 @@ class GenerateConfig:
             check_at_least(self, name, 1)
         if not self.dilate or min(self.dilate) < 0:
             raise ValueError(f"dilate is {self.dilate}: take one or several numbers, 0 or more")
+        if self.mode not in MODES:
+            raise ValueError(f"mode is {self.mode!r}: take one of {', '.join(MODES)}")
         sdxl.choose_precision(self.mixed_precision)  # which refuses what it does not know
 
 
@@ -214,11 +222,17 @@ def _open_method(method: str, config: GenerateConfig, device):
             for source, mask in zip(sources, object_masks, strict=True)
         ]
     own = method == config.pretrained_model_name_or_path
-    pipe = sdxl.load_pipeline(method, device=device, revision=own and config.revision or None)
-    return lambda sources, object_masks, numbers, names: remove_objects(
-        pipe,
+    remover = ObjectRemover.from_pretrained(
+        method,
+        device=str(device),
+        dtype=config.mixed_precision,
+        revision=own and config.revision or None,
+    )
+    return lambda sources, object_masks, numbers, names: remover(
         sources,
         object_masks,
+        mode=config.mode,
+        crop=config.crop,
         resolution=config.resolution,
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,
@@ -227,7 +241,6 @@ def _open_method(method: str, config: GenerateConfig, device):
         numbers=numbers,
         names=names,
         batch_size=config.batch_size,
-        mixed_precision=config.mixed_precision,
     )
 
 
@@ -258,6 +271,8 @@ def _open_candidates(
         *("pretrained_model_name_or_path", "also"),
     ):
         settings.pop(name)
+    if (config.mode, config.crop) == ("full", False):  # an earlier release knew nothing else
+        del settings["mode"], settings["crop"]
     marker = folder / "settings.json"
     why = "with other settings, another remover or other images"
     if marker.is_file():

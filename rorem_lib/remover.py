@@ -19,7 +19,7 @@ object, its shadow gone. The prompt is always empty.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -28,7 +28,7 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
 from rorem_lib.data.triplets import read_triplets
-from rorem_lib.models import lora, sdxl
+from rorem_lib.models import lora, presets, sdxl
 from rorem_lib.models.attention import compile_unet, prepare_training
 from rorem_lib.models.hub import write_card
 from rorem_lib.parameters import option
@@ -217,7 +217,6 @@ class RemoverObjective(loop.Objective):
         # Not the pipeline's own scheduler: an Euler one adds noise in another scaling.
         self.noise_schedule = DDPMScheduler.from_config(self.pipe.scheduler.config)
         self.embeds, self.pooled = sdxl.encode_prompt(self.pipe)  # once: the prompt is constant
-        sdxl.drop_text_encoders(self.pipe)
         self.time_ids: dict[tuple[int, ...], torch.Tensor] = {}
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
         if half and self.device.type == "cuda":  # a later cast would make a copy for each sample
@@ -438,6 +437,13 @@ class RemoverObjective(loop.Objective):
         self.pipe.unet = model.eval()
         with sdxl.silence_libraries():
             self.pipe.save_pretrained(folder / "remover")
+        sdxl.save_empty_prompt(self.pipe, folder / "remover")
+        # It is used as its base is, but for the guidance, which it was trained without.
+        settings = presets.find_settings(self.config.pretrained_model_name_or_path)
+        settings = replace(settings, resolution=self.config.resolution, guidance_scale=1.0)
+        presets.save_settings(settings, folder / "remover")
+        if self.config.lora_rank:
+            presets.save_settings(settings, folder / "lora")
         write_card(
             folder / "remover",
             title="Object remover",

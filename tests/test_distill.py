@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from rorem_lib.data.triplets import load_images, read_triplets
 from rorem_lib.distill import DistillConfig, DistillObjective, load_lora, train_lora
-from rorem_lib.models import sdxl
-from rorem_lib.models.inpainting import remove_objects
+from rorem_lib.models import presets, sdxl
+from rorem_lib.models.inpainting import ObjectRemover
 
 LORA = "lora/pytorch_lora_weights.safetensors"
 
@@ -81,10 +81,10 @@ def test_stock_diffusers_opens_it_and_it_changes_the_removal(
 ):
     train_lora(config)
     names = {p.name for p in (tmp_path / "out" / "lora").iterdir()}
-    assert names == {Path(LORA).name, "README.md"}
+    assert names == {Path(LORA).name, presets.SETTINGS_FILE, "README.md"}
     pictures = load_images(read_triplets(tiny_set)[0])
     inputs = [pictures["source"]], [pictures["mask"]]
-    options = {"num_inference_steps": 4, "mixed_precision": "no", "resolution": 32}
+    options = {"num_inference_steps": 4, "mode": "full", "crop": False, "resolution": 32}
     plain, fast, theirs = (sdxl.load_pipeline(str(tiny_model)) for _ in range(3))
     for pipe in (plain, theirs):
         pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
@@ -92,7 +92,7 @@ def test_stock_diffusers_opens_it_and_it_changes_the_removal(
     theirs.load_lora_weights(tmp_path / "out" / LORA)
     assert isinstance(fast.scheduler, LCMScheduler)
     results = [
-        remove_objects(pipe, *inputs, **options)[0].astype(int) for pipe in (plain, fast, theirs)
+        ObjectRemover(pipe)(*inputs, **options)[0].astype(int) for pipe in (plain, fast, theirs)
     ]
     assert np.abs(results[1] - results[0]).mean() > 0.05
     assert np.abs(results[1] - results[2]).max() <= 2  # merged or not, it is the same LoRA
@@ -134,7 +134,7 @@ def test_four_steps_are_four_calls_of_the_unet(config, tiny_model, tiny_set, tmp
     calls = []
     pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))
     pictures = load_images(read_triplets(tiny_set)[0])
-    remove_objects(pipe, [pictures["source"]], [pictures["mask"]], num_inference_steps=4)
+    ObjectRemover(pipe)([pictures["source"]], [pictures["mask"]], num_inference_steps=4)
     assert len(calls) == 4
     with safe_open(tmp_path / "out" / LORA, "pt") as file:
         assert file.metadata() == {"format": "pt", sdxl.TRAINED_RESOLUTION: "32"}

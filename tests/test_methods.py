@@ -16,6 +16,7 @@ from rorem_lib.data.pictures import load_image, save_image
 from rorem_lib.data.triplets import Triplet, read_triplets
 from rorem_lib.evaluation import methods as methods_module
 from rorem_lib.evaluation.methods import Method, make_methods, run_method
+from rorem_lib.models.inpainting import ObjectRemover
 from rorem_lib.pretrain import VAE, build_pipeline
 
 
@@ -59,13 +60,13 @@ def test_unet_calls_are_counted_not_believed(model, triplets, tmp_path):
 
 
 def test_a_methods_resolution_wins_over_the_models(model, triplets, tmp_path, monkeypatch):
-    seen, remove = [], methods_module.remove_objects
+    seen, remove = [], ObjectRemover.__call__
 
     def note(*given, resolution, **options):
         seen.append(resolution)
         return remove(*given, resolution=resolution, **options)
 
-    monkeypatch.setattr(methods_module, "remove_objects", note)
+    monkeypatch.setattr(ObjectRemover, "__call__", note)
     rows = [
         {"name": "own", "model": str(model), "num_inference_steps": 1},
         {"name": "small", "model": str(model), "num_inference_steps": 1, "resolution": 32},

@@ -23,11 +23,17 @@ from rorem_lib.data.triplets import load_images, read_triplets
 from rorem_lib.data.writer import OWNED, TripletWriter
 from rorem_lib.files import lock_folder
 from rorem_lib.models import inpainting, sdxl
-from rorem_lib.models.inpainting import remove_objects
+from rorem_lib.models.inpainting import ObjectRemover
 from rorem_lib.removal import GenerateConfig, generate_candidates
 
 ROOT = Path(__file__).resolve().parents[1]
-QUICK = {"num_inference_steps": 2, "mixed_precision": "no"}
+QUICK = {"num_inference_steps": 2}
+
+
+def remove_objects(pipe, images, masks, **options):
+    """Removals as the stages make them: all of the frame is the remover's."""
+    whole = {"mode": "full", "crop": False}
+    return ObjectRemover(pipe)(images, masks, **whole | options)
 
 
 @pytest.fixture(scope="module")
@@ -126,11 +132,15 @@ def test_other_programs_take_the_note_of_the_size_without_a_word(tiny_model, cap
     assert stock.unet.config.sample_size * stock.vae_scale_factor == 64
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("precision, vae", [("fp16", torch.float32), ("bf16", torch.bfloat16)])
-def test_lower_precision_is_the_unets_and_in_fp16_not_the_vaes(pipe, monkeypatch, precision, vae):
-    """SDXL's VAE overflows in fp16; latents stay float32 between the steps."""
-    seen = {"unet": set(), "vae": set(), "steps": set()}
+def test_lower_precision_is_the_weights_and_in_fp16_not_the_vaes(
+    tiny_model, monkeypatch, precision, vae
+):
+    """SDXL's VAE overflows in fp16; latents stay float32 between the steps. No call casts weights:
+    every one that a layer computes with is the very tensor that was opened."""
+    remover = ObjectRemover.from_pretrained(str(tiny_model), device="cpu", dtype=precision)
+    pipe = remover.pipe
+    seen, casts = {"unet": set(), "vae": set(), "steps": set()}, []
 
     def note(name):
         return lambda module, inputs, output: seen[name].add(output.dtype)
@@ -141,29 +151,28 @@ def test_lower_precision_is_the_unets_and_in_fp16_not_the_vaes(pipe, monkeypatch
         for module in pipe.vae.modules()
         if isinstance(module, torch.nn.Conv2d)
     ]
-    step = pipe.scheduler.step
+    step = type(pipe.scheduler).step
     monkeypatch.setattr(
-        pipe.scheduler,
+        type(pipe.scheduler),
         "step",
-        lambda output, t, sample, **options: (
+        lambda self, output, t, sample, **options: (
             seen["steps"].update({output.dtype, sample.dtype}),
-            step(output, t, sample, **options),
+            step(self, output, t, sample, **options),
         )[1],
     )
-    before = dict(pipe.unet.__dict__), dict(pipe.vae.__dict__)
-    try:
-        remove_objects(
-            pipe,
-            *map(list, zip(draw_picture(64, 64))),
-            num_inference_steps=2,
-            mixed_precision=precision,
-        )
-    finally:
-        for hook in hooks:
-            hook.remove()
+    weights = {p.data_ptr() for part in (pipe.unet, pipe.vae) for p in part.parameters()}
+
+    class CountCasts(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._to_copy.default and args[0].data_ptr() in weights:
+                casts.append(tuple(args[0].shape))
+            return func(*args, **kwargs or {})
+
+    with CountCasts():
+        remover(*draw_picture(64, 64), mode="full", crop=False, num_inference_steps=2)
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     assert seen == {"unet": {half}, "vae": {vae}, "steps": {torch.float32}}
-    assert (pipe.unet.__dict__.keys(), pipe.vae.__dict__.keys()) == tuple(x.keys() for x in before)
+    assert casts == []
 
 
 def test_a_removal_depends_on_its_number_not_on_its_batch(pipe):
@@ -207,8 +216,8 @@ def test_a_large_pictures_detail_survives_outside_the_mask(pipe):
 def test_pasting_back_keeps_every_pixel_outside_the_wide_mask(pipe):
     for size in ((64, 64), (90, 120)):
         image, mask = draw_picture(*size)
-        (result,) = remove_objects(pipe, [image], [mask], dilate=5, paste_back=True, **QUICK)
-        wide = cv2.dilate(mask, np.ones((5, 5), np.uint8))
+        (result,) = remove_objects(pipe, [image], [mask], dilate=5, mode="exact", **QUICK)
+        wide = cv2.dilate(mask, np.ones((19, 19), np.uint8))  # its rim is feathered
         assert np.array_equal(result[wide == 0], image[wide == 0])
         assert not np.array_equal(result[wide > 0], image[wide > 0])
 
@@ -258,7 +267,6 @@ def count_calls(pipe, steps, guidance):
             [mask],
             num_inference_steps=steps,
             guidance_scale=guidance,
-            mixed_precision="no",
         )
     finally:
         hook.remove()
@@ -269,14 +277,18 @@ def test_mismatched_inputs_are_named(pipe):
     image, mask = draw_picture(64, 64)
     with pytest.raises(ValueError, match="2 images but 1 masks"):
         remove_objects(pipe, [image, image], [mask])
-    with pytest.raises(ValueError, match="image 1 is 64x64 px but its mask 30x64"):
+    with pytest.raises(ValueError, match="image 1.*mask is 30x64 px.*64x64 px"):
         remove_objects(pipe, [image, image], [mask, mask[:, :30]])
     with pytest.raises(ValueError, match="resolution is -64 px"):
         remove_objects(pipe, [image], [mask], resolution=-64)
-    with pytest.raises(ValueError, match="num_inference_steps.*0:.*1"):
-        remove_objects(pipe, [image], [mask], num_inference_steps=0)
+    with pytest.raises(ValueError, match="num_inference_steps.*-1:.*1"):
+        remove_objects(pipe, [image], [mask], num_inference_steps=-1)
+    with pytest.raises(ValueError, match="strength is 0.1: of 4 steps .* 10 steps"):
+        remove_objects(pipe, [image], [mask], num_inference_steps=4, strength=0.1)
+    with pytest.raises(ValueError, match="mode is 'whole': take one of effect, exact, full"):
+        remove_objects(pipe, [image], [mask], mode="whole")
     with pytest.raises(ValueError, match="mixed_precision.*'BF16'"):
-        remove_objects(pipe, [image], [mask], mixed_precision="BF16")
+        ObjectRemover.from_pretrained(pipe.origin, dtype="BF16")
     assert remove_objects(pipe, [], []) == []
 
 
@@ -362,13 +374,13 @@ def test_methods_take_turns(config, tiny_set, tiny_model):
 
 
 def test_candidates_are_drawn_at_the_resolution_asked_for(config, monkeypatch):
-    seen, remove = [], removal.remove_objects
+    seen, remove = [], ObjectRemover.__call__
 
     def note(*given, resolution, **options):
         seen.append(resolution)
         return remove(*given, resolution=resolution, **options)
 
-    monkeypatch.setattr(removal, "remove_objects", note)
+    monkeypatch.setattr(ObjectRemover, "__call__", note)
     config.count, config.resolution = 1, 32
     generate_candidates(config)
     assert seen == [32]
@@ -395,13 +407,13 @@ def test_options_that_make_no_sense_are_named(changes):
 
 
 def test_moved_models_and_more_images_go_on_where_it_was(config, tmp_path, monkeypatch):
-    seen, remove = [], removal.remove_objects
+    seen, remove = [], ObjectRemover.__call__
 
     def note(pipe, images, *given, **options):
         seen.extend(options["numbers"])
         return remove(pipe, images, *given, **options)
 
-    monkeypatch.setattr(removal, "remove_objects", note)
+    monkeypatch.setattr(ObjectRemover, "__call__", note)
     config.start, config.count = 2, 1
     generate_candidates(config)
     moved = shutil.copytree(config.pretrained_model_name_or_path, tmp_path / "moved")
@@ -562,7 +574,7 @@ def test_a_stopped_generation_goes_on(config, monkeypatch):
     generate_candidates(config)
     whole = read_results(config)
     config.output_dir += "2"
-    calls, remove = [], removal.remove_objects
+    calls, remove = [], ObjectRemover.__call__
 
     def stop_in_second_call(pipe, images, *args, **options):
         calls.append(len(images))
@@ -570,7 +582,7 @@ def test_a_stopped_generation_goes_on(config, monkeypatch):
             raise KeyboardInterrupt
         return remove(pipe, images, *args, **options)
 
-    monkeypatch.setattr(removal, "remove_objects", stop_in_second_call)
+    monkeypatch.setattr(ObjectRemover, "__call__", stop_in_second_call)
     with pytest.raises(KeyboardInterrupt):
         generate_candidates(config)
     assert not (Path(config.output_dir) / "candidates" / "meta.json").exists()
@@ -599,13 +611,13 @@ def test_what_other_settings_left_is_written_anew(config, tiny_set, tmp_path):
 
 def test_several_dilations_take_turns_and_the_mask_stays(config, tiny_set, monkeypatch):
     config.count, config.seeds_per_image, config.dilate = 2, 3, [0, 9]
-    seen, remove = [], removal.remove_objects
+    seen, remove = [], ObjectRemover.__call__
 
     def remember(pipe, sources, object_masks, **rest):
         seen.extend(object_masks)
         return remove(pipe, sources, object_masks, **rest)
 
-    monkeypatch.setattr(removal, "remove_objects", remember)
+    monkeypatch.setattr(ObjectRemover, "__call__", remember)
     generate_candidates(config)
     made = read_triplets(Path(config.output_dir) / "candidates")
     assert [t.extra["dilate"] for t in made] == [0, 9, 0] * 2
@@ -652,7 +664,7 @@ def test_ids_that_cannot_name_files_are_told_before_any_removal(config, tmp_path
     records[7]["id"] = "字" * 80
     (folder / "meta.json").write_text(json.dumps(records))
     config.meta_path = [str(folder)]
-    monkeypatch.setattr(removal, "remove_objects", None)
+    monkeypatch.setattr(ObjectRemover, "__call__", None)
     with pytest.raises(ValueError, match="cannot name a triplet's files"):
         generate_candidates(config)
     assert not Path(config.output_dir).exists()

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from rorem_lib.data.remote import talk_to_hub
 from rorem_lib.models import sdxl
 from rorem_lib.models.hub import write_card
+from rorem_lib.models.inpainting import ObjectRemover
 from rorem_lib.pretrain import UNET
 
 
@@ -127,6 +128,57 @@ def test_files_of_the_variant_win_over_those_without(tiny_model, pipe, tmp_path,
     )
 
 
+def make_variant(folder):
+    """Give all weights of a model the name of the variant fp16, as halves."""
+    for path in [*folder.rglob("*.safetensors")]:
+        weights = {name: tensor.half() for name, tensor in load_file(path).items()}
+        path.unlink()
+        save_file(weights, path.with_suffix(".fp16.safetensors"), metadata={"format": "pt"})
+
+
+def test_a_folder_of_the_variant_alone_opens_without_naming_it(tiny_model, tmp_path, caplog):
+    whole, alone = tmp_path / "whole", tmp_path / "alone"
+    shutil.copytree(tiny_model, whole)
+    shutil.copytree(tiny_model / "unet", alone)
+    first = load_file(alone / "diffusion_pytorch_model.safetensors")["conv_in.weight"]
+    make_variant(whole)
+    make_variant(alone)
+    for opened in (
+        sdxl.load_pipeline(str(whole)),
+        sdxl.load_pipeline(str(alone), base_model=str(tiny_model)),
+        sdxl.load_pipeline(str(alone), base_model=str(whole), dtype=torch.float16),
+        sdxl.load_pipeline(str(tiny_model), unet=str(alone)),
+    ):
+        assert torch.equal(opened.unet.conv_in.weight.half(), first.half())
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+def test_the_authors_layout_removes_over_a_local_base(tiny_model, tmp_path):
+    """`LetsThink/RORem`: a UNet alone, halves under a name without variant."""
+    released = tmp_path / "RORem"
+    shutil.copytree(tiny_model / "unet", released)
+    make_fp16(released)
+    remover = ObjectRemover.from_pretrained(
+        str(released), base_model=str(tiny_model), device="cpu", dtype="bf16"
+    )
+    assert remover.pipe.unet.dtype == torch.bfloat16 and remover.pipe.text_encoder is None
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    mask = np.zeros((64, 64), bool)
+    mask[20:40, 20:40] = True
+    result = remover(image, mask, num_inference_steps=1)
+    assert result.shape == image.shape and (result[mask] != image[mask]).any()
+
+
+def test_pickled_weights_are_refused_with_the_mend(tiny_model, tmp_path):
+    folder = tmp_path / "old"
+    shutil.copytree(tiny_model, folder)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    with pytest.raises(OSError, match=r"diffusion_pytorch_model.bin is a pickle.*safetensors"):
+        sdxl.load_pipeline(str(folder))
+
+
 @pytest.mark.parametrize("inner", ["vae", ""])
 def test_another_vae_takes_the_place_of_the_models_own(tiny_model, pipe, tmp_path, inner):
     torch.manual_seed(5)
@@ -183,23 +235,34 @@ def test_prompts_have_sdxls_shapes_and_the_empty_one_is_no_zero(pipe):
     assert not torch.equal(embeds, sdxl.encode_prompt(pipe, "a red ball")[0])
 
 
-def test_text_encoders_leave_the_gpu_and_still_work(tiny_model, monkeypatch):
+def test_text_encoders_never_leave_the_cpu_and_their_prompt_follows_the_unet(tiny_model):
+    opened = sdxl.load_pipeline(str(tiny_model), device="meta")  # stands for a GPU
+    assert {opened.unet.device.type, opened.vae.device.type} == {"meta"}
+    assert {opened.text_encoder.device.type, opened.text_encoder_2.device.type} == {"cpu"}
+    assert [t.device.type for t in sdxl.encode_prompt(opened)] == ["meta", "meta"]
+
+
+def test_the_empty_prompt_is_encoded_once_and_kept_with_a_model(
+    tiny_model, pipe, tmp_path, monkeypatch
+):
+    """SDXL's text encoders take 3.3 GB: where the embedding is there, none is opened."""
+    folder = tmp_path / "kept"
+    shutil.copytree(tiny_model, folder)
+    light = sdxl.load_pipeline(str(folder), text_encoders=False)
+    assert light.text_encoder is light.text_encoder_2 is light.tokenizer is None
+    sdxl.save_empty_prompt(light, folder)
+    for part in ("text_encoder", "text_encoder_2"):
+        (folder / part / "model.safetensors").unlink()
+    again = sdxl.load_pipeline(str(folder), text_encoders=False)
+    for a, b, c in zip(*map(sdxl.encode_prompt, (pipe, light, again)), strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+    calls, encode = [], type(pipe).encode_prompt
+    monkeypatch.setattr(
+        type(pipe), "encode_prompt", lambda *a, **k: calls.append(1) or encode(*a, **k)
+    )
     opened = sdxl.load_pipeline(str(tiny_model))
-    before = sdxl.encode_prompt(opened)
-    moved = []
-    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
-        part = getattr(opened, name)
-        monkeypatch.setattr(part, "to", lambda device, name=name: moved.append((name, device)))
-    sdxl.drop_text_encoders(opened)
-    assert moved == [("text_encoder", "cpu"), ("text_encoder_2", "cpu")]
-    monkeypatch.undo()
-    opened.unet.to("meta")  # stands for a GPU: the text encoders are elsewhere
-    after = sdxl.encode_prompt(opened)
-    assert [t.device.type for t in after] == ["meta", "meta"]
-    assert [t.shape for t in after] == [t.shape for t in before]
-    opened.unet.to_empty(device="cpu")
-    for a, b in zip(sdxl.encode_prompt(opened), before):
-        assert torch.equal(a, b)
+    assert torch.equal(sdxl.encode_prompt(opened)[0], sdxl.encode_prompt(opened)[0])
+    assert len(calls) == 1
 
 
 def test_time_ids_are_size_crop_and_target():

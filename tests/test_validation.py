@@ -17,7 +17,7 @@ from rorem_lib import metrics
 from rorem_lib.data.pictures import load_image
 from rorem_lib.data.writer import TripletWriter
 from rorem_lib.models import sdxl
-from rorem_lib.models.inpainting import remove_objects
+from rorem_lib.models.inpainting import ObjectRemover
 from rorem_lib.training import validation
 from rorem_lib.training.validation import GAP, Validation, compose_grid, load_scenes, remove_scenes
 
@@ -114,15 +114,15 @@ def test_a_scene_is_what_stock_removal_gives_at_this_size(make, pipe):
     cells = list_cells(read_grid(made, 0), rows=2, columns=3)
     stock = copy.deepcopy(pipe)
     stock.unet.eval()
-    expected = remove_objects(
-        stock,
+    expected = ObjectRemover(stock)(
         [s.source for s in made.scenes],
         [s.mask for s in made.scenes],
         resolution=32,
         num_inference_steps=2,
         seed=4,
         batch_size=4,
-        mixed_precision="no",
+        mode="full",
+        crop=False,
     )
     for row, picture in zip(cells, expected, strict=True):
         assert np.array_equal(row[1], picture)

@@ -230,7 +230,7 @@ def decode_image(
         if array is not None:
             return array, True
         image.load()
-        return _to_array(turn_upright(image), mode, path), _is_plain(image)
+        return to_array(turn_upright(image), mode, path), _is_plain(image)
 
 
 def load_mask(
@@ -266,7 +266,7 @@ def decode_mask(path: str | Path, *, data: bytes | None = None) -> tuple[np.ndar
         if not plain:
             image.load()
             plain = _is_plain(image)
-            array = _keep_bands(turn_upright(image), path)
+            array = keep_bands(turn_upright(image), path)
     try:
         mask, as_stored = interpret_mask(array)
     except ValueError as error:
@@ -348,7 +348,7 @@ def _decode_plain(
     return cv2.imdecode(np.frombuffer(data, np.uint8), flag | cv2.IMREAD_IGNORE_ORIENTATION)
 
 
-def _to_array(image: Image.Image, mode: str, path: str | Path) -> np.ndarray:
+def to_array(image: Image.Image, mode: str, path: str | Path) -> np.ndarray:
     if image.mode == "F":
         raise TripletError(
             f"{path} holds floating-point values: save it with 8 bits a channel", file=Path(path)
@@ -363,14 +363,14 @@ def _to_array(image: Image.Image, mode: str, path: str | Path) -> np.ndarray:
     return np.array(image.convert(mode))
 
 
-def _keep_bands(image: Image.Image, path: str | Path) -> np.ndarray:
+def keep_bands(image: Image.Image, path: str | Path) -> np.ndarray:
     """A mask file's pixels with all that tells what they mean: [H, W], [H, W, 3] or [H, W, 4]."""
     if image.mode.startswith("I") and (values := np.asarray(image)).max() == 1:
         return values.astype(np.uint8)  # 16 bits of 0 and 1
     if image.has_transparency_data:
         return np.array(image.convert("RGBA"))
     grey = image.mode in ("1", "L", "F") or image.mode.startswith("I")
-    return _to_array(image, "L" if grey else "RGB", path)
+    return to_array(image, "L" if grey else "RGB", path)
 
 
 # ------------------------------------------------------------------------------ what goes along
@@ -392,25 +392,30 @@ def read_metadata(path: str | Path) -> dict[str, bytes]:
         TripletError: as `load_image`.
     """
     with open_image(path) as image:
-        found, kept = {}, Image.Exif()
-        profile = image.info.get("icc_profile") or b""
-        if profile[16:20] == b"RGB ":  # others are for the pixels before they were converted
-            found["icc_profile"] = profile
-        try:
-            exif = image.getexif()
-            names = {getattr(ExifTags.Base, name) for name in _KEPT_TAGS}
-            kept.update({tag: value for tag, value in exif.items() if tag in names})
-            for part in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
-                inner = dict(exif.get_ifd(part))
-                inner.pop(ExifTags.Base.MakerNote, None)  # its addresses are those of the old file
-                inner.pop(ExifTags.IFD.Interop, None)
-                if inner:
-                    kept[part] = inner
-            if exif:
-                kept[ExifTags.Base.Orientation] = 1
-                found["exif"] = kept.tobytes()
-        except Exception as error:
-            logger.warning("%s: its EXIF cannot be read (%s) and is not kept", path, error)
+        return collect_metadata(image, path)
+
+
+def collect_metadata(image: Image.Image, name="the image") -> dict[str, bytes]:
+    """As `read_metadata`, of an image that Pillow has opened; `name` stands in warnings."""
+    found, kept = {}, Image.Exif()
+    profile = image.info.get("icc_profile") or b""
+    if profile[16:20] == b"RGB ":  # others are for the pixels before they were converted
+        found["icc_profile"] = profile
+    try:
+        exif = image.getexif()
+        names = {getattr(ExifTags.Base, tag) for tag in _KEPT_TAGS}
+        kept.update({tag: value for tag, value in exif.items() if tag in names})
+        for part in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
+            inner = dict(exif.get_ifd(part))
+            inner.pop(ExifTags.Base.MakerNote, None)  # its addresses are those of the old file
+            inner.pop(ExifTags.IFD.Interop, None)
+            if inner:
+                kept[part] = inner
+        if exif:
+            kept[ExifTags.Base.Orientation] = 1
+            found["exif"] = kept.tobytes()
+    except Exception as error:
+        logger.warning("%s: its EXIF cannot be read (%s) and is not kept", name, error)
     return found
 
 

@@ -17,22 +17,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import LCMScheduler
 
 from rorem_lib.data.journal import Journal, read_lines
 from rorem_lib.data.pictures import save_image
 from rorem_lib.data.triplets import Triplet, load_images
 from rorem_lib.files import is_filled, read_json, set_aside, write_json
 from rorem_lib.models import hub, sdxl
-from rorem_lib.models.inpainting import inpaint_classical, remove_objects
+from rorem_lib.models.inpainting import MODES, ObjectRemover, inpaint_classical
 from rorem_lib.models.lora import load_lora
+from rorem_lib.models.presets import SCHEDULERS, set_scheduler
 from rorem_lib.training.latent_cache import hash_triplets
 from rorem_lib.workers import Progress
 
 logger = logging.getLogger(__name__)
 
 KINDS = ("telea", "ns", "remover")
-SCHEDULERS = ("default", "trailing", "lcm")
 BASELINES = (  # in miniature: what a remover is compared with, and the model it starts from
     {"name": "Telea", "kind": "telea"},
     {"name": "Navier-Stokes", "kind": "ns"},
@@ -57,6 +56,8 @@ class Method:
         num_inference_steps: denoising steps.
         guidance_scale: classifier-free guidance; 1 is off, as RORem removes.
         strength: share of the noise schedule; 1 starts from pure noise.
+        mode: what of the source stands in the result, see `inpainting.MODES`.
+        crop: work on crops around the objects, not on the whole frame.
         seed: of the noise.
         control: True for a model that is only there to be compared with (no round of Table 1).
         row: the row of Table 1 whose model this is, such as "base" or "human 1"; "" for none.
@@ -72,12 +73,14 @@ class Method:
     num_inference_steps: int = 50
     guidance_scale: float = 1.0
     strength: float = 1.0
+    mode: str = "full"
+    crop: bool = False
     seed: int = 0
     control: bool = False
     row: str = ""
 
     def __post_init__(self):
-        for field, choices in (("kind", KINDS), ("scheduler", SCHEDULERS)):
+        for field, choices in (("kind", KINDS), ("scheduler", SCHEDULERS), ("mode", MODES)):
             if getattr(self, field) not in choices:
                 raise ValueError(
                     f'method "{self.name}": {field} is one of {", ".join(choices)}, '
@@ -176,6 +179,8 @@ def run_method(
         if method.kind == "remover"
         else [],
     }
+    if (method.mode, method.crop) == ("full", False):  # a release before this one had no other
+        del stamp["mode"], stamp["crop"]
     timing = _read_timing(folder / "timing.json", stamp)
     if timing is None:
         if is_filled(folder):  # of another method, or somebody's own
@@ -237,7 +242,10 @@ def _open_method(method: Method, device: str) -> tuple[Callable, Callable]:
             ]
 
         return remove, lambda: 0
-    pipe = sdxl.load_pipeline(method.model, revision=method.revision or None, device=device)
+    remover = ObjectRemover.from_pretrained(
+        method.model, revision=method.revision or None, device=device
+    )
+    pipe = remover.pipe
     if method.lora:
         load_lora(pipe, method.lora)
     set_scheduler(pipe, method.scheduler)
@@ -252,10 +260,11 @@ def _open_method(method: Method, device: str) -> tuple[Callable, Callable]:
         return seen
 
     def remove(sources, masks, numbers, names, steps=None):
-        return remove_objects(
-            pipe,
+        return remover(
             sources,
             masks,
+            mode=method.mode,
+            crop=method.crop,
             resolution=method.resolution,
             num_inference_steps=steps or method.num_inference_steps,
             guidance_scale=method.guidance_scale,
@@ -268,15 +277,6 @@ def _open_method(method: Method, device: str) -> tuple[Callable, Callable]:
 
     pipe.unet.register_forward_pre_hook(count, with_kwargs=True)
     return remove, take_calls
-
-
-def set_scheduler(pipe, kind: str) -> None:
-    """Give a pipeline one of `SCHEDULERS`, with the training's noise schedule."""
-    if kind == "lcm":
-        pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
-    elif kind == "trailing":
-        config = {**pipe.scheduler.config, "timestep_spacing": "trailing"}
-        pipe.scheduler = type(pipe.scheduler).from_config(config)
 
 
 def _read_timing(path: Path, stamp: dict) -> dict | None:

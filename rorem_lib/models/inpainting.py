@@ -1,30 +1,36 @@
 """Remove objects from images of any size, in batches, with a diffusion model or with OpenCV.
 
-The stock `StableDiffusionXLInpaintPipeline` does the work. Every image has a generator of its
-own, so a removal does not depend on the batch it was in.
+`denoising.denoise` does the work. Every image has a generator of its own, so a removal does not
+depend on the batch it was in.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
+import dataclasses
+import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
-from accelerate.utils import convert_outputs_to_fp32
-from PIL import Image
 from tqdm.auto import tqdm
 
 from rorem_lib.data import masks
-from rorem_lib.models import sdxl
+from rorem_lib.models import denoising, presets, sdxl
+from rorem_lib.models.attention import compile_unet
+from rorem_lib.models.inputs import read_inputs
+from rorem_lib.models.lora import PlainWeights, load_lora
+from rorem_lib.models.presets import FOUR_STEPS, Settings, find_settings
+
+logger = logging.getLogger(__name__)
 
 CLASSICAL = {"telea": cv2.INPAINT_TELEA, "ns": cv2.INPAINT_NS}
 
 
+TILED_PIXELS = 4_200_000  # of a frame, above which the VAE works in tiles
 MAX_ASPECT = 8  # wider or taller than photographs are: memory grows with the long side
 
 
@@ -65,177 +71,6 @@ def make_generator(seed: int, number: int) -> torch.Generator:
     """The noise source of removal `number` under a run's `seed` (each well mixed)."""
     mixed = np.random.SeedSequence([seed, number]).generate_state(2, np.uint32)
     return torch.Generator().manual_seed(int(mixed[0]) << 31 | int(mixed[1]) >> 1)
-
-
-@torch.no_grad()
-def remove_objects(
-    pipe,
-    images: list[np.ndarray],
-    object_masks: list[np.ndarray],
-    *,
-    resolution: int = 0,
-    num_inference_steps: int = 50,
-    guidance_scale: float = 1.0,
-    strength: float = 1.0,
-    seed: int = 0,
-    numbers: list[int] | None = None,
-    names: list[str] | None = None,
-    batch_size: int = 8,
-    dilate: int = 0,
-    paste_back: bool = False,
-    mixed_precision: str = "auto",
-    progress: bool = False,
-) -> list[np.ndarray]:
-    """Remove what the masks cover.
-
-    Args:
-        pipe: a pipeline of `sdxl.load_pipeline`.
-        images: [H, W, 3] uint8, any sizes; equal sizes share a batch.
-        object_masks: [H, W], white (>= 128) is removed.
-        resolution: short side at which the model works, px: images are brought to it and back; 0
-            takes what the model was trained at (`sdxl.get_resolution`). The long side is at most
-            `MAX_ASPECT` times as long.
-        num_inference_steps: denoising steps; each costs one UNet call (two with guidance).
-        guidance_scale: classifier-free guidance; 1 is off (RORem removes without guidance).
-        strength: share of the noise schedule that is run; 1 starts from pure noise.
-        seed: fixes all noise.
-        numbers: what each image's noise is numbered; by default its place in the list.
-        names: what each image is called in errors; by default its place in the list.
-        batch_size: images a forward pass; the default is for 512 px.
-        dilate: widens the masks by so many pixels.
-        paste_back: keep the source's own pixels outside the (dilated) mask; shadows then stay.
-        mixed_precision: see `sdxl.choose_precision`.
-        progress: show a bar.
-
-    Returns:
-        The removals, [H, W, 3] uint8, each of its source's size.
-
-    Raises:
-        ValueError: lists of unequal length, a mask of another size than its image, or an option
-            that makes no sense, by its name.
-        FloatingPointError: a removal is not finite; names the model and the image.
-    """
-    if len(images) != len(object_masks):
-        raise ValueError(f"{len(images)} images but {len(object_masks)} masks")
-    for name, value in (("num_inference_steps", num_inference_steps), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}: take 1 or more")
-    if resolution < 0:
-        raise ValueError(f"resolution is {resolution} px: take 0 for what the model was trained at")
-    numbers = list(range(len(images))) if numbers is None else list(numbers)
-    resolution = resolution or sdxl.get_resolution(pipe)
-    multiple = sdxl.get_unit(pipe)
-    fitted = []
-    for number, (image, mask) in enumerate(zip(images, object_masks)):
-        if image.shape[:2] != mask.shape[:2]:
-            raise ValueError(
-                f"image {number} is {image.shape[1]}x{image.shape[0]} px but its "
-                f"mask {mask.shape[1]}x{mask.shape[0]}"
-            )
-        mask = masks.dilate_mask(masks.binarise_mask(mask), dilate)
-        fitted.append((mask, *_fit(image, mask, resolution, multiple)))
-    groups: dict[tuple, list[int]] = {}
-    for place, (_, image, _) in enumerate(fitted):
-        groups.setdefault(image.shape, []).append(place)
-    embeds, pooled = sdxl.encode_prompt(pipe)
-    precision = sdxl.choose_precision(mixed_precision, pipe.device)
-    results: list = [None] * len(images)
-    bar = tqdm(total=len(images), disable=not progress, unit="image", mininterval=1)
-    for shape, places in groups.items():
-        for begin in range(0, len(places), batch_size):
-            batch = places[begin : begin + batch_size]
-            with _compute_in(pipe, precision):
-                removed = pipe(
-                    prompt_embeds=embeds.expand(len(batch), -1, -1),
-                    pooled_prompt_embeds=pooled.expand(len(batch), -1),
-                    image=[Image.fromarray(fitted[i][1]) for i in batch],
-                    mask_image=[Image.fromarray(fitted[i][2]) for i in batch],
-                    height=shape[0],
-                    width=shape[1],
-                    num_inference_steps=num_inference_steps,
-                    guidance_scale=guidance_scale,
-                    strength=strength,
-                    output_type="np",
-                    generator=[make_generator(seed, numbers[i]) for i in batch],
-                ).images
-            _check_finite(pipe, removed, [names[i] if names else f"image {i}" for i in batch])
-            for i, picture in zip(batch, (removed * 255).round().astype(np.uint8)):
-                mask, image, _ = fitted[i]
-                results[i] = _put_back(images[i], mask, image, picture)
-                if paste_back:
-                    results[i] = np.where(mask[..., None] >= 128, results[i], images[i])
-            bar.update(len(batch))
-    bar.close()
-    return results
-
-
-def _check_finite(pipe, removed: np.ndarray, names: list[str]) -> None:
-    """Refuse what would become black pixels: removals [B, H, W, 3] with NaN or infinity."""
-    for picture, name in zip(removed, names):
-        if not np.isfinite(picture).all():
-            raise FloatingPointError(
-                f"{getattr(pipe, 'origin', 'the model')} gives numbers that are not finite for "
-                f"{name}: its weights are damaged (train or download it again), or they overflow "
-                "in mixed_precision fp16 (take bf16 or no)"
-            )
-
-
-@contextlib.contextmanager
-def _compute_in(pipe, precision: str):
-    """The pipeline's work in a lower precision. What the UNet gives stays float32, else some
-    schedulers round the latents between steps; so does the VAE in fp16, where SDXL's overflows."""
-
-    def lower(method, used):
-        def call(x, *args, **options):
-            with sdxl.autocast(used, x.device):
-                return method(x, *args, **options)
-
-        return call
-
-    unet, vae = pipe.unet, pipe.vae
-    for_vae = "no" if precision == "fp16" else precision
-    decode, again = lower(vae.decode, for_vae), lower(vae.decode, "no")
-    with contextlib.ExitStack() as stack:
-        if precision != "no":
-            forward = convert_outputs_to_fp32(lower(unet.forward, precision))
-            stack.enter_context(_replace(unet, "forward", forward))
-        stack.enter_context(_replace(vae, "encode", lower(vae.encode, for_vae)))
-        decode = functools.partial(_decode, vae, decode, again)
-        stack.enter_context(_replace(vae, "decode", decode))
-        yield
-
-
-@contextlib.contextmanager
-def _replace(module, name: str, method):
-    own = module.__dict__.get(name)
-    setattr(module, name, method)
-    try:
-        yield
-    finally:
-        delattr(module, name)
-        if own is not None:
-            setattr(module, name, own)
-
-
-def _decode(vae, decode, again, latents, *args, **options):
-    """`decode`, or where a VAE in half precision overflows `again`, its weights in float32.
-
-    An image that is not finite then, or whose latents were not, is NaN: else what comes after would
-    clip infinity to white.
-    """
-    decoded, dtype = decode(latents, *args, **options), vae.dtype
-    sound = latents.isfinite().flatten(1).all(1)
-    if sound.all() and not decoded[0].isfinite().all():
-        with sdxl.silence_libraries():  # diffusers remarks on every change of precision
-            try:
-                vae.to(torch.float32)
-                decoded = again(latents.float(), *args, **options)
-            finally:
-                vae.to(dtype)
-    sound &= decoded[0].isfinite().flatten(1).all(1)
-    if not sound.all():
-        decoded[0][~sound] = torch.nan
-    return decoded
 
 
 def inpaint_classical(
@@ -280,17 +115,24 @@ class ObjectRemover:
         result = remover("photo.jpg", "mask.png")
 
     Attributes:
-        pipe: the pipeline (`sdxl.load_pipeline`).
-        settings: what the model was released with (`presets.Settings`): the defaults of a call.
+        pipe: the pipeline (`sdxl.load_pipeline`); None where another runtime has the networks.
+        networks: what computes (`denoising.Networks`).
+        settings: what the model was released with: the defaults of a call.
+        score: chooses among candidates.
     """
 
-    def __init__(self, pipe, *, score=None):
+    def __init__(self, pipe=None, *, networks=None, settings: Settings | None = None, score=None):
         """Args:
-        pipe: of `sdxl.load_pipeline`; left as it is.
+        pipe: of `sdxl.load_pipeline`; left as it is, and computed with in the types it has.
+        networks: in place of a pipeline.
+        settings: of the defaults of a call.
         score: (sources, masks, removals) -> probabilities of being good; lists of arrays. It
             chooses among `candidates`.
         """
         self.pipe, self.score = pipe, score
+        self.networks = networks or denoising.PipelineNetworks(pipe)
+        self.settings = settings or Settings()
+        self._plain = None  # the model without its LoRA
 
     @classmethod
     def from_pretrained(
@@ -303,6 +145,7 @@ class ObjectRemover:
         device: str = "auto",
         dtype: str | torch.dtype = "auto",
         offload: bool = False,
+        compile: bool = False,
         base_model: str = sdxl.BASE_MODEL,
         local_files_only: bool = False,
         runtime: str = "torch",
@@ -312,27 +155,78 @@ class ObjectRemover:
 
         Args:
             model: `builtin`, `builtin:remover`, a folder or a Hub id.
-            lora: folder or Hub id of a LoRA that is laid over it.
+            lora: folder or Hub id of a LoRA that is laid over it. One that does not say how it is
+                used is taken for a 4-step one (LCM).
+            revision, variant, base_model, local_files_only: see `sdxl.load_pipeline`.
             device: "cpu", "cuda", "mps", or "auto" for the best there is.
-            dtype: "auto", "bf16", "fp16", "no" (float32): what the weights are kept and computed in.
-            offload: move each part to the GPU only while it works.
+            dtype: "auto", "bf16", "fp16", "no" (float32): what the weights are kept and computed
+                in. With fp16 the VAE stays in float32: SDXL's overflows.
+            offload: keep the weights in the CPU's memory and move each part to the GPU while it
+                works. Decoding then goes in tiles.
+            compile: compile the UNet's repeated blocks; the first call of each size takes longer.
             runtime: "torch", "onnx" or "openvino" (a folder written by `rorem export`).
+            score: see `ObjectRemover`.
+
+        Raises:
+            ValueError: an option that makes no sense, by its name. See `sdxl.load_pipeline` too.
         """
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if runtime != "torch":
+            from rorem_lib.models.runtimes import ExportedNetworks
+
+            networks = ExportedNetworks(model, runtime, dtype=dtype)
+            return cls(networks=networks, settings=Settings(**networks.settings), score=score)
+        device = sdxl.choose_device(device)
+        if offload and torch.device(device).type == "cpu":
+            raise ValueError("offload moves weights to a GPU while they work: device is cpu")
+        if not isinstance(dtype, torch.dtype):
+            dtype = sdxl.DTYPES[sdxl.choose_precision(dtype, device)]
+        where = {"revision": revision, "local_files_only": local_files_only}
         pipe = sdxl.load_pipeline(
             model,
-            revision=revision,
             variant=variant,
-            device=device,
+            dtype=dtype,
+            vae_dtype=torch.float32 if dtype == torch.float16 else None,
+            device="cpu" if offload else device,
             base_model=base_model,
-            local_files_only=local_files_only,
+            text_encoders=False,
+            **where,
         )
+        settings = find_settings(model, **where)
+        own = settings.resolution or sdxl.get_resolution(pipe)
+        settings = dataclasses.replace(settings, resolution=own)
+        presets.set_scheduler(pipe, settings.scheduler)
+        remover = cls(pipe, settings=settings, score=score)
         if lora:
-            from rorem_lib.models.lora import load_lora
+            remover._lay_lora(lora, local_files_only)
+        if compile:
+            compile_unet(pipe.unet)
+        if offload:
+            pipe.enable_model_cpu_offload(device=device)
+            pipe.works_on = torch.device(device)
+            pipe.vae.enable_tiling()
+        return remover
 
-            load_lora(pipe, lora)
-        return cls(pipe, score=score)
+    def _lay_lora(self, lora: str, local_files_only: bool) -> None:
+        """Merge a LoRA, which costs no time then, and keep what was there without it."""
+        plain = PlainWeights(self.pipe.unet)
+        self._plain = plain, self.pipe.scheduler, self.settings
+        load_lora(self.pipe, lora)
+        plain.drop_equal()
+        found = find_settings(lora, local_files_only=local_files_only, default=FOUR_STEPS)
+        size = found.resolution or sdxl.get_resolution(self.pipe)
+        self.settings = dataclasses.replace(found, resolution=size)
+        presets.set_scheduler(self.pipe, found.scheduler)
+        self._has_lora = True
+
+    def _switch_lora(self, on: bool) -> None:
+        """Put the weights, the scheduler and the settings of the other state in their place."""
+        if self._plain is None or on == self._has_lora:
+            return
+        weights, scheduler, settings = self._plain
+        weights.exchange()
+        self._plain = weights, self.pipe.scheduler, self.settings
+        self.pipe.scheduler, self.settings = scheduler, settings
+        self._has_lora = on
 
     def __call__(self, image, mask, **options):
         """As `remove`, the images alone."""
@@ -351,96 +245,238 @@ class ObjectRemover:
         guidance_scale: float | None = None,
         strength: float | None = None,
         seed: int = 0,
-        numbers: list[int] | None = None,
+        numbers: Sequence[int] | None = None,
         candidates: int = 1,
         dilate: int = 0,
         invert_mask: bool = False,
         batch_size: int = 8,
         use_lora: bool = True,
-        names: list[str] | None = None,
+        names: Sequence[str] | None = None,
         progress: bool = False,
     ) -> Removal | list[Removal]:
         """Remove what the masks cover. One image and mask, or a list of each.
 
         Args:
-            image: PIL, array [H, W(, C)], tensor [(1|3|4), H, W] in 0..1, or path.
+            image: PIL, array [H, W(, C)], tensor [(1|3|4), H, W] in 0..1, or path; see `inputs`.
             mask: likewise; white is removed. Of another size it is fitted where the aspect agrees.
             mode: "effect", "exact" or "full".
             crop: work on crops around the objects; False is the paper's whole frame.
-            resolution: short side at which the model works, px; 0 takes what it was trained at.
-            num_inference_steps, guidance_scale, strength: 0 and None take the model's own.
+            resolution: short side at which the model works, px: 0 takes what it was trained at. The
+                long side is at most `MAX_ASPECT` times as long.
+            num_inference_steps: denoising steps, one UNet call each (two with guidance).
+            guidance_scale: classifier-free guidance; 1 is off (RORem removes without guidance).
+            strength: share of the noise schedule that is run; 1 starts from pure noise. Of steps,
+                guidance and strength 0 and None take the model's own.
             seed, numbers: fix the noise; number n of an image gives the same removal in any batch.
+                By default an image's number is its place.
             candidates: removals made of each image, of which `score` chooses one.
+            dilate: widens the masks by so many pixels.
+            invert_mask: black is removed.
+            batch_size: images a forward pass; the default is for 512 px.
+            use_lora: with the LoRA that `from_pretrained` was given, or without it.
+            names: what each image is called in errors; by default its path or place.
+            progress: show a bar.
+
+        Returns:
+            What came of each image, in its own kind and size. With an empty mask that is the image
+            itself, and a warning.
+
+        Raises:
+            ValueError: lists of unequal length, an input or an option that makes no sense, by its
+                name.
+            FloatingPointError: a removal is not finite; names the model and the image.
         """
-        single = not isinstance(image, list)
-        images, object_masks = ([image], [mask]) if single else (image, mask)
+        single = not isinstance(image, (list, tuple))
+        images, object_masks = ([image], [mask]) if single else (list(image), list(mask))
+        self._check(images, object_masks, mode, num_inference_steps, batch_size, resolution)
+        self._switch_lora(use_lora)
+        names = names or ["the image" if single else f"image {n}" for n in range(len(images))]
+        numbers = range(len(images)) if numbers is None else numbers
+        given = [
+            read_inputs(i, m, name, invert=invert_mask)
+            for i, m, name in zip(images, object_masks, names)
+        ]
+        for one in given:
+            one.mask = masks.dilate_mask(one.mask, dilate)
+        own = self.settings
+        sampling = {
+            "num_inference_steps": num_inference_steps or own.num_inference_steps,
+            "guidance_scale": own.guidance_scale if guidance_scale is None else guidance_scale,
+            "strength": own.strength if strength is None else strength,
+            "seed": seed,
+        }
+        resolution = resolution or own.resolution or self.networks.resolution
+        found: list = [None] * len(given)
+        for place, one in enumerate(given):
+            if not one.mask.any():
+                logger.warning("%s: its mask is empty, nothing is removed", one.name)
+                effect = np.zeros(one.mask.shape, np.uint8)
+                found[place] = Removal(one.restore(one.image.copy()), effect, [], 0.0)
+        todo = [place for place in range(len(given)) if found[place] is None]
+        self._compose(
+            given, todo, found, numbers, mode, crop, resolution, sampling, batch_size, progress
+        )
+        return found[0] if single else found
+
+    def _compose(
+        self, given, todo, found, numbers, mode, crop, resolution, sampling, batch_size, progress
+    ) -> None:
+        """Fill in `found` at the places `todo`."""
+        boxes = [_frame(given[place].mask, crop) for place in todo]
+        parts = [np.s_[y0:y1, x0:x1] for x0, y0, x1, y1 in boxes]
+        began = time.monotonic()
+        painted = self._paint(
+            [given[place].image[part] for place, part in zip(todo, parts)],
+            [given[place].mask[part] for place, part in zip(todo, parts)],
+            [numbers[place] for place in todo],
+            [given[place].name for place in todo],
+            resolution=resolution,
+            batch_size=batch_size,
+            progress=progress,
+            **sampling,
+        )
+        for place, part, box, new in zip(todo, parts, boxes, painted):
+            source, hole = given[place].image, given[place].mask
+            weight = np.zeros(hole.shape, np.float32)
+            weight[part] = (
+                1 if mode == "full" else _find_effect(source[part], hole[part], new, mode)
+            )
+            result = source.copy()
+            inner = weight[part][..., None]
+            mixed = (source[part] * (1 - inner) + new * inner).round().astype(np.uint8)
+            result[part] = np.where(inner > 0, mixed, source[part])
+            found[place] = Removal(
+                given[place].restore(result),
+                (weight * 255).round().astype(np.uint8),
+                [box],
+                (time.monotonic() - began) / len(todo),
+            )
+
+    def _check(self, images, object_masks, mode, num_inference_steps, batch_size, resolution):
+        if len(images) != len(object_masks):
+            raise ValueError(f"{len(images)} images but {len(object_masks)} masks")
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}: take one of {', '.join(MODES)}")
-        arrays = [
-            np.asarray(Image.open(i).convert("RGB"))
-            if isinstance(i, (str, Path))
-            else np.asarray(i)
-            for i in images
-        ]
-        maps = [
-            masks.binarise_mask(
-                np.asarray(Image.open(m).convert("L"))
-                if isinstance(m, (str, Path))
-                else np.asarray(m)
+        if num_inference_steps < 0:
+            raise ValueError(
+                f"num_inference_steps is {num_inference_steps}: take 1 or more, or 0 for "
+                "the model's own"
             )
-            for m in object_masks
-        ]
-        maps = [255 - m if invert_mask else m for m in maps]
-        numbers = list(range(len(images))) if numbers is None else numbers
-        found = []
-        for source, hole, number, given in zip(arrays, maps, numbers, images):
-            began = time.monotonic()
-            ys, xs = np.where(hole > 0)
-            side = max(np.ptp(ys), np.ptp(xs)) + 1
-            h, w = hole.shape
-            x0, x1 = max(0, xs.min() - side), min(w, xs.max() + side)
-            y0, y1 = max(0, ys.min() - side), min(h, ys.max() + side)
-            if not crop:
-                x0, y0, x1, y1 = 0, 0, w, h
-            (painted,) = remove_objects(
-                self.pipe,
-                [np.ascontiguousarray(source[y0:y1, x0:x1])],
-                [np.ascontiguousarray(hole[y0:y1, x0:x1])],
-                resolution=resolution,
-                num_inference_steps=num_inference_steps or 20,
-                guidance_scale=guidance_scale or 1.0,
-                strength=strength or 1.0,
-                seed=seed,
-                numbers=[number],
-                dilate=dilate,
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}: take 1 or more")
+        if resolution < 0:
+            raise ValueError(
+                f"resolution is {resolution} px: take 0 for what the model was trained at"
             )
-            weight = np.zeros((h, w), np.float32)
-            inner = weight[y0:y1, x0:x1]
-            if mode == "full":
-                inner[:] = 1
-            else:
-                grown = cv2.dilate(hole, np.ones((5, 5), np.uint8))
-                if mode == "effect":
-                    delta = cv2.GaussianBlur(
-                        np.abs(painted.astype(np.float32) - source[y0:y1, x0:x1]).max(2), (0, 0), 1
-                    )
-                    grown = grown.copy()
-                    grown[y0:y1, x0:x1][delta > 6] = 255
-                inner[:] = cv2.GaussianBlur(grown.astype(np.float32) / 255, (0, 0), 1)[y0:y1, x0:x1]
-            canvas = source.astype(np.float32)
-            canvas[y0:y1, x0:x1] = (
-                canvas[y0:y1, x0:x1] * (1 - inner[..., None]) + painted * inner[..., None]
-            )
-            result = np.where(weight[..., None] > 0, canvas.round().astype(np.uint8), source)
-            result = (
-                Image.fromarray(result) if isinstance(given, (str, Path, Image.Image)) else result
-            )
-            found.append(
-                Removal(
-                    result,
-                    (weight * 255).astype(np.uint8),
-                    [(x0, y0, x1, y1)],
-                    time.monotonic() - began,
+
+    def _paint(
+        self,
+        images: list[np.ndarray],
+        object_masks: list[np.ndarray],
+        numbers: Sequence[int],
+        names: Sequence[str],
+        *,
+        resolution: int,
+        batch_size: int,
+        progress: bool = False,
+        **sampling,
+    ) -> list[np.ndarray]:
+        """Removals of images of any sizes, brought to the model's size and back.
+
+        Args:
+            images, object_masks: [H, W, 3] and [H, W] (0 or 255) uint8; equal sizes share a batch.
+            sampling: of `_paint_fitted`.
+
+        Returns:
+            [H, W, 3] uint8, each of its image's size.
+        """
+        unit = self.networks.unit
+        fitted = [_fit(i, m, resolution, unit) for i, m in zip(images, object_masks, strict=True)]
+        groups: dict[tuple, list[int]] = {}
+        for place, (image, _) in enumerate(fitted):
+            groups.setdefault(image.shape, []).append(place)
+        results: list = [None] * len(images)
+        bar = tqdm(total=len(images), disable=not progress, unit="image", mininterval=1)
+        for places in groups.values():
+            for begin in range(0, len(places), batch_size):
+                batch = places[begin : begin + batch_size]
+                painted = self._paint_fitted(
+                    [fitted[i][0] for i in batch],
+                    [fitted[i][1] for i in batch],
+                    [numbers[i] for i in batch],
+                    [names[i] for i in batch],
+                    **sampling,
                 )
+                for i, removed in zip(batch, painted, strict=True):
+                    results[i] = _put_back(images[i], object_masks[i], fitted[i][0], removed)
+                bar.update(len(batch))
+        bar.close()
+        return results
+
+    def _paint_fitted(
+        self, images, object_masks, numbers, names, *, seed: int, **sampling
+    ) -> list[np.ndarray]:
+        """Removals of one batch: images [h, w, 3] and masks of one size that `unit` divides.
+
+        Args:
+            sampling: `num_inference_steps`, `guidance_scale`, `strength` of `denoising.denoise`.
+
+        Raises:
+            FloatingPointError: a removal is not finite; names the model and the image.
+        """
+        with self._tiled(images[0].shape):
+            removed = denoising.denoise(
+                self.networks,
+                np.stack(images),
+                np.stack(object_masks),
+                [make_generator(seed, number) for number in numbers],
+                **sampling,
             )
-        return found[0] if single else found
+        for picture, name in zip(removed, names):
+            if not np.isfinite(picture).all():
+                raise FloatingPointError(
+                    f"{self.networks.origin} gives numbers that are not finite for {name}: its "
+                    "weights are damaged (train or download it again), or they overflow in fp16 "
+                    "(take bf16 or no)"
+                )
+        return list((removed * 255).round().astype(np.uint8))
+
+    def _round_trip(self, images: list[np.ndarray]) -> list[np.ndarray]:
+        """Images of one size that `unit` divides, through the VAE alone."""
+        with self._tiled(images[0].shape):
+            seen = denoising.encode_decode(self.networks, np.stack(images))
+        return list((np.nan_to_num(seen) * 255).round().astype(np.uint8))
+
+    @contextlib.contextmanager
+    def _tiled(self, shape: tuple[int, ...]):
+        """The VAE in tiles where a frame is so large that its memory would not do."""
+        vae = self.pipe.vae if self.pipe else None
+        turn = vae is not None and shape[0] * shape[1] > TILED_PIXELS and not vae.use_tiling
+        try:
+            if turn:
+                vae.enable_tiling()
+            yield
+        finally:
+            if turn:
+                vae.disable_tiling()
+
+
+def _frame(hole: np.ndarray, crop: bool) -> tuple[int, int, int, int]:
+    """What the model sees, (x0, y0, x1, y1): the whole frame, or the object and as much around."""
+    height, width = hole.shape
+    if not crop:
+        return 0, 0, width, height
+    ys, xs = np.where(hole > 0)
+    side = max(np.ptp(ys), np.ptp(xs)) + 1
+    x0, x1 = max(0, xs.min() - side), min(width, xs.max() + side)
+    y0, y1 = max(0, ys.min() - side), min(height, ys.max() + side)
+    return int(x0), int(y0), int(x1), int(y1)
+
+
+def _find_effect(source: np.ndarray, hole: np.ndarray, new: np.ndarray, mode: str) -> np.ndarray:
+    """How much of each pixel is the remover's, 0..1."""
+    grown = cv2.dilate(hole, np.ones((5, 5), np.uint8))
+    if mode == "effect":
+        change = np.abs(new.astype(np.float32) - source).max(2)
+        grown[cv2.GaussianBlur(change, (0, 0), 1) > 6] = 255
+    return cv2.GaussianBlur(grown.astype(np.float32) / 255, (0, 0), 1)

@@ -102,6 +102,31 @@ def load_lora(pipe, folder) -> None:
         sdxl.set_resolution(pipe, pipe.unet, int(size))
 
 
+class PlainWeights:
+    """A UNet's weights as they are now, in the CPU's memory, to go back to them bit for bit.
+
+    After a merge, `drop_equal` keeps those alone that it changed.
+    """
+
+    def __init__(self, unet):
+        self.unet = unet
+        self.kept = {name: p.detach().to("cpu", copy=True) for name, p in unet.named_parameters()}
+
+    def drop_equal(self) -> None:
+        for name, parameter in self.unet.named_parameters():
+            if torch.equal(parameter.detach().cpu(), self.kept[name]):
+                del self.kept[name]
+
+    @torch.no_grad()
+    def exchange(self) -> None:
+        """Put the kept weights into the UNet and keep those that were there."""
+        parameters = dict(self.unet.named_parameters())
+        for name, kept in self.kept.items():
+            before = parameters[name].detach().to("cpu", copy=True)
+            parameters[name].copy_(kept)
+            self.kept[name] = before
+
+
 def check_keys(path, found: Collection[str], wanted: Collection[str]) -> None:
     """Refuse adapters of which libraries would drop a part without a word.
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import hf_hub_download
+from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
 from rorem_lib.data.remote import talk_to_hub
@@ -29,6 +31,10 @@ TRAINED_RESOLUTION = "_trained_resolution"
 DEFAULT_RESOLUTION = 512  # RORem's (sec. 4.1), for models that do not say it
 _SANE_RESOLUTIONS = range(8, 8193)
 PRECISIONS = ("auto", "no", "bf16", "fp16")
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# The empty prompt's embedding, in a model's folder: whoever removes needs no text encoder then.
+EMPTY_PROMPT = "empty_prompt.safetensors"
+TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 MODEL_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "scheduler")
 
 
@@ -87,25 +93,43 @@ def resolve_model(model_id: str) -> str:
 
 
 def _open(cls, model_id: str, *, variant: str | None, **options):
-    """`cls.from_pretrained`; where no files have the variant's name, those without one."""
-    if not variant:
-        return cls.from_pretrained(model_id, **options)
+    """`cls.from_pretrained`; where no files have the variant's name, those without one, and where
+    none is asked for and all are `fp16`, those."""
+    # A pipeline mixes both kinds of files; one model's must be of the variant, in safetensors:
+    # else a transfer that broke would be taken for a file that is not there.
+    options["use_safetensors"] = True
     level = diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)  # it logs what it then raises
     try:
-        # A pipeline mixes both kinds of files; one model's must be of the variant, in safetensors:
-        # else a transfer that broke would be taken for a file that is not there.
-        strict = {"use_safetensors": True} if cls is AutoModel else {}
-        return cls.from_pretrained(model_id, variant=variant, **strict, **options)
+        return cls.from_pretrained(model_id, variant=variant, **options)
     except (OSError, ValueError) as error:
         if not Path(model_id).is_dir() and not lacks_file(error, **options):
             raise
-        opened = cls.from_pretrained(model_id, **options)
+        first = error
     finally:
         diffusers_logging.set_verbosity(level)
-    logger.warning(
-        "%s has no files of the variant %s: those without a variant are taken", model_id, variant
-    )
+    other = None if variant else "fp16"
+    diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)
+    try:
+        opened = cls.from_pretrained(model_id, variant=other, **options)
+    except (OSError, ValueError):
+        pickles = Path(model_id).is_dir() and [*Path(model_id).rglob("*.bin")]
+        if pickles:
+            raise OSError(
+                f"{pickles[0]} is a pickle, which may run code when it is opened, and there is no "
+                "safetensors file beside it: take the model in safetensors, or convert it"
+            ) from None
+        raise first from None
+    finally:
+        diffusers_logging.set_verbosity(level)
+    if variant:
+        logger.warning(
+            "%s has no files of the variant %s: those without a variant are taken",
+            model_id,
+            variant,
+        )
+    else:
+        logger.info("%s has files of the variant fp16 alone: those are taken", model_id)
     return opened
 
 
@@ -140,8 +164,10 @@ def load_pipeline(
     revision: str | None = None,
     variant: str | None = None,
     dtype: torch.dtype = torch.float32,
+    vae_dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     base_model: str = BASE_MODEL,
+    text_encoders: bool = True,
     local_files_only: bool = False,
 ) -> StableDiffusionXLInpaintPipeline:
     """Open an SDXL-inpainting pipeline.
@@ -154,10 +180,15 @@ def load_pipeline(
         vae: likewise the VAE's, in `vae/` or alone.
         revision: the Hub commit, tag or branch of `model_id`; pin it.
         variant: the weight files' variant, for example `fp16`. Where files have no such name,
-            those without a variant are taken, with a warning.
-        dtype: the type of all weights in memory.
-        device: where the weights go.
+            those without a variant are taken, with a warning; where none is named and all files
+            are `fp16`, those are.
+        dtype: the type of the UNet's and the VAE's weights in memory; text encoders have float32.
+        vae_dtype: the VAE's, if it is another.
+        device: where UNet and VAE go. Text encoders stay on the CPU: their prompt is constant.
         base_model: what the rest of the pipeline comes from when `model_id` is a UNet alone.
+        text_encoders: False leaves them out once the empty prompt is encoded, and opens none where
+            the folder has its embedding (`EMPTY_PROMPT`). Such a pipeline removes, and cannot be
+            saved whole.
         local_files_only: never ask the network.
 
     Returns:
@@ -171,8 +202,11 @@ def load_pipeline(
             does not make 4; or `model_id` is a UNet alone and `unet` names another.
     """
     folder = resolve_model(model_id)
-    options = {"variant": variant or None, "dtype": dtype, "local_files_only": local_files_only}
-    parts = {}
+    options = {"variant": variant or None, "local_files_only": local_files_only}
+    vae_dtype = vae_dtype or dtype
+    dtypes = {"default": dtype, "vae": vae_dtype}
+    dtypes |= {"text_encoder": torch.float32, "text_encoder_2": torch.float32}
+    parts, prompt = {}, None
     with silence_libraries():
         with talk_to_hub(folder, revision, kind="model"):
             whole = has_file(
@@ -184,14 +218,25 @@ def load_pipeline(
                 "nothing to give; name the pipeline that the UNet goes into"
             )
         if not whole:
-            parts["unet"] = _open_part(model_id, "unet", revision=revision, **options)
+            parts["unet"] = _open_part(model_id, "unet", revision=revision, dtype=dtype, **options)
             folder, revision = resolve_model(base_model), None
         elif unet:
-            parts["unet"] = _open_part(unet, "unet", **options)
+            parts["unet"] = _open_part(unet, "unet", dtype=dtype, **options)
         if vae:
-            parts["vae"] = _open_part(vae, "vae", **options)
+            parts["vae"] = _open_part(vae, "vae", dtype=vae_dtype, **options)
         with talk_to_hub(folder, revision, kind="model"):
-            pipe = _open(AutoPipelineForInpainting, folder, revision=revision, **parts, **options)
+            if not text_encoders:
+                prompt = _read_empty_prompt(folder, revision, local_files_only)
+                parts |= dict.fromkeys(TEXT_PARTS if prompt else ())
+            pipe = _open(
+                AutoPipelineForInpainting,
+                folder,
+                revision=revision,
+                add_watermarker=False,
+                dtype=dtypes,
+                **parts,
+                **options,
+            )
     if pipe.unet.config.in_channels != 9:
         raise ValueError(
             f"{unet or model_id} is no inpainting model: its UNet takes "
@@ -202,14 +247,51 @@ def load_pipeline(
             f"the VAE {vae or model_id} makes {channels} latent channels, the UNet takes 4"
         )
     for name in MODEL_PARTS[:-1]:
-        getattr(pipe, name).requires_grad_(False).eval()
+        if (part := getattr(pipe, name)) is not None:
+            part.requires_grad_(False).eval()
     pipe.set_progress_bar_config(disable=True)
     pipe.origin = unet or model_id  # whose size `get_resolution` asks for
-    return pipe.to(device)
+    if prompt:
+        pipe.empty_prompt = prompt
+    elif not text_encoders:
+        encode_prompt(pipe)
+        pipe.register_modules(**dict.fromkeys(TEXT_PARTS))
+    pipe.unet.to(device)
+    pipe.vae.to(device)
+    return pipe
+
+
+def _read_empty_prompt(folder: str, revision: str | None, local_files_only: bool):
+    """The embedding of the empty prompt beside a model, as `encode_prompt` gives it; or None."""
+    where = {"revision": revision, "local_files_only": local_files_only}
+    if not has_file(folder, EMPTY_PROMPT, **where):
+        return None
+    path = Path(folder, EMPTY_PROMPT)
+    if not path.is_file():
+        path = hf_hub_download(folder, EMPTY_PROMPT, **where)
+    state = load_file(path)
+    return state["prompt_embeds"], state["pooled_prompt_embeds"]
+
+
+def save_empty_prompt(pipe, folder) -> None:
+    """Write a pipeline's embedding of the empty prompt beside its parts: `EMPTY_PROMPT`."""
+    embeds, pooled = (tensor.float().cpu().contiguous() for tensor in encode_prompt(pipe))
+    state = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+    save_file(state, Path(folder) / EMPTY_PROMPT, metadata={"format": "pt"})
+
+
+def choose_device(requested: str = "auto") -> str:
+    """ "auto" is the best there is: "cuda", "mps" (Apple), "cpu"; other words are returned."""
+    if requested != "auto":
+        return requested
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def choose_precision(requested: str, device="cpu") -> str:
-    """What "auto" means on this machine: "bf16" where matrix units take it, else "no".
+    """What "auto" means on this machine: "bf16" where matrix units take it, "fp16" on GPUs that
+    take nothing else, else "no".
 
     Args:
         requested: "auto", "no", "bf16" or "fp16"; all but "auto" are returned as they are.
@@ -223,6 +305,8 @@ def choose_precision(requested: str, device="cpu") -> str:
         raise ValueError(f"mixed_precision is {requested!r}: take one of {', '.join(PRECISIONS)}")
     if requested != "auto":
         return requested
+    if torch.device(device).type == "mps":
+        return "fp16"
     if torch.device(device).type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     able = torch.cpu.get_capabilities()
@@ -273,24 +357,19 @@ def encode_prompt(pipe, prompt: str = "") -> tuple[torch.Tensor, torch.Tensor]:
     """Text conditioning as SDXL has it: ([1, L, C] penultimate states, [1, P] pooled).
 
     RORem trains and removes with the empty prompt; its embedding is that of "", not zeros
-    (RORem, sec. 3.3).
+    (RORem, sec. 3.3). It is computed once a pipeline, on the CPU.
     """
-    with torch.no_grad():
-        embeds, _, pooled, _ = pipe.encode_prompt(
-            prompt, do_classifier_free_guidance=False, device=pipe.text_encoder.device
-        )
-    return embeds.to(pipe.unet.device), pooled.to(pipe.unet.device)
-
-
-def drop_text_encoders(pipe) -> None:
-    """Move both text encoders to the CPU: once the prompt is encoded their GPU memory is free.
-
-    `encode_prompt` still works then, on the CPU, and so does `pipe.save_pretrained`. SDXL's take
-    3.3 GB in float32.
-    """
-    pipe.text_encoder.to("cpu")
-    pipe.text_encoder_2.to("cpu")
-    torch.cuda.empty_cache()  # does nothing where CUDA was never used
+    known = getattr(pipe, "empty_prompt", None)
+    if prompt or known is None:
+        with torch.no_grad():
+            embeds, _, pooled, _ = pipe.encode_prompt(
+                prompt, do_classifier_free_guidance=False, device=pipe.text_encoder.device
+            )
+        known = embeds, pooled
+        if not prompt:
+            pipe.empty_prompt = known
+    device = next(pipe.unet.parameters()).device  # diffusers' own `device` takes ms
+    return tuple(tensor.to(device) for tensor in known)
 
 
 def make_time_ids(

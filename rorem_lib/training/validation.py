@@ -8,7 +8,6 @@ random states are afterwards what they were.
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import logging
 import random
@@ -28,7 +27,7 @@ from rorem_lib.data.pictures import TripletError, save_image
 from rorem_lib.data.triplets import Triplet, iter_triplets, load_images
 from rorem_lib.files import write_text
 from rorem_lib.models import sdxl
-from rorem_lib.models.inpainting import remove_objects
+from rorem_lib.models.inpainting import ObjectRemover
 from rorem_lib.sets import choose_preview, resolve
 from rorem_lib.training import distributed, tracking
 
@@ -184,7 +183,7 @@ def _counts(triplet: Triplet) -> bool:
 
 
 def _fit_scene(triplet: Triplet, side: int, unit: int) -> Scene:
-    """A triplet at the size at which `remove_objects` leaves it alone."""
+    """A triplet at the size at which `ObjectRemover` leaves it alone."""
     pictures = load_images(triplet)
     height, width = pictures["source"].shape[:2]
     scale = side / min(height, width)
@@ -232,8 +231,7 @@ def remove_scenes(
         _lend_parts(pipe, unet),
         _evaluate(unet, precision),
     ):
-        return remove_objects(
-            pipe,
+        return ObjectRemover(pipe)(
             [scene.source for scene in scenes],
             [scene.mask for scene in scenes],
             names=[scene.name for scene in scenes],
@@ -241,7 +239,10 @@ def remove_scenes(
             seed=seed,
             batch_size=batch_size,
             num_inference_steps=num_inference_steps,
-            mixed_precision="no",
+            guidance_scale=1.0,
+            strength=1.0,
+            mode="full",
+            crop=False,
         )
 
 
@@ -259,14 +260,14 @@ def _keep_random_states(device: torch.device) -> Iterator[None]:
 @contextlib.contextmanager
 def _lend_parts(pipe, unet) -> Iterator[None]:
     """Put the UNet into the pipeline, the VAE beside it in float32."""
-    unet_before, scheduler = pipe.unet, pipe.scheduler
+    unet_before = pipe.unet
     device, dtype = pipe.vae.device, pipe.vae.dtype
     try:
         _move(pipe.vae, unet.device, torch.float32)
-        pipe.unet, pipe.scheduler = unet, copy.deepcopy(scheduler)  # it notes where it stands
+        pipe.unet = unet
         yield
     finally:
-        pipe.unet, pipe.scheduler = unet_before, scheduler
+        pipe.unet = unet_before
         _move(pipe.vae, device, dtype)
 
 
