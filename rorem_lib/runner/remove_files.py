@@ -13,20 +13,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import cv2
 import numpy as np
 from PIL import Image
 
 from rorem_lib.data import masks
 from rorem_lib.data.items import SUFFIXES, escape_text
-from rorem_lib.data.pictures import (
-    decode_image,
-    load_mask,
-    open_image,
-    read_metadata,
-    turn_upright,
-)
+from rorem_lib.data.pictures import open_image, read_size
 from rorem_lib.files import hash_file
+from rorem_lib.models.inputs import Given, read_inputs
 from rorem_lib.runner.remove_results import Unusable, list_results
 
 READ = (*SUFFIXES, ".gif", ".avif", ".heic", ".heif")  # what a folder is searched for
@@ -244,22 +238,14 @@ class Loaded:
     Attributes:
         item: which.
         key: SHA-256 over its bytes, its mask's and the settings.
-        image: [H, W, 3] uint8, upright.
-        mask: [H, W] uint8, 0 or 255.
-        alpha: [H, W] uint8, where the image has transparency.
-        is_grey: whether the file has no colours.
-        format: as Pillow names it.
-        metadata: see `pictures.read_metadata`.
+        given: the image, its mask, and how a result becomes an image of its kind.
+        format: of its file, as Pillow names it.
     """
 
     item: Item
     key: str
-    image: np.ndarray
-    mask: np.ndarray
-    alpha: np.ndarray | None
-    is_grey: bool
+    given: Given
     format: str
-    metadata: dict[str, bytes]
 
 
 def make_key(item: Item, settings: Mapping) -> str:
@@ -292,58 +278,70 @@ def load_item(item: Item, key: str, *, boxes: Sequence, invert: bool = False) ->
     """
     with open_image(item.source) as opened:
         kind, frames = opened.format, getattr(opened, "n_frames", 1)
-        is_grey = opened.mode.startswith(("1", "L", "I"))
-        alpha = None
-        if opened.has_transparency_data:
-            opened.load()
-            shown = turn_upright(opened).convert("RGBA")
-            alpha = np.array(shown.getchannel("A"))
     if frames > 1 and kind in _ANIMATED:
         raise Unusable(
             f"{item.source} is an animation of {frames} frames: save the one that you mean as PNG"
         )
-    image = decode_image(item.source)[0]
-    size = image.shape[:2]
-    if item.mask is not None:
-        mask = load_mask(item.mask, size, invert=invert)
-    else:
+    mask = item.mask
+    if mask is None:
+        size = read_size(item.source)
         try:
-            drawn = [masks.draw_box_mask(*size, box) for box in boxes]
+            mask = np.maximum.reduce([masks.draw_box_mask(*size, box) for box in boxes])
         except ValueError as error:
             raise Unusable(f"{item.source}: {error}") from None
-        mask = np.maximum.reduce(drawn)
-        mask = 255 - mask if invert else mask
-    metadata = read_metadata(item.source)
-    if is_grey:
-        metadata.pop("icc_profile", None)  # of RGB
-    return Loaded(item, key, image, mask, alpha, is_grey, kind, metadata)
+    given = read_inputs(item.source, mask, str(item.source), invert=invert)
+    return Loaded(item, key, given, kind)
 
 
 # ----------------------------------------------------------------------------- what is written
 
 
-def encode_result(
-    loaded: Loaded, image: np.ndarray, suffix: str, *, compared: bool = False
-) -> bytes:
-    """The bytes of a result's file: the image's own transparency, colour profile and EXIF.
+def encode_result(loaded: Loaded, image: np.ndarray, suffix: str) -> bytes:
+    """The bytes of a result's file: the image's own mode, transparency, colour profile and EXIF.
 
     Args:
-        image: [H, W, 3] uint8; written grey where the image is.
+        image: [H, W, 3] uint8.
         suffix: one of `WRITTEN`.
-        compared: it is two images beside each other, with a coloured line and no transparency.
 
     Raises:
         Unusable: the format cannot hold it.
     """
-    kind = WRITTEN[suffix]
-    is_grey = loaded.is_grey and not compared
-    written = Image.fromarray(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) if is_grey else image)
-    if loaded.alpha is not None and loaded.alpha.min() < 255 and not compared:
-        if kind == "JPEG":
+    made, kind = loaded.given.restore(image), WRITTEN[suffix]
+    if kind == "JPEG" and made.mode.endswith("A"):
+        if made.getchannel("A").getextrema()[0] < 255:
             raise Unusable(
                 f"{loaded.item.source} has transparency, which JPEG cannot keep: take .png or .webp"
             )
-        written.putalpha(Image.fromarray(loaded.alpha))
+        made = _convert(made, made.mode[:-1])
+    if kind != "PNG" and made.mode.startswith("I"):  # 16 bits
+        made = _convert(Image.fromarray(image), "L", made.info)
+    return _encode(loaded, made, kind)
+
+
+def encode_side_by_side(loaded: Loaded, image: np.ndarray, suffix: str) -> bytes:
+    """The bytes of a file with the image, its mask's outline in it, and the result.
+
+    They lie beside each other, or one below the other where the image is wider than tall.
+    """
+    source, mask = loaded.given.image, loaded.given.mask
+    axis = 0 if source.shape[1] > source.shape[0] else 1
+    shape = list(source.shape)
+    shape[axis] = max(2, min(shape[:2]) // 100)
+    gap = np.full(shape, 255, np.uint8)
+    joined = np.concatenate([masks.outline_mask(source, mask), gap, image], axis=axis)
+    return _encode(loaded, Image.fromarray(joined), WRITTEN[suffix])
+
+
+def _convert(image: Image.Image, mode: str, info: Mapping | None = None) -> Image.Image:
+    converted = image.convert(mode)
+    converted.info |= image.info if info is None else info
+    return converted
+
+
+def _encode(loaded: Loaded, image: Image.Image, kind: str) -> bytes:
+    kept = {name: image.info[name] for name in ("icc_profile", "exif") if image.info.get(name)}
+    if image.mode[0] in "LI":
+        kept.pop("icc_profile", None)  # of RGB
     options = {
         "PNG": {"compress_level": 1},
         "JPEG": {"quality": 95, "subsampling": 0},
@@ -351,9 +349,9 @@ def encode_result(
     }[kind]
     stream = io.BytesIO()
     try:
-        written.save(stream, kind, **options, **loaded.metadata)
+        image.save(stream, kind, **options, **kept)
     except (ValueError, OSError) as error:  # WebP ends at 16383 px, JPEG's EXIF at 64 KB
-        raise Unusable(f"{loaded.item.source} cannot be written as {suffix} ({error})") from None
+        raise Unusable(f"{loaded.item.source} cannot be written as {kind} ({error})") from None
     return stream.getvalue()
 
 
@@ -361,17 +359,7 @@ def copy_source(loaded: Loaded, suffix: str) -> bytes:
     """The bytes of a result from which nothing is removed: its image's, in the same format."""
     if loaded.format == WRITTEN[suffix]:
         return loaded.item.source.read_bytes()
-    return encode_result(loaded, loaded.image, suffix)
-
-
-def join_side_by_side(loaded: Loaded, result: np.ndarray) -> np.ndarray:
-    """The image with its mask's outline, and the result: [H, 2 W + gap, 3], or one below the other
-    where the image is wider than tall."""
-    axis = 0 if loaded.image.shape[1] > loaded.image.shape[0] else 1
-    shape = list(loaded.image.shape)
-    shape[axis] = max(2, min(shape[:2]) // 100)
-    gap = np.full(shape, 255, np.uint8)
-    return np.concatenate([masks.outline_mask(loaded.image, loaded.mask), gap, result], axis=axis)
+    return encode_result(loaded, loaded.given.image, suffix)
 
 
 def name_side_by_side(output: str) -> str:

@@ -34,7 +34,7 @@ from rorem_lib.runner.remove_files import (
     Unusable,
     copy_source,
     encode_result,
-    join_side_by_side,
+    encode_side_by_side,
     load_item,
     make_key,
     name_side_by_side,
@@ -134,7 +134,7 @@ class Work:
             if (loaded := self._read(item)) is None:
                 continue
             group.append(loaded)
-            pixels += loaded.mask.size
+            pixels += loaded.given.mask.size
             if len(group) >= limit or pixels >= GROUP_PIXELS:
                 yield group
                 group, pixels = [], 0
@@ -169,7 +169,7 @@ class Work:
     def _remove(self, group: list[Loaded]) -> list[tuple[Loaded, np.ndarray | None]]:
         """(loaded, result [H, W, 3] uint8); None for a result from which nothing is removed."""
         removed = []
-        for loaded in [x for x in group if not x.mask.any()]:
+        for loaded in [x for x in group if not x.given.mask.any()]:
             self.progress.write(
                 f"warning: {loaded.item.source}: the mask is empty, the image is copied"
             )
@@ -186,8 +186,8 @@ class Work:
         """Removals of a group, or of each alone where that fails: one must not fail the rest."""
         try:
             results = self.remover.remove(
-                [x.image for x in group],
-                [x.mask for x in group],
+                [x.given.image for x in group],
+                [x.given.mask for x in group],
                 numbers=[0] * len(group),  # the same noise for an image, whatever is beside it
                 names=[str(x.item.source) for x in group],
                 **self._collect_settings(),
@@ -250,8 +250,8 @@ class Work:
                 else:
                     data = encode_result(loaded, image, self.suffix)
                 if self.options.side_by_side:
-                    joined = join_side_by_side(loaded, loaded.image if image is None else image)
-                    compared = encode_result(loaded, joined, self.suffix, compared=True)
+                    shown = loaded.given.image if image is None else image
+                    compared = encode_side_by_side(loaded, shown, self.suffix)
                     self.results.write(name_side_by_side(item.output), compared, **whole)
                 self.results.write(item.output, data, **whole)
             except (ValueError, OSError) as error:
