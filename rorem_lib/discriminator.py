@@ -23,6 +23,7 @@ the image and over the hole, so that any image size has one score.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Dataset
 
+from rorem_lib.data.pictures import fit_triplet
 from rorem_lib.data.triplets import Triplet, load_images, read_triplets
 from rorem_lib.files import read_json, write_json
 from rorem_lib.models import sdxl
@@ -370,26 +372,59 @@ def score_triplets(
     Raises:
         FloatingPointError: a score is not a number; names the discriminator and the removal.
     """
+    size = discriminator.settings["resolution"]
+    return _score(
+        discriminator,
+        len(triplets),
+        lambda number: load_images(triplets[number], size=size),
+        lambda number: triplets[number].gt,
+        batch_size,
+    )
+
+
+def score_images(
+    discriminator: Discriminator, sources, masks, removals, *, batch_size: int = 0
+) -> np.ndarray:
+    """As `score_triplets`, of images at hand: lists of [H, W, 3], [H, W] and [H, W, 3] uint8."""
+    size = discriminator.settings["resolution"]
+
+    def fit(number: int) -> dict:
+        pictures = {"source": sources[number], "mask": masks[number], "gt": removals[number]}
+        return fit_triplet(pictures, (size, size), mode="squash")
+
+    name = "removal {}".format
+    return _score(discriminator, len(removals), fit, name, batch_size)
+
+
+def _score(
+    discriminator: Discriminator,
+    count: int,
+    load: Callable[[int], dict],
+    name: Callable[[int], object],
+    batch_size: int,
+) -> np.ndarray:
+    """Scores [count] of the removals that `load` opens, and `name` names, by their number."""
     device = discriminator.embeds.device
     size = discriminator.settings["resolution"]
     batch_size = batch_size or max(1, min(64, 8 * 512**2 // size**2))
     scores = []
-    for begin in range(0, len(triplets), batch_size):
-        part = triplets[begin : begin + batch_size]
-        pictures = [load_images(t, size=size) for t in part]
+    for begin in range(0, count, batch_size):
+        part = range(begin, min(begin + batch_size, count))
+        pictures = [load(number) for number in part]
         source, removal = (
             sdxl.encode_images(
-                discriminator.vae, sdxl.to_tensor(np.stack([p[name] for p in pictures])).to(device)
+                discriminator.vae,
+                sdxl.to_tensor(np.stack([p[part_name] for p in pictures])).to(device),
             )
-            for name in ("source", "gt")
+            for part_name in ("source", "gt")
         )
         mask = torch.as_tensor(np.stack([p["mask"] for p in pictures]) >= 128)[:, None]
         mask = sdxl.shrink_mask(mask.to(device), source)
         scores.append(torch.sigmoid(discriminator(removal, mask, source)).cpu())
         if not (sound := scores[-1].isfinite()).all():
-            bad = part[int(sound.int().argmin())]
+            bad = name(part[int(sound.int().argmin())])
             raise FloatingPointError(
-                f"{discriminator.place} gives {bad.gt} no score but NaN: its weights are damaged, "
+                f"{discriminator.place} gives {bad} no score but NaN: its weights are damaged, "
                 "train it again or take another one"
             )
     return torch.cat(scores).numpy() if scores else np.zeros(0, np.float32)

@@ -1,7 +1,8 @@
-"""The `rorem` command: run a recipe, show how far it is, or work on triplet sets.
+"""The `rorem` command: run a recipe, show how far it is, work on triplet sets, remove objects.
 
-Exit codes: 0 done; 1 a stage failed, or a set is faulty; 2 a recipe or an option is wrong, or
-nobody agreed to make long work anew or to delete; 3 labels by people are missing; 130 interrupted.
+Exit codes: 0 done; 1 a stage failed, a set is faulty, or an image could not be worked on; 2 a
+recipe or an option is wrong, there is no model, or nobody agreed to make long work anew or to
+delete; 3 labels by people are missing; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import yaml
 
 from rorem_lib.files import ROOT
 from rorem_lib.parameters import StrictLoader
-from rorem_lib.runner import data_commands, export_command
+from rorem_lib.runner import data_commands, export_command, remove_command
 from rorem_lib.runner.pipeline import (
     NotAgreed,
     Observer,
@@ -103,7 +104,9 @@ def format_metrics(metrics: dict) -> str:
 def build_parser() -> argparse.ArgumentParser:
     """The command line of `rorem`."""
     parser = argparse.ArgumentParser(
-        prog="rorem", description="Run the notebooks of a recipe, or work on triplet sets."
+        prog="rorem",
+        description="Run the notebooks of a recipe, work on triplet sets, or "
+        "remove objects from images.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -138,6 +141,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands.add_parser("app", help="remove objects from photos on a page in the browser")
     data = commands.add_parser("data", help="check, merge or publish triplet sets")
     data_commands.add_commands(data)
+    remove_command.add_options(commands.add_parser("remove", help="remove objects from images"))
     export_command.add_options(commands.add_parser("export", help="write a remover as ONNX"))
     for command in (run, status, accept, clean):
         command.add_argument("recipe", help="a name in notebooks/recipes, or a YAML file")
@@ -207,6 +211,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = build_parser().parse_args(words)  # exits with 2 on a wrong option
     if options.command == "data":
         return data_commands.run_command(options)
+    if options.command == "remove":
+        return remove_command.run_command(options)
     if options.command == "export":
         return export_command.run_command(options)
     runs_dir = Path(options.runs_dir).absolute() if options.runs_dir else ROOT / "runs"

@@ -1,0 +1,433 @@
+"""The work of `rorem remove`: the model is opened, images go through it a few at a time.
+
+While the model works, the next images are read and the last results written, each in a thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from tqdm import tqdm
+
+from rorem_lib.data.items import escape_text
+from rorem_lib.discriminator import Discriminator, score_images
+from rorem_lib.files import hash_file, is_full
+from rorem_lib.models.hub import hash_model
+from rorem_lib.models.inpainting import ObjectRemover
+from rorem_lib.models.lora import LORA_FILE
+from rorem_lib.models.sdxl import BASE_MODEL, resolve_model
+from rorem_lib.runner.remove_files import (
+    Item,
+    Loaded,
+    Unusable,
+    copy_source,
+    encode_result,
+    encode_side_by_side,
+    load_item,
+    make_key,
+    name_side_by_side,
+)
+from rorem_lib.runner.remove_results import Results, complain
+
+AUTHORS_MODEL = "LetsThink/RORem"
+GROUP, GROUP_PIXELS = 8, 12_000_000  # the most images, and pixels, that are read at a time
+LOG_SECONDS = 10  # between two lines of progress in a log
+
+# Sizes: the UNet's 2,567 M parameters in fp16; text encoders (818 M) and VAE (84 M) in float32.
+NO_MODEL = f"""\
+{AUTHORS_MODEL}, the authors' model, is not on this machine and could not be downloaded.
+With a network, once (5.1 GB + 3.6 GB):
+  hf download {AUTHORS_MODEL}
+  hf download diffusers/stable-diffusion-xl-1.0-inpainting-0.1 \\
+    --include "*.json" --include "*.txt" --include "text_encoder*/model.safetensors" \\
+    --include "vae/diffusion_pytorch_model.safetensors"
+or name a folder with a model: --model FOLDER. To copy it from another machine, take the folder
+~/.cache/huggingface/hub with you, or name it in HF_HUB_CACHE.
+Licences: {AUTHORS_MODEL} Apache-2.0; SDXL, which it stands on, OpenRAIL++-M.
+What ships with the kit is no model for photographs:
+  --model builtin          a miniature (4 M parameters) for the kit's rendered scenes of 64 px
+  --model builtin:remover  the same after the rounds of the demo, for the same scenes"""
+
+
+class NoModel(ValueError):
+    """The model cannot be opened; the message says how to get it."""
+
+
+class Work:
+    """Items worked on in small groups: the next is read, and the last written, during a removal.
+
+    Args:
+        options: of the command line.
+        items: of `remove_files.plan`.
+        results: the folder that they go to, opened and locked.
+    """
+
+    def __init__(self, options, items: list[Item], results: Results):
+        self.options, self.items, self.results = options, items, results
+        self.suffix = Path(items[0].output).suffix.lower()
+        self.remover, self.settings = None, {}
+        self.made = self.kept = 0
+        self.alone = options.batch_size == 1
+        self.faults: dict = {}  # item -> why
+        self.progress = Progress(len(items))
+
+    def run(self) -> int:
+        """Work on all; returns the exit code, the end told."""
+        self.settings = self._describe_settings()
+        # Left by an error, the blocks wait for the one image that is being read or written.
+        with self.progress, ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+            groups = self._read_groups()
+            waiting, writing = reader.submit(next, groups, None), None
+            while (group := waiting.result()) is not None:
+                waiting = reader.submit(next, groups, None)
+                removed = self._remove(group)
+                if writing:
+                    writing.result()
+                writing = writer.submit(self._write, removed)
+            if writing:
+                writing.result()
+        return self._tell_end()
+
+    def _describe_settings(self) -> dict:
+        """All but image and mask that decides a result."""
+        options = self.options
+        names = (
+            *("box", "invert_mask", "dilate", "mode", "no_crop", "resolution", "steps", "guidance"),
+            *("strength", "seed", "candidates", "dtype", "runtime"),
+        )
+        found = {name: getattr(options, name) for name in names}
+        model = identify_model(options.model, options.revision)
+        if model is None:  # not there yet
+            self._open()
+            model = identify_model(options.model, options.revision)
+        others = {name: getattr(options, name) for name in ("lora", "discriminator")}
+        found |= {k: identify_model(v) or v for k, v in others.items() if v}
+        return found | {"model": model, "suffix": self.suffix}
+
+    def _fail(self, item: Item, error: BaseException | str) -> None:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        known = (str, ValueError, OSError, FloatingPointError)
+        if not isinstance(error, known):
+            reason = f"{type(error).__name__}: {reason}"
+        self.faults[item] = reason if str(item.source) in reason else f"{item.source}: {reason}"
+        self.progress.step(worked=False)
+
+    # ------------------------------------------------------------------------------- reading
+
+    def _read_groups(self) -> Iterator[list]:
+        """What is to be made, a few images at a time."""
+        limit = 1 if self.alone else self.options.batch_size or GROUP
+        group, pixels = [], 0
+        for item in self.items:
+            if (loaded := self._read(item)) is None:
+                continue
+            group.append(loaded)
+            pixels += loaded.given.mask.size
+            if len(group) >= limit or pixels >= GROUP_PIXELS:
+                yield group
+                group, pixels = [], 0
+        if group:
+            yield group
+
+    def _list_names(self, item: Item) -> list[str]:
+        names = [item.output]
+        return [*names, name_side_by_side(item.output)] if self.options.side_by_side else names
+
+    def _read(self, item: Item) -> Loaded | None:
+        """An item as it was read; None where it is done, or cannot be worked on."""
+        try:
+            if item.fault:
+                raise Unusable(item.fault)
+            key = make_key(item, self.settings)
+            names = self._list_names(item)
+            if all(self.results.is_done(name, key) for name in names):
+                self.kept += 1
+                self.progress.step(worked=False)
+                return None
+            for name in names:
+                self.results.check_free(name, item.source)
+            invert = self.options.invert_mask
+            return load_item(item, key, boxes=self.options.box or (), invert=invert)
+        except (ValueError, OSError, MemoryError) as error:
+            self._fail(item, error)
+            return None
+
+    # ------------------------------------------------------------------------------- the model
+
+    def _remove(self, group: list[Loaded]) -> list[tuple[Loaded, np.ndarray | None]]:
+        """(loaded, result [H, W, 3] uint8); None for a result from which nothing is removed."""
+        removed = []
+        for loaded in [x for x in group if not x.given.mask.any()]:
+            self.progress.write(
+                f"warning: {loaded.item.source}: the mask is empty, the image is copied"
+            )
+            removed.append((loaded, None))
+            group = [x for x in group if x is not loaded]
+        if group and self.remover is None:
+            self._open()
+        parts = [[x] for x in group] if self.alone else [group]
+        for part in filter(None, parts):
+            removed += self._try(part)
+        return removed
+
+    def _try(self, group: list[Loaded]) -> list[tuple[Loaded, np.ndarray]]:
+        """Removals of a group, or of each alone where that fails: one must not fail the rest."""
+        try:
+            results = self.remover.remove(
+                [x.given.image for x in group],
+                [x.given.mask for x in group],
+                numbers=[0] * len(group),  # the same noise for an image, whatever is beside it
+                names=[str(x.item.source) for x in group],
+                **self._collect_settings(),
+            )
+            return [(x, r.image) for x, r in zip(group, results)]
+        except Exception as error:
+            full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+            self.alone |= full
+            if len(group) == 1:
+                if full:
+                    error = (
+                        f"the memory of {self.options.device} is too small for it: give --offload, "
+                        "--dtype fp16, a smaller --resolution or --device cpu"
+                    )
+                self._fail(group[0].item, error)
+                return []
+        return [pair for loaded in group for pair in self._try([loaded])]
+
+    def _collect_settings(self) -> dict:
+        """The settings of `ObjectRemover.remove` that were given; the others are the model's."""
+        options = self.options
+        given = {
+            "mode": options.mode,
+            "crop": False if options.no_crop else None,
+            "resolution": options.resolution,
+            "num_inference_steps": options.steps,
+            "guidance_scale": options.guidance,
+            "strength": options.strength,
+            "dilate": options.dilate,
+            "batch_size": 1 if self.alone else options.batch_size,
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        return given | {"seed": options.seed, "candidates": options.candidates}
+
+    def _open(self) -> None:
+        began = time.monotonic()
+        self.remover = open_remover(self.options, self.progress.write)
+        name = self.options.model
+        self.progress.write(f"{name} opened in {time.monotonic() - began:.0f} s")
+        if name.startswith("builtin"):
+            self.progress.write(
+                f"{name} is for the kit's rendered scenes: no model for photographs"
+            )
+        self.progress.restart()
+
+    # ------------------------------------------------------------------------------- writing
+
+    def _write(self, removed: list[tuple]) -> None:
+        """Write results and their comparisons.
+
+        Raises:
+            OSError: the disk takes no more, whatever the file.
+        """
+        for loaded, image in removed:
+            item = loaded.item
+            try:
+                whole = {"source": item.source, "key": loaded.key}
+                if image is None:
+                    data = copy_source(loaded, self.suffix)
+                else:
+                    data = encode_result(loaded, image, self.suffix)
+                if self.options.side_by_side:
+                    shown = loaded.given.image if image is None else image
+                    compared = encode_side_by_side(loaded, shown, self.suffix)
+                    self.results.write(name_side_by_side(item.output), compared, **whole)
+                self.results.write(item.output, data, **whole)
+            except (ValueError, OSError) as error:
+                stops = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+                if isinstance(error, OSError) and (is_full(error) or error.errno in stops):
+                    raise
+                self._fail(item, error)
+            else:
+                self.made += 1
+                self.progress.step()
+
+    def _tell_end(self) -> int:
+        place = self.results.folder
+        if len(self.items) == 1:
+            place = place / self.items[0].output
+        told = f"{self.made} made" + f", {self.kept} done before" * bool(self.kept)
+        if len(self.faults) < len(self.items):
+            print(escape_text(f"{told}: {place}"))
+        if not self.faults:
+            return 0
+        complain(f"rorem: {len(self.faults)} of {len(self.items)} failed:")
+        for item in self.items:
+            if item in self.faults:
+                complain(f"  {self.faults[item]}")
+        if len(self.items) > 1:
+            complain("Mend them and run the same command again: what is done is not made twice.")
+        return 1
+
+
+class Progress:
+    """How far the work is, and how long it will take: a bar in a terminal, else lines at times.
+
+    What counts is the time of images that had to be worked on.
+    """
+
+    def __init__(self, total: int, stream=None):
+        self.total, self.done, self.worked = total, 0, 0
+        self.stream = stream or sys.stderr
+        self.began = self.told = time.monotonic()
+        self._bar = None
+
+    def __enter__(self):
+        if self.stream.isatty() and self.total > 1:
+            self._bar = tqdm(total=self.total, unit="image", file=self.stream, dynamic_ncols=True)
+        return self
+
+    def __exit__(self, *_):
+        if self._bar is not None:
+            self._bar.close()
+
+    def restart(self) -> None:
+        """Count time from now, not from before the model was opened."""
+        self.began = time.monotonic()
+        if self._bar is not None:
+            self._bar.unpause()
+
+    def step(self, *, worked: bool = True) -> None:
+        """One image is done with."""
+        self.done += 1
+        self.worked += worked
+        if self._bar is not None:
+            if not worked:
+                self._bar.initial += 1
+            self._bar.update()
+            return
+        now = time.monotonic()
+        if self.total == 1 or (now < self.told + LOG_SECONDS and self.done < self.total):
+            return
+        self.told = now
+        text = f"{self.done} of {self.total}"
+        if self.worked:
+            seconds = (now - self.began) / self.worked
+            left = _format_seconds(seconds * (self.total - self.done))
+            text += f"  {seconds:.2f} s per image  {left} left"
+        self.write(text)
+
+    def write(self, text: str) -> None:
+        """A line that stays."""
+        if self._bar is not None:
+            self._bar.write(escape_text(text), file=self.stream)
+        else:
+            print(escape_text(text), file=self.stream, flush=True)
+
+
+def _format_seconds(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+# ------------------------------------------------------------------------------------ the model
+
+
+def identify_model(model: str, revision: str | None = None) -> str | None:
+    """What a model computes with: a folder's hash, or a Hub id with its commit.
+
+    None for one of the Hub that is not in the cache.
+
+    Raises:
+        NoModel: a folder was named that is not there.
+    """
+    if Path(model).is_file():
+        return hash_file(model)
+    try:
+        place = resolve_model(model)
+    except FileNotFoundError as error:
+        raise NoModel(str(error)) from None
+    if Path(place).is_dir():
+        return hash_model(place)
+    for name in ("model_index.json", "unet/config.json", "config.json", LORA_FILE):
+        with contextlib.suppress(ValueError):  # no Hub id: opening it says so
+            path = try_to_load_from_cache(place, name, revision=revision)
+            if isinstance(path, str):
+                return f"{place}@{Path(path).parents[name.count('/')].name}"
+    return None
+
+
+def open_remover(options, tell: Callable[[str], None]) -> ObjectRemover:
+    """The remover that the options name.
+
+    Args:
+        tell: called with what takes long.
+
+    Raises:
+        NoModel: it is not there and cannot be fetched, or is none.
+    """
+    model = options.model
+    given = {
+        "lora": options.lora,
+        "revision": options.revision,
+        "device": options.device,
+        "dtype": "no" if options.dtype == "fp32" else options.dtype,
+        "offload": options.offload,
+        "runtime": options.runtime,
+        "score": open_score(options) if options.candidates > 1 else None,
+    }
+    try:
+        try:
+            return ObjectRemover.from_pretrained(model, local_files_only=True, **given)
+        except FileNotFoundError:
+            size = measure_download(model, options.revision)
+            if size:
+                tell(f"{model} is downloaded, {size / 1e9:.1f} GB, to {constants.HF_HUB_CACHE}")
+            return ObjectRemover.from_pretrained(model, **given)
+    except (FileNotFoundError, ConnectionError, PermissionError) as error:
+        raise NoModel(f"{error}\n{NO_MODEL}" if model == AUTHORS_MODEL else str(error)) from None
+
+
+def open_score(options):
+    """(sources, masks, removals) -> how good each removal is, by the discriminator."""
+    device = None if options.device == "auto" else options.device
+    return partial(
+        score_images, Discriminator.from_pretrained(options.discriminator, device=device)
+    )
+
+
+def measure_download(model: str, revision: str | None = None) -> int | None:
+    """Bytes that opening a model downloads, about; None where the Hub does not tell.
+
+    A UNet alone needs the other parts of the base model too.
+    """
+
+    def measure(repo: str, revision: str | None, parts: re.Pattern) -> tuple[int, bool]:
+        tree = HfApi().list_repo_tree(repo, recursive=True, revision=revision)
+        sizes = {file.path: file.size for file in tree if hasattr(file, "size")}
+        plain = {path for path in sizes if path.endswith(".safetensors") and ".fp16." not in path}
+        total = 0
+        for path, size in sizes.items():
+            folder = path.rpartition("/")[0]
+            has_plain = any(other.rpartition("/")[0] == folder for other in plain)
+            wanted = path in plain or (path.endswith(".safetensors") and not has_plain)
+            total += size * (wanted and bool(parts.match(path)))
+        return total, "model_index.json" in sizes
+
+    try:
+        total, whole = measure(model, revision, re.compile(r"[^/]+/|diffusion_pytorch_model"))
+        if not whole:
+            total += measure(BASE_MODEL, None, re.compile("vae/|text_encoder"))[0]
+        return total
+    except (OSError, HfHubHTTPError, HFValidationError):
+        return None
