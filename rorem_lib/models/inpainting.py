@@ -438,7 +438,7 @@ class ObjectRemover:
             found.append(
                 Removal(
                     result,
-                    (weight * 255).astype(np.uint8),
+                    np.ceil(weight * 255).astype(np.uint8),
                     [(x0, y0, x1, y1)],
                     time.monotonic() - began,
                 )
