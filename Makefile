@@ -34,7 +34,7 @@ lab: .venv/.core ## open JupyterLab on the notebooks
 			"with the token is root too."; \
 	fi
 	@JUPYTER_CONFIG_PATH="$(CURDIR)$${JUPYTER_CONFIG_PATH:+:$$JUPYTER_CONFIG_PATH}" \
-		$(BIN)/python -m jupyterlab --LabApp.default_url=/lab/tree/notebooks \
+		$(BIN)/python -m jupyterlab --LabApp.default_url=/lab/tree/notebooks/00_remove_objects.ipynb \
 		$$([ "$$(id -u)" != 0 ] || echo --allow-root) $(ARGS)
 
 space: .venv/.core ## write space/, the app of `rorem app` ready to push to the Hugging Face Hub

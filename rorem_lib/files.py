@@ -43,6 +43,21 @@ def resolve_path(path) -> Path:
     return ROOT / Path(path).expanduser()
 
 
+def find_file(path) -> Path:
+    """A file that a person names: from the working folder, which in JupyterLab and VS Code is the
+    notebook's own, or, where there is none, from the repository.
+
+    Raises:
+        FileNotFoundError: it is in neither; names both places.
+    """
+    here, there = Path(path).expanduser().absolute(), resolve_path(path)
+    for found in (here, there):
+        if found.is_file():
+            return found
+    also = f", nor is {there}" if there != here else ""
+    raise FileNotFoundError(f"{here} is no file{also}: a relative path counts from {Path.cwd()}")
+
+
 def find_cache() -> Path:
     """Where caches live: `$ROREM_CACHE`, by default `~/.cache/rorem`.
 

@@ -142,6 +142,11 @@ def plot_grid(
     return figure
 
 
+def break_rows(items: Sequence, columns: int) -> list[list]:
+    """A list as the rows of a grid that is not wider than `columns`."""
+    return [list(items[start : start + columns]) for start in range(0, len(items), columns)]
+
+
 def _choose_frame(mark) -> str | None:
     if mark is None or mark != mark:  # NaN is how a table says that nobody judged
         return None

@@ -14,10 +14,15 @@ base UNet the way SDXL-inpainting was trained (random masks, the image itself as
 included), and writes the pipeline. The base so learns to paint plausible things into holes,
 objects among them: what RORem starts from (RORem, Table 1, "Base"). Every training resumes when
 it is started again; a finished one is not made again.
+
+`builtin:remover`, the remover that ships, is the last one of a demo run:
+
+    python -m rorem_lib.pretrain remover --run runs/demo
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 import logging
 import sys
@@ -33,12 +38,13 @@ from diffusers import (
     StableDiffusionXLInpaintPipeline,
     UNet2DConditionModel,
 )
+from safetensors.torch import load_file
 from torch.utils.data import Dataset
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from rorem_lib.builtin import scenes
-from rorem_lib.files import write_json
-from rorem_lib.models import sdxl
+from rorem_lib.files import read_json, replace_folder, resolve_path, write_json
+from rorem_lib.models import hub, sdxl
 from rorem_lib.models.attention import prepare_training
 from rorem_lib.parameters import option
 from rorem_lib.training import loop
@@ -309,6 +315,59 @@ def export_model(vae: str, unet: str, folder, *, half: bool = True) -> Path:
     return Path(folder)
 
 
+def export_remover(run, folder=sdxl.REMOVER_FOLDER, *, stage: str = "high_resolution") -> Path:
+    """Write the remover of a demo run as `builtin:remover`: its UNet in float16, and its card.
+
+    VAE, text encoders and scheduler stay those of `builtin`, from which the run started.
+
+    Args:
+        run: the run's folder, such as `runs/demo`.
+        folder: where it goes; what is there is replaced.
+        stage: the training whose remover it is.
+
+    Raises:
+        FileNotFoundError: the stage has no remover.
+        ValueError: the run did not start from `builtin`: another VAE's latents.
+    """
+    run, folder = resolve_path(run), Path(folder)
+    found = run / stage / "remover"
+    if not (found / "unet" / "config.json").is_file():
+        raise FileNotFoundError(f"{found} holds no remover: run the stage {stage} first")
+    for vae in found.glob("vae/*.safetensors"):
+        own, shipped = load_file(vae), load_file(sdxl.BUILTIN_FOLDER / "vae" / vae.name)
+        if any(not torch.equal(own[name].half(), shipped[name].half()) for name in shipped):
+            raise ValueError(f"{vae} is not the VAE of builtin: the run started from another model")
+    unet = UNet2DConditionModel.from_pretrained(found / "unet").half()
+    tmp_path = folder.with_name(f".{folder.name}.partial")
+    unet.save_pretrained(tmp_path)
+    made = {"stage": stage}
+    if (run / "run.json").is_file():
+        described = read_json(run / "run.json")
+        made |= {"recipe": described["recipe"], "seed": described["seed"]}
+    text = "Not measured yet."
+    if (run / "evaluation" / "metrics.json").is_file():
+        methods = read_json(run / "evaluation" / "metrics.json")["methods"]
+        rows = {m["row"]: m for m in methods if not m["control"] and m.get("row")}
+        row = rows[stage.replace("_", " ")]
+        made |= {name: row[name] for name in ("n", "success_rate", "success_interval")}
+        low, high = (100 * x for x in row["success_interval"])
+        text = (
+            f"Success {100 * row['success_rate']:.1f}% of {row['n']} held-out scenes (95% CI "
+            f"{low:.1f} to {high:.1f}), {row['num_inference_steps']} steps, by the simulated "
+            "annotator."
+        )
+    write_json(tmp_path / "made.json", made)
+    title = "The remover that ships, a miniature for the kit's rendered scenes"
+    words = (
+        f"The UNet of the demo's stage `{stage}` in float16, {text[0].lower()}{text[1:]} Its VAE, "
+        "text encoders and scheduler are those of `builtin/model`. It is for images like the kit's "
+        "rendered scenes and for nothing else: on photographs it is no better than OpenCV."
+    )
+    size = unet.config[sdxl.TRAINED_RESOLUTION]
+    hub.write_card(tmp_path, title=title, base_model="builtin", resolution=size, text=words)
+    return replace_folder(tmp_path, folder)
+
+
 # What the shipped model was made with; the model card repeats it. Like SDXL's own, the
 # autoencoder has seen the wide world (`widen`); only the UNet's pre-training leaves a gap.
 AUTOENCODER_STAGE = {"max_train_steps": 2600, "learning_rate": 2e-3, "lr_scheduler": "cosine"}
@@ -360,10 +419,18 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     usage = (
-        f"usage: python -m rorem_lib.pretrain {'|'.join(STAGES)}|export|all [--option value ...]"
+        f"usage: python -m rorem_lib.pretrain {'|'.join(STAGES)}|export|all|remover "
+        "[--option value ...]"
     )
     if arguments[:1] in (["-h"], ["--help"]):
         print(f"{usage}\n\n{PretrainConfig.__doc__} `base --help` lists the options.")
+        return
+    if arguments[:1] == ["remover"]:
+        parser = argparse.ArgumentParser(prog="python -m rorem_lib.pretrain remover")
+        parser.add_argument("--run", required=True, help="folder of a demo run")
+        parser.add_argument("--stage", default="high_resolution", help="whose remover it is")
+        given = parser.parse_args(arguments[1:])
+        print(export_remover(given.run, stage=given.stage))
         return
     if not arguments or arguments[0] not in (*STAGES, "export", "all"):
         sys.exit(usage)

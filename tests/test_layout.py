@@ -11,7 +11,7 @@ LIBRARY = Path(__file__).resolve().parents[1] / "rorem_lib"
 FLOORS = (
     ("files", "workers", "parameters", "plots", "metrics", "intervals"),
     ("data", "acceptance"),
-    ("models", "labels", "sources"),
+    ("models", "labels", "sources", "drawing"),
     ("builtin",),
     ("sets",),
     ("training",),

@@ -10,6 +10,7 @@ from diffusers import AutoencoderTiny, AutoPipelineForInpainting
 from safetensors.torch import load_file
 
 from rorem_lib import pretrain
+from rorem_lib.files import write_json
 from rorem_lib.models import sdxl
 from rorem_lib.pretrain import PretrainConfig
 
@@ -100,6 +101,36 @@ def test_text_encoders_are_always_the_same(tiny_model):
     pipe = pretrain.build_pipeline(AutoencoderTiny(**pretrain.VAE))
     embeds = sdxl.encode_prompt(pipe)[0]
     torch.testing.assert_close(embeds, sdxl.encode_prompt(sdxl.load_pipeline(str(tiny_model)))[0])
+
+
+def test_a_runs_remover_becomes_the_one_that_ships(tmp_path):
+    run = tmp_path / "demo"
+    pipe = sdxl.load_pipeline("builtin")
+    with torch.no_grad():
+        pipe.unet.conv_out.bias += 0.25
+    with sdxl.silence_libraries():
+        pipe.save_pretrained(run / "high_resolution" / "remover")
+    row = {"row": "high resolution", "control": False, "n": 500, "success_rate": 0.62}
+    row |= {"success_interval": [0.577, 0.661], "num_inference_steps": 20}
+    write_json(run / "evaluation" / "metrics.json", {"methods": [row]})
+    write_json(run / "run.json", {"recipe": "demo", "seed": 4})
+    folder = pretrain.export_remover(run, tmp_path / "remover")
+    unet = load_file(folder / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in unet.values()} == {torch.float16}
+    found = sdxl.load_pipeline(str(folder), base_model="builtin")
+    for name, tensor in pipe.unet.state_dict().items():
+        assert torch.allclose(found.unet.state_dict()[name], tensor, rtol=1e-3, atol=1e-3), name
+    assert "62.0% of 500" in (folder / "README.md").read_text()
+    assert json.loads((folder / "made.json").read_text())["success_rate"] == 0.62
+    with pytest.raises(FileNotFoundError, match="human_1"):
+        pretrain.export_remover(run, tmp_path / "remover", stage="human_1")
+    with torch.no_grad():
+        next(pipe.vae.parameters()).add_(1)
+    with sdxl.silence_libraries():
+        pipe.save_pretrained(run / "high_resolution" / "remover")
+    with pytest.raises(ValueError, match="another model"):
+        pretrain.export_remover(run, tmp_path / "remover")
+    assert (folder / "config.json").is_file(), "what was there stays"
 
 
 @pytest.mark.parametrize("words", [[], ["bse"], ["--output_dir", "x"]])

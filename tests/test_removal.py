@@ -18,7 +18,7 @@ from PIL import ExifTags, Image, ImageCms
 from safetensors.torch import load_file, save_file
 
 from rorem_lib import removal
-from rorem_lib.data.pictures import load_image
+from rorem_lib.data.pictures import load_image, load_mask
 from rorem_lib.data.triplets import load_images, read_triplets
 from rorem_lib.data.writer import OWNED, TripletWriter
 from rorem_lib.files import lock_folder
@@ -815,6 +815,37 @@ def test_two_processes_make_what_one_makes(config):
 
 
 @pytest.mark.slow
+def test_notebook_00_opens_on_the_photo_that_ships(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # as in JupyterLab a relative path counts from where one is
+    parameters = {
+        "output_dir": str(tmp_path / "out"),
+        "removals": 2,
+        "num_inference_steps": 2,
+        "scenes": [0],
+    }
+    run_cells(ROOT / "notebooks/00_remove_objects.ipynb", tmp_path / "done.ipynb", parameters)
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert metrics["remover"] == "builtin:remover"
+    assert metrics["files"] == ["coffee-1.png", "coffee-2.png"]
+    assert {p.stem for p in (tmp_path / "out/figures").iterdir()} == {
+        *("removals", "closely", "changes", "scenes")
+    }
+    assert load_image(tmp_path / "out/coffee-2.png").shape == (400, 600, 3)
+    told = (tmp_path / "done.ipynb").read_text()
+    assert "LetsThink/RORem" in told and "no model for photographs" in told
+    # a photo of one's own, of the same folder: the first results stay
+    Image.fromarray(load_image(tmp_path / "out/coffee-1.png")[:90, :120]).save("mine.png")
+    before = (tmp_path / "out/coffee-1.png").read_bytes()
+    parameters |= {"image_path": "mine.png", "mask_box": [10, 20, 50, 60], "scenes": []}
+    run_cells(ROOT / "notebooks/00_remove_objects.ipynb", tmp_path / "done.ipynb", parameters)
+    assert (tmp_path / "out/coffee-1.png").read_bytes() == before
+    assert load_image(tmp_path / "out/mine-2.png").shape == (90, 120, 3)
+    parameters["mask_box"] = []
+    with pytest.raises(CellFailed, match="Nothing is marked"):
+        run_cells(ROOT / "notebooks/00_remove_objects.ipynb", tmp_path / "done.ipynb", parameters)
+
+
+@pytest.mark.slow
 def test_notebook_00_takes_an_editors_mask_and_keeps_profile_and_exif(tiny_model, tmp_path):
     small = np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8)
     scene = cv2.resize(small, (150, 100), interpolation=cv2.INTER_CUBIC)
@@ -835,10 +866,11 @@ def test_notebook_00_takes_an_editors_mask_and_keeps_profile_and_exif(tiny_model
         "pretrained_model_name_or_path": str(tiny_model),
         "removals": 1,
         "num_inference_steps": 2,
-        "paste_back": True,
+        "mode": "exact",
+        "scenes": [],
     }
     run_cells(ROOT / "notebooks/00_remove_objects.ipynb", tmp_path / "done.ipynb", parameters)
-    with Image.open(tmp_path / "out/removal-0.png") as image:
+    with Image.open(tmp_path / "out/photo-1.png") as image:
         assert image.info["icc_profile"] == profile
         kept, removal = image.getexif(), np.array(image)
     assert kept[ExifTags.Base.Orientation] == 1
@@ -846,7 +878,9 @@ def test_notebook_00_takes_an_editors_mask_and_keeps_profile_and_exif(tiny_model
     assert dates[ExifTags.Base.DateTimeOriginal] == "2026:01:02 03:04:05"
     photo = load_image(tmp_path / "photo.jpg")
     changed = (removal != photo).any(axis=2)
-    assert removal.shape == (100, 150, 3) and changed.any() and not changed[hole == 0].any()
+    near = cv2.dilate(hole, np.ones((31, 31), np.uint8)) > 0
+    assert removal.shape == (100, 150, 3) and changed[hole > 0].any() and not changed[~near].any()
+    assert np.array_equal(load_mask(tmp_path / "out/photo-1-mask.png"), hole)
     parameters["mask_path"] = str(tmp_path / "photo.jpg")
     with pytest.raises(CellFailed, match=r"photo\.jpg, given as a mask"):
         run_cells(ROOT / "notebooks/00_remove_objects.ipynb", tmp_path / "done.ipynb", parameters)

@@ -514,10 +514,23 @@ def test_a_models_folder_counts_from_the_repository_where_there_is_none(tiny_mod
         sdxl.resolve_model("runs/nothing")
 
 
+def test_the_remover_that_ships_is_a_unet_over_the_built_in_model():
+    base, remover = sdxl.load_pipeline("builtin"), sdxl.load_pipeline("builtin:remover")
+    assert sdxl.get_resolution(remover) == 64 and remover.unet.dtype == torch.float32
+    for part in ("vae", "text_encoder", "unet"):
+        own, other = (getattr(pipe, part).state_dict() for pipe in (base, remover))
+        equal = all(torch.equal(own[name], other[name]) for name in own)
+        assert equal == (part != "unet"), part
+    with pytest.raises(FileNotFoundError, match="builtin:test.*builtin:remover"):
+        sdxl.resolve_model("builtin:test")
+    assert sum(p.stat().st_size for p in sdxl.REMOVER_FOLDER.rglob("*")) < 8.2e6
+
+
 def test_a_trained_models_card_keeps_the_licence_of_what_it_was_trained_from(tmp_path):
     given = {"title": "Remover", "resolution": 64, "text": "Trained."}
     bases = {
         "first": ("builtin", "cc0-1.0"),
+        "from the remover": ("builtin:remover", "cc0-1.0"),
         "second": (str(tmp_path / "first"), "cc0-1.0"),
         "silent": (str(tmp_path), "openrail++"),
         "hub": (sdxl.BASE_MODEL, "openrail++"),

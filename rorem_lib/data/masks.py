@@ -279,6 +279,20 @@ def draw_box_mask(height: int, width: int, box) -> np.ndarray:
     return mask
 
 
+def find_surroundings(mask: np.ndarray) -> tuple[slice, slice]:
+    """Where to look at a mask closely: its box, wider on all sides by half of its longer one.
+
+    Args:
+        mask: [H, W] uint8 with anything above 0.
+
+    Returns:
+        Slices of rows and columns.
+    """
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    margin = max(8, max(np.ptp(rows), np.ptp(columns)) // 2)
+    return tuple(slice(max(0, int(x[0]) - margin), int(x[-1]) + margin) for x in (rows, columns))
+
+
 def outline_mask(image: np.ndarray, mask: np.ndarray, colour=(230, 30, 130)) -> np.ndarray:
     """Draw a mask's outline over an image, just outside the mask, for looking at.
 

@@ -123,7 +123,9 @@ def write_card(folder, *, title: str, base_model: str, resolution: int, text: st
         text: how it was trained.
     """
     data = ModelCardData(
-        license="cc0-1.0" if base_model == "builtin" else _read_licence(base_model) or "openrail++",
+        license="cc0-1.0"
+        if base_model.partition(":")[0] == "builtin"
+        else _read_licence(base_model) or "openrail++",
         library_name="diffusers",
         pipeline_tag="image-to-image",
         tags=["inpainting", "object-removal", "stable-diffusion-xl"],

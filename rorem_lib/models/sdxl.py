@@ -22,6 +22,9 @@ from rorem_lib.models.hub import find_optional, has_file, lacks_file
 
 logger = logging.getLogger(__name__)
 BUILTIN_FOLDER = Path(__file__).parents[1] / "builtin" / "model"
+# The remover of the demo's last round: its UNet alone, the rest is the built-in model's.
+BUILTIN_REMOVER = "builtin:remover"
+REMOVER_FOLDER = BUILTIN_FOLDER.with_name("remover")
 BASE_MODEL = "diffusers/stable-diffusion-xl-1.0-inpainting-0.1"  # upstream's starting point
 # The side of the images a model was trained on, px, in its UNet's config. SDXL's `sample_size` does
 # not say it: that is 128 (1024 px) in every SDXL-inpainting model, also in RORem's, trained at 512.
@@ -65,7 +68,8 @@ with silence_libraries():  # they remark that torchvision is missing, which is a
 
 
 def resolve_model(model_id: str) -> str:
-    """What opens a model: the folder of `builtin`, a folder of the user's, or a Hub id as it is.
+    """What opens a model: the folder of `builtin` or `builtin:remover`, a folder of the user's, or
+    a Hub id as it is.
 
     A relative folder counts from the working folder, and where there is none from the repository.
 
@@ -79,6 +83,15 @@ def resolve_model(model_id: str) -> str:
                 "make it again with `python -m rorem_lib.pretrain all`"
             )
         return str(BUILTIN_FOLDER)
+    if str(model_id) == BUILTIN_REMOVER:
+        if not (REMOVER_FOLDER / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{REMOVER_FOLDER} holds no model: reinstall the package, or make it again with "
+                "`rorem run demo` and `python -m rorem_lib.pretrain remover --run runs/demo`"
+            )
+        return str(REMOVER_FOLDER)
+    if str(model_id).startswith("builtin:"):
+        raise FileNotFoundError(f"there is no model {model_id}: take builtin or {BUILTIN_REMOVER}")
     path = Path(model_id).expanduser()
     for folder in (path, resolve_path(path)):
         if folder.is_dir():
@@ -172,8 +185,9 @@ def load_pipeline(
     """Open an SDXL-inpainting pipeline.
 
     Args:
-        model_id: `builtin`, a pipeline folder, a Hub id, or a folder or Hub id that holds a UNet
-            alone (as upstream's trainer writes it), which is opened over `base_model`.
+        model_id: `builtin`, `builtin:remover`, a pipeline folder, a Hub id, or a folder or Hub id
+            that holds a UNet alone (as upstream's trainer writes it), which is opened over
+            `base_model`.
         unet: a folder or Hub id whose UNet, in `unet/` or alone, takes the place of the model's
             own (upstream's `pretrained_unet`).
         vae: likewise the VAE's, in `vae/` or alone.
@@ -218,6 +232,7 @@ def load_pipeline(
             )
         if not whole:
             parts["unet"] = _open_part(model_id, "unet", revision=revision, dtype=dtype, **options)
+            base_model = "builtin" if model_id == BUILTIN_REMOVER else base_model
             folder, revision = resolve_model(base_model), None
         elif unet:
             parts["unet"] = _open_part(unet, "unet", dtype=dtype, **options)

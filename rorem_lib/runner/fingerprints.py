@@ -17,7 +17,8 @@ A stage's *inputs* are
   most 1 MB by its content, a larger one by size and modification time; other folders by the size
   and modification time of all files in them. A folder is looked at once in a `rorem run`;
 - `builtin`: the built-in model's files, where a parameter is `builtin` or begins with `builtin:`
-  (then the version of the built-in sets counts too);
+  (then the version of the built-in sets counts too); those of `builtin:remover`, a UNet on top of
+  it, stand among the files;
 - `labels`: the label files in its own folder, where people answer (`mode: interactive`).
 """
 
@@ -67,6 +68,7 @@ _PARTS = {  # of a stage's inputs, as people say it
     "files": "file",
     "builtin": "built-in model",
 }
+BUILTIN_REMOVER = "builtin:remover"  # as in `models.sdxl`, which imports torch
 
 
 def digest(value) -> str:
@@ -331,6 +333,8 @@ def read_inputs(
     }
     if any(text.partition(":")[0] == "builtin" for text in texts):
         inputs["builtin"] = _hash_builtin()
+    if BUILTIN_REMOVER in texts:
+        inputs["files"][BUILTIN_REMOVER] = hash_content(PACKAGE / "builtin" / "remover")
     if asks_people(row):
         inputs["labels"] = {str(p.relative_to(folder)): hash_file(p) for p in list_labels(folder)}
     return json.loads(json.dumps(inputs, default=str))
