@@ -29,7 +29,6 @@ from rorem_lib.app.marks import (
 )
 from rorem_lib.app.service import (
     Service,
-    describe_model,
     describe_removal,
     explain_errors,
     refuse,
@@ -37,6 +36,7 @@ from rorem_lib.app.service import (
 )
 from rorem_lib.data import masks
 from rorem_lib.data.pictures import load_image, load_mask
+from rorem_lib.models import advice
 from rorem_lib.models.inpainting import MODES, ObjectRemover
 
 MAX_VARIANTS = 4
@@ -303,7 +303,7 @@ def build(service: Service) -> gr.Blocks:
                         png = gr.DownloadButton("Download PNG (exact)", elem_id="png")
                         jpg = gr.DownloadButton("Download JPEG (smaller)", elem_id="jpg")
                     text = gr.Markdown(elem_id="text")
-                    gr.Markdown(describe_model(service.name), elem_id="about")
+                    gr.Markdown(service.note, elem_id="about")
         shown = [session, slider, png, jpg, text]
         opened = [session, marking, editor, go, result]
         switched = [session, editor, target, box, clear]
@@ -376,7 +376,14 @@ def add_endpoint(service: Service, page: Page) -> None:
 
 
 OPTIONS = (  # flag, environment variable, default, type, help
-    ("--model", "ROREM_MODEL", "builtin", str, "builtin, a folder or a Hub id of a remover"),
+    (
+        "--model",
+        "ROREM_MODEL",
+        "",
+        str,
+        "folder or Hub id of a remover (default: the authors' if it is on this machine, else "
+        "builtin:remover, a miniature)",
+    ),
     ("--lora", "ROREM_LORA", "", str, "folder or Hub id of a LoRA laid over it"),
     ("--revision", "ROREM_REVISION", None, str, "the model's Hub commit, tag or branch"),
     ("--device", "ROREM_DEVICE", "auto", str, "cpu, cuda, mps, or auto for the best there is"),
@@ -410,15 +417,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 def open_service(options) -> Service:
     """The models that the options name."""
+    model = options.model or advice.choose_remover()
     remover = ObjectRemover.from_pretrained(
-        options.model, lora=options.lora, revision=options.revision, device=options.device
+        model, lora=options.lora, revision=options.revision, device=options.device
     )
     segmenter = None
     if options.sam:
         from rorem_lib.models.segmenter import Segmenter
 
         segmenter = Segmenter(options.sam, device=remover.pipe.device)
-    name = options.model + (f" with the LoRA {options.lora}" if options.lora else "")
+    name = model + (f" with the LoRA {options.lora}" if options.lora else "")
     return Service(remover, name=name, segmenter=segmenter, megapixels=options.max_megapixels)
 
 

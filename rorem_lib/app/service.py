@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from rorem_lib.data.pictures import read_metadata, read_size
+from rorem_lib.models import advice
 from rorem_lib.models.inpainting import ObjectRemover, Removal
 
 GPU_SECONDS = 60  # what ZeroGPU is asked for: a removal's longest time
@@ -56,9 +57,10 @@ class Service:
 
     Attributes:
         segmenter: (image, (x, y)) -> mask; None where no model for clicks is configured.
+        note: what the model is and is not for, said where its result is.
     """
 
-    def __init__(self, remover: ObjectRemover, *, name="builtin", segmenter=None, megapixels=50.0):
+    def __init__(self, remover: ObjectRemover, *, name="", segmenter=None, megapixels=50.0):
         """Args:
         name: what the model is called on the page.
         megapixels: the largest image that is taken.
@@ -66,6 +68,8 @@ class Service:
         self.remover, self.name, self.megapixels = remover, name, megapixels
         self.segmenter = segmenter and lend_gpu(segmenter)
         self._remove = lend_gpu(remover.remove)
+        count = sum(weights.numel() for weights in remover.pipe.unet.parameters())
+        self.note = advice.describe_use(name or "The remover", count)
 
     def check(self, path: str | None) -> tuple[int, int]:
         """(height, width) px of an image that may be worked on.
@@ -117,22 +121,6 @@ def save_removal(removal: Image.Image, source: str, folder: Path, kind: str = "p
     path.parent.mkdir(parents=True, exist_ok=True)
     removal.save(path, **FORMATS[kind], **read_metadata(source))
     return str(path)
-
-
-def describe_model(name: str) -> str:
-    """What a model is for and what not, said where its result is."""
-    if name.partition(" ")[0] == "builtin":
-        return (
-            "**Made by the built-in miniature.** It was trained on rendered scenes of 64 px and "
-            "shows that everything works; on photographs its filling is a blur or a smear. For "
-            "photographs start the app with a full-size remover, for example `rorem app --model "
-            "LetsThink/RORem` (in a Space: the variable `ROREM_MODEL`)."
-        )
-    return (
-        f"**Made by {name}.** It paints a likely background; what was really behind the object is "
-        "not known. Objects on a surface that continues around them go best; look closely at "
-        "faces, text and hands nearby. Not for evidence, and not for removing watermarks."
-    )
 
 
 def describe_removal(removal: Removal, mode: str) -> str:

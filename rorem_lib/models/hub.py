@@ -23,6 +23,9 @@ from rorem_lib.models.standalone import write_pipeline
 SETTINGS_FILE = "removal_settings.json"  # what a model was released with, see `presets`
 
 
+CONFIGS = ("model_index.json", "config.json", "*/config.json")
+
+
 def has_file(
     model_id: str, name: str, *, revision: str | None = None, local_files_only: bool = False
 ) -> bool:
@@ -139,7 +142,7 @@ def write_card(folder, *, title: str, base_model: str, resolution: int, text: st
 {text} Trained at {resolution} px: bring the image's short side to that size, as the kit does.
 
 {usage}"""
-    for config in [*Path(folder).glob("model_index.json"), *Path(folder).glob("*/config.json")]:
+    for config in [p for name in CONFIGS for p in Path(folder).glob(name)]:
         content = read_json(config)
         if not _is_on_hub(content.get("_name_or_path", "owner/name")):
             del content["_name_or_path"]

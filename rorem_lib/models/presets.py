@@ -49,8 +49,9 @@ RELEASED = {
     # The authors' README: 512 px, 50 steps, strength 0.99, no guidance.
     "LetsThink/RORem": Settings(512, 50, 1.0, 0.99),
     "LetsThink/RORem-mixed": Settings(512, 50, 1.0, 0.99),  # 1024 px too
-    # Its card: guidance 8, 15 to 30 steps, "make sure to use strength below 1.0".
-    sdxl.BASE_MODEL: Settings(1024, 20, 8.0, 0.99),
+    # Its card asks for a strength below 1. Its guidance of 8 and 20 steps are for a prompt; here
+    # there is none, and guidance is off, as RORem removes (sec. 3.3).
+    sdxl.BASE_MODEL: Settings(1024, 50, 1.0, 0.99),
     "builtin": Settings(64, 20),
     "builtin:remover": Settings(64, 20),
 }

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from rorem_lib.data.items import escape_text
 from rorem_lib.discriminator import Discriminator, score_images
 from rorem_lib.files import hash_file, is_full
+from rorem_lib.models.advice import AUTHORS_MODEL
 from rorem_lib.models.hub import hash_model
 from rorem_lib.models.inpainting import ObjectRemover
 from rorem_lib.models.lora import LORA_FILE
@@ -41,7 +42,6 @@ from rorem_lib.runner.remove_files import (
 )
 from rorem_lib.runner.remove_results import Results, complain
 
-AUTHORS_MODEL = "LetsThink/RORem"
 GROUP, GROUP_PIXELS = 8, 12_000_000  # the most images, and pixels, that are read at a time
 LOG_SECONDS = 10  # between two lines of progress in a log
 
