@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-MARGIN = 0.75  # context on each side of the objects, as a share of their larger side
+MARGIN = 0.4  # context on each side of the objects, as a share of their larger side
 SQUARE = 1.5  # a crop that would be longer than wide by less than this is made square
 MAX_ASPECT = 2.0  # of a crop; longer than wide models are trained on little
 FRAME_SHARE = 0.7  # a crop that covers more of the image than this is the whole frame

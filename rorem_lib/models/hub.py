@@ -136,12 +136,16 @@ def write_card(folder, *, title: str, base_model: str, resolution: int, text: st
         resolution=resolution,
     )
     whole = (Path(folder) / "model_index.json").is_file()
-    usage = _describe_pipeline(folder, resolution) if whole else _describe_lora(folder, base_model)
+    usage = ""  # of a UNet alone its owner says it
+    if whole:
+        usage = _describe_pipeline(folder, resolution)
+    elif not (Path(folder) / "config.json").is_file():
+        usage = _describe_lora(folder, base_model)
     body = f"""# {title}
 
 {text} Trained at {resolution} px: bring the image's short side to that size, as the kit does.
-
-{usage}"""
+"""
+    body += f"\n{usage}" if usage else ""
     for config in [p for name in CONFIGS for p in Path(folder).glob(name)]:
         content = read_json(config)
         if not _is_on_hub(content.get("_name_or_path", "owner/name")):
