@@ -230,7 +230,9 @@ class Discriminator(nn.Module):
 
             folder = Path(snapshot_download(model_id, revision=revision))
         if not (folder / HEAD_FILE).is_file():
-            raise FileNotFoundError(f"{folder} holds no discriminator (no {HEAD_FILE})")
+            inner = folder / "discriminator"
+            hint = f": it is in {inner}" if (inner / HEAD_FILE).is_file() else ""
+            raise FileNotFoundError(f"{folder} holds no discriminator (no {HEAD_FILE}){hint}")
         settings = read_json(folder / "config.json")
         model = cls(
             sdxl.load_pipeline(

@@ -282,6 +282,7 @@ class _Handler(BaseHTTPRequestHandler):
     def get_info(self, body, repo, revision=None):
         if opened := self.open_repo(repo, revision):
             found, sha = opened
+            sized = "blobs" in self.query
             self.answer(
                 200,
                 {
@@ -294,7 +295,12 @@ class _Handler(BaseHTTPRequestHandler):
                     "likes": 0,
                     "tags": [],
                     "lastModified": "2025-01-01T00:00:00.000Z",
-                    "siblings": [{"rfilename": path} for path in sorted(found.commits[sha])],
+                    "siblings": [
+                        {"rfilename": path, "size": len(file.data)}
+                        if sized
+                        else {"rfilename": path}
+                        for path, file in sorted(found.commits[sha].items())
+                    ],
                 },
             )
 

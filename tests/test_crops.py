@@ -33,6 +33,11 @@ def check_plan(mask, resolution, unit):
     return crops
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (4, 1), (1, 2)])  # which OpenCV may take for a number
+def test_masks_of_a_pixel_are_covered(shape):
+    assert len(check_plan(np.full(shape, 255, np.uint8), 64, 8)) == 1
+
+
 @pytest.mark.parametrize("unit", [8, 16])
 def test_any_mask_of_any_image_is_covered(unit):
     rng = np.random.default_rng(unit)

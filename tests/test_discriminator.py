@@ -268,6 +268,10 @@ def test_what_is_no_discriminator_is_named(tmp_path, tiny_model):
     for folder in (tmp_path, tiny_model, tmp_path / "missing"):
         with pytest.raises(FileNotFoundError, match="holds no discriminator"):
             Discriminator.from_pretrained(str(folder))
+    (tmp_path / "discriminator").mkdir()
+    (tmp_path / "discriminator/head.safetensors").touch()
+    with pytest.raises(FileNotFoundError, match=f"it is in {tmp_path}/discriminator"):
+        Discriminator.from_pretrained(str(tmp_path))
 
 
 @pytest.mark.parametrize(

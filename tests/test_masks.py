@@ -50,6 +50,12 @@ def test_dilate_uses_a_square_kernel_of_that_side():
     assert (wide > 0).sum() == 25
 
 
+def test_dilate_by_more_than_the_image_covers_it_at_once():
+    mask = np.zeros((40, 300), np.uint8)
+    mask[39, 299] = 255
+    assert dilate_mask(mask, 10**9).all()
+
+
 def test_dilate_by_nothing_copies_and_by_less_is_refused():
     mask = _square()
     same = dilate_mask(mask, 0)

@@ -184,6 +184,7 @@ def test_lower_precision_is_the_weights_and_in_fp16_not_the_vaes(
 
 
 def test_offloading_leaves_the_weights_on_the_cpu(tiny_model, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     """diffusers' own hooks move each part while it works; here there is no GPU to move it to."""
     asked = []
     kind = sdxl.StableDiffusionXLInpaintPipeline
@@ -246,7 +247,12 @@ def test_on_gpus_the_repeated_blocks_are_compiled(tiny_model, monkeypatch):
 
 
 def test_the_best_device_is_taken_and_words_are_kept(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert sdxl.choose_device("cuda:1") == "cuda:1"
+    with pytest.raises(ValueError, match="device is cuda:2, and torch .* finds 2"):
+        sdxl.choose_device("cuda:2")
+    with pytest.raises(ValueError, match="device is 'gpu': take auto, cpu, cuda"):
+        sdxl.choose_device("gpu")
     for cuda, mps, device in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
@@ -366,7 +372,7 @@ def test_mismatched_inputs_are_named(pipe):
         remove_objects(pipe, [image, image], [mask])
     with pytest.raises(ValueError, match="image 1.*mask is 30x64 px.*64x64 px"):
         remove_objects(pipe, [image, image], [mask, mask[:, :30]])
-    with pytest.raises(ValueError, match="resolution is -64 px"):
+    with pytest.raises(ValueError, match="resolution is -64: take 1 or more px"):
         remove_objects(pipe, [image], [mask], resolution=-64)
     with pytest.raises(ValueError, match="num_inference_steps.*-1:.*1"):
         remove_objects(pipe, [image], [mask], num_inference_steps=-1)
@@ -374,9 +380,34 @@ def test_mismatched_inputs_are_named(pipe):
         remove_objects(pipe, [image], [mask], num_inference_steps=4, strength=0.1)
     with pytest.raises(ValueError, match="mode is 'whole': take one of effect, exact, full"):
         remove_objects(pipe, [image], [mask], mode="whole")
-    with pytest.raises(ValueError, match="mixed_precision.*'BF16'"):
+    with pytest.raises(ValueError, match="dtype is 'BF16': .*bf16"):
         ObjectRemover.from_pretrained(pipe.origin, dtype="BF16")
     assert remove_objects(pipe, [], []) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"num_inference_steps": 1.5}, "num_inference_steps is 1.5"),
+        ({"resolution": None}, "resolution is None"),
+        ({"candidates": 0}, "candidates is 0: take 1"),
+        ({"seed": -1}, "seed is -1"),
+        ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
+        ({"numbers": []}, "numbers is .*each of 1"),
+        ({"numbers": 7}, "numbers is 7"),
+        ({"names": "abc"}, "names is 'abc'"),
+    ],
+)
+def test_options_of_the_wrong_kind_are_named(pipe, options, said):
+    image, mask = draw_picture(64, 64)
+    with pytest.raises(ValueError, match=said):
+        remove_objects(pipe, [image], [mask], **options)
+
+
+@pytest.mark.parametrize("mask", ["mask.png", Image.new("L", (64, 64)), None])
+def test_images_in_a_list_need_masks_in_a_list(pipe, mask):
+    with pytest.raises(ValueError, match="a list of masks"):
+        remove_objects(pipe, [draw_picture(64, 64)[0]] * 2, mask)
 
 
 def test_classical_methods_fill_the_hole_alone():

@@ -15,12 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hub_server import HubServer
+from huggingface_hub import HfApi
 from PIL import Image, ImageCms
 
 from rorem_lib.builtin.scenes import render_scene
+from rorem_lib.discriminator import Discriminator
 from rorem_lib.files import ROOT, lock_folder
 from rorem_lib.models.inpainting import MODES, Removal
-from rorem_lib.models.sdxl import BASE_MODEL
+from rorem_lib.models.sdxl import BASE_MODEL, load_pipeline
 from rorem_lib.runner import cli, remove_command, remove_work
 
 SIZE = 32
@@ -177,6 +179,24 @@ def test_candidates_need_a_discriminator(remover, capsys):
     _save("photo.png")
     assert _run("photo.png", "--box", "1,1,9,9", "--candidates", 4) == 2
     assert "--discriminator" in capsys.readouterr().err
+    assert _run("photo.png", "--box", "1,1,9,9", "--discriminator", "judge") == 2
+    assert "--candidates" in capsys.readouterr().err
+
+
+def test_the_discriminator_chooses_among_candidates(monkeypatch, tmp_path, tiny_model, capsys):
+    monkeypatch.chdir(tmp_path)
+    _save("photo.png", size=(64, 64))
+    words = ("photo.png", "--box", "8,8,40,40", "--steps", 2, "--resolution", 64, "--candidates", 3)
+    assert _run(*words, "--discriminator", "judge", model=str(tiny_model)) == 2
+    origin = {"base_model": str(tiny_model), "revision": "", "resolution": 32}
+    pipe, how = load_pipeline(str(tiny_model)), {"rank": 2, "lora_targets": ["to_q"]}
+    judge = Discriminator(pipe, **how, head_channels=8, origin=origin)
+    judge.save_pretrained(tmp_path / "judge")
+    capsys.readouterr()
+    assert _run(*words, "--discriminator", "judge", model=str(tiny_model)) == 0, (
+        capsys.readouterr().err
+    )
+    assert _run(*words[:-2], "-o", "first.png", model=str(tiny_model)) == 0
 
 
 def test_an_inverted_mask(remover):
@@ -735,6 +755,30 @@ def test_without_a_network_it_says_how_to_get_a_model(monkeypatch, tmp_path, cap
     assert _run("photo.png", "--box", "1,1,9,9", model="./nowhere") == 2
     error = capsys.readouterr().err
     assert "nowhere" in error and "hf download" not in error
+
+
+def test_a_network_that_is_down_is_told_at_once(monkeypatch, tmp_path, capsys):
+    """Not after half a minute, in which the client tries again and again."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(remove_work, "HfApi", lambda: HfApi(endpoint="http://127.0.0.1:9"))
+    _save("photo.png")
+    began = time.monotonic()
+    assert cli.main(["remove", "photo.png", "--box", "1,1,9,9"]) == 2
+    assert time.monotonic() - began < 10
+    error = capsys.readouterr().err
+    assert "hf download" in error and "Traceback" not in error
+    assert _run("photo.png", "--box", "1,1,9,9", model="mine/remover") == 2
+    assert "mine/remover" in (error := capsys.readouterr().err) and "network" in error
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_there_is_named(monkeypatch, tmp_path, capsys, device):
+    monkeypatch.chdir(tmp_path)
+    _save("photo.png")
+    assert _run("photo.png", "--box", "1,1,9,9", "--device", device) == 2
+    assert device in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -53,6 +53,16 @@ def test_folders_that_are_not_there_or_hold_no_model_are_named(tmp_path):
         sdxl.load_pipeline(str(tmp_path / "missing"))
     with pytest.raises(FileNotFoundError, match="neither a pipeline .* nor a UNet"):
         sdxl.load_pipeline(str(tmp_path))
+    (tmp_path / "export.json").touch()
+    with pytest.raises(FileNotFoundError, match="it is an exported model.*--runtime"):
+        sdxl.load_pipeline(str(tmp_path))
+    (tmp_path / "pytorch_lora_weights.safetensors").touch()
+    with pytest.raises(FileNotFoundError, match="it is a LoRA"):
+        sdxl.load_pipeline(str(tmp_path))
+    (tmp_path / "remover").mkdir()
+    (tmp_path / "remover/model_index.json").touch()
+    with pytest.raises(FileNotFoundError, match="the model is in .*remover"):
+        sdxl.load_pipeline(str(tmp_path))
     with pytest.raises(FileNotFoundError, match="neither a pipeline .* nor a VAE"):
         sdxl.load_pipeline("builtin", vae=str(tmp_path))
 

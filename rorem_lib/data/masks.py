@@ -156,7 +156,11 @@ def dilate_mask(mask: np.ndarray, pixels: int) -> np.ndarray:
     """
     if pixels < 0:
         raise ValueError(f"a mask cannot be dilated by {pixels} px: take 0 or more")
-    return cv2.dilate(mask, np.ones((pixels, pixels), np.uint8)) if pixels else mask.copy()
+    if not pixels:
+        return mask.copy()
+    side = min(pixels, 2 * max(mask.shape))  # reaches from edge to edge; a larger one takes long
+    row = np.ones((1, side), np.uint8)
+    return cv2.dilate(cv2.dilate(mask, row), row.T)
 
 
 def resize_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -112,7 +112,7 @@ def find_boxes(mask: np.ndarray, resolution: int) -> list[tuple[Box, int]]:
     one cell of a grid share a box.
     """
     height, width = mask.shape
-    white = cv2.compare(mask, 127, cv2.CMP_GT)
+    _, white = cv2.threshold(mask, 127, 255, cv2.THRESH_BINARY)
     step = -(-max(height, width) // _MAP_SIDE)
     cells = white
     if step > 1:  # any white in a cell counts

@@ -10,8 +10,11 @@ import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass
+from numbers import Integral
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -47,6 +50,26 @@ def inpaint_classical(
     if method not in CLASSICAL:
         raise ValueError(f"unknown classical method {method!r}: take telea or ns")
     return cv2.inpaint(image, masks.binarise_mask(mask), radius, CLASSICAL[method])
+
+
+def _check(images, object_masks, mode, numbers, names, guidance_scale) -> None:
+    if len(images) != len(object_masks):
+        raise ValueError(f"{len(images)} images but {len(object_masks)} masks")
+    for what, given in (("numbers", numbers), ("names", names)):
+        listed = isinstance(given, Sized) and not isinstance(given, str)
+        if given is not None and not (listed and len(given) == len(images)):
+            raise ValueError(f"{what} is {given!r}: give one for each of {len(images)} images")
+    if mode not in MODES:
+        raise ValueError(f"mode is {mode!r}: take one of {', '.join(MODES)}")
+    if guidance_scale is not None and not 0 <= guidance_scale < math.inf:
+        raise ValueError(f"guidance_scale is {guidance_scale}: take 1 for none, or more")
+
+
+def _check_counts(**counts: tuple) -> None:
+    """Whether options are whole numbers, and not too small: (value, least, what else to take)."""
+    for name, (value, least, other) in counts.items():
+        if not isinstance(value, Integral) or value < least:
+            raise ValueError(f"{name} is {value!r}: take {max(least, 1)} or more{other}")
 
 
 @dataclass
@@ -123,7 +146,7 @@ class ObjectRemover:
                 used is taken for a 4-step one (LCM).
             revision, variant, base_model, local_files_only: see `sdxl.load_pipeline`.
             device: "cpu", "cuda", "mps", or "auto" for the best there is.
-            dtype: "auto", "bf16", "fp16", "no" (float32): what the weights are kept and computed
+            dtype: "auto", "bf16", "fp16", "fp32" (or "no"): what the weights are kept and computed
                 in. With fp16 the VAE stays in float32: SDXL's overflows.
             offload: keep the weights in the CPU's memory and move each part to the GPU while it
                 works. Decoding then goes in tiles.
@@ -135,6 +158,10 @@ class ObjectRemover:
         Raises:
             ValueError: an option that makes no sense, by its name. See `sdxl.load_pipeline` too.
         """
+        if not isinstance(dtype, torch.dtype):
+            dtype = "no" if dtype == "fp32" else dtype
+            if dtype not in sdxl.PRECISIONS:
+                raise ValueError(f"dtype is {dtype!r}: take auto, bf16, fp16 or fp32")
         if runtime != "torch":
             from rorem_lib.models.runtimes import ExportedNetworks
 
@@ -258,8 +285,18 @@ class ObjectRemover:
             FloatingPointError: a removal is not finite; names the model and the image.
         """
         single = not isinstance(image, (list, tuple))
+        if not single and (isinstance(mask, (str, Path)) or not isinstance(mask, Iterable)):
+            raise ValueError(f"a list of images needs a list of masks, not a {type(mask).__name__}")
         images, object_masks = ([image], [mask]) if single else (list(image), list(mask))
-        self._check(images, object_masks, mode, num_inference_steps, batch_size, resolution)
+        _check(images, object_masks, mode, numbers, names, guidance_scale)
+        _check_counts(
+            num_inference_steps=(num_inference_steps, 0, ", or 0 for the model's own"),
+            resolution=(resolution, 0, " px, or 0 for what the model was trained at"),
+            batch_size=(batch_size, 1, ""),
+            candidates=(candidates, 1, ""),
+            dilate=(dilate, 0, ""),
+            seed=(seed, 0, ""),
+        )
         self._switch_lora(use_lora)
         names = names or ["the image" if single else f"image {n}" for n in range(len(images))]
         numbers = range(len(images)) if numbers is None else numbers
@@ -313,23 +350,6 @@ class ObjectRemover:
                 one.number,
             )
         return found[0] if single else found
-
-    def _check(self, images, object_masks, mode, num_inference_steps, batch_size, resolution):
-        if len(images) != len(object_masks):
-            raise ValueError(f"{len(images)} images but {len(object_masks)} masks")
-        if mode not in MODES:
-            raise ValueError(f"mode is {mode!r}: take one of {', '.join(MODES)}")
-        if num_inference_steps < 0:
-            raise ValueError(
-                f"num_inference_steps is {num_inference_steps}: take 1 or more, or 0 for "
-                "the model's own"
-            )
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}: take 1 or more")
-        if resolution < 0:
-            raise ValueError(
-                f"resolution is {resolution} px: take 0 for what the model was trained at"
-            )
 
     def _paint_fitted(
         self, images, object_masks, numbers, names, *, seed: int, **sampling

@@ -160,12 +160,24 @@ def _open_part(model_id: str, part: str, *, revision: str | None = None, **optio
         else:
             raise FileNotFoundError(
                 f"{folder} holds neither a pipeline (model_index.json) nor a "
-                f"{name} ({part}/config.json or config.json)"
+                f"{name} ({part}/config.json or config.json){_hint_at_place(Path(folder))}"
             )
         opened = _open(AutoModel, folder, subfolder=inner or None, revision=revision, **options)
     if not isinstance(opened, kinds):
         raise ValueError(f"{model_id} is no {name}, it is a {type(opened).__name__}")
     return opened
+
+
+def _hint_at_place(folder: Path) -> str:
+    """What a folder holds that is no model, as far as it is one of the kit's."""
+    inner = folder / "remover"
+    if any((inner / name).is_file() for name in ("model_index.json", "config.json")):
+        return f": the model is in {inner}"
+    if (folder / "pytorch_lora_weights.safetensors").is_file():
+        return ": it is a LoRA, which is laid over a model (lora, --lora)"
+    if (folder / "export.json").is_file():
+        return ": it is an exported model, which runs with runtime (--runtime) onnx or openvino"
+    return ""
 
 
 def load_pipeline(
@@ -292,12 +304,30 @@ def save_empty_prompt(pipe, folder) -> None:
 
 
 def choose_device(requested: str = "auto") -> str:
-    """ "auto" is the best there is: "cuda", "mps" (Apple), "cpu"; other words are returned."""
+    """ "auto" is the best there is: "cuda", "mps" (Apple), "cpu"; other words are returned.
+
+    Raises:
+        ValueError: no device's name, or this machine or this torch has none such.
+    """
     if requested != "auto":
+        _check_device(requested)
         return requested
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _check_device(requested: str) -> None:
+    try:
+        device = torch.device(requested)
+    except RuntimeError:
+        raise ValueError(f"device is {requested!r}: take auto, cpu, cuda or mps") from None
+    count = {"cuda": torch.cuda.device_count, "mps": torch.mps.device_count}.get(device.type)
+    if count and count() <= (device.index or 0):
+        raise ValueError(
+            f"device is {requested}, and torch {torch.__version__} finds {count()} of that kind "
+            "here: take auto or cpu, or install the torch that is built for your GPU"
+        )
 
 
 def choose_precision(requested: str, device="cpu") -> str:

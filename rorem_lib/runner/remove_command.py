@@ -48,7 +48,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="a rectangle in px; repeatable",
     )
     what.add_argument("--invert-mask", action="store_true", help="black is removed, not white")
-    what.add_argument("--dilate", type=_at_least(0), metavar="PX", help="widen the mask")
+    what.add_argument(
+        "--dilate", type=_at_least(0), metavar="PX", help="widen it, half on each side"
+    )
 
     result = parser.add_argument_group("results")
     result.add_argument(
@@ -166,6 +168,8 @@ def _run(options) -> int:
 
     if options.candidates > 1 and not options.discriminator:
         raise ValueError("--candidates needs a --discriminator, which chooses among them")
+    if options.discriminator and options.candidates < 2:
+        raise ValueError("--discriminator chooses among --candidates: give 2 or more")
     suffix = SUFFIXES[options.format] if options.format else None
     folder, items = plan(options.images, options.mask, output=options.output, suffix=suffix)
     inputs = [path for item in items for path in (item.source, item.mask) if path]

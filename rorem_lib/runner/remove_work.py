@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from tqdm import tqdm
 
 from rorem_lib.data.items import escape_text
@@ -28,7 +28,7 @@ from rorem_lib.models.advice import AUTHORS_MODEL
 from rorem_lib.models.hub import hash_model
 from rorem_lib.models.inpainting import ObjectRemover
 from rorem_lib.models.lora import LORA_FILE
-from rorem_lib.models.sdxl import BASE_MODEL, resolve_model
+from rorem_lib.models.sdxl import BASE_MODEL, choose_device, resolve_model
 from rorem_lib.runner.remove_files import (
     Item,
     Loaded,
@@ -171,7 +171,8 @@ class Work:
         removed = []
         for loaded in [x for x in group if not x.given.mask.any()]:
             self.progress.write(
-                f"warning: {loaded.item.source}: the mask is empty, the image is copied"
+                f"warning: {loaded.item.source}: the mask is empty (nothing in it is "
+                "128 or lighter), the image is copied"
             )
             removed.append((loaded, None))
             group = [x for x in group if x is not loaded]
@@ -381,16 +382,19 @@ def open_remover(options, tell: Callable[[str], None]) -> ObjectRemover:
         "lora": options.lora,
         "revision": options.revision,
         "device": options.device,
-        "dtype": "no" if options.dtype == "fp32" else options.dtype,
+        "dtype": options.dtype,
         "offload": options.offload,
         "runtime": options.runtime,
-        "score": open_score(options) if options.candidates > 1 else None,
+        "score": open_score(options) if options.discriminator else None,
     }
     try:
         try:
             return ObjectRemover.from_pretrained(model, local_files_only=True, **given)
-        except FileNotFoundError:
-            size = measure_download(model, options.revision)
+        except FileNotFoundError as absent:
+            try:
+                size = measure_download(model, options.revision)
+            except HTTPError:  # no network: the client would try each file for half a minute
+                raise absent from None
             if size:
                 tell(f"{model} is downloaded, {size / 1e9:.1f} GB, to {constants.HF_HUB_CACHE}")
             return ObjectRemover.from_pretrained(model, **given)
@@ -400,21 +404,27 @@ def open_remover(options, tell: Callable[[str], None]) -> ObjectRemover:
 
 def open_score(options):
     """(sources, masks, removals) -> how good each removal is, by the discriminator."""
-    device = None if options.device == "auto" else options.device
-    return partial(
-        score_images, Discriminator.from_pretrained(options.discriminator, device=device)
-    )
+    device = choose_device(options.device)
+    try:
+        discriminator = Discriminator.from_pretrained(options.discriminator, device=device)
+    except OSError as error:
+        raise NoModel(str(error)) from None
+    return partial(score_images, discriminator)
 
 
 def measure_download(model: str, revision: str | None = None) -> int | None:
     """Bytes that opening a model downloads, about; None where the Hub does not tell.
 
     A UNet alone needs the other parts of the base model too.
+
+    Raises:
+        HTTPError: the Hub cannot be reached.
     """
 
     def measure(repo: str, revision: str | None, parts: re.Pattern) -> tuple[int, bool]:
-        tree = HfApi().list_repo_tree(repo, recursive=True, revision=revision)
-        sizes = {file.path: file.size for file in tree if hasattr(file, "size")}
+        # Unlike the tree, this is asked for once.
+        info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=10)
+        sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
         plain = {path for path in sizes if path.endswith(".safetensors") and ".fp16." not in path}
         total = 0
         for path, size in sizes.items():
