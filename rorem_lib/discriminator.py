@@ -233,7 +233,11 @@ class Discriminator(nn.Module):
             raise FileNotFoundError(f"{folder} holds no discriminator (no {HEAD_FILE})")
         settings = read_json(folder / "config.json")
         model = cls(
-            sdxl.load_pipeline(settings["base_model"], revision=settings.get("revision") or None),
+            sdxl.load_pipeline(
+                settings["base_model"],
+                revision=settings.get("revision") or None,
+                text_encoders=False,
+            ),
             rank=settings["rank"],
             lora_targets=settings["lora_targets"],
             head_channels=settings["head_channels"],
@@ -297,6 +301,7 @@ class DiscriminatorObjective(loop.Objective):
             config.pretrained_model_name_or_path,
             device=self.device,
             revision=config.revision or None,
+            text_encoders=False,
         )
         origin = {
             "base_model": config.pretrained_model_name_or_path,
@@ -360,7 +365,6 @@ class DiscriminatorObjective(loop.Objective):
         model.save_pretrained(folder / "discriminator")
 
 
-@torch.no_grad()
 def score_triplets(
     discriminator: Discriminator, triplets: list[Triplet], *, batch_size: int = 0
 ) -> np.ndarray:
@@ -396,6 +400,7 @@ def score_images(
     return _score(discriminator, len(removals), fit, name, batch_size)
 
 
+@torch.no_grad()
 def _score(
     discriminator: Discriminator,
     count: int,

@@ -233,7 +233,7 @@ def _open_method(method: str, config: GenerateConfig, device):
         object_masks,
         mode=config.mode,
         crop=config.crop,
-        resolution=config.resolution,
+        resolution=config.resolution or sdxl.get_resolution(remover.pipe),
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,
         strength=config.strength,

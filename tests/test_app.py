@@ -380,7 +380,8 @@ def test_the_space_runs_with_only_what_it_holds(files, scene, remover, tmp_path)
     (tmp_path / "zero" / "spaces.py").write_text(ZEROGPU)
     paths = f"{folder}{os.pathsep}{tmp_path / 'zero'}"
     environment |= {"PYTHONPATH": paths, "GRADIO_SERVER_PORT": str(port)}
-    environment |= {"ROREM_DEVICE": "cpu", "GRADIO_TEMP_DIR": str(tmp_path / "cache")}
+    environment |= {"ROREM_MODEL": "builtin", "ROREM_DEVICE": "cpu"}
+    environment |= {"GRADIO_TEMP_DIR": str(tmp_path / "cache")}
     where = [sys.executable, "-c", "import rorem_lib; print(rorem_lib.__file__)"]
     found = subprocess.run(where, cwd=folder, env=environment, capture_output=True, text=True)
     assert found.stdout.startswith(str(folder)), "the library is the folder's"

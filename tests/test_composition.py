@@ -292,3 +292,9 @@ def test_sizes_that_differ_are_named():
     image, _ = draw_photo(64, 64)
     with pytest.raises(ValueError, match="holiday.jpg is 64x64 px but its mask 20x30"):
         remove([image], [np.full((30, 20), 255, np.uint8)], names=["holiday.jpg"])
+
+
+def test_a_speck_in_a_large_image_is_not_lost_when_it_is_shrunk():
+    mask = np.zeros((3000, 2000), bool)
+    mask[1501, 1001] = True  # a 2,000th of a pixel at 64 px
+    assert composition.shrink_mask(mask, (96, 64)).sum() == 1

@@ -16,6 +16,7 @@ from rorem_lib.discriminator import (
     Discriminator,
     DiscriminatorConfig,
     DiscriminatorObjective,
+    score_images,
     score_triplets,
     train_discriminator,
 )
@@ -146,6 +147,14 @@ def test_scores_do_not_depend_on_the_batch(small, scored):
 
 
 @torch.no_grad()
+def test_images_at_hand_are_scored_as_those_of_a_set(small, scored):
+    triplets = read_triplets(scored)[:4]
+    opened = [load_images(t) for t in triplets]
+    parts = ([p[name] for p in opened] for name in ("source", "mask", "gt"))
+    scores = score_images(small.eval(), *parts)
+    assert np.array_equal(scores, score_triplets(small, triplets))
+
+
 def test_it_reads_all_three_inputs_at_any_size(small):
     small.eval()
     for side in (8, 12):

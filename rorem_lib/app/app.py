@@ -345,6 +345,8 @@ def add_endpoint(service: Service, page: Page) -> None:
             invert_mask: black is to be removed, not white.
         """
         size = service.check(image)
+        if not (0 <= steps <= 100 and 0 <= dilate <= 1000 and 1 <= guidance <= 20):
+            raise refuse("Take 1 to 100 steps, 0 to 1000 px of dilate and a guidance of 1 to 20.")
         if not mask:
             raise refuse("There is no mask: send an image that is white where the object is.")
         with explain_errors(mask):

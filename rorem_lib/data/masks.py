@@ -191,7 +191,8 @@ def fit_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
     mask = binarise_mask(mask)
     if mask.shape[0] <= height:
         return resize_mask(mask, height, width)
-    small = cv2.resize(mask, (width, height), interpolation=cv2.INTER_AREA)
+    exact = mask.astype(np.float32)  # in bytes a small share would be rounded away
+    small = cv2.resize(exact, (width, height), interpolation=cv2.INTER_AREA)
     return np.where(small > 0, 255, 0).astype(np.uint8)
 
 

@@ -249,6 +249,7 @@ def _open_method(method: Method, device: str) -> tuple[Callable, Callable]:
     if method.lora:
         load_lora(pipe, method.lora)
     set_scheduler(pipe, method.scheduler)
+    size = sdxl.get_resolution(pipe)  # the LoRA's, where it says it
     calls = [0]
 
     def count(module, arguments, keywords):
@@ -265,7 +266,7 @@ def _open_method(method: Method, device: str) -> tuple[Callable, Callable]:
             masks,
             mode=method.mode,
             crop=method.crop,
-            resolution=method.resolution,
+            resolution=method.resolution or size,
             num_inference_steps=steps or method.num_inference_steps,
             guidance_scale=method.guidance_scale,
             strength=method.strength,

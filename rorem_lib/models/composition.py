@@ -177,9 +177,10 @@ def _is_smaller(shape, than) -> bool:
 
 def shrink_mask(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """[H, W] bool at another size (height, width): true where any part of it was."""
+    if _is_smaller(shape, mask.shape):  # in float32, where no small share is rounded away
+        return cv2.resize(mask.astype(np.float32), shape[::-1], interpolation=cv2.INTER_AREA) > 0
     white = mask.astype(np.uint8) * 255
-    way = cv2.INTER_AREA if _is_smaller(shape, mask.shape) else cv2.INTER_LINEAR
-    return cv2.resize(white, shape[::-1], interpolation=way) > 0
+    return cv2.resize(white, shape[::-1], interpolation=cv2.INTER_LINEAR) > 0
 
 
 def widen(hole: np.ndarray, pixels: float) -> np.ndarray:

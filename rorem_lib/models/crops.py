@@ -118,8 +118,7 @@ def find_boxes(mask: np.ndarray, resolution: int) -> list[tuple[Box, int]]:
     if step > 1:  # any white in a cell counts
         down, right = -height % step, -width % step
         cells = cv2.copyMakeBorder(white, 0, down, 0, right, cv2.BORDER_CONSTANT)
-        size = (cells.shape[1] // step, cells.shape[0] // step)
-        cells = cv2.compare(cv2.resize(cells, size, interpolation=cv2.INTER_AREA), 0, cv2.CMP_GT)
+        cells = cells.reshape(cells.shape[0] // step, step, -1, step).max(axis=(1, 3))
     _, _, stats, _ = cv2.connectedComponentsWithStats(cells, connectivity=8)
     boxes = []
     for x, y, w, h, _ in stats[1:].tolist():

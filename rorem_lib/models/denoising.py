@@ -20,6 +20,8 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from rorem_lib.models import sdxl
 
+DECODED_PIXELS = 1_050_000  # at a time: SDXL's VAE takes 1 GB for every 512x512 in float32
+
 
 class Networks(Protocol):
     """What the loop needs of a model. All tensors in and out are float32, on `device`.
@@ -282,7 +284,10 @@ def encode_images(
 
 def decode_images(networks: Networks, latents: torch.Tensor) -> np.ndarray:
     """Scaled latents [B, 4, h, w] -> [B, H, W, 3] float32 in 0..1, NaN where not finite."""
-    images = networks.decode(latents / networks.scaling_factor)
+    latents = latents / networks.scaling_factor
+    pixels = latents[0, 0].numel() * networks.factor**2
+    parts = latents.split(max(1, DECODED_PIXELS // pixels))
+    images = torch.cat([networks.decode(part) for part in parts])
     return (images * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
 
 

@@ -76,6 +76,8 @@ class ObjectRemovalPipeline(StableDiffusionXLInpaintPipeline):
             self.scheduler_is_set = True
         single = not isinstance(image, (list, tuple))
         images, holes = ([image], [mask]) if single else (image, mask)
+        if self.vae.dtype == torch.float16 and self.vae.config.get("force_upcast"):
+            self.vae.to(torch.float32)  # SDXL's overflows in fp16
         networks = denoising.PipelineNetworks(self)
         sampling = {
             "num_inference_steps": num_inference_steps or settings.num_inference_steps,

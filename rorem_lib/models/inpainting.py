@@ -183,7 +183,8 @@ class ObjectRemover:
         load_lora(self.pipe, lora)
         plain.drop_equal()
         found = find_settings(lora, local_files_only=local_files_only, default=FOUR_STEPS)
-        size = found.resolution or sdxl.get_resolution(self.pipe)
+        said = self.pipe.unet.config.get(sdxl.TRAINED_RESOLUTION)
+        size = found.resolution or said or self.settings.resolution
         self.settings = dataclasses.replace(found, resolution=size)
         presets.set_scheduler(self.pipe, found.scheduler)
         self._has_lora = True
@@ -240,7 +241,7 @@ class ObjectRemover:
             seed, numbers: fix the noise; number n of an image gives the same removal in any batch.
                 By default an image's number is its place.
             candidates: removals made of each image, of which `score` chooses one.
-            dilate: widens the masks by so many pixels.
+            dilate: side of the square that widens the masks, px: half of it on each side.
             invert_mask: black is removed.
             batch_size: images a forward pass; the default is for 512 px.
             use_lora: with the LoRA that `from_pretrained` was given, or without it.
@@ -262,9 +263,12 @@ class ObjectRemover:
         self._switch_lora(use_lora)
         names = names or ["the image" if single else f"image {n}" for n in range(len(images))]
         numbers = range(len(images)) if numbers is None else numbers
+        for what, found in ("names", names), ("numbers", numbers):
+            if len(found) != len(images):
+                raise ValueError(f"{len(images)} images but {len(found)} {what}")
         given = [
             read_inputs(i, m, name, invert=invert_mask)
-            for i, m, name in zip(images, object_masks, names)
+            for i, m, name in zip(images, object_masks, names, strict=True)
         ]
         for one in given:
             one.mask = masks.dilate_mask(one.mask, dilate)
