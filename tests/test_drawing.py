@@ -17,6 +17,7 @@ from rorem_lib.drawing.compare import compare_images
 from rorem_lib.drawing.results import Desk, NothingMarked, require_mask
 from rorem_lib.files import find_file
 from rorem_lib.models import advice
+from rorem_lib.models.inputs import read_inputs
 
 
 def draw_photo(height=40, width=60, value=90):
@@ -36,6 +37,11 @@ def encode(mask):
     return memoryview(stream.getvalue())
 
 
+def fill_hole(path, mask, number):
+    given = read_inputs(path, mask, "")
+    return given.restore(np.where(mask[..., None] > 0, np.uint8(number + 1), given.image))
+
+
 class StandIn:
     """A remover that paints the hole: a number's noise is its colour."""
 
@@ -45,9 +51,7 @@ class StandIn:
     def remove(self, images, masks, *, numbers, **options):
         self.seen.append(options)
         return [
-            SimpleNamespace(
-                image=np.where(mask[..., None] > 0, np.uint8(number + 1), image), effect=mask
-            )
+            SimpleNamespace(image=fill_hole(image, mask, number), effect=mask)
             for image, mask, number in zip(images, masks, numbers)
         ]
 
@@ -147,6 +151,29 @@ def test_no_result_overwrites_another(tmp_path):
     assert np.array_equal(load_image(moved.files[1]), moved.images["sea-4.png"])
 
 
+@pytest.mark.parametrize("kind", ["transparent", "deep", "grey"])
+def test_results_are_of_the_photos_kind_and_shown_as_rgb(tmp_path, kind):
+    levels = np.random.default_rng(0).integers(0, 65535, (40, 60)).astype(np.uint16)
+    alpha = np.full((40, 60), 90, np.uint8)
+    photo = {
+        "transparent": Image.fromarray(np.dstack([draw_photo(), alpha])),
+        "deep": Image.fromarray(levels),
+        "grey": Image.fromarray(alpha),
+    }[kind]
+    path = tmp_path / "sea.png"
+    photo.save(path)
+    outcome = Desk(StandIn(), load_image(path), path, tmp_path).remove(draw_mask())
+    with Image.open(outcome.files[0]) as found:
+        assert found.mode == photo.mode
+        kept = draw_mask() == 0
+        assert np.array_equal(np.asarray(found)[kept], np.asarray(photo)[kept]), "every bit"
+    (shown,) = outcome.images.values()
+    assert shown.shape == (40, 60, 3) and shown.dtype == np.uint8
+    assert (shown != load_image(path)).any(axis=2)[~kept].all()
+    assert np.array_equal(shown[kept], load_image(path)[kept])
+    assert "rorem-compare" in outcome._repr_html_()
+
+
 def test_a_result_says_what_it_cost_and_what_the_model_is_for(tmp_path):
     path = tmp_path / "a <b>.png"
     Image.fromarray(draw_photo()).save(path)
@@ -201,13 +228,25 @@ def test_the_authors_model_is_taken_where_it_lies_in_the_cache(monkeypatch):
         advice, "try_to_load_from_cache", lambda *file: "path" if file in cached else None
     )
     assert advice.choose_remover() == "builtin:remover"
-    cached.add((advice.AUTHORS_MODEL, "config.json"))
+    weights = "diffusion_pytorch_model.safetensors"
+    own = {(advice.AUTHORS_MODEL, f"unet/{name}") for name in ("config.json", weights)}
+    base = {(advice.BASE_MODEL, name) for name in ("model_index.json", f"vae/{weights}")}
+    cached |= own
     assert advice.choose_remover() == "builtin:remover", "its UNet alone is not enough"
-    cached.add((advice.BASE_MODEL, "model_index.json"))
+    cached |= base
     assert advice.choose_remover() == advice.AUTHORS_MODEL
+    for file in own | base:
+        cached.remove(file)
+        assert advice.choose_remover() == "builtin:remover", f"stopped before {file}"
+        cached.add(file)
+    for name in ("config.json", weights.replace(".", ".fp16.", 1)):
+        cached.add((advice.AUTHORS_MODEL, name))
+    cached -= own
+    assert advice.choose_remover() == advice.AUTHORS_MODEL, "the UNet alone, of a variant"
 
 
 def test_a_miniature_says_what_a_photograph_needs():
     words = advice.describe_use("builtin:remover", 3_970_000)
     assert all(part in words for part in ("4 million", "LetsThink/RORem", "GB", "OpenRAIL++-M"))
+    assert all(command in words for command in advice.DOWNLOADS) and len(advice.DOWNLOADS) == 2
     assert "miniature" not in advice.describe_use("LetsThink/RORem", 2_567_000_000)

@@ -11,6 +11,7 @@ import sys
 import time
 import unicodedata
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from PIL import Image, ImageCms
 from rorem_lib.builtin.scenes import render_scene
 from rorem_lib.discriminator import Discriminator
 from rorem_lib.files import ROOT, lock_folder
+from rorem_lib.models import runtimes
 from rorem_lib.models.inpainting import MODES, Removal
 from rorem_lib.models.sdxl import BASE_MODEL, load_pipeline
 from rorem_lib.runner import cli, remove_command, remove_work
@@ -147,6 +149,14 @@ def test_a_box_that_is_none_is_a_wrong_option(remover, box, capsys):
         _run("photo.png", "--box", box)
     assert stop.value.code == 2
     assert "--box" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("strength", ["0", "0.0", "1.1", "nan", "-1"])
+def test_a_strength_that_removes_nothing_is_a_wrong_option(remover, strength, capsys):
+    with pytest.raises(SystemExit) as stop:
+        _run("photo.png", "--box", "1,1,9,9", "--strength", strength)
+    assert stop.value.code == 2
+    assert "--strength" in capsys.readouterr().err
 
 
 def test_mask_and_box_exclude_each_other_and_one_is_needed(remover):
@@ -706,6 +716,19 @@ def test_too_little_memory_for_a_group_works_one_by_one(remover, monkeypatch):
     assert [call["batch_size"] for call in remover.calls] == [1] * 5
 
 
+@pytest.mark.parametrize("device, mend", [("cpu", "bf16"), ("cuda", "--offload")])
+def test_too_little_memory_names_the_device(remover, monkeypatch, device, mend, capsys):
+    def remove(images, masks, **settings):
+        raise MemoryError
+
+    monkeypatch.setattr(remover, "remove", remove)
+    monkeypatch.setattr(remove_work, "choose_device", lambda asked: device)
+    _save("photo.png")
+    assert _run("photo.png", "--box", "1,1,9,9") == 1
+    error = capsys.readouterr().err
+    assert f"the memory of {device} is too small" in error and mend in error
+
+
 def test_few_images_are_in_memory_at_a_time(remover, monkeypatch):
     monkeypatch.setattr(remove_work, "GROUP_PIXELS", 3 * SIZE**2)
     _folder(14)
@@ -779,6 +802,97 @@ def test_a_device_that_is_not_there_is_named(monkeypatch, tmp_path, capsys, devi
     _save("photo.png")
     assert _run("photo.png", "--box", "1,1,9,9", "--device", device) == 2
     assert device in capsys.readouterr().err
+
+
+def test_a_model_that_is_in_the_cache_is_not_said_to_be_missing(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(remove_work, "measure_download", lambda *_: None)
+    Path("lora").mkdir()
+    _save("photo.png")
+
+    def fail(error, *words):
+        def open_model(*_, **__):
+            raise error
+
+        monkeypatch.setattr(remove_work.ObjectRemover, "from_pretrained", open_model)
+        assert cli.main(["remove", "photo.png", "--box", "1,1,9,9", *words]) == 2
+        return capsys.readouterr().err
+
+    error = fail(AssertionError("it is opened"), "--lora", "./lora", "--model", "builtin")
+    assert "./lora holds no LoRA" in error and "hf download" not in error
+    monkeypatch.setattr(remove_work, "identify_model", lambda model, revision=None: None)
+    assert "could not be downloaded" in fail(FileNotFoundError("no weights"))
+    monkeypatch.setattr(remove_work, "identify_model", lambda model, revision=None: f"{model}@1")
+    assert "could not be downloaded" not in fail(FileNotFoundError("no weights"))
+    error = fail(FileNotFoundError(f"{BASE_MODEL} is not in the cache"))
+    assert f"hf download {BASE_MODEL}" in error and "hf download LetsThink" not in error
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_another_runtime_wants_an_exported_folder(monkeypatch, tmp_path, installed, capsys):
+    monkeypatch.chdir(tmp_path)
+    _save("photo.png")
+    if installed:
+        monkeypatch.setattr(runtimes, "require_packages", lambda *_: None)
+    else:
+        monkeypatch.setitem(runtimes.RUNTIMES, "onnx", "no-package-of-this-name")
+    words = ("remove", "photo.png", "--box", "1,1,9,9", "--runtime", "onnx")
+    assert cli.main(words) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error and "hf download" not in error
+    assert ("rorem export" if installed else "requirements/export.txt") in error
+
+
+def test_a_unet_here_downloads_the_base_model_alone(monkeypatch, tmp_path):
+    asked = []
+
+    class Api:
+        def list_repo_tree(self, repo, **_):
+            asked.append(repo)
+            file = ("vae/diffusion_pytorch_model.safetensors", "unet/other.safetensors")
+            return [SimpleNamespace(path=path, size=7) for path in file]
+
+    monkeypatch.setattr(remove_work, "HfApi", Api)
+    (tmp_path / "config.json").write_text("{}")
+    assert remove_work.measure_download(str(tmp_path)) == 7 and asked == [BASE_MODEL]
+    (tmp_path / "model_index.json").write_text("{}")
+    assert remove_work.measure_download(str(tmp_path)) is None and asked == [BASE_MODEL]
+
+
+def test_what_is_not_in_the_cache_yet_has_the_same_key_later(remover, monkeypatch):
+    cached = set()
+
+    def open_remover(options, tell):
+        cached.update((options.lora, options.discriminator))
+        return remover
+
+    def identify(model, revision=None):
+        return f"{model}@1" if model == "builtin" or model in cached else None
+
+    monkeypatch.setattr(remove_work, "open_remover", open_remover)
+    monkeypatch.setattr(remove_work, "identify_model", identify)
+    _save("photo.png")
+    words = ("photo.png", "--box", "1,1,9,9", "--lora", "o/lora", "--discriminator", "o/judge")
+    for made, candidates in enumerate((3, 1), 1):
+        cached.clear()
+        for _ in range(2):
+            assert _run(*words, "--candidates", candidates) == 0
+            assert len(remover.seen) == made
+    assert _run(*words[:-2]) == 0 and len(remover.seen) == 2, "of one there is nothing to choose"
+
+
+def test_reading_a_large_model_is_told_and_a_miniature_says_what_it_is(
+    remover, monkeypatch, tiny_model, capsys
+):
+    monkeypatch.setattr(remove_work, "LARGE", 1000)
+    weights = SimpleNamespace(numel=lambda: 4_000_000)
+    unet = SimpleNamespace(parameters=lambda: [weights])
+    remover.pipe = SimpleNamespace(unet=unet)
+    _save("photo.png")
+    assert _run("photo.png", "--box", "1,1,9,9", model=str(tiny_model)) == 0
+    told = capsys.readouterr().err
+    assert told.index(f"{tiny_model} is read") < told.index("opened in")
+    assert told.count("miniature of 4 million") == 1 and "photographs" in told
 
 
 @pytest.mark.slow

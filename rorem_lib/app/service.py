@@ -127,7 +127,7 @@ def describe_removal(removal: Removal, mode: str) -> str:
     """How much of the image is the model's and what it cost, in two lines."""
     share, count = (removal.effect > 0).mean(), len(removal.crops)
     kept = (
-        "all of it went through the model, which changes a little everywhere"
+        "all of each crop went through the model, which changes a little everywhere"
         if mode == "full"
         else "the other pixels of the PNG equal your photo's, bit for bit"
     )

@@ -495,11 +495,14 @@ def _place_window(shares: np.ndarray, length: float, center: bool) -> int:
 
 
 def save_image(
-    path: str | Path, image: np.ndarray, metadata: Mapping[str, bytes] | None = None
+    path: str | Path,
+    image: np.ndarray | Image.Image,
+    metadata: Mapping[str, bytes] | None = None,
 ) -> bytes:
-    """Write [H, W, 3] or [H, W] uint8 as PNG, fast compression, never half-written.
+    """Write an image as PNG, fast compression, never half-written.
 
     Args:
+        image: [H, W, 3] or [H, W] uint8, or a PIL image, which keeps its mode and depth.
         metadata: what `read_metadata` found in the image that this one was made of.
 
     Returns:
@@ -509,13 +512,16 @@ def save_image(
         TripletError: another type or shape.
         OSError: the file cannot be written; names it.
     """
-    if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
+    is_array = not isinstance(image, Image.Image)
+    if is_array and (
+        image.dtype != np.uint8 or image.shape[2:] not in ((), (3,)) or image.ndim < 2
+    ):
         raise TripletError(
             f"{path}: an image is uint8 [H, W, 3] or [H, W], not {image.dtype} {list(image.shape)}"
         )
-    if metadata:
-        stream = io.BytesIO()
-        Image.fromarray(image).save(stream, "PNG", compress_level=1, **metadata)
+    if metadata or not is_array:
+        stream, opened = io.BytesIO(), Image.fromarray(image) if is_array else image
+        opened.save(stream, "PNG", compress_level=1, **(metadata or {}))
         data = stream.getvalue()
     else:
         image = np.ascontiguousarray(image[..., ::-1] if image.ndim == 3 else image)  # cv2 has BGR

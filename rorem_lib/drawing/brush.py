@@ -24,6 +24,7 @@ from IPython.display import display
 from PIL import Image
 
 from rorem_lib.data.masks import binarise_mask
+from rorem_lib.drawing.encoding import encode_view
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ class MaskBrush(anywidget.AnyWidget):
         self._size = image.shape[1], image.shape[0]
         scale = min(1, (MOST_PIXELS / (self._size[0] * self._size[1])) ** 0.5)
         self._mask_size = tuple(max(1, int(side * scale)) for side in self._size)
-        self._photo = _encode_photo(image)
+        self._photo = encode_view(image, VIEW_SIZE, 90)
         self._mask = np.zeros(image.shape[:2], np.uint8) if mask is None else binarise_mask(mask)
         self._sent = b""  # the PNG that the browser sent last, not yet decoded
         self._act = act
@@ -150,14 +151,6 @@ def open_brush(
 
     brush = MaskBrush(image, mask, action=action, act=act)
     return brush, widgets.VBox([brush, result])
-
-
-def _encode_photo(image: np.ndarray) -> bytes:
-    shown = Image.fromarray(image)
-    shown.thumbnail((VIEW_SIZE, VIEW_SIZE), Image.Resampling.LANCZOS, reducing_gap=2)
-    stream = io.BytesIO()
-    shown.save(stream, "JPEG", quality=90)
-    return stream.getvalue()
 
 
 def _encode_mask(mask: np.ndarray, size: tuple[int, int]) -> bytes:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 from collections.abc import Mapping
 
 import numpy as np
-from PIL import Image
+
+from rorem_lib.drawing.encoding import encode_view
 
 VIEW_SIZE = 1000  # longest side of what is shown, px: Jupyter drops outputs above 3 MB in 3 s
 _CSS = """
@@ -74,8 +74,5 @@ def compare_images(before: np.ndarray, afters: Mapping[str, np.ndarray]) -> str:
 
 
 def _encode(image: np.ndarray) -> str:
-    shown = Image.fromarray(image)
-    shown.thumbnail((VIEW_SIZE, VIEW_SIZE), Image.Resampling.LANCZOS, reducing_gap=2)
-    stream = io.BytesIO()
-    shown.save(stream, "JPEG", quality=88)
-    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
+    data = base64.b64encode(encode_view(image, VIEW_SIZE, 88)).decode()
+    return f"data:image/jpeg;base64,{data}"

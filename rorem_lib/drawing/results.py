@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
-from rorem_lib.data.pictures import read_metadata, save_image
+from rorem_lib.data.pictures import read_metadata, save_image, to_array
 from rorem_lib.drawing.compare import compare_images
 from rorem_lib.files import write_json
 
@@ -65,9 +66,9 @@ class Outcome:
 
     @property
     def images(self) -> dict[str, np.ndarray]:
-        """File name -> [H, W, 3] uint8."""
+        """File name -> [H, W, 3] uint8, to be shown; the files have the photo's own kind."""
         return {
-            path.name: np.asarray(removal.image)
+            path.name: to_array(removal.image, "RGB", path)
             for path, removal in zip(self.files, self.removals, strict=True)
         }
 
@@ -112,8 +113,8 @@ class Desk:
     ):
         """Args:
         remover: an `ObjectRemover`.
-        image: [H, W, 3] uint8, what `load_image(path)` gives.
-        path: its file, whose colour profile and EXIF the results keep.
+        image: [H, W, 3] uint8, what `load_image(path)` gives; it is shown.
+        path: its file, whose mode, depth, transparency, colour profile and EXIF the results keep.
         folder: of the results.
         removals: how many are made, each from noise of its own.
         note: what is to be known about the remover, shown at each result.
@@ -133,9 +134,8 @@ class Desk:
             torch.cuda.reset_peak_memory_stats()
         started, count = time.monotonic(), self.removals
         found = self.remover.remove(
-            [self.image] * count,
+            [str(self.path)] * count,
             [mask] * count,
-            names=[str(self.path)] * count,
             numbers=list(range(count)),
             **self.options,
         )
@@ -143,7 +143,7 @@ class Desk:
         memory = {"process": _measure_peak()}
         if on_gpu:
             memory["gpu"] = torch.cuda.max_memory_allocated()
-        files = [self._save(np.asarray(removal.image)) for removal in found]
+        files = [self._save(removal.image) for removal in found]
         self.last = Outcome(self.image, mask, found, files, seconds, memory, self.note)
         first = files[0]
         if first.with_suffix(".json").exists():  # it came out a second time
@@ -154,7 +154,7 @@ class Desk:
         write_json(first.with_suffix(".json"), settings)
         return self.last
 
-    def _save(self, image: np.ndarray) -> Path:
+    def _save(self, image: Image.Image) -> Path:
         pattern = re.compile(rf"{re.escape(self.path.stem)}-(\d+)\.png")
         numbers = [int(m[1]) for p in self.folder.iterdir() if (m := pattern.fullmatch(p.name))]
         number = max(numbers, default=0) + 1

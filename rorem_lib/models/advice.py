@@ -8,20 +8,44 @@ from rorem_lib.models.sdxl import BASE_MODEL, BUILTIN_REMOVER
 
 AUTHORS_MODEL = "LetsThink/RORem"
 SMALL = 100_000_000  # parameters of a UNet; SDXL's has 2.6 billion
+# Sizes: the UNet's 2,567 M parameters in fp16; text encoders (818 M) and VAE (84 M) in float32.
+DOWNLOADS = (  # the authors' model is a UNet alone: the rest is SDXL-inpainting's
+    f"hf download {AUTHORS_MODEL}",
+    f'hf download {BASE_MODEL} --include "*.json" --include "*.txt" '
+    '--include "text_encoder*/model.safetensors" '
+    '--include "vae/diffusion_pytorch_model.safetensors"',
+)
+_COMMANDS = " and ".join(f"`{command}`" for command in DOWNLOADS)
 _WANTED = (
     f"For photographs take the authors' {AUTHORS_MODEL}: 8.7 GB to download (its UNet 5.1 GB, the "
     "rest of SDXL-inpainting 3.6 GB), under Apache-2.0 and SDXL's OpenRAIL++-M, on a GPU of 16 GB "
-    "(less with offload; a CPU takes minutes). `hf download "
-    f"{AUTHORS_MODEL}` fetches it."
+    f"(less with offload; a CPU takes minutes). {_COMMANDS} fetch it."
 )
+_FOLDERS = ("", "unet/")
+_WEIGHTS = [  # what a UNet's weights are called: whole or in shards, of any type, of a variant
+    f"{folder}diffusion_pytorch_model{variant}.safetensors{index}"
+    for folder in _FOLDERS
+    for variant in ("", ".fp16")
+    for index in ("", ".index.json")
+]
 
 
 def choose_remover() -> str:
-    """The authors' model if it and SDXL-inpainting lie in the Hub's cache, else the miniature."""
-    files = ((AUTHORS_MODEL, "config.json"), (AUTHORS_MODEL, "unet/config.json"))
-    there = any(isinstance(try_to_load_from_cache(*file), str) for file in files)
-    base = isinstance(try_to_load_from_cache(BASE_MODEL, "model_index.json"), str)
-    return AUTHORS_MODEL if there and base else BUILTIN_REMOVER
+    """The authors' model if it and SDXL-inpainting lie in the Hub's cache, else the miniature.
+
+    With their weights: a download that was stopped leaves the configs alone.
+    """
+    base = ("model_index.json", "vae/diffusion_pytorch_model.safetensors")
+    there = (
+        any(_is_cached(AUTHORS_MODEL, f"{folder}config.json") for folder in _FOLDERS)
+        and any(_is_cached(AUTHORS_MODEL, name) for name in _WEIGHTS)
+        and all(_is_cached(BASE_MODEL, name) for name in base)
+    )
+    return AUTHORS_MODEL if there else BUILTIN_REMOVER
+
+
+def _is_cached(model: str, name: str) -> bool:
+    return isinstance(try_to_load_from_cache(model, name), str)
 
 
 def describe_use(model: str, parameters: int) -> str:

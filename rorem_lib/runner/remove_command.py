@@ -87,7 +87,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--steps", type=_at_least(1), metavar="N", help="denoising steps")
     how.add_argument("--guidance", type=_number(0, 100), metavar="X", help="1 is none")
-    how.add_argument("--strength", type=_number(0, 1), metavar="X", help="0 to 1: share of noise")
+    how.add_argument(
+        "--strength",
+        type=_number(0, 1, above=True),
+        metavar="X",
+        help="above 0, to 1: share of noise",
+    )
     how.add_argument("--seed", type=_at_least(0), default=0, metavar="N", help="fixes the noise")
     how.add_argument("--candidates", type=_at_least(1), default=1, metavar="N", help="seeds tried")
 
@@ -122,12 +127,16 @@ def _at_least(least: int):
     return parse
 
 
-def _number(low: float, high: float):
+def _number(low: float, high: float, *, above: bool = False):
+    """A parser of numbers from `low`, or above it, to `high`."""
+
     def parse(text: str) -> float:
         with contextlib.suppress(ValueError):
-            if low <= (value := float(text)) <= high:
+            if low <= (value := float(text)) <= high and not (above and value == low):
                 return value
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from {low} to {high}")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no number {'above' if above else 'from'} {low} to {high}"
+        )
 
     return parse
 
@@ -145,7 +154,7 @@ def run_command(options) -> int:
             signal.signal(number, _interrupt)
     try:
         return _run(options)
-    except (ValueError, BlockingIOError) as error:
+    except (ValueError, BlockingIOError, ImportError) as error:
         complain(f"rorem: {error}")
         return WRONG
     except OSError as error:

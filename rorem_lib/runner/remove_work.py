@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import re
 import sys
 import time
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from rorem_lib.data.items import escape_text
 from rorem_lib.discriminator import Discriminator, score_images
 from rorem_lib.files import hash_file, is_full
-from rorem_lib.models.advice import AUTHORS_MODEL
+from rorem_lib.models.advice import AUTHORS_MODEL, DOWNLOADS, SMALL, describe_use
 from rorem_lib.models.hub import hash_model
 from rorem_lib.models.inpainting import ObjectRemover
 from rorem_lib.models.lora import LORA_FILE
@@ -45,14 +46,13 @@ from rorem_lib.runner.remove_results import Results, complain
 GROUP, GROUP_PIXELS = 8, 12_000_000  # the most images, and pixels, that are read at a time
 LOG_SECONDS = 10  # between two lines of progress in a log
 
-# Sizes: the UNet's 2,567 M parameters in fp16; text encoders (818 M) and VAE (84 M) in float32.
+LARGE = 1_000_000_000  # bytes of a model's folder, from which reading them takes long
+
 NO_MODEL = f"""\
 {AUTHORS_MODEL}, the authors' model, is not on this machine and could not be downloaded.
 With a network, once (5.1 GB + 3.6 GB):
-  hf download {AUTHORS_MODEL}
-  hf download diffusers/stable-diffusion-xl-1.0-inpainting-0.1 \\
-    --include "*.json" --include "*.txt" --include "text_encoder*/model.safetensors" \\
-    --include "vae/diffusion_pytorch_model.safetensors"
+  {DOWNLOADS[0]}
+  {DOWNLOADS[1]}
 or name a folder with a model: --model FOLDER. To copy it from another machine, take the folder
 ~/.cache/huggingface/hub with you, or name it in HF_HUB_CACHE.
 Licences: {AUTHORS_MODEL} Apache-2.0; SDXL, which it stands on, OpenRAIL++-M.
@@ -108,13 +108,25 @@ class Work:
             *("strength", "seed", "candidates", "dtype", "runtime"),
         )
         found = {name: getattr(options, name) for name in names}
-        model = identify_model(options.model, options.revision)
-        if model is None:  # not there yet
+        models = {"model": options.model, "lora": options.lora}
+        if options.candidates > 1:  # of one there is nothing to choose
+            models["discriminator"] = options.discriminator
+        models = {name: model for name, model in models.items() if model}
+        for model in models.values():
+            if (size := _measure_folder(model)) > LARGE:
+                self.progress.write(
+                    f"{model} is read, {size / 1e9:.1f} GB, to know its results again"
+                )
+
+        def identify() -> dict:
+            revisions = {"model": options.revision}
+            return {k: identify_model(v, revisions.get(k)) for k, v in models.items()}
+
+        identities = identify()
+        if None in identities.values():  # not there yet: a Hub id has its commit once it is
             self._open()
-            model = identify_model(options.model, options.revision)
-        others = {name: getattr(options, name) for name in ("lora", "discriminator")}
-        found |= {k: identify_model(v) or v for k, v in others.items() if v}
-        return found | {"model": model, "suffix": self.suffix}
+            identities = {k: v or models[k] for k, v in identify().items()}
+        return found | identities | {"suffix": self.suffix}
 
     def _fail(self, item: Item, error: BaseException | str) -> None:
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -199,13 +211,20 @@ class Work:
             self.alone |= full
             if len(group) == 1:
                 if full:
-                    error = (
-                        f"the memory of {self.options.device} is too small for it: give --offload, "
-                        "--dtype fp16, a smaller --resolution or --device cpu"
-                    )
+                    error = self._explain_memory()
                 self._fail(group[0].item, error)
                 return []
         return [pair for loaded in group for pair in self._try([loaded])]
+
+    def _explain_memory(self) -> str:
+        exported = self.options.runtime != "torch"
+        device = "cpu" if exported else choose_device(self.options.device)
+        what = "a smaller --resolution"
+        if device != "cpu":
+            what = f"--offload, --dtype fp16, {what} or --device cpu"
+        elif not exported:
+            what = f"--dtype bf16 or {what}"
+        return f"the memory of {device} is too small for it: give {what}"
 
     def _collect_settings(self) -> dict:
         """The settings of `ObjectRemover.remove` that were given; the others are the model's."""
@@ -228,10 +247,9 @@ class Work:
         self.remover = open_remover(self.options, self.progress.write)
         name = self.options.model
         self.progress.write(f"{name} opened in {time.monotonic() - began:.0f} s")
-        if name.startswith("builtin"):
-            self.progress.write(
-                f"{name} is for the kit's rendered scenes: no model for photographs"
-            )
+        count = _count_parameters(self.remover)
+        if count < SMALL:
+            self.progress.write(describe_use(name, count))
         self.progress.restart()
 
     # ------------------------------------------------------------------------------- writing
@@ -354,10 +372,7 @@ def identify_model(model: str, revision: str | None = None) -> str | None:
     """
     if Path(model).is_file():
         return hash_file(model)
-    try:
-        place = resolve_model(model)
-    except FileNotFoundError as error:
-        raise NoModel(str(error)) from None
+    place = _resolve(model)
     if Path(place).is_dir():
         return hash_model(place)
     for name in ("model_index.json", "unet/config.json", "config.json", LORA_FILE):
@@ -366,6 +381,25 @@ def identify_model(model: str, revision: str | None = None) -> str | None:
             if isinstance(path, str):
                 return f"{place}@{Path(path).parents[name.count('/')].name}"
     return None
+
+
+def _measure_folder(model: str) -> int:
+    """Bytes of the files that `identify_model` reads of a model's folder; 0 for no folder."""
+    with contextlib.suppress(FileNotFoundError):
+        folder = Path(resolve_model(model))
+        files = [p for part in ("", "unet", "vae") for p in (folder / part).glob("*")]
+        return sum(p.stat().st_size for p in files if p.suffix in (".safetensors", ".bin"))
+    return 0
+
+
+def _count_parameters(remover) -> float:
+    """Of a remover's UNet; of an exported one about, by its files. Infinite for no known kind."""
+    if pipe := getattr(remover, "pipe", None):
+        return sum(p.numel() for p in pipe.unet.parameters())
+    if record := getattr(getattr(remover, "networks", None), "record", None):
+        size = sum(file["bytes"] for file in record["parts"]["unet"]["files"].values())
+        return size / (2 if record["dtype"] == "fp16" else 4)
+    return math.inf
 
 
 def open_remover(options, tell: Callable[[str], None]) -> ObjectRemover:
@@ -377,9 +411,11 @@ def open_remover(options, tell: Callable[[str], None]) -> ObjectRemover:
     Raises:
         NoModel: it is not there and cannot be fetched, or is none.
     """
-    model = options.model
+    model, lora = options.model, options.lora
+    if lora and Path(folder := _resolve(lora)).is_dir() and not Path(folder, LORA_FILE).is_file():
+        raise NoModel(f"{lora} holds no LoRA (no {LORA_FILE})")
     given = {
-        "lora": options.lora,
+        "lora": lora,
         "revision": options.revision,
         "device": options.device,
         "dtype": options.dtype,
@@ -391,19 +427,47 @@ def open_remover(options, tell: Callable[[str], None]) -> ObjectRemover:
         try:
             return ObjectRemover.from_pretrained(model, local_files_only=True, **given)
         except FileNotFoundError as absent:
+            if options.runtime != "torch":  # it takes a folder of `rorem export`, and says so
+                raise
+            only_lora = (
+                lora and identify_model(model, options.revision) and not identify_model(lora)
+            )
             try:
-                size = measure_download(model, options.revision)
+                size = None if only_lora else measure_download(model, options.revision)
             except HTTPError:  # no network: the client would try each file for half a minute
                 raise absent from None
             if size:
-                tell(f"{model} is downloaded, {size / 1e9:.1f} GB, to {constants.HF_HUB_CACHE}")
+                what = BASE_MODEL if Path(_resolve(model)).is_dir() else model
+                tell(f"{what} is downloaded, {size / 1e9:.1f} GB, to {constants.HF_HUB_CACHE}")
             return ObjectRemover.from_pretrained(model, **given)
     except (FileNotFoundError, ConnectionError, PermissionError) as error:
-        raise NoModel(f"{error}\n{NO_MODEL}" if model == AUTHORS_MODEL else str(error)) from None
+        text = str(error)
+        if options.runtime == "torch":
+            if model == AUTHORS_MODEL and identify_model(model, options.revision) is None:
+                text += f"\n{NO_MODEL}"
+            elif BASE_MODEL in text:
+                text += f"\nWith a network, once (3.6 GB):\n  {DOWNLOADS[1]}"
+        raise NoModel(text) from None
+
+
+def _resolve(model: str) -> str:
+    """As `resolve_model`, which says what is wrong with a name.
+
+    Raises:
+        NoModel: a folder was named that is not there.
+    """
+    try:
+        return resolve_model(model)
+    except FileNotFoundError as error:
+        raise NoModel(str(error)) from None
 
 
 def open_score(options):
-    """(sources, masks, removals) -> how good each removal is, by the discriminator."""
+    """(sources, masks, removals) -> how good each removal is, by the discriminator.
+
+    Raises:
+        NoModel: it is not there and cannot be fetched, or is none.
+    """
     device = choose_device(options.device)
     try:
         discriminator = Discriminator.from_pretrained(options.discriminator, device=device)
@@ -415,7 +479,7 @@ def open_score(options):
 def measure_download(model: str, revision: str | None = None) -> int | None:
     """Bytes that opening a model downloads, about; None where the Hub does not tell.
 
-    A UNet alone needs the other parts of the base model too.
+    A UNet alone needs the other parts of the base model too, one in a folder here those alone.
 
     Raises:
         HTTPError: the Hub cannot be reached.
@@ -434,8 +498,17 @@ def measure_download(model: str, revision: str | None = None) -> int | None:
             total += size * (wanted and bool(parts.match(path)))
         return total, "model_index.json" in sizes
 
+    folder = Path(_resolve(model))
+    if folder.is_dir() and (
+        (folder / "model_index.json").is_file()
+        or not any((folder / part / "config.json").is_file() for part in ("", "unet"))
+    ):
+        return None  # whole, or none: nothing is downloaded
     try:
-        total, whole = measure(model, revision, re.compile(r"[^/]+/|diffusion_pytorch_model"))
+        total, whole = 0, False
+        if not folder.is_dir():
+            parts = re.compile(r"[^/]+/|diffusion_pytorch_model")
+            total, whole = measure(model, revision, parts)
         if not whole:
             total += measure(BASE_MODEL, None, re.compile("vae/|text_encoder"))[0]
         return total
