@@ -183,6 +183,15 @@ def test_modes_are_those_of_the_remover():
     assert remove_command.MODES == MODES
 
 
+def test_a_discriminator_that_is_not_there_is_named(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    _save("photo.png")
+    words = ("--candidates", 4, "--discriminator", "owner/judge")
+    assert _run("photo.png", "--box", "1,1,9,9", *words) == 2
+    assert "the discriminator owner/judge" in capsys.readouterr().err
+
+
 def test_candidates_need_a_discriminator(remover, capsys):
     _save("photo.png")
     assert _run("photo.png", "--box", "1,1,9,9", "--candidates", 4) == 2
@@ -780,6 +789,11 @@ def test_a_model_that_is_in_the_cache_is_not_said_to_be_missing(monkeypatch, tmp
     assert "could not be downloaded" in fail(FileNotFoundError("no weights"))
     monkeypatch.setattr(remove_work, "identify_model", lambda model, revision=None: f"{model}@1")
     assert "could not be downloaded" not in fail(FileNotFoundError("no weights"))
+    monkeypatch.setattr(
+        remove_work, "identify_model", lambda model, revision=None: None if "lora" in model else "1"
+    )
+    error = fail(FileNotFoundError("not in the cache"), "--lora", "owner/lora")
+    assert "owner/lora" in error and "hf download" not in error
     error = fail(FileNotFoundError(f"{BASE_MODEL} is not in the cache"))
     assert f"hf download {BASE_MODEL}" in error and "hf download LetsThink" not in error
 
