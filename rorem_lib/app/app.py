@@ -280,7 +280,9 @@ def build(service: Service) -> gr.Blocks:
                     )
                     steps = gr.Slider(1, 100, page.steps, step=1, label="Steps", elem_id="steps")
                     guidance = gr.Slider(1, 10, page.guidance, step=0.1, label="Guidance")
-                    dilate = gr.Slider(0, 100, 0, step=1, label="Widen the mark by, px")
+                    dilate = gr.Slider(
+                        0, 100, 0, step=1, label="Widen the mark by (px, half on each side)"
+                    )
                     seed = gr.Number(0, precision=0, minimum=0, label="Seed", elem_id="seed")
                 with gr.Column(visible=False, elem_id="result") as result:
                     gallery = gr.Gallery(

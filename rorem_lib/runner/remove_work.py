@@ -61,6 +61,10 @@ What ships with the kit is no model for photographs:
   --model builtin:remover  the same after the rounds of the demo, for the same scenes"""
 
 
+# What opening a model raises where it is not there, or the Hub does not give it.
+UNREACHED = (FileNotFoundError, ConnectionError, PermissionError, HfHubHTTPError)
+
+
 class NoModel(ValueError):
     """The model cannot be opened; the message says how to get it."""
 
@@ -429,19 +433,20 @@ def open_remover(options, tell: Callable[[str], None]) -> ObjectRemover:
         except FileNotFoundError as absent:
             if options.runtime != "torch":  # it takes a folder of `rorem export`, and says so
                 raise
-            only_lora = (
-                lora and identify_model(model, options.revision) and not identify_model(lora)
-            )
+            known = identify_model(model, options.revision) is not None
+            lacks_lora = lora and known and identify_model(lora) is None
             try:
-                size = None if only_lora else measure_download(model, options.revision)
+                size = None if lacks_lora else measure_download(model, options.revision)
             except HTTPError:  # no network: the client would try each file for half a minute
                 raise absent from None
             if size:
                 what = BASE_MODEL if Path(_resolve(model)).is_dir() else model
                 tell(f"{what} is downloaded, {size / 1e9:.1f} GB, to {constants.HF_HUB_CACHE}")
             return ObjectRemover.from_pretrained(model, **given)
-    except (FileNotFoundError, ConnectionError, PermissionError) as error:
+    except UNREACHED as error:
         text = str(error)
+        if lora and lora not in text and identify_model(lora) is None:
+            text = f"{model} with the LoRA {lora}: {text}"
         if options.runtime == "torch":
             if model == AUTHORS_MODEL and identify_model(model, options.revision) is None:
                 text += f"\n{NO_MODEL}"
@@ -472,7 +477,7 @@ def open_score(options):
     try:
         discriminator = Discriminator.from_pretrained(options.discriminator, device=device)
     except OSError as error:
-        raise NoModel(str(error)) from None
+        raise NoModel(f"the discriminator {options.discriminator}: {error}") from None
     return partial(score_images, discriminator)
 
 
