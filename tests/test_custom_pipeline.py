@@ -59,6 +59,21 @@ def test_the_pipeline_removes_as_the_kit_does(published, remover, photo, options
     assert not np.array_equal(wanted, np.array(image))
 
 
+def test_masks_of_all_kinds_mean_what_they_mean_to_the_kit(published, photo, tmp_path):
+    image, mask = photo
+    pipe, plain = open_custom(published), np.array(mask)
+    strokes = np.zeros((*plain.shape, 4), np.uint8)
+    strokes[plain > 0] = (230, 30, 130, 255)
+    image.save(tmp_path / "photo.png")
+    Image.fromarray(strokes).save(tmp_path / "mask.png")
+    first, *others = (
+        np.array(pipe(tmp_path / "photo.png", kind).images[0])
+        for kind in (mask, tmp_path / "mask.png", plain // 255, plain > 0)
+    )
+    assert not np.array_equal(first, np.array(image))
+    assert all(np.array_equal(first, other) for other in others)
+
+
 def test_it_needs_no_kit(published, remover, photo, tmp_path):
     image, mask = photo
     image.save(tmp_path / "photo.png")

@@ -14,6 +14,7 @@ not change stays the photograph's own. Besides diffusers it needs opencv-python-
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -55,8 +56,9 @@ class ObjectRemovalPipeline(StableDiffusionXLInpaintPipeline):
         """Remove what the masks cover.
 
         Args:
-            image: a PIL image or [H, W, 3] uint8, or a list of them.
-            mask: likewise, of the images' sizes; white is removed.
+            image: a PIL image, [H, W, 3] uint8 or path, or a list of them.
+            mask: likewise, of the images' sizes; white is removed. Strokes on a transparent layer
+                and masks of 0 and 1 are understood too.
             mode: "effect" keeps the source's pixels wherever the removal changed nothing, "exact"
                 everywhere but in the mask, "full" nowhere.
             crop: work on crops around the objects; False is the whole frame.
@@ -85,8 +87,8 @@ class ObjectRemovalPipeline(StableDiffusionXLInpaintPipeline):
             "strength": settings.strength if strength is None else strength,
         }
         found = remove_from(
-            [_to_array(x, "RGB") for x in images],
-            [masks.dilate_mask(masks.binarise_mask(_to_array(x, "L")), dilate) for x in holes],
+            [np.array(_open(x).convert("RGB")) for x in images],
+            [masks.dilate_mask(_to_mask(x), dilate) for x in holes],
             partial(_paint, networks, seed, sampling),
             partial(_round_trip, networks),
             resolution=resolution or settings.resolution or networks.resolution,
@@ -100,13 +102,24 @@ class ObjectRemovalPipeline(StableDiffusionXLInpaintPipeline):
         return StableDiffusionXLPipelineOutput(images=[Image.fromarray(r.image) for r in found])
 
 
-def _to_array(image, mode: str) -> np.ndarray:
-    """PIL image or array as [H, W, 3] ("RGB") or [H, W] ("L") uint8, upright as its EXIF says."""
+def _open(image) -> Image.Image:
+    """A PIL image, array or path as a PIL image, upright as its EXIF says."""
+    if isinstance(image, (str, Path)):
+        image = Image.open(image)
     if isinstance(image, Image.Image):
-        image = ImageOps.exif_transpose(image)
-    else:
-        image = Image.fromarray(np.asarray(image))
-    return np.array(image.convert(mode))
+        return ImageOps.exif_transpose(image)
+    return Image.fromarray(np.asarray(image))
+
+
+def _to_mask(mask) -> np.ndarray:
+    """[H, W] uint8, 0 or 255: white, the other colour than black, strokes on nothing, or 1 of 0 and
+    1; see `masks.interpret_mask`."""
+    mask = _open(mask)
+    if mask.mode == "1":
+        mask = mask.convert("L")
+    elif mask.mode not in ("L", "RGB", "RGBA"):
+        mask = mask.convert("RGBA")
+    return masks.binarise_mask(masks.interpret_mask(np.asarray(mask))[0])
 
 
 def _paint(networks, seed: int, sampling: dict, images, holes, numbers, names) -> list[np.ndarray]:
