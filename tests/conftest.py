@@ -24,7 +24,6 @@ LONGEST = (
     # Browsers first: in a process that had opened OpenVINO a signal overran the small stack that
     # faulthandler gives to signals.
     "test_brush_browser.py",
-    "test_app_browser.py",
     "test_smoke.py",
     "test_resume.py",
     "test_annotator_browser.py",
