@@ -22,7 +22,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # be taken must be short.
 LONGEST = (
     # First, in a process in which nothing else ran: behind other files its JupyterLab test twice
-    # ended the process by SIGSEGV. Why is not known (perhaps signals, since OpenVINO is open).
+    # ended the process by SIGSEGV. Why is not known; not the tests of export alone.
     "test_brush_browser.py",
     "test_smoke.py",
     "test_resume.py",
