@@ -21,8 +21,6 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # Files in this order, the others behind them: processes take whole files, and the last ones to
 # be taken must be short.
 LONGEST = (
-    # First, in a process in which nothing else ran: behind other files its JupyterLab test twice
-    # ended the process by SIGSEGV. Why is not known; not the tests of export alone.
     "test_brush_browser.py",
     "test_smoke.py",
     "test_resume.py",

@@ -2,11 +2,14 @@
 
 import json
 import shutil
+import signal
+import threading
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from forked import context
 
 from rorem_lib.builtin.scenes import render_scene
 from rorem_lib.models import denoising, export, lora, runtimes, sdxl
@@ -85,6 +88,25 @@ def test_remover_removes_with_it(exported, remover, runtime):
     images, masks = render(64, 64, 1)
     given, wanted = (r(images[0], masks[0], seed=3) for r in (opened, remover))
     assert np.abs(given.astype(int) - wanted).max() <= 1
+
+
+def _end_in_a_thread(path):
+    graphs = [runtimes.OpenVinoGraph(path)]
+    graphs[0](np.zeros((1, 4, 8, 8), np.float32))
+    thread = threading.Thread(target=graphs.clear)
+    thread.start()
+    thread.join()
+    signal.signal(signal.SIGINT, lambda *_: None)
+    signal.raise_signal(signal.SIGINT)
+
+
+def test_an_interrupt_after_a_thread_freed_the_model_is_survived(exported):
+    process = context.Process(
+        target=_end_in_a_thread, args=(exported / "vae_decoder" / runtimes.GRAPH,)
+    )
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0  # -11: OpenVINO had freed the main thread's stack for signals
 
 
 def test_what_is_not_finite_is_nan(exported):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from importlib import metadata
 from pathlib import Path
 
@@ -45,6 +46,19 @@ class OnnxGraph:
         return torch.from_numpy(self._session.run(None, dict(zip(self._inputs, arrays)))[0])
 
 
+@functools.cache
+def _open_openvino():
+    """The process's one OpenVINO, which is never closed.
+
+    Its CPU plugin gives the thread that compiles first another stack for signals, and frees that
+    stack with the last model. Where another thread did this (garbage is collected in any), the
+    next signal, an interrupt of a notebook's kernel say, ended the process by SIGSEGV.
+    """
+    import openvino
+
+    return openvino.Core()
+
+
 class OpenVinoGraph:
     """One graph in OpenVINO; as `OnnxGraph`.
 
@@ -56,9 +70,7 @@ class OpenVinoGraph:
     """
 
     def __init__(self, path: Path, *, threads: int = 0, precision: str = "no"):
-        import openvino
-
-        self._core = openvino.Core()
+        self._core = _open_openvino()
         self._model = self._core.read_model(str(path))
         self._options = {
             "INFERENCE_NUM_THREADS": threads or torch.get_num_threads(),
