@@ -24,9 +24,11 @@ demo: .venv/.core ## run every stage in miniature on built-in data, end in runs/
 	@echo "Report: $(CURDIR)/runs/demo/report.html"
 
 # A quick look: make test ARGS="-m 'not slow'". The tests of the benchmarks: ARGS="-m benchmark".
+# Where one of the two processes crashes the run ends: a new one would wait for the lost tests.
 test: .venv/.dev browser ## run the tests (those of the benchmarks with ARGS="-m benchmark")
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore=tests/benchmarks \
-		-n 2 --dist loadfile --no-loadscope-reorder --durations=25 -m "not benchmark" $(ARGS)
+		-n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 \
+		--durations=25 -m "not benchmark" $(ARGS)
 
 lab: .venv/.core ## open JupyterLab on the notebooks
 	@if [ "$$(id -u)" = 0 ]; then \
