@@ -92,13 +92,6 @@ def run_papermill_forked(words: list[str]) -> None:
     _run_and_exit(importlib.import_module("papermill.cli").papermill, words)
 
 
-def run_lab_forked(words: list[str]) -> None:
-    """`jupyter lab WORDS`, whose kernels are forks too."""
-    fork_commands()
-    sys.argv = ["jupyter-lab", *words]
-    _run_and_exit(importlib.import_module("jupyterlab.labapp").main)
-
-
 def run_launcher_forked(words: list[str]) -> None:
     """`accelerate launch WORDS`, whose processes are forks too."""
     fork_commands()
