@@ -9,12 +9,13 @@ Wilson's and Tango's as published.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import brentq
-from scipy.stats import norm, t
+from scipy.special import ndtr, ndtri, stdtr, stdtrit
 
 LEVEL = 0.95  # of all intervals; what is tested at 1 - LEVEL agrees with them
 
@@ -64,7 +65,7 @@ def wilson_interval(k: float, n: float, *, level: float = LEVEL) -> tuple[float,
         raise ValueError(f"a rate needs 0 <= k <= n, not k={k} of n={n}")
     if n == 0:
         return 0.0, 1.0
-    rate, z2 = k / n, norm.ppf((1 + level) / 2) ** 2
+    rate, z2 = k / n, ndtri((1 + level) / 2) ** 2
     centre = (rate + z2 / (2 * n)) / (1 + z2 / n)
     half = np.sqrt(z2 * (rate * (1 - rate) / n + z2 / (4 * n**2))) / (1 + z2 / n)
     return float(max(0.0, centre - half)), float(min(1.0, centre + half))
@@ -110,7 +111,7 @@ def design_effect(values, groups, *, level: float = LEVEL) -> float:
     spread = values.var(ddof=1) / n
     ratio = _variance_of_mean(sums, sizes) / spread if spread > 0 else n / count
     quantile = (1 + level) / 2
-    return float(max(1.0, ratio) * (t.ppf(quantile, count - 1) / t.ppf(quantile, n - 1)) ** 2)
+    return float(max(1.0, ratio) * (stdtrit(count - 1, quantile) / stdtrit(n - 1, quantile)) ** 2)
 
 
 def _check(values, groups) -> tuple[np.ndarray, np.ndarray]:
@@ -185,7 +186,7 @@ def compare_successes(a, b, groups=None) -> Comparison:
         100 * float(difference.mean()),
         100 * low,
         100 * high,
-        float(max(least, 2 * norm.sf(abs(score)))),
+        float(max(least, 2 * ndtr(-abs(score)))),
         float(first),
         float(second),
         difference.size,
@@ -242,11 +243,11 @@ def _test_mean(sums: np.ndarray, sizes: np.ndarray) -> tuple[float, float, float
     if sizes.size < 2:
         return np.nan, np.nan, 1.0
     mean, error = sums.sum() / sizes.sum(), np.sqrt(_variance_of_mean(sums, sizes))
-    half = t.ppf((1 + LEVEL) / 2, sizes.size - 1) * error
+    half = stdtrit(sizes.size - 1, (1 + LEVEL) / 2) * error
     if error == 0:
         p_value = float(mean == 0)
     else:
-        p_value = 2 * t.sf(abs(mean) / error, sizes.size - 1)
+        p_value = 2 * stdtr(sizes.size - 1, -abs(mean) / error)
     return float(mean - half), float(mean + half), float(p_value)
 
 
@@ -256,15 +257,16 @@ def _invert_tango(first: float, second: float, n: float) -> tuple[float, float]:
     Args:
         first, second: on how many of `n` images one alone succeeds; any numbers >= 0.
     """
-    z, found = norm.ppf((1 + LEVEL) / 2), (first - second) / n
+    first, second, n = float(first), float(second), float(n)
+    z, found = float(ndtri((1 + LEVEL) / 2)), (first - second) / n
 
     def exceed(difference: float, sign: int) -> float:
         # The second's lone successes as the likelihood has them where `difference` is the truth.
         linear = (2 * n - first + second) * difference - first - second
-        root = linear**2 + 8 * n * second * difference * (1 - difference)
-        lone = (np.sqrt(max(0.0, root)) - linear) / (4 * n)
+        root = linear * linear + 8 * n * second * difference * (1 - difference)
+        lone = (math.sqrt(max(0.0, root)) - linear) / (4 * n)
         variance = n * (2 * lone + difference * (1 - difference))
-        return first - second - n * difference - sign * z * np.sqrt(max(0.0, variance))
+        return first - second - n * difference - sign * z * math.sqrt(max(0.0, variance))
 
     beside = 1e-9  # where all images say the same, the difference itself is a root too
     low = -1.0 if found - beside <= -1 else brentq(exceed, -1, found - beside, args=(1,))

@@ -10,6 +10,7 @@ os.environ["MPLBACKEND"] = "Agg"
 
 import shutil
 import signal
+from unittest import mock
 
 import pytest
 
@@ -21,18 +22,23 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # Files in this order, the others behind them: processes take whole files, and the last ones to
 # be taken must be short.
 LONGEST = (
-    "test_brush_browser.py",
     "test_smoke.py",
-    "test_resume.py",
     "test_annotator_browser.py",
-    "test_sharding.py",
+    "test_resume.py",
     "test_pipeline.py",
-    "test_sdxl.py",
-    "test_export.py",
+    "test_brush_browser.py",
+    "test_app_browser.py",
+    "test_assembly.py",
     "test_assemble_notebook.py",
+    "test_sharding.py",
+    "test_export.py",
+    "test_removal.py",
     "test_remover.py",
+    "test_sdxl.py",
+    "test_launch.py",
+    "test_publishing.py",
+    "test_remove_command.py",
     "test_stale.py",
-    "test_data_commands.py",
 )
 
 
@@ -66,23 +72,19 @@ def chromium_path():
     pytest.skip(reason)
 
 
+@pytest.fixture
+def quick_widgets(monkeypatch):
+    """Annotation widgets that collect no garbage when they open: beside torch that takes half a
+    second."""
+    monkeypatch.setattr("rorem_lib.labels.widget.gc", mock.Mock())
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """Folder of an untrained SDXL-inpainting pipeline of the built-in model's architecture."""
-    import torch
-    from diffusers import AutoencoderTiny
+    from tiny import write_model
 
-    from rorem_lib import pretrain
-    from rorem_lib.models import sdxl
-
-    torch.manual_seed(1)
-    pipe = pretrain.build_pipeline(AutoencoderTiny(**pretrain.VAE))
-    # It starts as zeros, which would make every prediction the same, whatever goes in.
-    torch.nn.init.normal_(pipe.unet.conv_out.weight, std=0.05)
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    with sdxl.silence_libraries():
-        pipe.save_pretrained(folder)
-    return folder
+    return write_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="session")

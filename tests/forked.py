@@ -1,9 +1,10 @@
 """Processes that have torch, diffusers and the kit imported when they begin.
 
 A process of its own imports for five to nine seconds before it does anything. These are forks of
-one process that has imported everything and done nothing else (multiprocessing's fork server).
-accelerate's own launcher starts a training in test_resume, and fake jobs in test_launch; kernels
-and jobs of a process of their own are test_pipeline's.
+one process that has imported everything and done nothing else (multiprocessing's fork server); what
+a fork starts in turn is a fork of the same process.
+accelerate's own launcher starts fake jobs in processes of their own in test_launch; kernels and
+jobs of a process of their own are test_pipeline's.
 """
 
 import contextlib
@@ -17,31 +18,36 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
+from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 
 IMPORTS = [
-    "accelerate",
+    "accelerate.commands.launch",
     "datasets",
     "diffusers",
     "ipykernel.kernelapp",
+    "papermill.cli",
     "peft",
     "rorem_lib.discriminator",
     "rorem_lib.distill",
     "rorem_lib.evaluation.evaluate",
     "rorem_lib.removal",
     "rorem_lib.remover",
+    "torch._dynamo",  # the first optimizer imports it
     "torch.distributed.fsdp",
     "transformers",
 ]
 COMMON = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(IMPORTS)
+own_log = None  # where a fork's output goes
 
 
 def run_job(module: str, words: list[str]) -> None:
@@ -58,18 +64,14 @@ def read_launcher_environment(config_file: Path) -> dict[str, str]:
     show = """import json, os
 given = {k: v for k, v in os.environ.items() if k.startswith(("ACCELERATE_", "FSDP_"))}
 os.write(1, ("\\nENVIRONMENT " + json.dumps(given) + "\\n").encode())"""
-    done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config_file)]
-        + ["--num_processes", "2", "--main_process_port", "0"]
-        + ["--no_python", sys.executable, "-c", show],
-        env=os.environ | COMMON,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = [x for x in done.stdout.splitlines() if x.startswith("ENVIRONMENT ")]
-    assert len(lines) == 2, done.stdout[-3000:] + done.stderr[-3000:]
+    words = ["--config_file", str(config_file), "--num_processes", "2", "--main_process_port", "0"]
+    words += ["--no_python", sys.executable, "-c", show]
+    with tempfile.TemporaryDirectory() as folder:
+        job = Job(run_launcher_forked, words, log=Path(folder, "log"))
+        assert job.wait() == 0, job.read_log()[-3000:]
+        text = job.read_log()
+    lines = [x for x in text.splitlines() if x.startswith("ENVIRONMENT ")]
+    assert len(lines) == 2, text[-3000:]
     return json.loads(lines[0].removeprefix("ENVIRONMENT "))
 
 
@@ -84,33 +86,51 @@ def run_rorem_forked(words: list[str]) -> None:
     _run_and_exit(run_rorem, words)
 
 
+def run_papermill_forked(words: list[str]) -> None:
+    """`papermill WORDS`, whose kernel is a fork too."""
+    fork_commands()
+    _run_and_exit(importlib.import_module("papermill.cli").papermill, words)
+
+
+def run_launcher_forked(words: list[str]) -> None:
+    """`accelerate launch WORDS`, whose processes are forks too."""
+    fork_commands()
+    sys.argv = ["accelerate-launch", *words]
+    _run_and_exit(importlib.import_module("accelerate.commands.launch").main)
+
+
 def fork_commands() -> None:
-    """From now on kernels and jobs that this process starts are forks."""
+    """From now on kernels, jobs and torchrun's processes that this process starts are forks."""
     from jupyter_client import launcher
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
     from rorem_lib.runner import launch
 
-    launcher.Popen = ForkedCommand
+    launcher.Popen = subprocess_handler.Popen = ForkedCommand
     names = {name: getattr(subprocess, name) for name in ("DEVNULL", "STDOUT", "TimeoutExpired")}
     launch.subprocess = SimpleNamespace(Popen=ForkedCommand, **names)
-    launch.die_with_parent = follow_parent
+    launch.die_with_parent = lambda: None  # run_command has seen to it
 
 
 def follow_parent() -> None:
-    """`die_with_parent` for forks, whose parent is the fork server."""
+    """`die_with_parent` for forks, which are all the fork server's children."""
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def run_command(words: list[str], folder) -> None:
-    """What `python WORDS` does, for the commands of kernels and of jobs; in a group of its own."""
+    """What `python WORDS` does, for what `fork_commands` names; in a group of its own."""
     os.setsid()
     os.chdir(folder)
+    follow_parent()
     fork_commands()
-    option, what, *rest = words
+    option, what, *rest = words[words[0] == "-u" :]
     if option == "-c":
         sys.argv = ["-c", *rest]
         _run_and_exit(exec, what, {"__name__": "__main__"})
+    elif what == "ipykernel_launcher":
+        sys.argv = [what, *rest]
+        _run_and_exit(importlib.import_module("ipykernel.kernelapp").launch_new_instance)
     else:
         _run_and_exit(run_job, what, rest)
 
@@ -132,13 +152,14 @@ def _run_and_exit(function, *arguments) -> None:
 
 
 class ForkedCommand:
-    """Of subprocess.Popen what jupyter_client's kernels and `launch_job` use."""
+    """Of subprocess.Popen what jupyter_client, `launch_job` and torchrun use."""
 
     stdout = stderr = returncode = None
 
-    def __init__(self, command, *, cwd, env, stdout=None, **options):
-        log, self.stdin = stdout and stdout.name, open(os.devnull, "wb")  # jupyter_client closes it
-        self.job = Job(run_command, command[1:], cwd or os.getcwd(), environment=env, log=log)
+    def __init__(self, args, *, env, cwd=None, stdout=None, **options):
+        log = stdout.name if stdout else own_log
+        self.stdin = open(os.devnull, "wb")  # jupyter_client closes it
+        self.job = Job(run_command, args[1:], cwd or os.getcwd(), environment=env, log=log)
         self.pid = self.job.processes[0].pid
         with contextlib.suppress(ProcessLookupError):
             while self.poll() is None and os.getpgid(self.pid) != self.pid:  # nobody else's group
@@ -165,7 +186,12 @@ class ForkedCommand:
         self.send_signal(signal.SIGTERM)
 
 
-def _begin(environment, log, errors, cwd, target, arguments):
+def _begin(server, environment, log, errors, cwd, target, arguments):
+    global own_log
+    own_log = log
+    # A fork knows its server but for its address, and would start another.
+    forkserver._forkserver._forkserver_address = server
+    forkserver._forkserver.ensure_running = lambda: None
     multiprocessing.set_start_method(None, force=True)  # workers start as in a user's job
     os.environ.update(environment)
     for path, number in ((log, 1), (errors or log, 2)):
@@ -216,11 +242,13 @@ class Job:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
             }
+        forkserver._forkserver.ensure_running()
+        server = forkserver._forkserver._forkserver_address
         self.log, self.processes = log and Path(log), []
         for rank in range(processes):
             ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
             process = context.Process(
-                target=_begin, args=(common | ranks, log, errors, cwd, target, arguments)
+                target=_begin, args=(server, common | ranks, log, errors, cwd, target, arguments)
             )
             process.start()
             self.processes.append(process)

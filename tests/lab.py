@@ -93,6 +93,10 @@ class Annotating:
         self.log = folder / "stage" / labels / "labels-anna.jsonl"
         self.widget = page.locator(ROOT_SELECTOR)
 
+    def open(self):
+        """Open the notebook of the folder, which lies in JupyterLab's."""
+        self.page.goto(f"{self.address}/lab/tree/{self.folder.name}/annotate.ipynb?reset")
+
     def wait_for_idle_kernel(self):
         for _ in range(300):
             answer = self.page.request.get(f"{self.address}/api/kernels")

@@ -8,7 +8,7 @@ import sys
 import time
 
 import numpy as np
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from rorem_lib.intervals import compare_measures, compare_successes, rate_interval
 
@@ -22,7 +22,7 @@ def draw(rng, sizes, rates, parts):
     """Latent scores of two methods on the images of groups [G] of these sizes: groups, [2, N]."""
     shared, own, image = parts
     groups = np.repeat(np.arange(len(sizes)), sizes)
-    latent = norm.ppf(rates)[:, None] + np.sqrt(shared) * rng.normal(size=len(sizes))[groups]
+    latent = ndtri(rates)[:, None] + np.sqrt(shared) * rng.normal(size=len(sizes))[groups]
     latent = latent + np.sqrt(own) * rng.normal(size=(2, len(sizes)))[:, groups]
     latent = latent + np.sqrt(image) * rng.normal(size=groups.size)
     return groups, latent + np.sqrt(1 - sum(parts)) * rng.normal(size=(2, groups.size))
@@ -48,7 +48,7 @@ def measure_coverage(sizes, rates, parts, *, repeats: int, seed: int = 0) -> dic
         low, high = rate_interval(good[0], groups)
         success = compare_successes(*good, groups)
         measure = compare_measures(*latent, groups)
-        apart = norm.ppf(rates[0]) - norm.ppf(rates[1])
+        apart = ndtri(rates[0]) - ndtri(rates[1])
         held += (
             low <= rates[0] <= high,
             success.low <= 100 * (rates[0] - rates[1]) <= success.high,

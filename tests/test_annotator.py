@@ -24,6 +24,8 @@ from rorem_lib.labels.queue import QueueItem
 from rorem_lib.labels.votes import merge_votes
 from rorem_lib.labels.widget import Annotator, open_annotator
 
+pytestmark = pytest.mark.usefixtures("quick_widgets")
+
 
 def write_candidates(folder, *, count=6, side=32):
     random = np.random.default_rng(0)
@@ -112,7 +114,11 @@ def test_only_the_picture_on_show_is_labelled(session):
     assert "already has a label (accept)" in answer["notice"]
 
 
-def test_collecting_garbage_passes_over_what_is_older_than_the_widget(tmp_path, triplets):
+def test_collecting_garbage_passes_over_what_is_older_than_the_widget(
+    tmp_path, triplets, monkeypatch
+):
+    monkeypatch.setattr(annotator, "gc", gc)
+
     class Node:
         pass
 

@@ -62,10 +62,9 @@ def folder(lab):
 
 
 @pytest.fixture
-def page(lab, browser, folder):
+def page(lab, browser):
     page = browser.new_page(viewport={"width": 1366, "height": 768})
     page.set_default_timeout(90_000)  # other tests run beside this one
-    page.goto(f"{lab[0]}/lab/tree/{folder.name}/annotate.ipynb?reset")
     yield page
     for session in page.request.get(f"{lab[0]}/api/sessions").json():
         page.request.delete(f"{lab[0]}/api/sessions/{session['id']}")
@@ -94,7 +93,7 @@ def test_a_kernel_killed_while_keys_come_loses_nothing_it_called_saved(page, lab
         repeat_share=0.0,
     )
     me = Annotating(page, lab[0], folder)
-    page.reload()
+    me.open()
     me.start()
     page.evaluate(
         """selector => {
@@ -120,6 +119,7 @@ def test_a_kernel_killed_while_keys_come_loses_nothing_it_called_saved(page, lab
 
 def test_labelling_by_keyboard_in_jupyterlab(page, lab, folder):
     me = Annotating(page, lab[0], folder)
+    me.open()
     me.run_notebook()
     me.wait_for_picture()
     page.wait_for_function(  # "Run All Cells" leaves the reader elsewhere: it comes into view
@@ -371,7 +371,7 @@ def test_panes_show_the_files_and_keys_leave_jupyterlabs_bar_alone(page, lab, fo
         repeat_share=0.0,
     )
     me = Annotating(page, lab[0], folder)
-    page.reload()
+    me.open()
     me.start()
 
     def find_error(box):
@@ -417,7 +417,7 @@ def test_two_removals_beside_the_source_in_the_evaluation_notebook(page, lab, fo
         methods=[{"name": "Telea", "kind": "telea"}, {"name": "Navier-Stokes", "kind": "ns"}],
     )
     me = Annotating(page, lab[0], folder, "user_study")
-    page.reload()
+    me.open()
     me.run_notebook()
     page.locator("input[placeholder='such as anna.m']").fill("anna")
     page.keyboard.press("Enter")

@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 import raw_data
 from cells import CellFailed, run_cells
+from forked import Job, run_papermill_forked
 
 from rorem_lib.data.check import check_set
 from rorem_lib.data.triplets import load_images, read_triplets
@@ -177,40 +178,20 @@ def test_an_archive_is_unpacked_read_and_published(tmp_path):
     raw = raw_data.write_raw("upstream", tmp_path / "download")
     with tarfile.open(tmp_path / "RORem.tar.gz", "w:gz") as archive:
         archive.add(tmp_path / "download", "RORem_dataset/sets")
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "papermill",
-            NOTEBOOK,
-            tmp_path / "done.ipynb",
-            "-k",
-            "python3",
-            "-p",
-            "source",
-            "auto",
-            "-p",
-            "input_dir",
-            tmp_path / "RORem.tar.gz",
-            "-p",
-            "output_dir",
-            tmp_path / "out",
-            "-y",
-            "{source_options: {metas: [RORD, Mulan]}}",
-            "-p",
-            "publish_as",
-            "me/removals",
-            "-p",
-            "publish_license",
-            "CC-BY-4.0",
-            "-p",
-            "publish_acceptance",
-            "made for a test",
-        ],
-        check=True,
-        capture_output=True,
-        cwd=tmp_path,
-    )
+    words = [NOTEBOOK, tmp_path / "done.ipynb", "-k", "python3"]
+    for name, value in {
+        "source": "auto",
+        "input_dir": tmp_path / "RORem.tar.gz",
+        "output_dir": tmp_path / "out",
+        "publish_as": "me/removals",
+        "publish_license": "CC-BY-4.0",
+        "publish_acceptance": "made for a test",
+    }.items():
+        words += ["-p", name, value]
+    words += ["-y", "{source_options: {metas: [RORD, Mulan]}}"]
+    log = tmp_path / "papermill.log"
+    job = Job(run_papermill_forked, [str(word) for word in words], log=log, cwd=tmp_path)
+    assert job.wait() == 0, job.read_log()[-3000:]
     assert (tmp_path / "out/DONE").read_text().startswith("alone")
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     assert metrics["raw"] == str(tmp_path / "RORem.tar.gz") and metrics["n_labelled"] == 5

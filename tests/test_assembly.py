@@ -335,6 +335,7 @@ def test_near_duplicates_are_found_within_the_set_and_against_evaluation_sets(tm
     assert result.counts == {"labelled": 5}
 
 
+@pytest.mark.slow
 def test_splits_follow_groups_and_stay_when_the_source_grows(tmp_path):
     records = _write_raw(tmp_path / "raw", [f"{n:02d}" for n in range(60)])
     for number, record in enumerate(records):
@@ -448,6 +449,7 @@ def test_two_assemblies_into_one_folder_at_once(tmp_path):
     assert seen == [True]
 
 
+@pytest.mark.slow
 def test_what_a_lost_power_emptied_is_assembled_anew(tmp_path, caplog):
     _write_raw(tmp_path / "raw", [f"{n:02d}" for n in range(20)])
     source = UpstreamSource(str(tmp_path / "raw"))
@@ -614,6 +616,7 @@ def test_a_full_disk_is_waited_for_then_named_and_nothing_is_lost(tmp_path, monk
     assert check_set(tmp_path / "out/labelled") == []
 
 
+@pytest.mark.slow
 def test_a_really_full_disk(tmp_path):
     """On a file system of 256 KB; needs the right to mount one."""
     place = tmp_path / "small"

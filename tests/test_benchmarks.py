@@ -347,6 +347,7 @@ def test_labels_needed_for_a_quality(curve, target, labels):
     assert bench_orders.count_needed(np.array(curve), target) == pytest.approx(labels)
 
 
+@pytest.mark.slow
 def test_removals_are_timed_beside_the_stock_pipelines(tiny_model):
     """The GPU's part of the benchmark, on what there is here."""
     pipe = sdxl.load_pipeline(str(tiny_model), dtype=torch.bfloat16)

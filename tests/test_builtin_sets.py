@@ -191,6 +191,7 @@ def test_sizes_make_sense(tmp_path, wrong):
         write_scene_sets(tmp_path, **SMALL | wrong)
 
 
+@pytest.mark.slow
 def test_killed_half_way_it_goes_on_to_the_same_files(tmp_path):
     sizes = {"labelled": 40, "pool": 60, "high_resolution": 5, "test": 30}
     code = (
@@ -290,6 +291,7 @@ def _users(name):
     }
 
 
+@pytest.mark.slow
 def test_only_the_simulated_annotator_and_the_evaluation_read_the_truth():
     allowed = {"builtin/judge.py", "evaluation/evaluate.py", "builtin/sets.py"}
     users = _users("read_truth") | _users("Truth")

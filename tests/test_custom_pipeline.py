@@ -74,6 +74,7 @@ def test_masks_of_all_kinds_mean_what_they_mean_to_the_kit(published, photo, tmp
     assert all(np.array_equal(first, other) for other in others)
 
 
+@pytest.mark.slow
 def test_it_needs_no_kit(published, remover, photo, tmp_path):
     image, mask = photo
     image.save(tmp_path / "photo.png")

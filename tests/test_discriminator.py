@@ -121,6 +121,7 @@ def test_its_folder_opens_and_scores_the_same(config, scored, tmp_path, monkeypa
     assert scores.std() > 1e-4, "all removals have one score: this test could not fail"
 
 
+@pytest.mark.slow
 def test_it_learns_to_tell_good_from_bad(config, scored):
     config.max_train_steps, config.random_flip, config.random_shift = 30, False, False
     metrics = train_discriminator(config)

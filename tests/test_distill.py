@@ -58,6 +58,7 @@ def make_batch(count=3, side=8):
     }
 
 
+@pytest.mark.slow
 def test_only_the_lora_is_trained_and_it_is(config, tiny_model, tmp_path, monkeypatch):
     kept = {}
     build = DistillObjective.build_model
@@ -77,6 +78,7 @@ def test_only_the_lora_is_trained_and_it_is(config, tiny_model, tmp_path, monkey
     assert {"to_q", "conv1", "proj_in", "time_emb_proj"} <= kinds
 
 
+@pytest.mark.slow
 def test_stock_diffusers_opens_it_and_it_changes_the_removal(
     config, tiny_model, tiny_set, tmp_path
 ):

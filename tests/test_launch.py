@@ -147,22 +147,32 @@ def test_the_first_error_is_told_whatever_follows(tmp_path, monkeypatch):
     assert "launcher 99" in launch.describe_failure("remover", 1, log, 0)
 
 
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory):
+    """Two processes, of which the first fails, then the second, then neither: what each run printed
+    and whether it left a first error. A start imports torch three times, so there are only three.
+    """
+    kit, runs = Kit(tmp_path_factory.mktemp("twins")), []
+    for rank in (0, 1, None):
+        failing = TWINS.replace(
+            "    total =",
+            f"    if accelerator.process_index == {rank}:\n"
+            "        raise OSError('/sets/a.png: image file is truncated')\n    total =",
+        )
+        (kit.library / "trainer.py").write_text(failing)
+        output = finish(start(kit, hardware="cpu_two_processes"))
+        runs.append((output, (kit.root / "runs" / "job" / launch.FIRST_ERROR).exists()))
+    return kit, runs
+
+
 @pytest.mark.parametrize("rank", [0, 1])
-def test_of_several_processes_the_one_that_failed_first_is_told(kit, rank):
+def test_of_several_processes_the_one_that_failed_first_is_told(twins, rank):
     """The other one notices a moment later, and the launcher tells forty lines of its own."""
-    failing = TWINS.replace(
-        "    total =",
-        f"    if accelerator.process_index == {rank}:\n"
-        "        raise OSError('/sets/a.png: image file is truncated')\n    total =",
-    )
-    (kit.library / "trainer.py").write_text(failing)
-    output = finish(start(kit, hardware="cpu_two_processes"))
+    output, noted = twins[1][rank]
     (told,) = [line for line in output.splitlines() if line.startswith("JobError")]
-    assert f"rank {rank}: OSError: /sets/a.png: image file is truncated" in told
-    record = kit.root / "runs" / "job" / launch.FIRST_ERROR
-    (kit.library / "trainer.py").write_text(TWINS)  # what an earlier run left is not told again
-    assert record.exists() and "metrics" in finish(start(kit, hardware="cpu_two_processes"))
-    assert not record.exists()
+    assert f"rank {rank}: OSError: /sets/a.png: image file is truncated" in told and noted
+    output, noted = twins[1][-1]  # what an earlier run left is not told again
+    assert "metrics" in output and not noted
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
@@ -263,10 +273,9 @@ def test_a_run_asks_before_a_finished_job_is_repeated(kit):
     assert kit.states() == {"train": "done"}
 
 
-def test_two_processes_work_together(kit):
+def test_two_processes_work_together(twins):
     """The hardware file really starts two ranks: the wrong ways exit with 0 and one process."""
-    (kit.library / "trainer.py").write_text(TWINS)
-    output = finish(start(kit, hardware="cpu_two_processes"))
+    kit, (*_, (output, _)) = twins
     metrics = json.loads(output.partition("metrics ")[2])
     assert metrics["num_processes"] == 2 and metrics["total"] == 3.0
     assert metrics["device"] == "cpu" and "MULTI" in metrics["kind"]

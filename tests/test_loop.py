@@ -322,6 +322,7 @@ def _train_on_two(folder, short):
     Path(folder, f"{PartialState().process_index}.json").write_text(json.dumps(result))
 
 
+@pytest.mark.slow
 def test_one_process_that_is_short_of_memory_decides_for_all(tmp_path):
     weights = {}
     for name, short in (("enough", None), ("short", 1)):

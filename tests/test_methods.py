@@ -121,6 +121,7 @@ def test_few_steps_of_a_trailing_scheduler_begin_at_the_noise():
         assert pipe.scheduler.timesteps.tolist() == [first]
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_and_gives_the_same(model, triplets, tmp_path, monkeypatch):
     method = Method("m", model=str(model), num_inference_steps=2)
     whole = read_all(run_method(method, triplets, tmp_path / "whole", batch_size=2))

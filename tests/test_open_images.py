@@ -288,6 +288,7 @@ def _count(source):
     return [item.id for item in items], classes, groups
 
 
+@pytest.mark.slow
 def test_the_caps_hold_and_neither_the_order_nor_the_chunks_choose(tmp_path, monkeypatch):
     lines = _big_table(tmp_path)
     source = OpenImagesSource(str(tmp_path), per_class=300)

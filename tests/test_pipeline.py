@@ -922,6 +922,7 @@ def test_runs_of_an_earlier_version_are_opened(finished):
     assert list_ran(kit.call("run", "small")) == []
 
 
+@pytest.mark.slow
 def test_a_run_deletes_nothing(finished):
     """Whatever it is told, what a stage made is still there, under a name that says when."""
     kit, made = finished, {}
@@ -1079,6 +1080,7 @@ def test_a_run_its_records_and_its_report(first_run, finished):
     assert "train | pid" in output and "begins at step 0" in output
 
 
+@pytest.mark.slow
 def test_a_recipe_runs_once_a_seed_and_ends_in_one_report(kit):
     runs, page = kit.root / "runs", kit.root / "runs" / "small-seeds" / "report.html"
     stopped = kit.call("run", "small", "--seeds", "4", "5", "--set", "train.trouble=raise", code=1)

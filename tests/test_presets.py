@@ -92,6 +92,7 @@ def test_calls_take_the_models_settings_and_arguments_win(model):
     assert count_steps(remover, image, mask, **whole, **own) == [(1, 16)] * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recorded", [False, True])
 def test_a_lora_brings_its_own_and_can_be_left_out(model, tmp_path, recorded):
     image, mask = draw_picture(32)

@@ -491,6 +491,7 @@ def _encode(array):
     return {"bytes": buffer.getvalue(), "path": "x.png"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rows, values",
     [
@@ -678,6 +679,7 @@ def test_a_killed_upload_goes_on_and_stale_shards_are_deleted(hub, published, se
     ]
 
 
+@pytest.mark.slow
 def test_uploads_go_to_a_branch_that_is_made(hub, published, tmp_path):
     hub.run_client(
         tmp_path,
@@ -692,6 +694,7 @@ def test_uploads_go_to_a_branch_that_is_made(hub, published, tmp_path):
     assert "README.md" not in repo.commits[repo.branches["main"]]
 
 
+@pytest.mark.slow
 def test_without_a_right_to_write_the_upload_says_what_to_do(hub, published, tmp_path):
     hub.token = "secret"
     (refused,) = hub.run_client(tmp_path, UPLOAD.format(str(published)))
@@ -700,6 +703,7 @@ def test_without_a_right_to_write_the_upload_says_what_to_do(hub, published, tmp
     assert not hub.repos
 
 
+@pytest.mark.slow
 def test_a_shard_that_cannot_be_sent_is_named(hub, published, tmp_path):
     hub.is_full = True
     (refused,) = hub.run_client(tmp_path, UPLOAD.format(str(published)))

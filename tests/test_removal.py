@@ -224,6 +224,7 @@ def test_large_frames_alone_are_decoded_in_tiles(tiny_model, monkeypatch):
     assert seen == [False, True, False]
 
 
+@pytest.mark.slow
 def test_a_recorded_unet_removes_the_same_bit_for_bit(tiny_model):
     options = {"device": "cpu", "dtype": "no"}
     plain = ObjectRemover.from_pretrained(str(tiny_model), **options)
@@ -704,6 +705,7 @@ def test_a_vae_that_overflows_in_half_precision_decodes_again_in_float32(
 # ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_stopped_generation_goes_on(config, monkeypatch):
     generate_candidates(config)
     whole = read_results(config)

@@ -202,6 +202,7 @@ def test_candidates_need_a_discriminator(remover, capsys):
     assert "--candidates" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_discriminator_chooses_among_candidates(monkeypatch, tmp_path, tiny_model, capsys):
     monkeypatch.chdir(tmp_path)
     _save("photo.png", size=(64, 64))

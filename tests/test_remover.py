@@ -131,6 +131,7 @@ def exchange_images(folder):
         os.utime(path, ns=(before[number][1].st_atime_ns, before[number][1].st_mtime_ns))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cached", [True, False])
 def test_a_resumed_training_refuses_other_images(
     config, tiny_set, tmp_path, monkeypatch, caplog, cached
@@ -426,6 +427,7 @@ def test_holes_of_accepted_removals_count_at_late_times_alone(config, tiny_set, 
         assert compute(600, 600, where) == compute(0, 600, where) > 0.01
 
 
+@pytest.mark.slow
 def test_high_resolution_comes_in_whole_steps_at_its_share(config, tiny_set):
     config.high_resolution_meta_path, config.high_resolution_share = [str(tiny_set)], 0.3
     objective = make_objective(config)

@@ -9,8 +9,6 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from forked import Job, run_job
+from forked import Job, run_job, run_launcher_forked
 from resume_job import train, train_and_die
 from safetensors.torch import load_file
+from tiny import write_model
 
 from rorem_lib.builtin.scenes import render_scene
 from rorem_lib.data.writer import TripletWriter
@@ -48,6 +47,13 @@ def tuned():
         tune_cpu()
     yield
     torch.backends.mkldnn.matmul.fp32_precision = before
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    """Of the same layers as everywhere, but narrow: what is tested does not go with the size."""
+    unet = {"block_out_channels": (16, 32)}
+    return write_model(tmp_path_factory.mktemp("models") / "narrow", unet=unet)
 
 
 @pytest.fixture(scope="module")
@@ -128,23 +134,11 @@ def start_remover(config, processes=1):
 
 def launch_remover(config):
     """The same by accelerate's launcher, on two processes."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
-    command += ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
-    command += ["--dynamo_backend", "no", "--main_process_port", "0", "-m", "rorem_lib.remover"]
-    environment = os.environ | {
-        "ACCELERATE_USE_CPU": "true",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "PYTHONPATH": str(ROOT),
-    }
-    done = subprocess.run(
-        [*command, "--config", write_config(config)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    words = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision"]
+    words += ["no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "rorem_lib.remover"]
+    words += ["--config", write_config(config)]
+    job = Job(run_launcher_forked, words, log=Path(config.output_dir, "job.log"), cwd=ROOT)
+    assert job.wait(timeout=600) == 0, job.read_log()[-3000:]
 
 
 def kill_remover(config, processes):

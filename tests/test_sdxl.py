@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -23,7 +24,7 @@ from rorem_lib.data.remote import talk_to_hub
 from rorem_lib.models import sdxl
 from rorem_lib.models.hub import write_card
 from rorem_lib.models.inpainting import ObjectRemover
-from rorem_lib.models.presets import SETTINGS_FILE, Settings, save_settings
+from rorem_lib.models.presets import Settings, save_settings
 from rorem_lib.pretrain import UNET
 
 
@@ -357,24 +358,36 @@ def read_files(folder, prefix=""):
 
 
 @pytest.fixture(scope="module")
-def hub(tiny_model, tmp_path_factory):
-    """Repositories: `o/whole` and `o/base`, `o/inner` (`unet/` alone), `o/root` (its files)."""
+def hub(tiny_model, pipe, tmp_path_factory):
+    """Repositories: `o/whole` and `o/base`, `o/inner` (`unet/` alone), `o/root` (its files); with
+    settings and prompt `o/told`, without `o/plain`; a file of `o/both` does not come through."""
     released = tmp_path_factory.mktemp("released") / "unet"
     shutil.copytree(tiny_model / "unet", released)
     make_fp16(released)
+    told = tmp_path_factory.mktemp("told")
+    sdxl.save_empty_prompt(pipe, told)
+    save_settings(Settings(64, 7), told)
+    both = read_files(tiny_model / "unet")
+    weights = both["diffusion_pytorch_model.safetensors"]
     with HubServer().run() as server:
         server.add("o/whole", read_files(tiny_model))
         server.add("o/base", read_files(tiny_model))
         server.add("o/inner", read_files(released, "unet/") | {"README.md": b"x"})
         server.add("o/root", read_files(released))
         server.add("o/gated", read_files(released), gated=True)
+        server.add("o/told", read_files(tiny_model) | read_files(told))
+        server.add("o/plain", read_files(tiny_model))
+        server.add("o/both", both | {"diffusion_pytorch_model.fp16.safetensors": weights})
+        server.break_connection("GET", "fp16.safetensors", 100_000, times=20)
         yield server
 
 
-# Each call's model as the sum of its first weights, and what was warned of; or the error.
+# Each call's model as the sum of its first weights, and what was warned of; or the error. Then what
+# removers know.
 OPEN = """
     import logging
     from rorem_lib.models import sdxl
+    from rorem_lib.models.inpainting import ObjectRemover
     said = []
     class Note(logging.Handler):
         def emit(self, record):
@@ -388,13 +401,31 @@ OPEN = """
                   pipe.vae.encoder.layers[0].weight.abs().sum().item(), *said])
         except Exception as error:
             show(type(error).__name__ + ": " + str(error))
+    for model in ("o/told", "o/plain"):
+        remover = ObjectRemover.from_pretrained(model, device="cpu", dtype="no")
+        show([remover.settings.num_inference_steps, remover.pipe.text_encoder is None])
 """
+WRONG = [
+    ("o/none", {}),
+    ("builtin", {"unet": "o/none"}),
+    ("a/b/c", {}),
+    ("o/whole", {"revision": "gone"}),
+    ("o/gated", {}),
+    ("builtin", {"vae": "o/root"}),
+]
+BROKEN = [("builtin", {"unet": "o/both", "variant": "fp16"})]
+ABSENT = [
+    ("o/base", {}),
+    ("o/never", {}),
+    ("builtin", {"unet": "o/never"}),
+    ("builtin", {"vae": "o/never"}),
+]
 
 
-@pytest.mark.slow
-def test_models_open_from_the_hub_and_then_without_it(hub, tiny_model, pipe, tmp_path):
+@pytest.fixture(scope="module")
+def calls(tiny_model):
     base = {"base_model": str(tiny_model)}
-    calls = [
+    return [
         ("o/whole", {}),
         ("o/inner", base),
         ("o/root", base),
@@ -404,16 +435,26 @@ def test_models_open_from_the_hub_and_then_without_it(hub, tiny_model, pipe, tmp
         ("o/root", {"base_model": "o/whole", "variant": "fp16"}),
         ("o/whole", {"variant": "fp16"}),
     ]
-    wrong = [
-        ("o/none", {}),
-        ("builtin", {"unet": "o/none"}),
-        ("a/b/c", {}),
-        ("o/whole", {"revision": "gone"}),
-        ("o/gated", {}),
-        ("builtin", {"vae": "o/root"}),
-    ]
-    online = hub.run_client(tmp_path, OPEN.format(calls + wrong))
-    opened, (none, unet, name, revision, gated, vae) = online[: len(calls)], online[len(calls) :]
+
+
+@pytest.fixture(scope="module")
+def clients(hub, calls, tmp_path_factory):
+    """What one process shows with the Hub and another, with its cache, without; the cache; how many
+    requests each made. A process has to import torch and diffusers, so they do all at once."""
+    home = tmp_path_factory.mktemp("home")
+    online = hub.run_client(home, OPEN.format(calls + WRONG + BROKEN))
+    requests = len(hub.log)
+    offline = hub.run_client(home, OPEN.format(calls + ABSENT), HF_HUB_OFFLINE="1")
+    return SimpleNamespace(
+        online=online, offline=offline, home=home, requests=(requests, len(hub.log) - requests)
+    )
+
+
+@pytest.mark.slow
+def test_models_open_from_the_hub_and_then_without_it(hub, calls, clients, pipe):
+    count = len(calls)
+    opened, wrong = clients.online[:count], clients.online[count : count + len(WRONG)]
+    none, unet, name, revision, gated, vae = wrong
     first = pipe.unet.conv_in.weight.abs().sum().item()
     assert [row[0] / first for row in opened] == pytest.approx([1, 2, 2, 2, 2, 2, 2, 1], rel=1e-3)
     assert {row[1] for row in opened} == {pipe.vae.encoder.layers[0].weight.abs().sum().item()}
@@ -433,46 +474,35 @@ def test_models_open_from_the_hub_and_then_without_it(hub, tiny_model, pipe, tmp
     assert gated.startswith("PermissionError: o/gated is gated: accept its conditions")
     assert vae == "ValueError: o/root is no VAE, it is a UNet2DConditionModel"
 
-    requests = len(hub.log)
-    absent = [
-        ("o/base", {}),
-        ("o/never", {}),
-        ("builtin", {"unet": "o/never"}),
-        ("builtin", {"vae": "o/never"}),
-    ]
-    offline = hub.run_client(tmp_path, OPEN.format(calls + absent), HF_HUB_OFFLINE="1")
-    assert offline[: len(calls)] == opened and len(hub.log) == requests
+    assert clients.offline[:count] == opened
+    online, offline = clients.requests
+    assert online > 0 and offline == 0
     for text, id_ in zip(
-        offline[len(calls) :], ["o/base", "o/never", "o/never", "o/never"], strict=True
+        clients.offline[count : count + len(ABSENT)],
+        ["o/base", "o/never", "o/never", "o/never"],
+        strict=True,
     ):
         assert text.startswith(
             f"FileNotFoundError: {id_}@main is no folder and not, or not all, in"
         )
-        assert f"{tmp_path}/hub" in text and "HF_HUB_OFFLINE is set" in text
-
-
-REMOVE = """
-    import numpy as np
-    from rorem_lib.models.inpainting import ObjectRemover
-    remover = ObjectRemover.from_pretrained("o/told", device="cpu", dtype="no")
-    show([remover.settings.num_inference_steps, remover.pipe.text_encoder is None])
-    remover = ObjectRemover.from_pretrained("o/plain", device="cpu", dtype="no")
-    show([remover.settings.num_inference_steps, remover.pipe.text_encoder is None])
-"""
+        assert f"{clients.home}/hub" in text and "HF_HUB_OFFLINE is set" in text
 
 
 @pytest.mark.slow
-def test_settings_and_prompt_come_from_the_hub_and_may_be_missing(tiny_model, pipe, tmp_path):
-    sdxl.save_empty_prompt(pipe, tmp_path)
-    save_settings(Settings(64, 7), tmp_path)
-    extra = {name: (tmp_path / name).read_bytes() for name in (sdxl.EMPTY_PROMPT, SETTINGS_FILE)}
-    with HubServer().run() as hub:
-        hub.add("o/told", read_files(tiny_model) | extra)
-        hub.add("o/plain", read_files(tiny_model))
-        for offline in ({}, {"HF_HUB_OFFLINE": "1"}):
-            assert hub.run_client(tmp_path, REMOVE, **offline) == [[7, True], [50, True]]
-        opened = [r.path for r in hub.select("GET", "o/told") if "text_encoder" in r.path]
-        assert not [path for path in opened if path.endswith(".safetensors")]
+def test_settings_and_prompt_come_from_the_hub_and_may_be_missing(hub, clients):
+    for shown in (clients.online, clients.offline):
+        assert shown[-2:] == [[7, True], [50, True]]
+    opened = [r.path for r in hub.select("GET", "o/told") if "text_encoder" in r.path]
+    assert not [path for path in opened if path.endswith(".safetensors")]
+
+
+@pytest.mark.slow
+def test_a_broken_transfer_is_no_missing_variant(hub, calls, clients):
+    text = clients.online[len(calls) + len(WRONG)]
+    assert text.startswith("ConnectionError: the transfer of o/both@main broke")
+    assert text.endswith("run again, finished files are kept")
+    requests = [r.path for r in hub.select("GET", "safetensors") if "o/both" in r.path]
+    assert requests and all(path.endswith("model.fp16.safetensors") for path in requests)
 
 
 @pytest.mark.parametrize(
@@ -496,22 +526,6 @@ def test_local_files_only_asks_nobody(tmp_path, monkeypatch):
         match="o/never@main",
     ):
         sdxl.load_pipeline("o/never", local_files_only=True)
-
-
-@pytest.mark.slow
-def test_a_broken_transfer_is_no_missing_variant(tiny_model, tmp_path):
-    weights = (tiny_model / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
-    with HubServer().run() as hub:
-        hub.add(
-            "o/both",
-            read_files(tiny_model / "unet") | {"diffusion_pytorch_model.fp16.safetensors": weights},
-        )
-        hub.break_connection("GET", "fp16.safetensors", 100_000, times=20)
-        code = OPEN.format([("builtin", {"unet": "o/both", "variant": "fp16"})])
-        (text,) = hub.run_client(tmp_path, code)
-        assert text.startswith("ConnectionError: the transfer of o/both@main broke")
-        assert text.endswith("run again, finished files are kept")
-        assert not hub.select("GET", "/diffusion_pytorch_model.safetensors")
 
 
 def test_a_models_folder_counts_from_the_repository_where_there_is_none(tiny_model, monkeypatch):

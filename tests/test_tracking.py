@@ -169,6 +169,7 @@ def test_mfu_is_shown_where_the_peak_is_known(accelerator, tmp_path, clock, monk
     assert "mfu" not in tracker.write(3, None, 0.1)
 
 
+@pytest.mark.slow
 def test_memory_is_the_peak_of_this_process(accelerator, tmp_path):
     tracker = make_tracker(accelerator, tmp_path)
     add(tracker, 1.0)

@@ -28,6 +28,8 @@ from rorem_lib.labels.keys import PREFERENCE_KEYS
 from rorem_lib.labels.log import Label, LabelError, LabelLog
 from rorem_lib.sets import resolve
 
+pytestmark = pytest.mark.usefixtures("quick_widgets")
+
 METHODS = ("Telea", "human 1", "final model")
 
 

@@ -113,6 +113,7 @@ def test_a_killed_worker_is_told_as_such_and_no_process_stays():
     assert not _list_workers()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [1, 2])
 def test_what_a_process_died_at_is_named_and_the_others_go_on(tmp_path, number):
     tasks = [(n, tmp_path / "marker") for n in range(10)]
