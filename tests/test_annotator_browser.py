@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import psutil
 import pytest
-from lab import BROWSER, ROOT_SELECTOR, Annotating, run_lab, write_notebook
+from lab import ROOT_SELECTOR, Annotating, run_lab, wait_until, write_notebook
 from PIL import Image
 
 from rorem_lib.builtin.scenes import render_scene
@@ -23,8 +23,6 @@ from rorem_lib.labels.log import REASONS
 
 pytestmark = pytest.mark.slow
 
-playwright_api = pytest.importorskip("playwright.sync_api")
-
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
@@ -32,14 +30,6 @@ def lab(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lab")
     with run_lab(folder) as running:
         yield *running, folder
-
-
-@pytest.fixture(scope="module")
-def browser(chromium_path):
-    with playwright_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium_path, args=BROWSER)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -61,15 +51,19 @@ def folder(lab):
     return folder
 
 
-@pytest.fixture
-def page(lab, browser, folder):
-    page = browser.new_page(viewport={"width": 1366, "height": 768})
-    page.set_default_timeout(90_000)  # other tests run beside this one
+def open_notebook(page, lab, folder):
+    """Also for one that was rewritten: a page has the folder's address until it shows the file, and
+    reloading it then would open no notebook."""
     page.goto(f"{lab[0]}/lab/tree/{folder.name}/annotate.ipynb?reset")
+
+
+@pytest.fixture
+def page(lab, open_page, folder):
+    page = open_page()
+    open_notebook(page, lab, folder)
     yield page
     for session in page.request.get(f"{lab[0]}/api/sessions").json():
         page.request.delete(f"{lab[0]}/api/sessions/{session['id']}")
-    page.close()
 
 
 def signal_kernel(server, number):
@@ -94,7 +88,7 @@ def test_a_kernel_killed_while_keys_come_loses_nothing_it_called_saved(page, lab
         repeat_share=0.0,
     )
     me = Annotating(page, lab[0], folder)
-    page.reload()
+    open_notebook(page, lab, folder)
     me.start()
     page.evaluate(
         """selector => {
@@ -334,10 +328,7 @@ def test_labelling_by_keyboard_in_jupyterlab(page, lab, folder):
         expected.append((me.press("a"), "accept", None))
     assert me.saved == expected
     me.run_notebook()
-    for _ in range(300):
-        if (folder / "stage" / "DONE").exists():
-            break
-        page.wait_for_timeout(100)
+    wait_until((folder / "stage" / "DONE").exists, page)
     metrics = json.loads((folder / "stage" / "metrics.json").read_text())
     assert metrics["n_labelled"] == 10 and metrics["simulated"] is False
     accepted = [triplet.id for triplet in read_triplets(folder / "stage" / "accepted")]
@@ -371,7 +362,7 @@ def test_panes_show_the_files_and_keys_leave_jupyterlabs_bar_alone(page, lab, fo
         repeat_share=0.0,
     )
     me = Annotating(page, lab[0], folder)
-    page.reload()
+    open_notebook(page, lab, folder)
     me.start()
 
     def find_error(box):
@@ -385,14 +376,12 @@ def test_panes_show_the_files_and_keys_leave_jupyterlabs_bar_alone(page, lab, fo
     margin = 0.3 * 140 + 2
     zoomed = (500 - margin, 300 - margin, 640 + margin, 400 + margin)
     me.wait_for_idle_kernel()  # the cells below the widget have run
-    page.wait_for_timeout(500)
     asked = []
     page.on("request", lambda request: asked.append(request.url))
     for _ in range(2):  # of the second image as of the first
-        assert find_error(whole) < 5
+        wait_until(lambda: find_error(whole) < 5, page)
         page.keyboard.press("z")
-        page.wait_for_timeout(500)  # it is decoded in full now
-        assert find_error(zoomed) < 5
+        wait_until(lambda: find_error(zoomed) < 5, page)  # once it is decoded in full
         page.keyboard.press("z")
         assert find_error(whole) < 5
         me.press("a")
@@ -417,7 +406,7 @@ def test_two_removals_beside_the_source_in_the_evaluation_notebook(page, lab, fo
         methods=[{"name": "Telea", "kind": "telea"}, {"name": "Navier-Stokes", "kind": "ns"}],
     )
     me = Annotating(page, lab[0], folder, "user_study")
-    page.reload()
+    open_notebook(page, lab, folder)
     me.run_notebook()
     page.locator("input[placeholder='such as anna.m']").fill("anna")
     page.keyboard.press("Enter")
@@ -450,10 +439,7 @@ def test_two_removals_beside_the_source_in_the_evaluation_notebook(page, lab, fo
     page.keyboard.press("a")  # nothing is accepted here
     assert me.saved == expected and me.widget.locator(".count").inner_text() == "3 of 4"
     me.run_notebook()
-    for _ in range(300):
-        if (folder / "stage" / "DONE").exists():
-            break
-        page.wait_for_timeout(100)
+    wait_until((folder / "stage" / "DONE").exists, page)
     study = json.loads((folder / "stage" / "metrics.json").read_text())["user_study"]
     told = json.loads((folder / "stage" / "user_study" / "trials.json").read_text())
     lefts = [told[expected[0][0]]["methods"][0], told[undone]["methods"][0]]
