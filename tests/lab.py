@@ -140,6 +140,7 @@ class Annotating:
             # a page that was left while it opened may have started another, which nobody has
             return [k["execution_state"] for k in kernels if k["connections"]] == ["idle"]
 
+        self.page.wait_for_selector(".jp-Notebook .jp-Cell")
         wait_until(kernel_is_idle, self.page)
 
     def run_notebook(self):
