@@ -79,6 +79,38 @@ def quick_widgets(monkeypatch):
     monkeypatch.setattr("rorem_lib.labels.widget.gc", mock.Mock())
 
 
+@pytest.fixture(scope="module")
+def browser(chromium_path):
+    """A headless Chromium. Not for the session: its event loop would stand in other tests' way."""
+    from lab import BROWSER
+
+    with pytest.importorskip("playwright.sync_api").sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium_path, args=BROWSER)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser):
+    """Opens pages of a width, a height (CSS px) and options of Playwright's; the test fails where
+    a script in one of them did, but for JupyterLab's own, when its kernel is killed."""
+    from lab import WAIT
+
+    pages, errors = [], []
+
+    def open_page(width=1366, height=768, **options):
+        page = browser.new_page(viewport={"width": width, "height": height}, **options)
+        page.set_default_timeout(1000 * WAIT)
+        page.on("pageerror", lambda error: "/lab/" in page.url or errors.append(str(error)))
+        pages.append(page)
+        return page
+
+    yield open_page
+    for page in pages:
+        page.close()
+    assert not errors
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """Folder of an untrained SDXL-inpainting pipeline of the built-in model's architecture."""

@@ -19,6 +19,7 @@ from PIL import Image
 from rorem_lib.files import ROOT
 
 ROOT_SELECTOR = ".rorem-annotator"
+WAIT = 90  # s that a browser or a kernel gets for whatever it does: other tests run beside it
 SERVER = [
     "--no-browser",
     "--ip=127.0.0.1",
@@ -47,6 +48,44 @@ def write_notebook(folder, name="04_annotate", **parameters):
     nbformat.write(notebook, folder / "annotate.ipynb")
 
 
+def wait_until(is_true, page=None):
+    """Until a condition holds, `WAIT` s or longer; a page's events are handled meanwhile."""
+    for _ in range(20 * WAIT):
+        if is_true():
+            return
+        page.wait_for_timeout(50) if page else time.sleep(0.05)
+    raise TimeoutError(f"{is_true.__name__} is not true after {WAIT} s")
+
+
+def wait_until_still(page, selector):
+    """Until what a selector finds has kept its place and size for 20 frames on screen."""
+    page.wait_for_selector(selector)
+    page.evaluate(
+        """selector => new Promise(done => {
+            let [before, same] = ["", 0];
+            const look = () => {
+                const area = document.querySelector(selector)?.getBoundingClientRect();
+                const now = JSON.stringify(area ?? "");
+                same = now === before && area?.height > 0 ? same + 1 : 0;
+                before = now;
+                same < 20 ? requestAnimationFrame(look) : done();
+            };
+            look();
+        })""",
+        selector,
+    )
+
+
+def save_screenshot(page, name, **options):
+    """A page as a PNG's bytes, and in `$ROREM_SCREENSHOTS` where that is set."""
+    data = page.screenshot(**options)
+    if os.environ.get("ROREM_SCREENSHOTS"):
+        folder = Path(os.environ["ROREM_SCREENSHOTS"])
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.png").write_bytes(data)
+    return data
+
+
 @contextlib.contextmanager
 def run_lab(folder, *, plain=False):
     """A JupyterLab on a folder, as `make lab` starts it or plain: yields (address, process)."""
@@ -66,11 +105,12 @@ def run_lab(folder, *, plain=False):
     command += [f"--ServerApp.root_dir={folder}"] + ["--allow-root"] * (os.geteuid() == 0)
     with open(folder / "lab.log", "w") as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-    for _ in range(600):
+
+    def listens_or_ended():
         with socket.socket() as probe:
-            if server.poll() is not None or not probe.connect_ex(("127.0.0.1", port)):
-                break
-        time.sleep(0.1)
+            return server.poll() is not None or not probe.connect_ex(("127.0.0.1", port))
+
+    wait_until(listens_or_ended)
     if server.poll() is not None:
         raise RuntimeError((folder / "lab.log").read_text())
     try:
@@ -98,12 +138,14 @@ class Annotating:
         self.page.goto(f"{self.address}/lab/tree/{self.folder.name}/annotate.ipynb?reset")
 
     def wait_for_idle_kernel(self):
-        for _ in range(300):
+        def kernel_is_idle():
             answer = self.page.request.get(f"{self.address}/api/kernels")
             kernels = answer.json() if answer.ok else []  # an error while a kernel comes or goes
-            if [(k["execution_state"], k["connections"]) for k in kernels] == [("idle", 1)]:
-                break
-            self.page.wait_for_timeout(100)
+            # a page that was left while it opened may have started another, which nobody has
+            return [k["execution_state"] for k in kernels if k["connections"]] == ["idle"]
+
+        self.page.wait_for_selector(".jp-Notebook .jp-Cell")
+        wait_until(kernel_is_idle, self.page)
 
     def run_notebook(self):
         self.wait_for_idle_kernel()  # what is run before the page has its kernel is not run at all
@@ -152,12 +194,7 @@ class Annotating:
         return self.change(lambda: self.widget.locator(f"[data-action={action}]").click())
 
     def take_picture(self, name):
-        data = self.page.screenshot()
-        if os.environ.get("ROREM_SCREENSHOTS"):
-            target = Path(os.environ["ROREM_SCREENSHOTS"])
-            target.mkdir(parents=True, exist_ok=True)
-            (target / f"{name}.png").write_bytes(data)
-        return Image.open(io.BytesIO(data)).convert("RGB")
+        return Image.open(io.BytesIO(save_screenshot(self.page, name))).convert("RGB")
 
     def grab_picture(self, side):
         """What a pane shows, [H, W, 3] uint8."""

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import psutil
 import pytest
-from lab import BROWSER, ROOT_SELECTOR, Annotating, run_lab, write_notebook
+from lab import ROOT_SELECTOR, Annotating, run_lab, wait_until, write_notebook
 from PIL import Image
 
 from rorem_lib.builtin.scenes import render_scene
@@ -23,8 +23,6 @@ from rorem_lib.labels.log import REASONS
 
 pytestmark = pytest.mark.slow
 
-playwright_api = pytest.importorskip("playwright.sync_api")
-
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
@@ -32,14 +30,6 @@ def lab(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lab")
     with run_lab(folder) as running:
         yield *running, folder
-
-
-@pytest.fixture(scope="module")
-def browser(chromium_path):
-    with playwright_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium_path, args=BROWSER)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -62,13 +52,11 @@ def folder(lab):
 
 
 @pytest.fixture
-def page(lab, browser):
-    page = browser.new_page(viewport={"width": 1366, "height": 768})
-    page.set_default_timeout(90_000)  # other tests run beside this one
+def page(lab, open_page):
+    page = open_page()
     yield page
     for session in page.request.get(f"{lab[0]}/api/sessions").json():
         page.request.delete(f"{lab[0]}/api/sessions/{session['id']}")
-    page.close()
 
 
 def signal_kernel(server, number):
@@ -334,10 +322,7 @@ def test_labelling_by_keyboard_in_jupyterlab(page, lab, folder):
         expected.append((me.press("a"), "accept", None))
     assert me.saved == expected
     me.run_notebook()
-    for _ in range(300):
-        if (folder / "stage" / "DONE").exists():
-            break
-        page.wait_for_timeout(100)
+    wait_until((folder / "stage" / "DONE").exists, page)
     metrics = json.loads((folder / "stage" / "metrics.json").read_text())
     assert metrics["n_labelled"] == 10 and metrics["simulated"] is False
     accepted = [triplet.id for triplet in read_triplets(folder / "stage" / "accepted")]
@@ -378,21 +363,19 @@ def test_panes_show_the_files_and_keys_leave_jupyterlabs_bar_alone(page, lab, fo
         shown = me.grab_picture(1)
         wanted = draw_by_hand(removal, box, shown.shape[:2])
         inside = wanted.any(axis=2) & shown.any(axis=2)
-        assert inside.mean() > 0.5
-        return np.abs(shown.astype(float) - wanted)[inside].mean()
+        error = np.abs(shown.astype(float) - wanted)[inside]
+        return error.mean() if inside.mean() > 0.5 else np.inf
 
     whole = (0, 0, 900, 700)
     margin = 0.3 * 140 + 2
     zoomed = (500 - margin, 300 - margin, 640 + margin, 400 + margin)
     me.wait_for_idle_kernel()  # the cells below the widget have run
-    page.wait_for_timeout(500)
     asked = []
     page.on("request", lambda request: asked.append(request.url))
     for _ in range(2):  # of the second image as of the first
-        assert find_error(whole) < 5
+        wait_until(lambda: find_error(whole) < 5, page)
         page.keyboard.press("z")
-        page.wait_for_timeout(500)  # it is decoded in full now
-        assert find_error(zoomed) < 5
+        wait_until(lambda: find_error(zoomed) < 5, page)  # once it is decoded in full
         page.keyboard.press("z")
         assert find_error(whole) < 5
         me.press("a")
@@ -450,10 +433,7 @@ def test_two_removals_beside_the_source_in_the_evaluation_notebook(page, lab, fo
     page.keyboard.press("a")  # nothing is accepted here
     assert me.saved == expected and me.widget.locator(".count").inner_text() == "3 of 4"
     me.run_notebook()
-    for _ in range(300):
-        if (folder / "stage" / "DONE").exists():
-            break
-        page.wait_for_timeout(100)
+    wait_until((folder / "stage" / "DONE").exists, page)
     study = json.loads((folder / "stage" / "metrics.json").read_text())["user_study"]
     told = json.loads((folder / "stage" / "user_study" / "trials.json").read_text())
     lefts = [told[expected[0][0]]["methods"][0], told[undone]["methods"][0]]

@@ -49,6 +49,7 @@ def files(scene, tmp_path_factory):
     Image.fromarray(np.zeros_like(scene.mask)).save(folder / "empty.png")
     Image.fromarray(scene.mask[:, :40]).save(folder / "narrow.png")
     Image.new("RGB", (1200, 1000), "white").save(folder / "large.png")
+    photo.save(folder / "film.gif", save_all=True, append_images=[Image.fromarray(scene.truth)])
     (folder / "text.png").write_text("no image")
     (folder / "heavy.bin").write_bytes(os.urandom(3_000_000))
     return folder
@@ -150,6 +151,7 @@ def test_settings_reach_the_model(client, files, scene, remover):
         ("photo.png", None, ["mask"]),
         (None, "mask.png", ["image"]),
         ("text.png", "mask.png", ["text.png", "no image"]),
+        ("film.gif", "mask.png", ["film.gif", "2 frames"]),
         ("large.png", "mask.png", ["large.png", "1.2 megapixels", "limit", "1:"]),
     ],
 )

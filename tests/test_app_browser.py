@@ -3,12 +3,13 @@
 Screenshots go to `$ROREM_SCREENSHOTS` where it is set, for whoever wants to look.
 """
 
+import io
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
-from lab import BROWSER
+from lab import save_screenshot, wait_until, wait_until_still
 from PIL import Image
 
 from rorem_lib.app import app, service
@@ -17,8 +18,6 @@ from rorem_lib.data.pictures import load_image
 from rorem_lib.models.inpainting import ObjectRemover
 
 pytestmark = pytest.mark.slow
-
-playwright_api = pytest.importorskip("playwright.sync_api")
 
 
 class Recorder(service.Service):
@@ -42,14 +41,6 @@ def address(recorder):
 
 
 @pytest.fixture(scope="module")
-def browser(chromium_path):
-    with playwright_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium_path, args=BROWSER)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
 def scene():
     return render_scene([4, 3], role="pool")
 
@@ -57,10 +48,9 @@ def scene():
 class Visit:
     """What a visitor sees and does."""
 
-    def __init__(self, browser, address, width, height=900):
-        self.page = browser.new_page(viewport={"width": width, "height": height})
-        self.page.set_default_timeout(60_000)  # other tests run beside this one
-        self.asked = []
+    def __init__(self, open_page, address, width, height=900):
+        self.page = open_page(width, height)
+        self.asked, self.photo = [], None
         self.page.on("request", lambda request: self.asked.append(request.url))
         self.page.goto(address)
         self.page.wait_for_selector("#photo")
@@ -70,30 +60,43 @@ class Visit:
         self.page.set_input_files("#photo input[type=file]", path)
         self.page.wait_for_selector("#go:not([disabled])")
         self.page.wait_for_selector("#editor .pixi-target.visible")
-        self.page.wait_for_timeout(1500)  # the canvas comes into place
-        with Image.open(path) as photo:
-            self.size = photo.size
+        self.photo, self.is_drawn_on = load_image(path), False
 
     def locate(self, x, y):
         """Where a pixel of a photo no larger than the canvas lies on the page."""
+        height, width = self.photo.shape[:2]
         zoom = self.page.locator("#editor").inner_text().partition("%")[0].split()[-1]
         area = self.page.locator("#editor canvas").first.bounding_box()
-        scale, (width, height) = int(zoom) / 100, self.size
+        scale = int(zoom) / 100
         left = area["x"] + (area["width"] - width * scale) / 2
         top = area["y"] + (area["height"] - height * scale) / 2
         return left + (x + 0.5) * scale, top + (y + 0.5) * scale
 
+    def photo_is_in_place(self):
+        """Whether its pixels are seen where `locate` says: the canvas moves until it fits."""
+        seen = np.asarray(Image.open(io.BytesIO(self.page.screenshot())).convert("RGB"))
+        height, width = self.photo.shape[:2]
+        (left, top), (right, bottom) = self.locate(0, 0), self.locate(width, height)
+        ys, xs = np.mgrid[0.1:0.9:8j, 0.1:0.9:8j]
+        rows = np.clip(top + ys * (bottom - top), 0, seen.shape[0] - 1).astype(int)
+        columns = np.clip(left + xs * (right - left), 0, seen.shape[1] - 1).astype(int)
+        expected = self.photo[(ys * height).astype(int), (xs * width).astype(int)]
+        return np.median(np.abs(seen[rows, columns].astype(int) - expected)) < 8
+
     def draw(self, *points):
         """A stroke from point to point, px of the photo."""
+        if not self.is_drawn_on:
+            wait_until(self.photo_is_in_place, self.page)
+            self.is_drawn_on = True
         self.page.mouse.move(*self.locate(*points[0]))
         self.page.mouse.down()
         for point in points[1:]:
             self.page.mouse.move(*self.locate(*point), steps=4)
         self.page.mouse.up()
-        self.page.wait_for_timeout(300)
+        self.page.evaluate("new Promise(done => requestAnimationFrame(done))")
 
     def choose(self, **numbers):
-        """Settings below "More", by their ids."""
+        """Settings below "More settings", by their ids."""
         if not self.page.locator("#steps").is_visible():
             self.page.locator("#more button").first.click()
         for name, value in numbers.items():
@@ -117,23 +120,19 @@ class Visit:
         """A screenshot, and nothing wider than the page."""
         wide = self.page.evaluate("document.scrollingElement.scrollWidth")
         assert wide <= self.width, f"the page is {wide} px wide in a window of {self.width}"
-        if os.environ.get("ROREM_SCREENSHOTS"):
-            target = Path(os.environ["ROREM_SCREENSHOTS"])
-            target.mkdir(parents=True, exist_ok=True)
-            self.page.screenshot(path=target / f"app_{name}_{self.width}.png", full_page=True)
+        save_screenshot(self.page, f"app_{name}_{self.width}", full_page=True)
 
-    def close(self):
+    def check_requests(self):
         foreign = [
             u for u in self.asked if not u.startswith(("http://127.0.0.1", "data:", "blob:"))
         ]
         assert self.asked and foreign == [], "everything comes from this machine"
-        self.page.close()
 
 
-def test_what_is_drawn_with_the_mouse_is_removed(browser, address, recorder, scene, tmp_path):
+def test_what_is_drawn_with_the_mouse_is_removed(open_page, address, recorder, scene, tmp_path):
     photo = np.kron(scene.image, np.ones((4, 4, 1), np.uint8))  # 256 px
     Image.fromarray(photo).save(tmp_path / "photo.png")
-    visit = Visit(browser, address, 1366)
+    visit = Visit(open_page, address, 1366)
     assert visit.page.locator("#go").is_disabled(), "first a photo"
     visit.look("empty")
     visit.upload(tmp_path / "photo.png")
@@ -168,20 +167,19 @@ def test_what_is_drawn_with_the_mouse_is_removed(browser, address, recorder, sce
     np.testing.assert_array_equal(load_image(saved)[kept], photo[kept])
     assert (load_image(saved) != photo).any()
     assert "miniature" in visit.page.locator("#about").inner_text(), "what it is not for"
-    visit.close()
+    visit.check_requests()
 
 
-def test_a_box_on_a_phone_and_the_best_of_two(browser, address, recorder, scene, tmp_path):
+def test_a_box_on_a_phone_and_the_best_of_two(open_page, address, recorder, scene, tmp_path):
     photo = np.kron(scene.image, np.ones((24, 32, 1), np.uint8))  # 2048x1536 px
     Image.fromarray(photo).save(tmp_path / "large.jpg", quality=95)
-    visit = Visit(browser, address, 390, 844)
+    visit = Visit(open_page, address, 390, 844)
     visit.look("empty")
     visit.upload(tmp_path / "large.jpg")
     visit.look("opened")
     visit.page.locator("#tool label", has_text="Box").click()
     target = visit.page.locator("#target img")
-    target.wait_for()
-    visit.page.wait_for_timeout(500)
+    wait_until_still(visit.page, "#target img")
     target.scroll_into_view_if_needed()
     area = target.bounding_box()
     for x, y in ((0.5, 0.3), (0.85, 0.65)):
@@ -197,8 +195,10 @@ def test_a_box_on_a_phone_and_the_best_of_two(browser, address, recorder, scene,
     thumbnails.nth(1).wait_for()
     assert thumbnails.count() == 2
     first = load_image(visit.download("png", tmp_path))
+    sources = "[...document.querySelectorAll('#slider img')].map(image => image.src).join()"
+    before = visit.page.evaluate(sources)
     thumbnails.nth(1).click()
-    visit.page.wait_for_timeout(1500)
+    visit.page.wait_for_function(f"before => {sources} !== before", arg=before)
     visit.look("variants")
     second = load_image(visit.download("png", tmp_path))
 
@@ -223,12 +223,12 @@ def test_a_box_on_a_phone_and_the_best_of_two(browser, address, recorder, scene,
     assert visit.page.locator("#tool input").first.is_checked()
     visit.page.locator("#go").click()
     assert "marked" in visit.page.locator(".toast-body").first.inner_text()
-    visit.close()
+    visit.check_requests()
 
 
-def test_what_is_no_image_or_too_large_is_named(browser, address, tmp_path):
+def test_what_is_no_image_or_too_large_is_named(open_page, address, tmp_path):
     (tmp_path / "page.png").write_text("<!doctype html><html></html>")
-    visit = Visit(browser, address, 1366)
+    visit = Visit(open_page, address, 1366)
     visit.page.set_input_files("#photo input[type=file]", tmp_path / "page.png")
     message = visit.page.locator(".toast-body").first.inner_text()
     assert "page.png" in message and "web page" in message and "/tmp" not in message
@@ -239,4 +239,4 @@ def test_what_is_no_image_or_too_large_is_named(browser, address, tmp_path):
     message = visit.page.locator(".toast-body").first.inner_text()
     assert "heavy.jpg" in message and "maximum allowed size" in message
     visit.look("heavy")
-    visit.close()
+    visit.check_requests()

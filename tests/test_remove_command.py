@@ -25,7 +25,7 @@ from rorem_lib.files import ROOT, lock_folder
 from rorem_lib.models import runtimes
 from rorem_lib.models.inpainting import MODES, Removal
 from rorem_lib.models.sdxl import BASE_MODEL, load_pipeline
-from rorem_lib.runner import cli, remove_command, remove_work
+from rorem_lib.runner import cli, remove_command, remove_job, remove_model
 
 SIZE = 32
 HOLE = (slice(8, 16), slice(8, 20))
@@ -37,6 +37,9 @@ class Remover:
 
     def __init__(self, seconds=0.0, broken=()):
         self.calls, self.seconds, self.broken = [], seconds, broken
+        self.networks, self.parameters = SimpleNamespace(device="cpu"), 10**9
+        weights = SimpleNamespace(numel=lambda: self.parameters)
+        self.pipe = SimpleNamespace(unet=SimpleNamespace(parameters=lambda: [weights]))
 
     def remove(self, images, masks, *, names, **settings):
         self.calls.append({"names": [Path(n).name for n in names], "masks": masks, **settings})
@@ -59,7 +62,7 @@ def remover(monkeypatch, tmp_path):
     """The remover that every command of a test opens; the working folder is the test's."""
     fake = Remover()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(remove_work, "open_remover", lambda options, tell: fake)
+    monkeypatch.setattr(remove_job, "open_remover", lambda options, tell: fake)
     return fake
 
 
@@ -327,11 +330,25 @@ def test_a_16_bit_image(remover):
     assert abs(_read("out.jpg")[20:] - values[20:] / 257).mean() < 6
 
 
-def test_an_animation_is_refused_by_name(remover, capsys):
+@pytest.mark.parametrize("name", ["film.gif", "film.webp", "film.png", "pages.tif"])
+def test_several_frames_or_pages_are_refused_by_name(remover, name, capsys):
     frames = [Image.fromarray(_pixels(n)) for n in range(3)]
-    frames[0].save("film.gif", save_all=True, append_images=frames[1:])
-    assert _run("film.gif", "--box", "8,8,20,16") == 1
-    assert "film.gif" in (error := capsys.readouterr().err) and "3 frames" in error
+    frames[0].save(name, save_all=True, append_images=frames[1:])
+    assert _run(name, "--box", "8,8,20,16", "-o", "out/") == 1
+    assert name in (error := capsys.readouterr().err) and "3 frames or pages" in error
+    assert _list("out") == []
+
+
+def test_previews_beside_a_photo_are_no_pages(remover):
+    thumbnail = Image.fromarray(_pixels(1, (8, 8)))
+    thumbnail.encoderinfo = {"tiffinfo": {254: 1}}
+    Image.fromarray(_pixels()).save("photo.tif", save_all=True, append_images=[thumbnail])
+    Image.fromarray(_pixels()).save("photo.mpo", save_all=True, append_images=[thumbnail])
+    for name in ("photo.tif", "photo.mpo"):
+        with Image.open(name) as image:
+            assert image.n_frames == 2
+        assert _run(name, "--box", "8,8,20,16", "-o", f"{name}.png") == 0
+    _check_removed("photo.tif.png", _pixels())
 
 
 # ------------------------------------------------------------------------------ many images
@@ -423,6 +440,8 @@ def test_patterns_and_an_image_that_is_named_twice(remover):
         ("photos", "--mask", "nowhere"),
         ("photos", "--box", "1,1,9,9", "-o", "out.png"),
         ("photos/00.png", "--box", "1,1,9,9", "-o", "out.tif"),
+        ("photos/00.png", "--box", "1,1,9,9", "-o", "out.xyz"),
+        ("photos", "--box", "1,1,9,9", "-o", "results.v2"),
         ("photos/00.png", "--box", "1,1,9,9", "-o", "out.png", "--format", "jpg"),
     ],
 )
@@ -432,7 +451,19 @@ def test_wrong_words_are_named_before_anything_is_opened(remover, words, capsys)
     assert _run(*words) == 2
     wrong = words[0] if words[0] != "photos" and len(words) == 3 else words[-1]
     assert wrong in capsys.readouterr().err or "--format" in words
-    assert not remover.calls and not Path("out").exists()
+    assert not remover.calls and _list(".") == ["empty", "masks", "photos"]
+
+
+def test_an_unknown_suffix_names_those_that_are_known(remover, capsys):
+    _save("photo.png")
+    words = ("photo.png", "--box", "8,8,20,16", "-o")
+    assert _run(*words, "out.xyz") == 2
+    error = capsys.readouterr().err
+    assert all(suffix in error for suffix in (".png", ".jpg", ".webp", "out.xyz/"))
+    assert _run(*words, "out.xyz/") == 0
+    assert _run(*words, "out.xyz") == 0  # a folder that is there
+    assert _run(*words, "plain/deep") == 0
+    assert _list("out.xyz") == _list("plain/deep") == ["photo.png"]
 
 
 def test_one_mask_for_all_fits_where_the_shape_agrees(remover, capsys):
@@ -732,7 +763,7 @@ def test_too_little_memory_names_the_device(remover, monkeypatch, device, mend, 
         raise MemoryError
 
     monkeypatch.setattr(remover, "remove", remove)
-    monkeypatch.setattr(remove_work, "choose_device", lambda asked: device)
+    remover.networks.device = device
     _save("photo.png")
     assert _run("photo.png", "--box", "1,1,9,9") == 1
     error = capsys.readouterr().err
@@ -740,7 +771,7 @@ def test_too_little_memory_names_the_device(remover, monkeypatch, device, mend, 
 
 
 def test_few_images_are_in_memory_at_a_time(remover, monkeypatch):
-    monkeypatch.setattr(remove_work, "GROUP_PIXELS", 3 * SIZE**2)
+    monkeypatch.setattr(remove_job, "GROUP_PIXELS", 3 * SIZE**2)
     _folder(14)
     assert _run("photos", "--mask", "masks", "-o", "out") == 0
     assert max(len(call["names"]) for call in remover.calls) == 3
@@ -748,11 +779,11 @@ def test_few_images_are_in_memory_at_a_time(remover, monkeypatch):
 
 
 def test_progress_in_a_log_has_the_time_that_is_left(remover, monkeypatch, capsys):
-    monkeypatch.setattr(remove_work, "LOG_SECONDS", 0)
+    monkeypatch.setattr(remove_job, "LOG_SECONDS", 0)
     _folder(3)
     _run("photos", "--mask", "masks", "-o", "out", "--batch-size", 1)
     lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("2 of 3")]
-    assert len(lines) == 1 and re.search(r"s per image +\d+ s left", lines[0])
+    assert len(lines) == 1 and re.search(r"\ds/image, [\d:]+ left", lines[0])
 
 
 # ---------------------------------------------------------------------------------- the model
@@ -795,7 +826,7 @@ def test_a_network_that_is_down_is_told_at_once(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(remove_work, "HfApi", lambda: HfApi(endpoint="http://127.0.0.1:9"))
+    monkeypatch.setattr(remove_model, "HfApi", lambda: HfApi(endpoint="http://127.0.0.1:9"))
     _save("photo.png")
     began = time.monotonic()
     assert cli.main(["remove", "photo.png", "--box", "1,1,9,9"]) == 2
@@ -816,7 +847,7 @@ def test_a_device_that_is_not_there_is_named(monkeypatch, tmp_path, capsys, devi
 
 def test_a_model_that_is_in_the_cache_is_not_said_to_be_missing(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(remove_work, "measure_download", lambda *_: None)
+    monkeypatch.setattr(remove_model, "measure_download", lambda *_: None)
     Path("lora").mkdir()
     _save("photo.png")
 
@@ -824,18 +855,20 @@ def test_a_model_that_is_in_the_cache_is_not_said_to_be_missing(monkeypatch, tmp
         def open_model(*_, **__):
             raise error
 
-        monkeypatch.setattr(remove_work.ObjectRemover, "from_pretrained", open_model)
+        monkeypatch.setattr(remove_model.ObjectRemover, "from_pretrained", open_model)
         assert cli.main(["remove", "photo.png", "--box", "1,1,9,9", *words]) == 2
         return capsys.readouterr().err
 
     error = fail(AssertionError("it is opened"), "--lora", "./lora", "--model", "builtin")
     assert "./lora holds no LoRA" in error and "hf download" not in error
-    monkeypatch.setattr(remove_work, "identify_model", lambda model, revision=None: None)
+    monkeypatch.setattr(remove_model, "identify_model", lambda model, revision=None: None)
     assert "could not be downloaded" in fail(FileNotFoundError("no weights"))
-    monkeypatch.setattr(remove_work, "identify_model", lambda model, revision=None: f"{model}@1")
+    monkeypatch.setattr(remove_model, "identify_model", lambda model, revision=None: f"{model}@1")
     assert "could not be downloaded" not in fail(FileNotFoundError("no weights"))
     monkeypatch.setattr(
-        remove_work, "identify_model", lambda model, revision=None: None if "lora" in model else "1"
+        remove_model,
+        "identify_model",
+        lambda model, revision=None: None if "lora" in model else "1",
     )
     error = fail(FileNotFoundError("not in the cache"), "--lora", "owner/lora")
     assert "owner/lora" in error and "hf download" not in error
@@ -858,6 +891,26 @@ def test_another_runtime_wants_an_exported_folder(monkeypatch, tmp_path, install
     assert ("rorem export" if installed else "requirements/export.txt") in error
 
 
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--device", "cuda"], "--device"),
+        (["--offload"], "--offload"),
+        (["--revision", "main"], "--revision"),
+        (["--lora", "o/lora"], "--lora"),
+        (["--dtype", "bf16"], "--dtype"),
+    ],
+)
+def test_what_another_runtime_cannot_honour_is_refused(remover, words, named, capsys):
+    _save("photo.png")
+    words = ("photo.png", "--box", "1,1,9,9", *words)
+    assert _run(*words, "--runtime", "onnx") == 2
+    error = capsys.readouterr().err
+    assert "--runtime onnx" in error and named in error
+    assert not remover.calls and _list(".") == ["photo.png"]
+    assert _run(*words[:3], "--runtime", "onnx", "--device", "cpu") == 0
+
+
 def test_a_unet_here_downloads_the_base_model_alone(monkeypatch, tmp_path):
     asked = []
 
@@ -867,11 +920,11 @@ def test_a_unet_here_downloads_the_base_model_alone(monkeypatch, tmp_path):
             names = ("vae/diffusion_pytorch_model.safetensors", "unet/other.safetensors")
             return SimpleNamespace(siblings=[SimpleNamespace(rfilename=n, size=7) for n in names])
 
-    monkeypatch.setattr(remove_work, "HfApi", Api)
+    monkeypatch.setattr(remove_model, "HfApi", Api)
     (tmp_path / "config.json").write_text("{}")
-    assert remove_work.measure_download(str(tmp_path)) == 7 and asked == [BASE_MODEL]
+    assert remove_model.measure_download(str(tmp_path)) == 7 and asked == [BASE_MODEL]
     (tmp_path / "model_index.json").write_text("{}")
-    assert remove_work.measure_download(str(tmp_path)) is None and asked == [BASE_MODEL]
+    assert remove_model.measure_download(str(tmp_path)) is None and asked == [BASE_MODEL]
 
 
 def test_what_is_not_in_the_cache_yet_has_the_same_key_later(remover, monkeypatch):
@@ -884,8 +937,8 @@ def test_what_is_not_in_the_cache_yet_has_the_same_key_later(remover, monkeypatc
     def identify(model, revision=None):
         return f"{model}@1" if model == "builtin" or model in cached else None
 
-    monkeypatch.setattr(remove_work, "open_remover", open_remover)
-    monkeypatch.setattr(remove_work, "identify_model", identify)
+    monkeypatch.setattr(remove_job, "open_remover", open_remover)
+    monkeypatch.setattr(remove_model, "identify_model", identify)
     _save("photo.png")
     words = ("photo.png", "--box", "1,1,9,9", "--lora", "o/lora", "--discriminator", "o/judge")
     for _ in range(2):
@@ -896,10 +949,8 @@ def test_what_is_not_in_the_cache_yet_has_the_same_key_later(remover, monkeypatc
 def test_reading_a_large_model_is_told_and_a_miniature_says_what_it_is(
     remover, monkeypatch, tiny_model, capsys
 ):
-    monkeypatch.setattr(remove_work, "LARGE", 1000)
-    weights = SimpleNamespace(numel=lambda: 4_000_000)
-    unet = SimpleNamespace(parameters=lambda: [weights])
-    remover.pipe = SimpleNamespace(unet=unet)
+    monkeypatch.setattr(remove_model, "LARGE", 1000)
+    remover.parameters = 4_000_000
     _save("photo.png")
     assert _run("photo.png", "--box", "1,1,9,9", model=str(tiny_model)) == 0
     told = capsys.readouterr().err
@@ -918,8 +969,8 @@ def test_the_authors_model_is_fetched_once_after_its_size_is_told(tiny_model, tm
     unet = {name: data for name, data in files.items() if name.startswith("unet/")}
     _save(tmp_path / "photo.png", size=(64, 64))
     code = f"""
-        from rorem_lib.runner import cli, remove_work
-        show(remove_work.measure_download("LetsThink/RORem"))
+        from rorem_lib.runner import cli, remove_model
+        show(remove_model.measure_download("LetsThink/RORem"))
         words = "remove photo.png --box 8,8,30,30 --steps 2 --resolution 64 --seed"
         os.chdir({str(tmp_path)!r})
         show([cli.main([*words.split(), str(seed)]) for seed in (0, 1, 1)])

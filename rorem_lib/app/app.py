@@ -57,6 +57,7 @@ CSS = """
 .gradio-container { max-width: 1280px !important; width: 100%; margin: auto; }
 #editor button[aria-label=Color] { display: none; }
 #about p { margin: 0; }
+.divider { display: none !important; }
 #variants, #variants .grid-wrap { min-height: 0; }
 @media (max-width: 640px) { footer { display: none !important; } }
 """
@@ -268,7 +269,7 @@ def build(service: Service) -> gr.Blocks:
                     clear = gr.Button("Clear the marks", visible=False, size="sm")
             with gr.Column(min_width=320):
                 go = gr.Button("3. Remove", variant="primary", interactive=False, elem_id="go")
-                with gr.Accordion("More", open=False, elem_id="more"):
+                with gr.Accordion("More settings", open=False, elem_id="more"):
                     mode = gr.Radio(list(MODE_NAMES), value=list(MODE_NAMES)[0], label="Remove")
                     variants = gr.Slider(
                         1,
@@ -445,6 +446,7 @@ def launch(ui: gr.Blocks, **options):
         enable_monitoring=False,
         ssr_mode=False,
         pwa=False,
+        _frontend=False,  # it would ask for the page, and give up where that takes 3 s
         **options,
     )
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from rorem_lib.data.pictures import read_metadata, read_size
+from rorem_lib.data.pictures import open_still, read_metadata, read_size
 from rorem_lib.models import advice
 from rorem_lib.models.inpainting import ObjectRemover, Removal
 
@@ -75,11 +75,11 @@ class Service:
         """(height, width) px of an image that may be worked on.
 
         Raises:
-            gr.Error: there is none, it is no image, or it is too large.
+            gr.Error: there is none, it is no image or holds several, or it is too large.
         """
         if not path:
             raise refuse("There is no image: upload a photo first.")
-        with explain_errors(path):
+        with explain_errors(path), open_still(path):
             height, width = read_size(path)
         if height * width > self.megapixels * 1e6:
             raise refuse(

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 AGAIN = "delete it or download it again"
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "HEIF")
 _SMALL = 300_000_000  # bytes decoded: below it a flat image may be as small a file as it likes
+_SUBFILE, _NO_PAGE = 254, 1 | 4  # a TIFF's tag; a smaller copy of a page, or its mask
 _TURNS = {  # EXIF's orientations; any other value is upright, as for other readers
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -118,6 +119,34 @@ def open_image(path: str | Path, *, data: bytes | None = None) -> Iterator[Image
         raise
     except Exception as error:  # a damaged file fails in every way there is
         raise _explain_fault(path, data, error) from None
+
+
+@contextlib.contextmanager
+def open_still(path: str | Path) -> Iterator[Image.Image]:
+    """As `open_image`, of what holds one image: no animation, no document of several pages.
+
+    What cameras and editors put beside a photo is none: previews (MPO, HEIC), and in a TIFF the
+    smaller copies and masks of its page.
+
+    Raises:
+        TripletError: as `open_image`; or there are several, and all but the first would be lost.
+    """
+    with open_image(path) as image:
+        count = getattr(image, "n_frames", 1)
+        if image.format in ("MPO", "HEIF"):
+            count = 1
+        elif image.format == "TIFF" and count > 1:
+            count = 0
+            for number in range(image.n_frames):
+                image.seek(number)
+                count += not image.tag_v2.get(_SUBFILE, 0) & _NO_PAGE
+            image.seek(0)
+        if count > 1:
+            raise TripletError(
+                f"{path} has {count} frames or pages: save the one that you mean as PNG",
+                file=Path(path),
+            )
+        yield image
 
 
 @functools.cache

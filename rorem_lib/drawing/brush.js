@@ -75,7 +75,7 @@ function render({ model, el }) {
   remove.addEventListener("click", act);
   const root = make(
     "div",
-    { class: "rorem-brush", tabindex: "0", role: "application", "data-lm-suppress-shortcuts": "true",
+    { class: "rorem-widget rorem-brush", tabindex: "0", role: "application", "data-lm-suppress-shortcuts": "true",
       "aria-label": "Draw what is to be removed. Each tool is a button with its key; without a pointer set mask_box or mask_path." },
     make(
       "div",

@@ -1,7 +1,7 @@
 """A brush and a box over an image, in JupyterLab and VS Code: what is painted is the mask.
 
-The browser side is `brush.js` and `brush.css`. It gets the image as a JPEG of a moderate size, so a
-photo of 12 megapixels opens at once, and sends the mask in the image's own size.
+The browser side is `brush.js`, `common.css` and `brush.css`. It gets the image as a JPEG of a
+moderate size (a photo of 12 megapixels opens at once) and sends the mask in the image's own size.
 
 Messages from the browser: `ready`; `mask`, with a PNG whose alpha is the mask; `act` (the button).
 Messages to the browser: `open`, with the image and the mask so far; `busy`, `finished` and
@@ -28,6 +28,7 @@ from rorem_lib.drawing.encoding import encode_view
 
 logger = logging.getLogger(__name__)
 
+STYLES = [Path(__file__).with_name(name) for name in ("common.css", "brush.css")]
 VIEW_SIZE = 1600  # longest side of the JPEG that the browser gets, px
 # Pixels of the browser's mask: iOS has no larger canvas than 16.7 million. The mask of a larger
 # image is drawn smaller, and enlarged here.
@@ -43,7 +44,7 @@ class MaskBrush(anywidget.AnyWidget):
     """
 
     _esm = Path(__file__).with_name("brush.js")
-    _css = Path(__file__).with_name("brush.css")
+    _css = "".join(path.read_text(encoding="utf-8") for path in STYLES)
     settings = traitlets.Dict().tag(sync=True)
 
     def __init__(

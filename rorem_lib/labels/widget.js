@@ -119,7 +119,7 @@ function render({ model, el }) {
   const hint = make("span", { class: "hint" }, "Keys are off: click here");
   const root = make(
     "div",
-    { class: "rorem-annotator", tabindex: "0", "data-lm-suppress-shortcuts": "true", role: "application",
+    { class: "rorem-widget rorem-annotator", tabindex: "0", "data-lm-suppress-shortcuts": "true", role: "application",
       "aria-label": "label removals by keyboard" },
     make("div", { class: "bar" }, count, figures, hint, save),
     make("div", { class: "track" }, filled),

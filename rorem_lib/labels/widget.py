@@ -44,6 +44,10 @@ from rorem_lib.labels.pictures import encode_item
 from rorem_lib.labels.queue import QueueItem, order_items
 from rorem_lib.labels.votes import ADJUDICATION, compute_agreement, count_wanted, list_adjudication
 
+STYLES = (
+    Path(__file__).parents[1] / "drawing" / "common.css",
+    Path(__file__).with_name("widget.css"),
+)
 logger = logging.getLogger(__name__)
 
 # A pause longer than this counts as this long in the rate.
@@ -81,7 +85,7 @@ class Annotator(anywidget.AnyWidget):
     """
 
     _esm = Path(__file__).with_name("widget.js")
-    _css = Path(__file__).with_name("widget.css")
+    _css = "".join(path.read_text(encoding="utf-8") for path in STYLES)
     settings = traitlets.Dict().tag(sync=True)
 
     def __init__(

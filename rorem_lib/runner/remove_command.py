@@ -14,7 +14,6 @@ import signal
 
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 MODES = ("effect", "exact", "full")  # `models.inpainting.MODES`, which imports torch
-SUFFIXES = {"png": ".png", "jpg": ".jpg", "webp": ".webp"}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -35,75 +34,51 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     # A box may begin with a number below 0, which is no option.
     parser._negative_number_matcher = re.compile(r"-[\d.][\d.,e+-]*$")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders or patterns")
+    count = _number(int, 1)
     what = parser.add_argument_group("what is removed")
-    either = what.add_mutually_exclusive_group(required=True)
-    either.add_argument(
-        "--mask", metavar="PATH", help="one mask for all images, or a folder: masks by name"
-    )
-    either.add_argument(
-        "--box",
-        action="append",
-        type=_parse_box,
-        metavar="X0,Y0,X1,Y1",
-        help="a rectangle in px; repeatable",
-    )
-    what.add_argument("--invert-mask", action="store_true", help="black is removed, not white")
-    what.add_argument(
-        "--dilate", type=_at_least(0), metavar="PX", help="widen it, half on each side"
-    )
+    add = what.add_mutually_exclusive_group(required=True).add_argument
+    add("--mask", metavar="PATH", help="one mask for all images, or a folder: masks by name")
+    text = "a rectangle in px; repeatable"
+    add("--box", action="append", type=_parse_box, metavar="X0,Y0,X1,Y1", help=text)
+    add = what.add_argument
+    add("--invert-mask", action="store_true", help="black is removed, not white")
+    add("--dilate", type=_number(int, 0), metavar="PX", help="widen it, half on each side")
 
-    result = parser.add_argument_group("results")
-    result.add_argument(
-        "-o", "--output", metavar="PATH", help="file or folder (default: NAME_removed.png; removed)"
-    )
-    result.add_argument("--format", choices=SUFFIXES, help="default: as -o says, else png")
-    result.add_argument("--side-by-side", action="store_true", help="also write before and after")
-    result.add_argument(
-        "--overwrite", action="store_true", help="replace files that rorem did not write"
-    )
+    add = parser.add_argument_group("results").add_argument
+    text = "file, or folder with / at its end (default: NAME_removed.png; removed/)"
+    add("-o", "--output", metavar="PATH", help=text)
+    add("--format", choices=("png", "jpg", "webp"), help="default: as -o says, else png")
+    add("--side-by-side", action="store_true", help="also write before and after")
+    add("--overwrite", action="store_true", help="replace files that rorem did not write")
 
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model",
-        default="LetsThink/RORem",
-        metavar="MODEL",
-        help="folder, Hub id or builtin (default: %(default)s, the authors')",
-    )
-    model.add_argument("--revision", metavar="COMMIT", help="of the model on the Hub")
-    model.add_argument("--lora", default="", metavar="MODEL", help="a LoRA, such as 4 steps'")
-    model.add_argument(
-        "--discriminator", metavar="MODEL", help="chooses among the candidates, with --candidates"
-    )
+    add = parser.add_argument_group("model").add_argument
+    text = "folder, Hub id or builtin (default: %(default)s, the authors')"
+    add("--model", default="LetsThink/RORem", metavar="MODEL", help=text)
+    add("--revision", metavar="COMMIT", help="of the model on the Hub")
+    add("--lora", default="", metavar="MODEL", help="a LoRA, such as 4 steps'")
+    text = "chooses among the candidates, with --candidates"
+    add("--discriminator", metavar="MODEL", help=text)
 
-    how = parser.add_argument_group("how")
-    how.add_argument(
-        "--mode",
-        choices=MODES,
-        help="what is taken from the model: what the removal changed, the mask alone, all",
-    )
-    how.add_argument("--no-crop", action="store_true", help="the whole image at the model's size")
-    how.add_argument(
-        "--resolution", type=_at_least(1), metavar="PX", help="short side for the model"
-    )
-    how.add_argument("--steps", type=_at_least(1), metavar="N", help="denoising steps")
-    how.add_argument("--guidance", type=_number(0, 100), metavar="X", help="1 is none")
-    how.add_argument(
-        "--strength",
-        type=_number(0, 1, above=True),
-        metavar="X",
-        help="above 0, to 1: share of noise",
-    )
-    how.add_argument("--seed", type=_at_least(0), default=0, metavar="N", help="fixes the noise")
-    how.add_argument("--candidates", type=_at_least(1), default=1, metavar="N", help="seeds tried")
+    add = parser.add_argument_group("how").add_argument
+    text = "what is taken from the model: what the removal changed, the mask alone, all"
+    add("--mode", choices=MODES, help=text)
+    text = "the whole image at the model's size"
+    add("--no-crop", dest="crop", action="store_false", default=None, help=text)
+    add("--resolution", type=count, metavar="PX", help="short side for the model")
+    add("--steps", dest="num_inference_steps", type=count, metavar="N", help="denoising steps")
+    scale, share = _number(float, 0, 100), _number(float, 0, 1, above=True)
+    add("--guidance", dest="guidance_scale", type=scale, metavar="X", help="1 is none")
+    add("--strength", type=share, metavar="X", help="above 0, to 1: share of noise")
+    add("--seed", type=_number(int, 0), default=0, metavar="N", help="fixes the noise")
+    add("--candidates", type=count, default=1, metavar="N", help="seeds tried")
 
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, mps")
-    machine.add_argument(
-        "--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="of the weights"
-    )
-    machine.add_argument("--offload", action="store_true", help="for small GPUs: parts take turns")
-    machine.add_argument("--runtime", choices=("torch", "onnx", "openvino"), default="torch")
-    machine.add_argument("--batch-size", type=_at_least(1), metavar="N", help="images at a time")
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, mps")
+    kinds = ("auto", "bf16", "fp16", "fp32")
+    add("--dtype", choices=kinds, default="auto", help="of the weights")
+    add("--offload", action="store_true", help="for small GPUs: parts take turns")
+    add("--runtime", choices=("torch", "onnx", "openvino"), default="torch")
+    add("--batch-size", type=count, metavar="N", help="images at a time")
 
 
 def _parse_box(text: str) -> tuple[float, ...]:
@@ -118,24 +93,17 @@ def _parse_box(text: str) -> tuple[float, ...]:
     return box
 
 
-def _at_least(least: int):
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"\d+", text) or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number of {least} or more")
-        return int(text)
-
-    return parse
-
-
-def _number(low: float, high: float, *, above: bool = False):
-    """A parser of numbers from `low`, or above it, to `high`."""
+def _number(kind: type, low: float, high: float = math.inf, *, above: bool = False):
+    """A parser of numbers of a kind from `low`, or above it, to `high`."""
 
     def parse(text: str) -> float:
         with contextlib.suppress(ValueError):
-            if low <= (value := float(text)) <= high and not (above and value == low):
+            if low <= (value := kind(text)) <= high and not (above and value == low):
                 return value
+        what = "whole number" if kind is int else "number"
+        end = "" if high == math.inf else f" to {high}"
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no number {'above' if above else 'from'} {low} to {high}"
+            f"{text!r} is no {what} {'above' if above else 'from'} {low}{end}"
         )
 
     return parse
@@ -147,14 +115,22 @@ def _number(low: float, high: float, *, above: bool = False):
 def run_command(options) -> int:
     """Run a parsed `rorem remove` command; returns the exit code."""
     from rorem_lib.files import is_full
-    from rorem_lib.runner.remove_results import complain
+    from rorem_lib.runner.remove_plan import plan
+    from rorem_lib.runner.remove_results import complain, open_results
 
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:  # nohup's choice stays
             signal.signal(number, _interrupt)
     try:
-        return _run(options)
-    except (ValueError, BlockingIOError, ImportError) as error:
+        _check(options)
+        suffix = f".{options.format}" if options.format else None
+        folder, items = plan(options.images, options.mask, output=options.output, suffix=suffix)
+        inputs = [path for item in items for path in (item.source, item.mask) if path]
+        with open_results(folder, inputs, options.overwrite) as results:
+            from rorem_lib.runner.remove_job import Job  # torch, once the words are right
+
+            return Job(options, items, results).run()
+    except (ValueError, BlockingIOError, FileNotFoundError, ImportError) as error:
         complain(f"rorem: {error}")
         return WRONG
     except OSError as error:
@@ -170,25 +146,27 @@ def _interrupt(number, frame):
     raise KeyboardInterrupt(signal.Signals(number).name)
 
 
-def _run(options) -> int:
-    from rorem_lib.files import lock_folder
-    from rorem_lib.runner.remove_files import plan
-    from rorem_lib.runner.remove_results import Results
+def _check(options) -> None:
+    """Refuse options that contradict each other.
 
+    Raises:
+        ValueError: names them.
+    """
     if options.candidates > 1 and not options.discriminator:
         raise ValueError("--candidates needs a --discriminator, which chooses among them")
     if options.discriminator and options.candidates < 2:
         raise ValueError("--discriminator chooses among --candidates: give 2 or more")
-    suffix = SUFFIXES[options.format] if options.format else None
-    folder, items = plan(options.images, options.mask, output=options.output, suffix=suffix)
-    inputs = [path for item in items for path in (item.source, item.mask) if path]
-    results = Results(folder, inputs, options.overwrite)
-    results.make()
-    with lock_folder(results.state):
-        results.open()
-        try:
-            from rorem_lib.runner.remove_work import Work  # torch, once the words are right
-
-            return Work(options, items, results).run()
-        finally:
-            results.close()
+    exported = "it opens a folder that `rorem export` wrote"
+    given = {
+        "--device": (options.device not in ("auto", "cpu"), "it computes on the processor"),
+        "--offload": (options.offload, "it computes on the processor"),
+        "--revision": (options.revision, exported),
+        "--lora": (options.lora, f"{exported}; merge it there, with --lora"),
+        "--dtype": (
+            options.dtype != "auto" and options.runtime == "onnx",
+            f"{exported}; choose it there, with --dtype",
+        ),
+    }
+    for name, (is_given, reason) in given.items():
+        if is_given and options.runtime != "torch":
+            raise ValueError(f"--runtime {options.runtime} takes no {name}: {reason}")

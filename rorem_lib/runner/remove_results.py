@@ -7,18 +7,18 @@ same image; nothing else is, unless the user says so.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
 import stat
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from rorem_lib.data.items import escape_text
 from rorem_lib.data.journal import Journal, read_lines
-from rorem_lib.files import flush, hash_file
+from rorem_lib.files import flush, hash_file, lock_folder
 
 STATE = ".rorem"  # the folder in that of the results with lock, journal and unfinished files
 JOURNAL = "removals.jsonl"
@@ -39,55 +39,43 @@ def list_results(folder: Path) -> set[str]:
     return {str(r["id"]) for _, r in read_lines(journal)} if journal.is_file() else set()
 
 
-@dataclass
-class Results:
-    """What was done in the folder, what may be written there, and writing it.
+@contextlib.contextmanager
+def open_results(folder: Path, inputs: Iterable[Path], overwrite: bool) -> Iterator[Results]:
+    """A block with the `Results` of a folder, which is made, and locked for other processes.
 
-    The folder is locked by whoever uses this (`files.lock_folder` of `state`).
-
-    Args:
-        folder: where the results go.
-        inputs: images and masks, none of which is ever written over.
-        overwrite: replace files that this command did not write.
+    Raises:
+        OSError: it cannot be written; names it.
+        BlockingIOError: another process is at work there.
     """
-
-    folder: Path
-    inputs: Iterable[Path] = ()
-    overwrite: bool = False
-    _entries: dict[str, list[dict]] = field(default_factory=dict, init=False)
-
-    @property
-    def state(self) -> Path:
-        return self.folder / STATE
-
-    def make(self) -> None:
-        """Make the folder, and in it what `files.lock_folder` locks.
-
-        Raises:
-            OSError: it cannot be written; names it.
-        """
-        if self.state.is_symlink():
-            raise OSError(errno.ELOOP, f"{self.state} is a link: remove it")
-        try:
-            self.state.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OSError(
-                error.errno, f"cannot write into {self.folder}: {error.strerror}"
-            ) from error
-
-    def open(self) -> None:
-        """Read the journal, in the locked folder."""
-        path = self.state / JOURNAL
+    state = folder / STATE
+    for path in (state, state / JOURNAL):
         if path.is_symlink():
             raise OSError(errno.ELOOP, f"{path} is a link: remove it")
-        if path.exists():
-            for _, record in read_lines(path):
+    try:
+        state.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write into {folder}: {error.strerror}") from error
+    with lock_folder(state), contextlib.closing(Journal(state / JOURNAL)) as journal:
+        yield Results(folder, journal, inputs, overwrite)
+
+
+class Results:
+    """What was done in the folder, what may be written there, and writing it (`open_results`)."""
+
+    def __init__(self, folder: Path, journal: Journal, inputs: Iterable[Path], overwrite: bool):
+        """Args:
+        folder: where the results go, locked.
+        journal: of what this command wrote there.
+        inputs: images and masks, none of which is ever written over.
+        overwrite: replace files that this command did not write.
+        """
+        self.folder, self.overwrite, self._journal = folder, overwrite, journal
+        states = filter(None, map(_look, inputs))
+        self._inputs = {(state.st_dev, state.st_ino) for state in states}
+        self._entries: dict[str, list[dict]] = {}
+        if journal.path.exists():
+            for _, record in read_lines(journal.path):
                 self._entries.setdefault(str(record["id"]), []).append(record)
-        self._journal = Journal(path)
-        self._inputs = set()
-        for given in self.inputs:
-            if state := _look(given):
-                self._inputs.add((state.st_dev, state.st_ino))
 
     def is_done(self, name: str, key: str) -> bool:
         """Whether the file `name` is the result of `key`, as it was written."""
@@ -143,7 +131,7 @@ class Results:
             OSError: the disk refuses; names the file.
         """
         self.check_free(name, source)
-        path, partial = self.folder / name, self.state / "unfinished"
+        path, partial = self.folder / name, self.folder / STATE / "unfinished"
         try:
             partial.unlink(missing_ok=True)
             with open(partial, "xb") as stream:
@@ -166,9 +154,6 @@ class Results:
             raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}") from error
         finally:
             partial.unlink(missing_ok=True)
-
-    def close(self) -> None:
-        self._journal.close()
 
 
 def _look(path: Path, *, follow: bool = True) -> os.stat_result | None:
