@@ -12,8 +12,8 @@ from diffusers import AutoPipelineForInpainting, DiffusionPipeline
 from PIL import Image
 
 from rorem_lib.builtin.scenes import render_scene
-from rorem_lib.models import hub, presets, sdxl
-from rorem_lib.models.inpainting import ObjectRemover, make_generator
+from rorem_lib.models import denoising, hub, presets, sdxl
+from rorem_lib.models.inpainting import ObjectRemover
 
 SETTINGS = presets.Settings(resolution=64, num_inference_steps=2, strength=0.9)
 
@@ -74,6 +74,50 @@ def test_masks_of_all_kinds_mean_what_they_mean_to_the_kit(published, photo, tmp
     assert all(np.array_equal(first, other) for other in others)
 
 
+def test_images_and_masks_of_all_sizes_and_modes_are_taken_as_the_kit_takes_them(
+    published, remover, photo, caplog
+):
+    image, mask = photo
+    layered = image.copy()
+    layered.putalpha(Image.linear_gradient("L").resize(image.size))
+    array, empty = np.array(image), Image.new("L", mask.size)
+    given = [layered, image.convert("L"), array, image]
+    holes = [mask.resize((80, 80)), mask, np.array(mask), empty]
+    pipe, numbers = open_custom(published), [5, 6, 7, 8]
+    with caplog.at_level("WARNING"):
+        made = pipe(given, holes, numbers=numbers).images
+    assert len([r for r in caplog.records if "image 3: its mask is empty" in r.getMessage()]) == 1
+    for one, wanted in zip(made, remover(given, holes, numbers=numbers), strict=True):
+        assert type(one) is type(wanted) and np.array_equal(np.array(one), np.array(wanted))
+    assert [getattr(one, "mode", None) for one in made] == ["RGBA", "L", None, "RGB"]
+    assert np.array_equal(np.array(made[3]), array)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"numbers": [1, 2]}, "numbers is .*each of 1"),
+        ({"mode": "whole"}, "mode is 'whole': take one of effect"),
+        ({"num_inference_steps": 1.5}, "num_inference_steps is 1.5"),
+        ({"resolution": -64}, "resolution is -64"),
+        ({"guidance_scale": -1}, "guidance_scale is -1"),
+        ({"strength": 2.0}, "strength is 2.0"),
+        ({"candidates": 2}, "candidates is 2"),
+    ],
+)
+def test_options_that_make_no_sense_are_named(published, photo, options, said):
+    with pytest.raises(ValueError, match=said):
+        open_custom(published)(*photo, **options)
+
+
+def test_masks_that_do_not_fit_are_named(published, photo):
+    image, mask = photo
+    with pytest.raises(ValueError, match="mask is 160x30 px.*160x160 px"):
+        open_custom(published)(image, mask.crop((0, 0, 160, 30)))
+    with pytest.raises(ValueError, match="2 images but 1 masks"):
+        open_custom(published)([image] * 2, [mask])
+
+
 @pytest.mark.slow
 def test_it_needs_no_kit(published, remover, photo, tmp_path):
     image, mask = photo
@@ -118,7 +162,7 @@ def test_the_card_runs_as_it_stands(published, photo, tmp_path, monkeypatch):
         assert name in stock, name
     exec(
         stock.replace("prompt=", "generator=noise, prompt="),
-        space | small | {"noise": make_generator(0, 0)},
+        space | small | {"noise": denoising.make_generator(0, 0)},
         found := {},
     )
     remover = ObjectRemover.from_pretrained(str(published), device="cpu", dtype="no")

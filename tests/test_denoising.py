@@ -18,7 +18,7 @@ from diffusers import (
 from PIL import Image
 
 from rorem_lib.models import denoising, sdxl
-from rorem_lib.models.inpainting import ObjectRemover, make_generator
+from rorem_lib.models.inpainting import ObjectRemover
 
 SCHEDULERS = (
     DDIMScheduler,
@@ -76,10 +76,10 @@ def run_both(pipe, *, batch=2, steps=4, **options):
         width=48,
         num_inference_steps=steps,
         output_type="np",
-        generator=[make_generator(0, n) for n in range(batch)],
+        generator=[denoising.make_generator(0, n) for n in range(batch)],
         **options,
     ).images
-    generators = [make_generator(0, n) for n in range(batch)]
+    generators = [denoising.make_generator(0, n) for n in range(batch)]
     networks = denoising.PipelineNetworks(pipe)
     ours = denoising.denoise(
         networks, images, masks, generators, num_inference_steps=steps, **options
@@ -126,7 +126,9 @@ def test_the_pipelines_scheduler_is_left_alone(pipe):
     before = {k: v for k, v in vars(pipe.scheduler).items() if not torch.is_tensor(v)}
     images, masks = draw(1)
     networks = denoising.PipelineNetworks(pipe)
-    denoising.denoise(networks, images, masks, [make_generator(0, 0)], num_inference_steps=2)
+    denoising.denoise(
+        networks, images, masks, [denoising.make_generator(0, 0)], num_inference_steps=2
+    )
     assert before == {k: v for k, v in vars(pipe.scheduler).items() if not torch.is_tensor(v)}
 
 
@@ -154,7 +156,7 @@ def test_other_networks_take_the_place_of_the_pipelines(pipe):
             return self.note("decode", latents)
 
     images, masks = draw(2)
-    generators = [[make_generator(0, n) for n in range(2)] for _ in range(2)]
+    generators = [[denoising.make_generator(0, n) for n in range(2)] for _ in range(2)]
     options = {"num_inference_steps": 2}
     ours = denoising.denoise(real, images, masks, generators[0], **options)
     theirs = denoising.denoise(Other(), images, masks, generators[1], **options)
@@ -179,4 +181,6 @@ def test_a_strength_that_cannot_be_is_named(pipe):
     networks = denoising.PipelineNetworks(pipe)
     for strength in (0.0, -1.0, 1.5):
         with pytest.raises(ValueError, match=f"strength is {strength}.*above 0"):
-            denoising.denoise(networks, images, masks, [make_generator(0, 0)], strength=strength)
+            denoising.denoise(
+                networks, images, masks, [denoising.make_generator(0, 0)], strength=strength
+            )

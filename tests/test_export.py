@@ -14,7 +14,7 @@ from tiny import write_model
 
 from rorem_lib.builtin.scenes import render_scene
 from rorem_lib.models import denoising, export, lora, runtimes, sdxl
-from rorem_lib.models.inpainting import ObjectRemover, make_generator
+from rorem_lib.models.inpainting import ObjectRemover
 from rorem_lib.runner import cli
 
 pytestmark = pytest.mark.slow  # a UNet is traced
@@ -76,7 +76,7 @@ def render(height, width, count=2):
 
 def denoise(networks, sides, **options):
     images, masks = render(*sides)
-    generators = [make_generator(1, i) for i in range(len(images))]
+    generators = [denoising.make_generator(1, i) for i in range(len(images))]
     return denoising.denoise(networks, images, masks, generators, num_inference_steps=3, **options)
 
 
@@ -186,6 +186,8 @@ def test_wrong_requests_say_what_to_do(model, exported, tmp_path, monkeypatch, c
         runtimes.ExportedNetworks(model, "onnx")
     with pytest.raises(ValueError, match="merged"):
         ObjectRemover.from_pretrained(str(exported), runtime="onnx", lora="x")
+    with pytest.raises(ValueError, match="dtype is 'bf16': an exported model"):
+        ObjectRemover.from_pretrained(str(exported), runtime="onnx", dtype="bf16")
     with pytest.raises(ValueError, match="bf16"):
         export.export_model(str(model), tmp_path / "x", dtype="bf16")
     monkeypatch.setattr(runtimes.metadata, "version", _raise_missing)
@@ -193,6 +195,26 @@ def test_wrong_requests_say_what_to_do(model, exported, tmp_path, monkeypatch, c
         runtimes.ExportedNetworks(exported, "onnx")
     assert cli.main(["export", str(model), "-o", str(tmp_path / "x")]) == 2
     assert "pip install" in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("device", "cuda"),
+        ("offload", True),
+        ("compile", True),
+        ("revision", "main"),
+        ("variant", "fp16"),
+        ("scheduler", "lcm"),
+        ("base_model", "o/base"),
+        ("lora", "x"),
+    ],
+)
+def test_what_an_exported_model_cannot_honour_is_refused(tmp_path, name, value):
+    with pytest.raises(ValueError, match=f"{name} is {value!r}: an exported model.*merged"):
+        ObjectRemover.from_pretrained(str(tmp_path), runtime="openvino", **{name: value})
+    with pytest.raises(FileNotFoundError, match="no exported model"):
+        ObjectRemover.from_pretrained(str(tmp_path), runtime="openvino", device="cpu")
 
 
 def _raise_missing(name):

@@ -17,6 +17,7 @@ from rorem_lib.data.triplets import Triplet, read_triplets
 from rorem_lib.evaluation import methods as methods_module
 from rorem_lib.evaluation.methods import Method, make_methods, run_method
 from rorem_lib.files import read_json
+from rorem_lib.models import lora, presets, sdxl
 from rorem_lib.models.inpainting import ObjectRemover
 from rorem_lib.pretrain import VAE, build_pipeline
 
@@ -113,10 +114,41 @@ def test_lora_and_lcm_change_the_removal(model, triplets, tmp_path):
     assert np.array_equal(pictures[0], pictures[3])  # this model's own spacing is trailing
 
 
+@pytest.mark.parametrize("scheduler", ["default", "lcm"])
+def test_a_method_computes_what_its_parts_do(model, triplets, tmp_path, scheduler):
+    """Whatever the LoRA says of itself: steps, size and scheduler are the method's."""
+    pipe = methods_module.sdxl.load_pipeline(str(model))
+    lora.add_lora(pipe.unet, 2)
+    for name, parameter in pipe.unet.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    lora.save_lora(pipe.unet, tmp_path / "lora")
+    presets.save_settings(presets.Settings(32, 1, 2.0, 0.5, "trailing"), tmp_path / "lora")
+    how = {"num_inference_steps": 2, "strength": 0.9}
+    method = Method(
+        "m",
+        model=str(model),
+        lora=str(tmp_path / "lora"),
+        scheduler=scheduler,
+        resolution=48,
+        **how,
+    )
+    run = run_method(method, triplets[:2], tmp_path / "r", batch_size=2, device="cpu")
+    made = read_all(run)
+    dtype = sdxl.DTYPES[sdxl.choose_precision("auto")]
+    pipe = sdxl.load_pipeline(str(model), dtype=dtype)
+    lora.load_lora(pipe, tmp_path / "lora")
+    presets.set_scheduler(pipe, scheduler)
+    given = ([load_image(t.source) for t in triplets[:2]], [str(t.mask) for t in triplets[:2]])
+    how |= {"resolution": 48, "mode": "full", "crop": False}
+    for one, wanted in zip(made.values(), ObjectRemover(pipe)(*given, **how), strict=True):
+        assert np.array_equal(one, wanted)
+
+
 def test_few_steps_of_a_trailing_scheduler_begin_at_the_noise():
     pipe = SimpleNamespace(scheduler=EulerDiscreteScheduler(timestep_spacing="leading"))
     for kind, first in (("default", 0), ("trailing", 999)):
-        methods_module.set_scheduler(pipe, kind)
+        presets.set_scheduler(pipe, kind)
         pipe.scheduler.set_timesteps(1)
         assert pipe.scheduler.timesteps.tolist() == [first]
 

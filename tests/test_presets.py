@@ -116,3 +116,33 @@ def test_a_lora_brings_its_own_and_can_be_left_out(model, tmp_path, recorded):
     )
     assert count_steps(told, image, mask, **options) == [(1, 8)] * 2
     assert not isinstance(told.pipe.scheduler, LCMScheduler)
+
+
+@pytest.mark.parametrize("kind", presets.SCHEDULERS)
+def test_a_scheduler_takes_the_place_of_the_released_one(model, tmp_path, kind):
+    """With the LoRA; without it the model keeps its own."""
+    options = {"device": "cpu", "dtype": "no"}
+    plain = ObjectRemover.from_pretrained(str(model), scheduler=kind, **options)
+    laid = ObjectRemover.from_pretrained(
+        str(model), lora=str(tmp_path / "lora"), scheduler=kind, **options
+    )
+    own = ObjectRemover.from_pretrained(str(model), **options).pipe.scheduler.config
+    for remover in (plain, laid):
+        assert isinstance(remover.pipe.scheduler, LCMScheduler) == (kind == "lcm")
+        assert remover.settings.scheduler == kind
+        spacing = "trailing" if kind == "trailing" else own.timestep_spacing
+        assert kind == "lcm" or remover.pipe.scheduler.config.timestep_spacing == spacing
+    laid(*draw_picture(32), use_lora=False)
+    assert laid.pipe.scheduler.config == own
+    with pytest.raises(ValueError, match="scheduler is 'euler': take one of default"):
+        ObjectRemover.from_pretrained(str(model), scheduler="euler", **options)
+
+
+def test_without_a_name_it_is_the_authors_model_and_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    with pytest.raises(FileNotFoundError, match="hf download LetsThink/RORem") as caught:
+        ObjectRemover.from_pretrained(device="cpu")
+    assert 'from_pretrained("builtin:remover")' in str(caught.value)
+    with pytest.raises(FileNotFoundError, match="somebody/model") as caught:
+        ObjectRemover.from_pretrained("somebody/model", device="cpu")
+    assert "hf download" not in str(caught.value)

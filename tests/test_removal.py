@@ -22,7 +22,7 @@ from rorem_lib.data.pictures import load_image, load_mask
 from rorem_lib.data.triplets import load_images, read_triplets
 from rorem_lib.data.writer import OWNED, TripletWriter
 from rorem_lib.files import lock_folder
-from rorem_lib.models import inpainting, sdxl
+from rorem_lib.models import denoising, inpainting, sdxl
 from rorem_lib.models.composition import shrink
 from rorem_lib.models.crops import frame_crop
 from rorem_lib.models.inpainting import ObjectRemover
@@ -211,14 +211,15 @@ def make_kl(**options):
     ).eval()
 
 
-def test_large_frames_alone_are_decoded_in_tiles(tiny_model, monkeypatch):
+@pytest.mark.parametrize("way", ["encode", "decode"])
+def test_large_frames_alone_go_through_the_vae_in_tiles(tiny_model, monkeypatch, way):
     pipe, seen = sdxl.load_pipeline(str(tiny_model)), []
     pipe.vae = make_kl()
-    decode = pipe.vae.decode
+    pass_on = getattr(pipe.vae, way)
     monkeypatch.setattr(
-        pipe.vae, "decode", lambda *a, **k: seen.append(pipe.vae.use_tiling) or decode(*a, **k)
+        pipe.vae, way, lambda *a, **k: seen.append(pipe.vae.use_tiling) or pass_on(*a, **k)
     )
-    monkeypatch.setattr(inpainting, "TILED_PIXELS", 64 * 64)
+    monkeypatch.setattr(denoising, "TILED_PIXELS", 64 * 64)
     for size in ((64, 64), (64, 128), (64, 64)):
         remove_objects(pipe, *([x] for x in draw_picture(*size)), num_inference_steps=1)
     assert seen == [False, True, False]

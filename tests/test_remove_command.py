@@ -22,7 +22,7 @@ from PIL import Image, ImageCms
 from rorem_lib.builtin.scenes import render_scene
 from rorem_lib.discriminator import Discriminator
 from rorem_lib.files import ROOT, lock_folder
-from rorem_lib.models import runtimes
+from rorem_lib.models import advice, runtimes, sdxl
 from rorem_lib.models.inpainting import MODES, Removal
 from rorem_lib.models.sdxl import BASE_MODEL, load_pipeline
 from rorem_lib.runner import cli, remove_command, remove_job, remove_model
@@ -851,28 +851,31 @@ def test_a_model_that_is_in_the_cache_is_not_said_to_be_missing(monkeypatch, tmp
     Path("lora").mkdir()
     _save("photo.png")
 
-    def fail(error, *words):
+    def fail(kind, text, *words, cached):
         def open_model(*_, **__):
-            raise error
+            raise kind(text)
 
-        monkeypatch.setattr(remove_model.ObjectRemover, "from_pretrained", open_model)
+        identify = {"absent": None, "there": "model@1"}[cached]
+        monkeypatch.setattr(sdxl, "load_pipeline", open_model)
+        monkeypatch.setattr(advice, "_is_cached", lambda *_: identify is not None)
+        monkeypatch.setattr(
+            remove_model,
+            "identify_model",
+            lambda model, revision=None: None if "lora" in model else identify,
+        )
         assert cli.main(["remove", "photo.png", "--box", "1,1,9,9", *words]) == 2
         return capsys.readouterr().err
 
-    error = fail(AssertionError("it is opened"), "--lora", "./lora", "--model", "builtin")
+    words = ("--lora", "./lora", "--model", "builtin")
+    error = fail(AssertionError, "it is opened", *words, cached="there")
     assert "./lora holds no LoRA" in error and "hf download" not in error
-    monkeypatch.setattr(remove_model, "identify_model", lambda model, revision=None: None)
-    assert "could not be downloaded" in fail(FileNotFoundError("no weights"))
-    monkeypatch.setattr(remove_model, "identify_model", lambda model, revision=None: f"{model}@1")
-    assert "could not be downloaded" not in fail(FileNotFoundError("no weights"))
-    monkeypatch.setattr(
-        remove_model,
-        "identify_model",
-        lambda model, revision=None: None if "lora" in model else "1",
-    )
-    error = fail(FileNotFoundError("not in the cache"), "--lora", "owner/lora")
+    error = fail(FileNotFoundError, "no weights", cached="absent")
+    assert error.count("could not be downloaded") == 1
+    error = fail(FileNotFoundError, "no weights", cached="there")
+    assert "could not be downloaded" not in error
+    error = fail(FileNotFoundError, "not in the cache", "--lora", "owner/lora", cached="there")
     assert "owner/lora" in error and "hf download" not in error
-    error = fail(FileNotFoundError(f"{BASE_MODEL} is not in the cache"))
+    error = fail(FileNotFoundError, f"{BASE_MODEL} is not in the cache", cached="there")
     assert f"hf download {BASE_MODEL}" in error and "hf download LetsThink" not in error
 
 

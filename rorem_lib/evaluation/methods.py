@@ -24,8 +24,7 @@ from rorem_lib.data.triplets import Triplet, load_images
 from rorem_lib.files import is_filled, read_json, set_aside, write_json
 from rorem_lib.models import hub, sdxl
 from rorem_lib.models.inpainting import MODES, ObjectRemover, inpaint_classical
-from rorem_lib.models.lora import load_lora
-from rorem_lib.models.presets import SCHEDULERS, set_scheduler
+from rorem_lib.models.presets import SCHEDULERS
 from rorem_lib.training.latent_cache import hash_triplets
 from rorem_lib.workers import Progress
 
@@ -243,12 +242,13 @@ def _open_method(method: Method, device: str) -> tuple[Callable, Callable]:
 
         return remove, lambda: 0
     remover = ObjectRemover.from_pretrained(
-        method.model, revision=method.revision or None, device=device
+        method.model,
+        lora=method.lora,
+        scheduler=method.scheduler,
+        revision=method.revision or None,
+        device=device,
     )
     pipe = remover.pipe
-    if method.lora:
-        load_lora(pipe, method.lora)
-    set_scheduler(pipe, method.scheduler)
     size = sdxl.get_resolution(pipe)  # the LoRA's, where it says it
     calls = [0]
 

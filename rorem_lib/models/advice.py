@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from huggingface_hub import try_to_load_from_cache
 
 from rorem_lib.models.sdxl import BASE_MODEL, BUILTIN_REMOVER
@@ -21,6 +23,16 @@ _WANTED = (
     "rest of SDXL-inpainting 3.6 GB), under Apache-2.0 and SDXL's OpenRAIL++-M, on a GPU of 16 GB "
     f"(less with offload; a CPU takes minutes). {_COMMANDS} fetch it."
 )
+NO_MODEL = f"""\
+{AUTHORS_MODEL}, the authors' model, is not on this machine and could not be downloaded.
+With a network, once (5.1 GB + 3.6 GB):
+  {DOWNLOADS[0]}
+  {DOWNLOADS[1]}
+or name a folder with a model (model, --model). To copy it from another machine, take the folder
+~/.cache/huggingface/hub with you, or name it in HF_HUB_CACHE.
+Licences: {AUTHORS_MODEL} Apache-2.0; SDXL, which it stands on, OpenRAIL++-M.
+What ships with the kit is no model for photographs, but a miniature (4 M parameters) for the kit's
+rendered scenes of 64 px: --model {BUILTIN_REMOVER}, or from_pretrained("{BUILTIN_REMOVER}")"""
 _FOLDERS = ("", "unet/")
 _WEIGHTS = [  # what a UNet's weights are called: whole or in shards, of any type, of a variant
     f"{folder}diffusion_pytorch_model{variant}.safetensors{index}"
@@ -44,8 +56,22 @@ def choose_remover() -> str:
     return AUTHORS_MODEL if there else BUILTIN_REMOVER
 
 
-def _is_cached(model: str, name: str) -> bool:
-    return isinstance(try_to_load_from_cache(model, name), str)
+def _is_cached(model: str, name: str, revision: str | None = None) -> bool:
+    return isinstance(try_to_load_from_cache(model, name, revision=revision), str)
+
+
+@contextlib.contextmanager
+def explain_absence(model: str, revision: str | None = None):
+    """A block that opens a model: the error that it cannot be had says how to get it too."""
+    try:
+        yield
+    except (FileNotFoundError, ConnectionError, PermissionError) as error:
+        names = [f"{folder}config.json" for folder in _FOLDERS]
+        if model == AUTHORS_MODEL and not any(_is_cached(model, n, revision) for n in names):
+            error.args = (f"{error}\n{NO_MODEL}",)
+        elif BASE_MODEL in str(error):
+            error.args = (f"{error}\nWith a network, once (3.6 GB):\n  {DOWNLOADS[1]}",)
+        raise
 
 
 def describe_use(model: str, parameters: int) -> str:

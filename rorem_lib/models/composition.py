@@ -26,7 +26,8 @@ import cv2
 import numpy as np
 
 MODES = ("effect", "exact", "full")
-_BAND = 256  # rows of the source that are composed at a time: no float copy of a large crop
+# Rows, and columns, of the source that are composed at a time: no float copy of a large crop.
+_BAND, _STRIP = 256, 64
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,10 @@ def compose(
         image = put_back(source, mask, small, removal)
         if keep is None:
             return image, np.full(mask.shape, 255, np.uint8)
-        return np.where(keep[..., None], canvas, image), np.where(keep, 0, 255).astype(np.uint8)
+        if image is removal:
+            image = image.copy()
+        image[keep] = canvas[keep]
+        return image, np.where(keep, 0, 255).astype(np.uint8)
     change = removal.astype(np.float32) - (small if round_trip is None else round_trip)
     painted = removal.astype(np.float32)
     unit = get_unit(hole.shape)
@@ -145,12 +149,22 @@ def put_back(original, mask, small, removed) -> np.ndarray:
     """
     if removed.shape == original.shape:
         return removed
-    size = (original.shape[1], original.shape[0])
-    change = cv2.resize(removed.astype(np.float32) - small, size, interpolation=cv2.INTER_CUBIC)
-    inside = cv2.resize(removed, size, interpolation=cv2.INTER_CUBIC).astype(np.float32)
-    soft = cv2.GaussianBlur((mask >= 128).astype(np.float32), (0, 0), 1.5)[..., None]
-    mixed = inside * soft + (original + change) * (1 - soft)
-    return np.clip(mixed + 0.5, 0, 255).astype(np.uint8)
+    height, width = mask.shape
+    result = cv2.resize(removed, (width, height), interpolation=cv2.INTER_CUBIC)
+    # Enlarged along x as a whole, along y in strips: as OpenCV goes about it.
+    change = removed.astype(np.float32) - small
+    change = cv2.resize(change, (width, len(change)), interpolation=cv2.INTER_CUBIC)
+    for left in range(0, width, _STRIP):
+        strip = np.s_[:, left : left + _STRIP]
+        near = np.s_[:, max(0, left - 8) : left + _STRIP + 8]  # as far as the blur sees, and more
+        soft = cv2.GaussianBlur((mask[near] >= 128).astype(np.float32), (0, 0), 1.5)
+        inside, own = result[strip], original[strip]
+        soft = soft[:, min(left, 8) :][:, : inside.shape[1], None]
+        part = np.ascontiguousarray(change[strip])
+        part = cv2.resize(part, inside.shape[1::-1], interpolation=cv2.INTER_CUBIC)
+        mixed = inside * soft + (own + part) * (1 - soft)
+        result[strip] = np.clip(mixed + 0.5, 0, 255).astype(np.uint8)
+    return result
 
 
 def get_unit(shape: tuple[int, int]) -> float:

@@ -7,6 +7,7 @@ networks are three plain calls (`Networks`), so that another runtime can take th
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import warnings
@@ -21,6 +22,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from rorem_lib.models import sdxl
 
 DECODED_PIXELS = 1_050_000  # at a time: SDXL's VAE takes 1 GB for every 512x512 in float32
+TILED_PIXELS = 4_200_000  # of a frame, above which the VAE works in tiles
 
 
 class Networks(Protocol):
@@ -75,6 +77,23 @@ def _peek(module) -> torch.Tensor:
     return next(module.parameters())
 
 
+@contextlib.contextmanager
+def _tile(vae, pixels: int):
+    """A VAE in tiles where a frame of so many pixels would take more memory than there is.
+
+    `AutoencoderTiny` needs little, and tiles of it do not fit together (diffusers 0.42).
+    """
+    large = pixels > TILED_PIXELS and isinstance(vae, sdxl.AutoencoderKL)
+    turn = large and not vae.use_tiling
+    try:
+        if turn:
+            vae.enable_tiling()
+        yield
+    finally:
+        if turn:
+            vae.disable_tiling()
+
+
 class PipelineNetworks:
     """The networks of a pipeline of `sdxl.load_pipeline`, in the type that its weights have.
 
@@ -107,7 +126,8 @@ class PipelineNetworks:
 
     def encode(self, images):
         vae = self.pipe.vae
-        encoded = vae.encode(images.to(_peek(vae).dtype))
+        with _tile(vae, images[0, 0].numel()):
+            encoded = vae.encode(images.to(_peek(vae).dtype))
         if hasattr(encoded, "latent_dist"):
             return encoded.latent_dist.parameters.float()
         return encoded.latents.float()
@@ -149,15 +169,16 @@ class PipelineNetworks:
         would clip infinity to white.
         """
         vae, dtype = self.pipe.vae, _peek(self.pipe.vae).dtype
-        images = vae.decode(latents.to(dtype), return_dict=False)[0].float()
         sound = latents.isfinite().flatten(1).all(1)
-        if dtype != torch.float32 and sound.all() and not images.isfinite().all():
-            with sdxl.silence_libraries():  # diffusers remarks on every change of precision
-                try:
-                    vae.to(torch.float32)
-                    images = vae.decode(latents, return_dict=False)[0]
-                finally:
-                    vae.to(dtype)
+        with _tile(vae, latents[0, 0].numel() * self.factor**2):
+            images = vae.decode(latents.to(dtype), return_dict=False)[0].float()
+            if dtype != torch.float32 and sound.all() and not images.isfinite().all():
+                with sdxl.silence_libraries():  # diffusers remarks on every change of precision
+                    try:
+                        vae.to(torch.float32)
+                        images = vae.decode(latents, return_dict=False)[0]
+                    finally:
+                        vae.to(dtype)
         sound &= images.isfinite().flatten(1).all(1)
         if not sound.all():
             images[~sound] = torch.nan
@@ -297,3 +318,46 @@ def encode_decode(networks: Networks, images: np.ndarray) -> np.ndarray:
     source = to_range(images).to(networks.device)
     latents = torch.cat([networks.encode(image)[:, :4] for image in source.split(1)])
     return decode_images(networks, networks.scaling_factor * latents)
+
+
+def make_generator(seed: int, number: int) -> torch.Generator:
+    """The noise source of removal `number` under a run's `seed` (each well mixed)."""
+    mixed = np.random.SeedSequence([seed, number]).generate_state(2, np.uint32)
+    return torch.Generator().manual_seed(int(mixed[0]) << 31 | int(mixed[1]) >> 1)
+
+
+def paint(
+    networks: Networks,
+    images: Sequence[np.ndarray],
+    masks: Sequence[np.ndarray],
+    numbers: Sequence[int],
+    names: Sequence[str],
+    *,
+    seed: int,
+    **sampling,
+) -> list[np.ndarray]:
+    """Removals [h, w, 3] uint8 of one batch: images [h, w, 3] and masks [h, w] of one size.
+
+    Args:
+        numbers: of the removals' noise, under `seed`.
+        names: of the images, for errors.
+        sampling: `num_inference_steps`, `guidance_scale`, `strength` of `denoise`.
+
+    Raises:
+        FloatingPointError: a removal is not finite; names the model and the image.
+    """
+    generators = [make_generator(seed, number) for number in numbers]
+    removed = denoise(networks, np.stack(images), np.stack(masks), generators, **sampling)
+    for one, name in zip(removed, names, strict=True):
+        if not np.isfinite(one).all():
+            raise FloatingPointError(
+                f"{networks.origin} gives numbers that are not finite for {name}: its weights are "
+                "damaged (train or download it again), or they overflow in fp16 (take bf16 or no)"
+            )
+    return list((removed * 255).round().astype(np.uint8))
+
+
+def round_trip(networks: Networks, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Images [h, w, 3] uint8 of one size through the VAE alone, likewise."""
+    seen = encode_decode(networks, np.stack(images))
+    return list((np.nan_to_num(seen) * 255).round().astype(np.uint8))

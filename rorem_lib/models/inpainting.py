@@ -6,13 +6,11 @@ depend on the batch it was in.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import logging
 import math
 from collections.abc import Iterable, Sequence, Sized
-from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
 
@@ -21,26 +19,17 @@ import numpy as np
 import torch
 
 from rorem_lib.data import masks
-from rorem_lib.models import denoising, presets, sdxl
+from rorem_lib.models import advice, denoising, presets, sdxl
 from rorem_lib.models.attention import compile_unet
 from rorem_lib.models.composition import MODES
 from rorem_lib.models.inputs import read_inputs
 from rorem_lib.models.lora import PlainWeights, load_lora
 from rorem_lib.models.presets import FOUR_STEPS, Settings, find_settings
-from rorem_lib.models.removing import remove_from
+from rorem_lib.models.removing import Removal, remove_from
 
 logger = logging.getLogger(__name__)
 
 CLASSICAL = {"telea": cv2.INPAINT_TELEA, "ns": cv2.INPAINT_NS}
-
-
-TILED_PIXELS = 4_200_000  # of a frame, above which the VAE works in tiles
-
-
-def make_generator(seed: int, number: int) -> torch.Generator:
-    """The noise source of removal `number` under a run's `seed` (each well mixed)."""
-    mixed = np.random.SeedSequence([seed, number]).generate_state(2, np.uint32)
-    return torch.Generator().manual_seed(int(mixed[0]) << 31 | int(mixed[1]) >> 1)
 
 
 def inpaint_classical(
@@ -72,159 +61,18 @@ def _check_counts(**counts: tuple) -> None:
             raise ValueError(f"{name} is {value!r}: take {max(least, 1)} or more{other}")
 
 
-@dataclass
-class Removal:
-    """What `ObjectRemover.remove` gives for one image.
+class Remover:
+    """Networks that are called with images and masks.
 
     Attributes:
-        image: the image without the object: of the kind that was given (a PIL image for a path),
-            of the source's size.
-        effect: [H, W] uint8, how much of each pixel is the remover's: 0 where the source's own
-            pixel stands, bit for bit, 255 where it is all new.
-        crops: boxes (x0, y0, x1, y1) in px that the model saw; the whole frame with `crop=False`.
-        seconds: how long it took, a share of its batch.
-        score: the discriminator's probability that it is a good removal; None without one.
-        number: of the candidate that was chosen, from 0.
-    """
-
-    image: object
-    effect: np.ndarray
-    crops: list[tuple[int, int, int, int]]
-    seconds: float
-    score: float | None = None
-    number: int = 0
-
-
-class ObjectRemover:
-    """A remover of objects: opened once, called with images and masks.
-
-        remover = ObjectRemover.from_pretrained("LetsThink/RORem", device="cuda")
-        result = remover("photo.jpg", "mask.png")
-
-    Attributes:
-        pipe: the pipeline (`sdxl.load_pipeline`); None where another runtime has the networks.
         networks: what computes (`denoising.Networks`).
         settings: what the model was released with: the defaults of a call.
-        score: chooses among candidates.
+        score: (sources, masks, removals) -> probabilities of being good, lists of arrays; it
+            chooses among candidates. None where nothing does.
     """
 
-    def __init__(self, pipe=None, *, networks=None, settings: Settings | None = None, score=None):
-        """Args:
-        pipe: of `sdxl.load_pipeline`; left as it is, and computed with in the types it has.
-        networks: in place of a pipeline.
-        settings: of the defaults of a call.
-        score: (sources, masks, removals) -> probabilities of being good; lists of arrays. It
-            chooses among `candidates`.
-        """
-        self.pipe, self.score = pipe, score
-        self.networks = networks or denoising.PipelineNetworks(pipe)
-        self.settings = settings or Settings()
-        self._plain = None  # the model without its LoRA
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        model: str = "builtin",
-        *,
-        lora: str = "",
-        revision: str | None = None,
-        variant: str | None = None,
-        device: str = "auto",
-        dtype: str | torch.dtype = "auto",
-        offload: bool = False,
-        compile: bool = False,
-        base_model: str = sdxl.BASE_MODEL,
-        local_files_only: bool = False,
-        runtime: str = "torch",
-        score=None,
-    ) -> ObjectRemover:
-        """Open a remover.
-
-        Args:
-            model: `builtin`, `builtin:remover`, a folder or a Hub id.
-            lora: folder or Hub id of a LoRA that is laid over it. One that does not say how it is
-                used is taken for a 4-step one (LCM).
-            revision, variant, base_model, local_files_only: see `sdxl.load_pipeline`.
-            device: "cpu", "cuda", "mps", or "auto" for the best there is.
-            dtype: "auto", "bf16", "fp16", "fp32" (or "no"): what the weights are kept and computed
-                in. With fp16 the VAE stays in float32: SDXL's overflows.
-            offload: keep the weights in the CPU's memory and move each part to the GPU while it
-                works. Decoding then goes in tiles.
-            compile: on GPUs compile the UNet's repeated blocks, on CPUs record its operations once
-                (the same bits); the first call of each size takes longer.
-            runtime: "torch", "onnx" or "openvino" (a folder written by `rorem export`).
-            score: see `ObjectRemover`.
-
-        Raises:
-            ValueError: an option that makes no sense, by its name. See `sdxl.load_pipeline` too.
-        """
-        if not isinstance(dtype, torch.dtype):
-            dtype = "no" if dtype == "fp32" else dtype
-            if dtype not in sdxl.PRECISIONS:
-                raise ValueError(f"dtype is {dtype!r}: take auto, bf16, fp16 or fp32")
-        if runtime != "torch":
-            from rorem_lib.models.runtimes import ExportedNetworks
-
-            if lora:
-                raise ValueError("an exported model has its LoRA merged: rorem export --lora")
-            networks = ExportedNetworks(model, runtime, dtype=dtype)
-            return cls(networks=networks, settings=Settings(**networks.settings), score=score)
-        device = sdxl.choose_device(device)
-        if offload and torch.device(device).type == "cpu":
-            raise ValueError("offload moves weights to a GPU while they work: device is cpu")
-        if not isinstance(dtype, torch.dtype):
-            dtype = sdxl.DTYPES[sdxl.choose_precision(dtype, device)]
-        where = {"revision": revision, "local_files_only": local_files_only}
-        pipe = sdxl.load_pipeline(
-            model,
-            variant=variant,
-            dtype=dtype,
-            vae_dtype=torch.float32 if dtype == torch.float16 else None,
-            device="cpu" if offload else device,
-            base_model=base_model,
-            text_encoders=False,
-            **where,
-        )
-        settings = find_settings(model, **where)
-        own = settings.resolution or sdxl.get_resolution(pipe)
-        settings = dataclasses.replace(settings, resolution=own)
-        presets.set_scheduler(pipe, settings.scheduler)
-        remover = cls(pipe, settings=settings, score=score)
-        if lora:
-            remover._lay_lora(lora, local_files_only)
-        if compile and torch.device(device).type == "cpu":
-            remover.networks = denoising.PipelineNetworks(pipe, record=True)
-        elif compile:
-            compile_unet(pipe.unet)
-        if offload:
-            pipe.enable_model_cpu_offload(device=device)
-            pipe.works_on = torch.device(device)
-            if isinstance(pipe.vae, sdxl.AutoencoderKL):
-                pipe.vae.enable_tiling()
-        return remover
-
-    def _lay_lora(self, lora: str, local_files_only: bool) -> None:
-        """Merge a LoRA, which costs no time then, and keep what was there without it."""
-        plain = PlainWeights(self.pipe.unet)
-        self._plain = plain, self.pipe.scheduler, self.settings
-        load_lora(self.pipe, lora)
-        plain.drop_equal()
-        found = find_settings(lora, local_files_only=local_files_only, default=FOUR_STEPS)
-        said = self.pipe.unet.config.get(sdxl.TRAINED_RESOLUTION)
-        size = found.resolution or said or self.settings.resolution
-        self.settings = dataclasses.replace(found, resolution=size)
-        presets.set_scheduler(self.pipe, found.scheduler)
-        self._has_lora = True
-
-    def _switch_lora(self, on: bool) -> None:
-        """Put the weights, the scheduler and the settings of the other state in their place."""
-        if self._plain is None or on == self._has_lora:
-            return
-        weights, scheduler, settings = self._plain
-        weights.exchange()
-        self._plain = weights, self.pipe.scheduler, self.settings
-        self.pipe.scheduler, self.settings = scheduler, settings
-        self._has_lora = on
+    def __init__(self, networks: denoising.Networks, settings: Settings, score=None):
+        self.networks, self.settings, self.score = networks, settings, score
 
     def __call__(self, image, mask, **options):
         """As `remove`, the images alone."""
@@ -248,7 +96,6 @@ class ObjectRemover:
         dilate: int = 0,
         invert_mask: bool = False,
         batch_size: int = 8,
-        use_lora: bool = True,
         names: Sequence[str] | None = None,
         progress: bool = False,
     ) -> Removal | list[Removal]:
@@ -271,7 +118,6 @@ class ObjectRemover:
             dilate: side of the square that widens the masks, px: half of it on each side.
             invert_mask: black is removed.
             batch_size: images a forward pass; the default is for 512 px.
-            use_lora: with the LoRA that `from_pretrained` was given, or without it.
             names: what each image is called in errors; by default its path or place.
             progress: show a bar.
 
@@ -297,12 +143,8 @@ class ObjectRemover:
             dilate=(dilate, 0, ""),
             seed=(seed, 0, ""),
         )
-        self._switch_lora(use_lora)
         names = names or ["the image" if single else f"image {n}" for n in range(len(images))]
         numbers = range(len(images)) if numbers is None else numbers
-        for what, found in ("names", names), ("numbers", numbers):
-            if len(found) != len(images):
-                raise ValueError(f"{len(images)} images but {len(found)} {what}")
         given = [
             read_inputs(i, m, name, invert=invert_mask)
             for i, m, name in zip(images, object_masks, names, strict=True)
@@ -322,13 +164,13 @@ class ObjectRemover:
             if not one.mask.any():
                 logger.warning("%s: its mask is empty, nothing is removed", one.name)
                 effect = np.zeros(one.mask.shape, np.uint8)
-                found[place] = Removal(one.restore(one.image.copy()), effect, [], 0.0)
+                found[place] = Removal(one.restore(one.image.copy()), effect)
         todo = [place for place in range(len(given)) if found[place] is None]
         removed = remove_from(
             [given[place].image for place in todo],
             [given[place].mask for place in todo],
-            functools.partial(self._paint_fitted, **sampling),
-            self._round_trip,
+            functools.partial(denoising.paint, self.networks, **sampling),
+            functools.partial(denoising.round_trip, self.networks),
             resolution=resolution,
             unit=self.networks.unit,
             mode=mode,
@@ -341,63 +183,159 @@ class ObjectRemover:
             progress=progress,
         )
         for place, one in zip(todo, removed, strict=True):
-            found[place] = Removal(
-                given[place].restore(one.image),
-                one.effect,
-                one.crops,
-                one.seconds,
-                one.score,
-                one.number,
-            )
+            found[place] = dataclasses.replace(one, image=given[place].restore(one.image))
         return found[0] if single else found
 
-    def _paint_fitted(
-        self, images, object_masks, numbers, names, *, seed: int, **sampling
-    ) -> list[np.ndarray]:
-        """Removals of one batch: images [h, w, 3] and masks of one size that `unit` divides.
+
+class ObjectRemover(Remover):
+    """A remover of objects: opened once, called with images and masks.
+
+        remover = ObjectRemover.from_pretrained("LetsThink/RORem", device="cuda")
+        result = remover("photo.jpg", "mask.png")
+
+    Attributes:
+        pipe: the pipeline (`sdxl.load_pipeline`); None where another runtime has the networks.
+    """
+
+    def __init__(self, pipe=None, *, networks=None, settings: Settings | None = None, score=None):
+        """Args:
+        pipe: of `sdxl.load_pipeline`; left as it is, and computed with in the types it has.
+        networks: in place of a pipeline.
+        settings: of the defaults of a call.
+        score: (sources, masks, removals) -> probabilities of being good; lists of arrays. It
+            chooses among `candidates`.
+        """
+        networks = networks or denoising.PipelineNetworks(pipe)
+        super().__init__(networks, settings or Settings(), score)
+        self.pipe = pipe
+        self._plain = None  # the model without its LoRA
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str = advice.AUTHORS_MODEL,
+        *,
+        lora: str = "",
+        scheduler: str = "",
+        revision: str | None = None,
+        variant: str | None = None,
+        device: str = "auto",
+        dtype: str | torch.dtype = "auto",
+        offload: bool = False,
+        compile: bool = False,
+        base_model: str = sdxl.BASE_MODEL,
+        local_files_only: bool = False,
+        runtime: str = "torch",
+        score=None,
+    ) -> ObjectRemover:
+        """Open a remover.
 
         Args:
-            sampling: `num_inference_steps`, `guidance_scale`, `strength` of `denoising.denoise`.
+            model: a folder, a Hub id (by default the authors' model), or `builtin:remover` or
+                `builtin`, miniatures for rendered scenes of 64 px.
+            lora: folder or Hub id of a LoRA that is laid over it. One that does not say how it is
+                used is taken for a 4-step one (LCM).
+            scheduler: one of `presets.SCHEDULERS` in place of what the LoRA, or without one the
+                model, was released with.
+            revision, variant, base_model, local_files_only: see `sdxl.load_pipeline`.
+            device: "cpu", "cuda", "mps", or "auto" for the best there is.
+            dtype: "auto", "bf16", "fp16", "fp32" (or "no"): what the weights are kept and computed
+                in. With fp16 the VAE stays in float32: SDXL's overflows.
+            offload: keep the weights in the CPU's memory and move each part to the GPU while it
+                works. Decoding then goes in tiles.
+            compile: on GPUs compile the UNet's repeated blocks, on CPUs record its operations once
+                (the same bits); the first call of each size takes longer.
+            runtime: "torch", or for a folder written by `rorem export` "onnx" or "openvino", which
+                compute on the CPU what was exported.
+            score: see `ObjectRemover`.
 
         Raises:
-            FloatingPointError: a removal is not finite; names the model and the image.
+            ValueError: an option that makes no sense, by its name. See `sdxl.load_pipeline` too.
+            FileNotFoundError, ConnectionError, PermissionError: the model cannot be had; says how
+                to get it.
         """
-        with self._tiled(images[0].shape):
-            removed = denoising.denoise(
-                self.networks,
-                np.stack(images),
-                np.stack(object_masks),
-                [make_generator(seed, number) for number in numbers],
-                **sampling,
+        if not isinstance(dtype, torch.dtype):
+            dtype = "no" if dtype == "fp32" else dtype
+            if dtype not in sdxl.PRECISIONS:
+                raise ValueError(f"dtype is {dtype!r}: take auto, bf16, fp16 or fp32")
+        if runtime != "torch":
+            from rorem_lib.models.runtimes import ExportedNetworks, refuse_options
+
+            refuse_options(
+                device="" if str(device) in ("auto", "cpu") else str(device),
+                base_model="" if base_model == sdxl.BASE_MODEL else base_model,
+                lora=lora,
+                scheduler=scheduler,
+                revision=revision,
+                variant=variant,
+                offload=offload,
+                compile=compile,
             )
-        for picture, name in zip(removed, names):
-            if not np.isfinite(picture).all():
-                raise FloatingPointError(
-                    f"{self.networks.origin} gives numbers that are not finite for {name}: its "
-                    "weights are damaged (train or download it again), or they overflow in fp16 "
-                    "(take bf16 or no)"
-                )
-        return list((removed * 255).round().astype(np.uint8))
+            networks = ExportedNetworks(model, runtime, dtype=dtype)
+            return cls(networks=networks, settings=Settings(**networks.settings), score=score)
+        device = sdxl.choose_device(device)
+        if offload and torch.device(device).type == "cpu":
+            raise ValueError("offload moves weights to a GPU while they work: device is cpu")
+        if not isinstance(dtype, torch.dtype):
+            dtype = sdxl.DTYPES[sdxl.choose_precision(dtype, device)]
+        where = {"revision": revision, "local_files_only": local_files_only}
+        with advice.explain_absence(model, revision):
+            pipe = sdxl.load_pipeline(
+                model,
+                variant=variant,
+                dtype=dtype,
+                vae_dtype=torch.float32 if dtype == torch.float16 else None,
+                device="cpu" if offload else device,
+                base_model=base_model,
+                text_encoders=False,
+                **where,
+            )
+        settings = find_settings(model, **where)
+        own = settings.resolution or sdxl.get_resolution(pipe)
+        settings = dataclasses.replace(settings, resolution=own)
+        presets.set_scheduler(pipe, settings.scheduler)
+        if scheduler and not lora:  # "default" is what it has now
+            settings = dataclasses.replace(settings, scheduler=scheduler)
+            presets.set_scheduler(pipe, scheduler)
+        remover = cls(pipe, settings=settings, score=score)
+        if lora:
+            remover._lay_lora(lora, scheduler, local_files_only)
+        if compile and torch.device(device).type == "cpu":
+            remover.networks = denoising.PipelineNetworks(pipe, record=True)
+        elif compile:
+            compile_unet(pipe.unet)
+        if offload:
+            pipe.enable_model_cpu_offload(device=device)
+            pipe.works_on = torch.device(device)
+            if isinstance(pipe.vae, sdxl.AutoencoderKL):
+                pipe.vae.enable_tiling()
+        return remover
 
-    def _round_trip(self, images: list[np.ndarray]) -> list[np.ndarray]:
-        """Images of one size that `unit` divides, through the VAE alone."""
-        with self._tiled(images[0].shape):
-            seen = denoising.encode_decode(self.networks, np.stack(images))
-        return list((np.nan_to_num(seen) * 255).round().astype(np.uint8))
+    def _lay_lora(self, lora: str, scheduler: str, local_files_only: bool) -> None:
+        """Merge a LoRA, which costs no time then, and keep what was there without it."""
+        plain = PlainWeights(self.pipe.unet)
+        self._plain = plain, self.pipe.scheduler, self.settings
+        load_lora(self.pipe, lora)
+        plain.drop_equal()
+        found = find_settings(lora, local_files_only=local_files_only, default=FOUR_STEPS)
+        said = self.pipe.unet.config.get(sdxl.TRAINED_RESOLUTION)
+        size = found.resolution or said or self.settings.resolution
+        scheduler = scheduler or found.scheduler
+        self.settings = dataclasses.replace(found, resolution=size, scheduler=scheduler)
+        presets.set_scheduler(self.pipe, scheduler)
+        self._has_lora = True
 
-    @contextlib.contextmanager
-    def _tiled(self, shape: tuple[int, ...]):
-        """The VAE in tiles where a frame is so large that its memory would not do.
+    def remove(self, image, mask, *, use_lora: bool = True, **options):
+        """As `Remover.remove`, with the LoRA that `from_pretrained` was given, or without it."""
+        self._switch_lora(use_lora)
+        return super().remove(image, mask, **options)
 
-        `AutoencoderTiny` needs little, and tiles of it do not fit together (diffusers 0.42).
-        """
-        vae = self.pipe.vae if self.pipe else None
-        large = isinstance(vae, sdxl.AutoencoderKL) and shape[0] * shape[1] > TILED_PIXELS
-        turn = large and not vae.use_tiling
-        try:
-            if turn:
-                vae.enable_tiling()
-            yield
-        finally:
-            if turn:
-                vae.disable_tiling()
+    def _switch_lora(self, on: bool) -> None:
+        """Put the weights, the scheduler and the settings of the other state in their place."""
+        if self._plain is None or on == self._has_lora:
+            return
+        weights, scheduler, settings = self._plain
+        weights.exchange()
+        self._plain = weights, self.pipe.scheduler, self.settings
+        self.pipe.scheduler, self.settings = scheduler, settings
+        self._has_lora = on

@@ -25,10 +25,21 @@ NO_SCORER = (
 
 
 @dataclass
-class Removed:
-    """The outcome for one image; see `inpainting.Removal`."""
+class Removal:
+    """The outcome for one image.
 
-    image: np.ndarray
+    Attributes:
+        image: the image without the object, of the source's size. `ObjectRemover.remove` gives it
+            in the kind that was given (a PIL image for a path).
+        effect: [H, W] uint8, how much of each pixel is the remover's: 0 where the source's own
+            pixel stands, bit for bit, 255 where it is all new.
+        crops: boxes (x0, y0, x1, y1) in px that the model saw; the whole frame with `crop=False`.
+        seconds: how long it took, a share of its batch.
+        score: the discriminator's probability that it is a good removal; None without one.
+        number: of the candidate that was chosen, from 0.
+    """
+
+    image: object
     effect: np.ndarray
     crops: list[Box] = field(default_factory=list)
     seconds: float = 0.0
@@ -65,7 +76,7 @@ def remove_from(
     score: Callable | None = None,
     batch_size: int = 8,
     progress: bool = False,
-) -> list[Removed]:
+) -> list[Removal]:
     """Remove what the masks cover.
 
     Args:
@@ -88,7 +99,7 @@ def remove_from(
         progress: show a bar.
 
     Returns:
-        One `Removed` an image.
+        One `Removal` an image, as arrays.
 
     Raises:
         ValueError: several candidates, but no `score`; an image and a mask of different sizes.
@@ -178,7 +189,7 @@ def _score(job: _Job, score, seconds: list[float]) -> list[float]:
     return [float(value) for value in found]
 
 
-def _compose_all(source, hole, jobs: list[_Job], mode: str, seconds: float) -> Removed:
+def _compose_all(source, hole, jobs: list[_Job], mode: str, seconds: float) -> Removal:
     """Lay the crops of one image over it, in their order."""
     began = time.monotonic()
     image, effect = source.copy(), np.zeros(source.shape[:2], np.uint8)
@@ -212,7 +223,7 @@ def _compose_all(source, hole, jobs: list[_Job], mode: str, seconds: float) -> R
         image[part] = mixed
         # What an earlier crop laid under this one is the model's too.
         effect[part] = np.maximum(effect[part], share)
-    return Removed(
+    return Removal(
         image,
         effect,
         [job.crop.box for job in jobs],

@@ -105,11 +105,12 @@ class ExportedNetworks:
         folder: the export's.
         runtime: one of `RUNTIMES`.
         dtype: "no", "bf16" or "fp16", what OpenVINO computes in; "auto" takes bf16 where the
-            processor has instructions for it. onnxruntime computes in what the weights are.
+            processor has instructions for it. onnxruntime computes in what was exported.
         threads: of the processor; 0 takes as many as PyTorch would.
 
     Raises:
-        ValueError: there is no such runtime, or the folder was written by a newer release.
+        ValueError: there is no such runtime, or not for this dtype; or the folder was written by a
+            newer release.
         ImportError: the runtime is not installed; says how to.
         FileNotFoundError: the folder is no whole export.
     """
@@ -125,6 +126,8 @@ class ExportedNetworks:
         self.origin = str(folder)
         if isinstance(dtype, torch.dtype):
             dtype = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "no")
+        if runtime == "onnx" and dtype not in ("auto", "no", record["dtype"]):
+            refuse_options(dtype=dtype)
         dtype = sdxl.choose_precision(dtype)
         self.settings = record["settings"]
         self.resolution, self.unit = record["resolution"], record["unit"]
@@ -189,6 +192,20 @@ def read_record(folder: Path) -> dict:
             "same `rorem export` again, it goes on"
         )
     return record
+
+
+def refuse_options(**options) -> None:
+    """Refuse options that an exported model cannot honour: those that are not empty.
+
+    Raises:
+        ValueError: names the option.
+    """
+    for name, value in options.items():
+        if value:
+            raise ValueError(
+                f"{name} is {value!r}: an exported model runs on the CPU as it was exported, with "
+                "its LoRA merged; leave it out, or give it to `rorem export`"
+            )
 
 
 def require_packages(*names: str) -> None:

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
 from rorem_lib.discriminator import Discriminator, score_images
 from rorem_lib.files import hash_file
-from rorem_lib.models.advice import AUTHORS_MODEL, DOWNLOADS, SMALL, describe_use
+from rorem_lib.models.advice import SMALL, describe_use
 from rorem_lib.models.hub import hash_model
 from rorem_lib.models.inpainting import ObjectRemover
 from rorem_lib.models.lora import LORA_FILE
@@ -25,17 +25,6 @@ from rorem_lib.models.sdxl import BASE_MODEL, choose_device, resolve_model
 
 LARGE = 1_000_000_000  # bytes of a model's folder, from which reading them takes long
 
-NO_MODEL = f"""\
-{AUTHORS_MODEL}, the authors' model, is not on this machine and could not be downloaded.
-With a network, once (5.1 GB + 3.6 GB):
-  {DOWNLOADS[0]}
-  {DOWNLOADS[1]}
-or name a folder with a model: --model FOLDER. To copy it from another machine, take the folder
-~/.cache/huggingface/hub with you, or name it in HF_HUB_CACHE.
-Licences: {AUTHORS_MODEL} Apache-2.0; SDXL, which it stands on, OpenRAIL++-M.
-What ships with the kit is no model for photographs:
-  --model builtin          a miniature (4 M parameters) for the kit's rendered scenes of 64 px
-  --model builtin:remover  the same after the rounds of the demo, for the same scenes"""
 # What opening a model raises where it is not there, or the Hub does not give it.
 UNREACHED = (FileNotFoundError, ConnectionError, PermissionError, HfHubHTTPError)
 
@@ -119,11 +108,6 @@ def open_remover(options, tell: Callable[[str], None]) -> ObjectRemover:
         text = str(error)
         if lora and lora not in text:
             text = f"{model} with the LoRA {lora}: {text}"
-        if options.runtime == "torch":
-            if model == AUTHORS_MODEL and identify_model(model, options.revision) is None:
-                text += f"\n{NO_MODEL}"
-            elif BASE_MODEL in text:
-                text += f"\nWith a network, once (3.6 GB):\n  {DOWNLOADS[1]}"
         raise FileNotFoundError(text) from None
 
 

@@ -40,7 +40,7 @@ from skimage import data as photographs
 from rorem_lib.builtin.judge import judge_removal
 from rorem_lib.builtin.sets import Truth, read_truth
 from rorem_lib.data.triplets import load_images, read_triplets
-from rorem_lib.models import composition
+from rorem_lib.models import composition, denoising
 from rorem_lib.models.composition import compose
 from rorem_lib.models.inpainting import ObjectRemover
 
@@ -67,7 +67,8 @@ def paint_scenes(remover, triplets, options, folder: Path | None):
         images = [load_images(t) for _, t in part]
         sources = [x["source"] for x in images]
         masks = [x["mask"] for x in images]
-        removals = remover._paint_fitted(
+        removals = denoising.paint(
+            remover.networks,
             sources,
             masks,
             [i for i, _ in part],
@@ -77,7 +78,7 @@ def paint_scenes(remover, triplets, options, folder: Path | None):
             strength=1.0,
             seed=4,
         )
-        trips = remover._round_trip(sources)
+        trips = denoising.round_trip(remover.networks, sources)
         for (_, t), f, *made in zip(part, files, sources, masks, removals, trips):
             if f:
                 f.parent.mkdir(parents=True, exist_ok=True)
@@ -239,7 +240,7 @@ def measure_rims(remover, options) -> dict:
             for mode in ("exact", "effect"):
                 image = remover(photo, mask, mode=mode, num_inference_steps=options.steps)
                 steps.setdefault(f"remover_{mode}", []).append(measure_step(image, mask))
-            trip = remover._round_trip([cut_to_unit(photo, remover)])[0]
+            trip = denoising.round_trip(remover.networks, [cut_to_unit(photo, remover)])[0]
             part = photo[: trip.shape[0], : trip.shape[1]]
             hole = np.ascontiguousarray(mask[: trip.shape[0], : trip.shape[1]])
             filled = cv2.inpaint(trip, hole, 5, cv2.INPAINT_TELEA).astype(int)

@@ -25,9 +25,9 @@ import torch
 from measuring import save_result
 from PIL import Image
 
-from rorem_lib.models import presets, sdxl
+from rorem_lib.models import denoising, presets, sdxl
 from rorem_lib.models.attention import compile_unet
-from rorem_lib.models.inpainting import ObjectRemover, make_generator
+from rorem_lib.models.inpainting import ObjectRemover
 
 STEPS = 4
 GOALS = {"cpu": 1.3, 512: 60, 1024: 200}  # times as fast; ms on an H100
@@ -67,7 +67,7 @@ def make_stock(pipe, side: int, prompt: dict):
             num_inference_steps=STEPS,
             guidance_scale=1.0,
             strength=1.0,
-            generator=make_generator(0, 0),
+            generator=denoising.make_generator(0, 0),
         )
         return np.asarray(removed.images[0])
 
