@@ -41,6 +41,8 @@ class Limits:
         blur: sigma of the smoothing of the difference between removal and round trip.
         low: difference that counts as an effect where it is connected to the hole,
         noise: and how many times the median difference far from the hole it is at least.
+        detail: how many times the smoothed change the fine one is at most, that the smoothing took
+            away: a shadow goes smoothly, what breaks another object has its edges.
         reach: largest distance of an effect from the hole, as a multiple of the hole's size
             (the square root of its area).
         ring: the hole widened by so much is kept in any case; what is connected to it is its.
@@ -56,11 +58,12 @@ class Limits:
     blur: float = 2.0
     low: float = 2.5
     noise: float = 3.0
+    detail: float = 1.2
     reach: float = 2.5
-    ring: float = 4.0
-    grow: float = 2.0
+    ring: float = 2.0
+    grow: float = 1.0
     widen: float = 4.0
-    feather: float = 2.0
+    feather: float = 1.0
     rim: float = 2.0
     fade: float = 4.0
     faint: float = 0.0
@@ -223,8 +226,8 @@ def find_effect(
     outside = hole == 0
     distance = cv2.distanceTransform(outside.astype(np.uint8), cv2.DIST_L2, 5)
     reach = limits.reach * float(np.sqrt(hole.size - np.count_nonzero(outside)))
-    size, level = measure_change(change, outside, distance, reach, limits)
-    near = (size > level) & (distance <= reach)
+    size, fine, level = measure_change(change, outside, distance, reach, limits)
+    near = (size > level) & (fine <= limits.detail * size) & (distance <= reach)
     if barrier is not None:
         near &= ~barrier
     ring = distance <= limits.ring * unit
@@ -235,17 +238,20 @@ def find_effect(
 
 
 def measure_change(change, outside, distance, reach, limits):
-    """How large the change [h, w] is outside of the hole, and the level above which it counts."""
-    unit = get_unit(outside.shape)
+    """How large the change is outside of the hole, smoothed and what the smoothing took away (rms),
+    both [h, w], and the level above which it counts."""
     far = outside & (distance > min(reach / 2, distance.max() / 2))
-    drift = np.median(change[far], axis=0) if far.any() else np.zeros(3, np.float32)
     known = outside.astype(np.float32)
-    sigma = limits.blur * unit
-    mean = cv2.GaussianBlur((change - drift) * known[..., None], (0, 0), sigma)
-    mean /= np.maximum(cv2.GaussianBlur(known, (0, 0), sigma), 1e-3)[..., None]
+    sigma = limits.blur * get_unit(outside.shape)
+    weight = np.maximum(cv2.GaussianBlur(known, (0, 0), sigma), 1e-3)
+    drift = np.median(change[far], axis=0) if far.any() else np.zeros(3, np.float32)
+    change = (change - drift) * known[..., None]
+    mean = cv2.GaussianBlur(change, (0, 0), sigma) / weight[..., None]
+    rest = np.square(change - mean).sum(axis=2) * known
+    fine = np.sqrt(cv2.GaussianBlur(rest, (0, 0), sigma) / weight)
     size = np.abs(mean).max(axis=2) * known
     noise = float(np.median(size[far])) if far.any() else 0.0
-    return size, max(limits.low, limits.noise * noise)
+    return size, fine, max(limits.low, limits.noise * noise)
 
 
 def measure_strength(change: np.ndarray, limits: Limits) -> np.ndarray:
@@ -342,6 +348,8 @@ def _lay(source, canvas, painted, change, weight, mask, keep):
             )
         )
         levels = (255 * part + 0.5).astype(np.uint8)
+        # Between pixels of a crop, at a corner of the hole, it is a little less than all.
+        levels[(mask[band] >= 128) & (part > 0.75)] = 255
         if keep is not None:
             levels[keep[band]] = 0
         own = source[band].astype(np.float32)
