@@ -182,12 +182,9 @@ def test_a_box_on_a_phone_and_the_best_of_two(open_page, address, recorder, scen
     wait_until_still(visit.page, "#target img")
     target.scroll_into_view_if_needed()
     area = target.bounding_box()
-    for x, y in ((0.5, 0.3), (0.85, 0.65)):
-        label = visit.page.locator("#target").inner_text()
+    for x, y, hint in ((0.5, 0.3, "the opposite corner"), (0.85, 0.65, "two corners")):
         target.click(position={"x": area["width"] * x, "y": area["height"] * y})
-        visit.page.wait_for_function(
-            "before => document.querySelector('#target').innerText !== before", arg=label
-        )
+        visit.page.locator("#target", has_text=hint).wait_for()  # other words pass by: progress
     visit.look("box")
     visit.choose(steps=2, count=2)
     visit.remove()
